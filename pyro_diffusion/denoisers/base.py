@@ -1,0 +1,119 @@
+"""What a denoiser is: anything that returns a distribution over x_0 given x_t."""
+
+from typing import Any
+
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_diffusion.processes import ForwardProcess
+from pyro_diffusion.schedules import Level
+
+__all__ = ["Denoiser", "NetworkDenoiser"]
+
+
+class Denoiser(nn.Module):
+    """A posterior p(x_0 | x_t) under a forward process.
+
+    Subclasses implement ``forward(xt, t, **context)``: xt has shape batch + event, t is a time (scalar or
+    batch shape) or a :class:`~pyro_diffusion.schedules.Level`; the result is a Pyro distribution over x_0
+    with the batch and event shape of xt. Samplers, bounds and guidance ask nothing else of it. A closed-form
+    posterior is as good a denoiser as a network.
+
+    Args:
+        process: the forward process whose states it reads.
+    """
+
+    def __init__(self, process: ForwardProcess) -> None:
+        super().__init__()
+        if not isinstance(process, ForwardProcess):
+            raise ValueError(f"process: got {type(process).__name__}, expected a ForwardProcess")
+        self.process = process
+
+    def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
+        """The posterior over x_0."""
+        raise NotImplementedError
+
+    def context_event_dim(self, name: str, value: Tensor) -> int:
+        """How many rightmost dimensions of a context tensor belong to one datum.
+
+        Labels (integers) have none and vectors (floats) have one, unless a network says otherwise.
+        """
+        del name
+        return 1 if value.is_floating_point() else 0
+
+
+class NetworkDenoiser(Denoiser):
+    """Base of the denoisers that read a network ``network(x, log_snr, **context)``.
+
+    The network sees one batch dimension whatever the plates around it: all batch dimensions are flattened
+    before the call and restored after. It is conditioned on the log-SNR, never on time, so the schedule can
+    be changed after training. It returns x's shape, or x's shape and a last dimension of several numbers
+    per coordinate.
+
+    Args:
+        network: any module with that signature.
+        process: the forward process.
+        context_event_dims: event dimensions of context tensors, where integers -> 0, floats -> 1 is wrong.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: ForwardProcess,
+        context_event_dims: dict[str, int] | None = None,
+    ) -> None:
+        super().__init__(process)
+        self.network = network
+        self._context_event_dims = dict(context_event_dims or {})
+
+    def context_event_dim(self, name: str, value: Tensor) -> int:
+        """How many rightmost dimensions of a context tensor belong to one datum."""
+        if name in self._context_event_dims:
+            return self._context_event_dims[name]
+        return super().context_event_dim(name, value)
+
+    def read(self, x: Tensor, log_snr: Tensor, context: dict[str, Any]) -> Tensor:
+        """Call the network on flattened batch dimensions.
+
+        Args:
+            x: scaled state, batch + event.
+            log_snr: scalar, or batch shape with singleton event dimensions.
+            context: tensors that broadcast to batch + their own event shape, or None.
+        """
+        event_dim = self.process.event_dim
+        batch, event = x.shape[: x.dim() - event_dim], x.shape[x.dim() - event_dim :]
+        if log_snr.dim():
+            log_snr = log_snr.reshape(log_snr.shape[: log_snr.dim() - event_dim])
+        flat = {
+            name: self._flatten(name, value, batch)
+            for name, value in context.items()
+            if value is not None
+        }
+        out: Tensor = self.network(x.reshape(-1, *event), log_snr.expand(batch).reshape(-1), **flat)
+        return out.reshape(batch + out.shape[1:])
+
+    def _flatten(self, name: str, value: Tensor, batch: tuple[int, ...]) -> Tensor:
+        event = value.shape[value.dim() - self.context_event_dim(name, value) :]
+        try:
+            return value.expand(*batch, *event).reshape(-1, *event)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{name}: got shape {tuple(value.shape)}, expected a shape that broadcasts to "
+                f"{tuple(batch)} + {tuple(event)}"
+            ) from error
+
+
+def check_outputs(out: Tensor, xt: Tensor, outputs: int) -> Tensor:
+    """Give a network's answer a last dimension of ``outputs``, or refuse it.
+
+    Raises:
+        ValueError: if the network returned another shape than xt's (and ``outputs`` numbers each).
+    """
+    if outputs == 1 and out.shape == xt.shape:
+        return out.unsqueeze(-1)
+    if out.shape != (*xt.shape, outputs):
+        raise ValueError(
+            f"network: got an output of shape {tuple(out.shape)}, expected {(*xt.shape, outputs)} "
+            f"({outputs} number(s) per coordinate)"
+        )
+    return out

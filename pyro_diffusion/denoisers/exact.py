@@ -1,0 +1,132 @@
+"""Posteriors known in closed form: the standing truth for samplers, bounds and guidance."""
+
+import math
+
+import torch
+from pyro.distributions import Categorical, Delta, MixtureSameFamily, Normal, TorchDistribution
+from torch import Tensor
+
+from pyro_diffusion.denoisers.base import Denoiser
+from pyro_diffusion.processes import CategoricalProcess, GaussianProcess
+from pyro_diffusion.schedules import Level
+
+__all__ = ["MixtureDenoiser", "TableDenoiser"]
+
+
+class MixtureDenoiser(Denoiser):
+    r"""The exact posterior of data from a mixture of isotropic normals under a Gaussian process.
+
+    Data :math:`\sum_k w_k \mathcal N(m_k, s_k^2 I)` stays a mixture at every t. With responsibilities
+    :math:`r_k \propto w_k\,\mathcal N(x_t;\, \alpha m_k, (\alpha^2 s_k^2 + \sigma^2) I)` and each
+    component's conjugate posterior :math:`\mathcal N(\mu_k, c_k)`,
+
+    .. math:: E[x_0|x_t] = \sum_k r_k \mu_k, \qquad
+              Var[x_0|x_t] = \sum_k r_k \big(c_k + (\mu_k - E[x_0|x_t])^2\big)
+
+    per coordinate. The returned normal has exactly these two moments (it is the exact posterior when there
+    is one component), or is a point mass at the mean.
+
+    Args:
+        process: a Gaussian process of event_dim 1.
+        weights: k positive numbers, normalized here.
+        means: (k, d).
+        variances: component variances s_k^2, scalar or (k,).
+        point_mass: whether to report the mean alone, as DDPM does.
+
+    Raises:
+        ValueError: if the process is not a Gaussian one over vectors, or a shape is wrong.
+    """
+
+    weights: Tensor
+    means: Tensor
+    variances: Tensor
+
+    def __init__(
+        self,
+        process: GaussianProcess,
+        weights: Tensor,
+        means: Tensor,
+        variances: Tensor | float,
+        point_mass: bool = False,
+    ) -> None:
+        super().__init__(process)
+        if not isinstance(process, GaussianProcess) or process.event_dim != 1:
+            raise ValueError("process: expected a GaussianProcess with event_dim=1")
+        if means.dim() != 2 or weights.shape != means.shape[:1]:
+            raise ValueError(
+                f"weights, means: got shapes {tuple(weights.shape)}, {tuple(means.shape)}, expected "
+                "(k,) and (k, d)"
+            )
+        self.register_buffer("weights", weights / weights.sum())
+        self.register_buffer("means", means)
+        variances = torch.as_tensor(variances, dtype=means.dtype, device=means.device)
+        self.register_buffer("variances", variances.expand(len(means)).clone())
+        self.point_mass = point_mass
+
+    def data(self) -> TorchDistribution:
+        """The law of x_0 itself."""
+        level = Level(*(torch.tensor(v).to(self.means) for v in (0.0, math.inf, 1.0, 0.0)))
+        return self.marginal(level)
+
+    def marginal(self, t: Tensor | Level) -> TorchDistribution:
+        """The exact law of x_t, one scalar time."""
+        level = self.process.level(t)
+        scale = (level.alpha**2 * self.variances + level.sigma**2).sqrt().unsqueeze(-1)
+        parts = Normal(level.alpha * self.means, scale, validate_args=False).to_event(1)
+        return MixtureSameFamily(
+            Categorical(self.weights, validate_args=False), parts, validate_args=False
+        )
+
+    def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
+        """The posterior over x_0, batch and event shape of xt."""
+        level = self.process.level(t)
+        alpha, sigma = (v.unsqueeze(-1) if v.dim() else v for v in (level.alpha, level.sigma))
+        s2 = self.variances.unsqueeze(-1)  # (k, 1), against batch + (k, d)
+        total = alpha**2 * s2 + sigma**2
+        gap = xt.unsqueeze(-2) - alpha * self.means
+        log_r = self.weights.log() - 0.5 * (gap.square() / total + total.log()).sum(-1)
+        r = log_r.softmax(-1).unsqueeze(-1)
+        mu = self.means + alpha * s2 / total * gap
+        mean = (r * mu).sum(-2)
+        if self.point_mass:
+            return Delta(mean, event_dim=1, validate_args=False)
+        variance = (r * (s2 * sigma**2 / total + (mu - mean.unsqueeze(-2)).square())).sum(-2)
+        return Normal(mean, variance.sqrt(), validate_args=False).to_event(1)
+
+
+class TableDenoiser(Denoiser):
+    r"""The exact per-symbol posterior of short sequences whose joint probabilities are a table.
+
+    :math:`p(x_{0,i} = k | x_t) \propto \sum_{x_0: x_{0,i} = k} p(x_0) \prod_j q(x_{t,j} | x_{0,j})`,
+    summed over all ``states ** length`` sequences.
+
+    Args:
+        process: a categorical process of event_dim 1.
+        joint: probabilities, one dimension of size ``states`` per position.
+
+    Raises:
+        ValueError: if the table does not fit the process.
+    """
+
+    sequences: Tensor
+    log_joint: Tensor
+
+    def __init__(self, process: CategoricalProcess, joint: Tensor) -> None:
+        super().__init__(process)
+        if not isinstance(process, CategoricalProcess) or set(joint.shape) != {process.states}:
+            raise ValueError(
+                f"joint: got shape {tuple(joint.shape)}, expected every dimension to be the number "
+                "of states of a CategoricalProcess"
+            )
+        axes = [torch.arange(process.states)] * joint.dim()
+        self.register_buffer("sequences", torch.cartesian_prod(*axes).reshape(-1, joint.dim()))
+        self.register_buffer("log_joint", (joint / joint.sum()).reshape(-1).log())
+
+    def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
+        """The posterior over x_0, batch and event shape of xt."""
+        states = torch.arange(self.process.states, device=xt.device)
+        evidence = self.process.log_evidence(xt, states, t)  # batch + (length, states)
+        hot = torch.nn.functional.one_hot(self.sequences, len(states)).to(evidence.dtype)
+        log_weights = self.log_joint + torch.einsum("...lk,nlk->...n", evidence, hot)
+        probs = torch.einsum("...n,nlk->...lk", log_weights.softmax(-1), hot)
+        return Categorical(probs=probs, validate_args=False).to_event(1)

@@ -1,0 +1,61 @@
+"""Networks read as a normal (or certain) posterior over real data."""
+
+from pyro.distributions import Delta, Normal, TorchDistribution
+from torch import Tensor, nn
+
+from pyro_diffusion.denoisers.base import NetworkDenoiser, check_outputs
+from pyro_diffusion.denoisers.parameterizations import Parameterization, V
+from pyro_diffusion.denoisers.variances import Variance
+from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.schedules import Level
+
+__all__ = ["GaussianDenoiser"]
+
+
+class GaussianDenoiser(NetworkDenoiser):
+    r"""Posterior :math:`\mathcal N(\hat x_0, v)`, or a point mass at :math:`\hat x_0` without a variance.
+
+    :math:`\hat x_0 = c_{skip}\,x_t + c_{out}\,F(c_{in}\,x_t, \lambda)`.
+
+    Args:
+        network: ``network(x, log_snr, **context)``; one output per coordinate, or two on a last dimension
+            when the variance has a head.
+        process: a Gaussian process.
+        parameterization: the meaning of the output; :class:`V` by default.
+        variance: None for a point mass (DDPM), or a :class:`Variance`.
+        context_event_dims: see :class:`NetworkDenoiser`.
+
+    Raises:
+        ValueError: if the process is not Gaussian, or the network's output has another shape.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: GaussianProcess,
+        parameterization: Parameterization | None = None,
+        variance: Variance | None = None,
+        context_event_dims: dict[str, int] | None = None,
+    ) -> None:
+        super().__init__(network, process, context_event_dims)
+        if not isinstance(process, GaussianProcess):
+            raise ValueError(f"process: got {type(process).__name__}, expected a GaussianProcess")
+        self.parameterization = V() if parameterization is None else parameterization
+        if not isinstance(self.parameterization, Parameterization):
+            raise ValueError(
+                f"parameterization: got {parameterization!r}, expected one of Noise(), Data(), V(), "
+                "Score(), Velocity(), EDM(...)"
+            )
+        self.variance = variance
+
+    def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
+        """The posterior over x_0, batch and event shape of xt."""
+        level, event_dim = self.process.level(t), self.process.event_dim
+        c = self.parameterization.coefficients(level.alpha, level.sigma)
+        outputs = 1 + (self.variance.outputs if self.variance is not None else 0)
+        out = check_outputs(self.read(c.c_in * xt, level.log_snr, context), xt, outputs)
+        mean = c.c_skip * xt + c.c_out * out[..., 0]
+        if self.variance is None:
+            return Delta(mean, event_dim=event_dim, validate_args=False)
+        variance = self.variance(out[..., 1] if outputs == 2 else None, level)
+        return Normal(mean, variance.sqrt(), validate_args=False).to_event(event_dim)

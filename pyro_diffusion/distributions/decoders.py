@@ -1,0 +1,188 @@
+"""The data end of a chain: p(x | x_{t_0}), and how data becomes x_0."""
+
+import torch
+from pyro.distributions import Categorical, Delta, Normal, TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyro_diffusion.distributions.discretized import DiscretizedNormal
+from pyro_diffusion.processes import ForwardProcess, GaussianProcess, coordinates
+from pyro_diffusion.schedules import Level
+from pyro_diffusion.validation import check_finite, check_positive_int
+
+__all__ = ["CategoricalDecoder", "Decoder", "NormalDecoder", "QuantizedDecoder", "default_decoder"]
+
+
+class Decoder(nn.Module):
+    """Turns the last posterior into a distribution over data, and data into x_0.
+
+    A decoder never looks at a network: it widens the denoiser's posterior at t_0 until it has a density
+    (or a probability) over data.
+    """
+
+    def support(self, event_dim: int) -> constraints.Constraint:
+        """Constraint on data, of event dimension ``event_dim``."""
+        raise NotImplementedError
+
+    def check(self, value: Tensor) -> None:
+        """Refuse data outside the support.
+
+        Raises:
+            ValueError: naming what was found.
+        """
+        raise NotImplementedError
+
+    def encode(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """Data as x_0."""
+        raise NotImplementedError
+
+    def forward(
+        self, posterior: TorchDistribution, t: Level, process: ForwardProcess
+    ) -> TorchDistribution:
+        """The law of data given x_{t_0}.
+
+        Args:
+            posterior: p(x_0 | x_{t_0}) from the denoiser.
+            t: the schedule at t_0, broadcast against events.
+            process: the forward process.
+        """
+        raise NotImplementedError
+
+
+class NormalDecoder(Decoder):
+    r"""Continuous data: the posterior at t_0 itself.
+
+    A point mass is widened by the evidence's own scale, :math:`\mathcal N(\hat x_0, \sigma^2/\alpha^2)`.
+    """
+
+    def support(self, event_dim: int) -> constraints.Constraint:
+        """Real numbers."""
+        return constraints.independent(constraints.real, event_dim)
+
+    def check(self, value: Tensor) -> None:
+        """Refuse NaN and infinite data."""
+        check_finite("value", value)
+
+    def encode(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """The data as they are, in the model's dtype."""
+        return value.to(dtype)
+
+    def forward(
+        self, posterior: TorchDistribution, t: Level, process: ForwardProcess
+    ) -> TorchDistribution:
+        """A normal of the posterior's mean and variance."""
+        mean, scale = _loc_scale(posterior, t)
+        return Normal(mean, scale, validate_args=False).to_event(process.event_dim)
+
+
+class QuantizedDecoder(Decoder):
+    r"""Integers 0 ... levels - 1 (images of any bit depth, bounded counts), as x_0 in [low, high].
+
+    A normal posterior is integrated over each integer's bin, the two end bins reaching to infinity; a
+    posterior on the quantized values themselves is used as it is.
+
+    Args:
+        levels: number of integers, >= 2 (256 for 8 bits).
+        low: x_0 of the integer 0.
+        high: x_0 of the integer ``levels - 1``.
+
+    Raises:
+        ValueError: if ``levels < 2`` or ``low >= high``.
+
+    References:
+        Ho et al., arXiv 2006.11239, equation 13.
+    """
+
+    def __init__(self, levels: int, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__()
+        self.levels = check_positive_int("levels", levels, at_least=2)
+        if not low < high:
+            raise ValueError(f"low, high: got {low}, {high}, expected low < high")
+        self.low, self.width = float(low), (high - low) / (levels - 1)
+
+    def support(self, event_dim: int) -> constraints.Constraint:
+        """Integers from 0 to levels - 1."""
+        return constraints.independent(constraints.integer_interval(0, self.levels - 1), event_dim)
+
+    def check(self, value: Tensor) -> None:
+        """Refuse anything but integers in range."""
+        check_integers(value, self.levels)
+
+    def encode(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """Integers to evenly spaced real numbers."""
+        return self.low + self.width * value.to(dtype)
+
+    def forward(
+        self, posterior: TorchDistribution, t: Level, process: ForwardProcess
+    ) -> TorchDistribution:
+        """The posterior's probability of each integer."""
+        base = coordinates(posterior)
+        if hasattr(base, "logits"):
+            law: TorchDistribution = Categorical(logits=base.logits, validate_args=False)
+        else:
+            mean, scale = _loc_scale(posterior, t)
+            loc = (mean - self.low) / self.width
+            law = DiscretizedNormal(loc, scale / self.width, self.levels, validate_args=False)
+        return law.to_event(process.event_dim)
+
+
+class CategoricalDecoder(Decoder):
+    """Symbols 0 ... states - 1: the categorical posterior at t_0 itself.
+
+    Args:
+        states: number of symbols.
+    """
+
+    def __init__(self, states: int) -> None:
+        super().__init__()
+        self.states = check_positive_int("states", states, at_least=2)
+
+    def support(self, event_dim: int) -> constraints.Constraint:
+        """Integers from 0 to states - 1."""
+        return constraints.independent(constraints.integer_interval(0, self.states - 1), event_dim)
+
+    def check(self, value: Tensor) -> None:
+        """Refuse anything but symbols in range."""
+        check_integers(value, self.states)
+
+    def encode(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """Symbols as int64."""
+        del dtype
+        return value.long()
+
+    def forward(
+        self, posterior: TorchDistribution, t: Level, process: ForwardProcess
+    ) -> TorchDistribution:
+        """The posterior."""
+        return posterior
+
+
+def default_decoder(process: ForwardProcess) -> Decoder:
+    """A normal decoder for Gaussian processes, a categorical one otherwise."""
+    if isinstance(process, GaussianProcess):
+        return NormalDecoder()
+    return CategoricalDecoder(process.states)
+
+
+def check_integers(value: Tensor, levels: int) -> None:
+    """Refuse anything but integers 0 ... levels - 1 (floats holding integers are fine).
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    if value.is_floating_point():
+        check_finite("value", value)
+        if not bool((value == value.round()).all()):
+            raise ValueError("value: got fractional numbers, expected integers")
+    low, high = int(value.min()), int(value.max())
+    if low < 0 or high >= levels:
+        raise ValueError(
+            f"value: got integers from {low} to {high}, expected integers in [0, {levels - 1}]"
+        )
+
+
+def _loc_scale(posterior: TorchDistribution, t: Level) -> tuple[Tensor, Tensor]:
+    base = coordinates(posterior)
+    if isinstance(base, Delta):
+        return base.mean, t.sigma / t.alpha
+    return base.mean, base.variance.sqrt()

@@ -1,0 +1,109 @@
+"""The chain spelled out, as a ready model and guide."""
+
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.infer.reparam import ChainReparam, forward_chain
+
+__all__ = ["DDPM"]
+
+
+class _Model(PyroModule):
+    """Reverse chain over a plate of data."""
+
+    def __init__(self, denoiser: Denoiser, arguments: dict[str, Any], name: str) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self._arguments, self._name = arguments, name
+
+    def diffusion(self, context: dict[str, Tensor]) -> Diffusion:
+        return Diffusion(self.denoiser, context=context, **self._arguments)
+
+    def forward(
+        self,
+        x: Tensor | None = None,
+        *,
+        size: int | None = None,
+        subsample_size: int | None = None,
+        **context: Tensor,
+    ) -> Tensor:
+        name, size = self._name, len(x) if x is not None else size
+        if size is None:
+            raise ValueError("size: got None and no data, expected the number of data to generate")
+        with pyro.plate(f"{name}_plate", size, subsample_size=subsample_size) as index:
+            rows = None if x is None else x[index]
+            diffusion = self.diffusion({k: v[index] for k, v in context.items()})
+            with poutine.reparam(config={name: ChainReparam()}):
+                return pyro.sample(name, diffusion, obs=rows)
+
+
+class _Guide(PyroModule):
+    """Forward process over the same plate; it has no parameters of its own."""
+
+    def __init__(self, model: _Model) -> None:
+        super().__init__()
+        # In a tuple, so that the model's parameters are not the guide's too.
+        self._model = (model,)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        size: int | None = None,
+        subsample_size: int | None = None,
+        **context: Tensor,
+    ) -> None:
+        (model,) = self._model
+        with pyro.plate(f"{model._name}_plate", len(x), subsample_size=subsample_size) as index:
+            forward_chain(model._name, model.diffusion({}), x[index])
+
+
+class DDPM:
+    r"""The hierarchical variational autoencoder behind a diffusion model, every latent a Pyro site.
+
+    ``model`` has sites ``x_t{K} ... x_t0`` and the data site ``x``, ``guide`` the forward process over the
+    same latents, both inside one plate ``x_plate``. They take ``(x, subsample_size=None, **context)``; the
+    model without data takes ``size`` and generates. All of Pyro's inference applies unmodified. To *train*
+    a long chain, one :class:`~pyro_diffusion.distributions.Diffusion` site has the same expected gradient
+    at one network read per datum instead of K + 1.
+
+    Args:
+        denoiser: posterior p(x_0 | x_t); it is the model's only parameterized part.
+        event_shape: shape of one datum.
+        steps: number K of reverse steps.
+        name: name of the data site.
+        arguments: further arguments of :class:`~pyro_diffusion.distributions.Diffusion`
+            (``times``, ``decoder``).
+
+    Example:
+        >>> from pyro.infer import TraceMeanField_ELBO
+        >>> from pyro_diffusion.denoisers import GaussianDenoiser
+        >>> from pyro_diffusion.nn import MLP
+        >>> from pyro_diffusion.processes import GaussianProcess
+        >>> from pyro_diffusion.schedules import Cosine
+        >>> ddpm = DDPM(GaussianDenoiser(MLP(2), GaussianProcess(Cosine())), (2,), steps=4)
+        >>> loss = TraceMeanField_ELBO().loss(ddpm.model, ddpm.guide, torch.zeros(3, 2))
+
+    References:
+        Ho et al., arXiv 2006.11239; Sohl-Dickstein et al., arXiv 1503.03585.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        event_shape: torch.Size | tuple[int, ...],
+        steps: int = 1000,
+        name: str = "x",
+        **arguments: Any,
+    ) -> None:
+        arguments = {"event_shape": event_shape, "steps": steps, **arguments}
+        self.model = _Model(denoiser, arguments, name)
+        self.guide = _Guide(self.model)
+        self.model.diffusion({})  # refuse bad arguments now, not in the first step

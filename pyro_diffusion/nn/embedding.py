@@ -1,0 +1,43 @@
+"""How a network is told the noise level."""
+
+import math
+
+import torch
+from torch import Tensor
+
+LONGEST_PERIOD = 80.0
+SHORTEST_PERIOD = 1.0
+LOG_SNR_BOUND = 20.0
+
+
+def fourier_embedding(log_snr: Tensor, features: int) -> Tensor:
+    r"""Embeds log signal-to-noise ratios as sines and cosines.
+
+    .. math::
+
+        e(\lambda) = (\sin \omega_k \lambda, \cos \omega_k \lambda)_{k = 1 \dots F/2}
+
+    The :math:`\omega_k` are spaced geometrically, with periods from 80 nats (twice the range, so
+    that the slowest pair tells any two levels apart) down to 1 nat. A categorical process may start
+    and end exactly, at :math:`\lambda = \pm\infty`; levels are therefore clamped to [-20, 20].
+
+    Args:
+        log_snr: levels :math:`\lambda = \log(\alpha^2 / \sigma^2)` in nats, any shape, floating.
+        features: number F of features, even and positive.
+
+    Returns:
+        A tensor of shape ``log_snr.shape + (features,)``, of the dtype and device of ``log_snr``.
+
+    Raises:
+        ValueError: if ``features`` is odd or not positive.
+
+    References:
+        Vaswani et al. 2017, Attention Is All You Need, section 3.5.
+    """
+    if features < 2 or features % 2:
+        raise ValueError(f"features: got {features}, expected a positive even integer")
+    slow, fast = 2 * math.pi / LONGEST_PERIOD, 2 * math.pi / SHORTEST_PERIOD
+    exponent = torch.linspace(0, 1, features // 2, dtype=log_snr.dtype, device=log_snr.device)
+    frequency = slow * (fast / slow) ** exponent
+    phase = log_snr.clamp(-LOG_SNR_BOUND, LOG_SNR_BOUND).unsqueeze(-1) * frequency
+    return torch.cat([phase.sin(), phase.cos()], dim=-1)

@@ -1,0 +1,88 @@
+"""A multi-layer perceptron for vectors."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from .context import Conditioning
+
+
+class MLP(nn.Module):
+    r"""A perceptron on vectors, told the noise level at every layer.
+
+    .. math::
+
+        u_i = \mathrm{SiLU}\big((W_i h_{i-1} + b_i)(1 + a_i(c)) + d_i(c)\big), \qquad
+        h_i = h_{i-1} + u_i \text{ where the widths agree, else } u_i,
+
+    with :math:`a_i, d_i` linear in the embedding :math:`c` of noise level and context
+    (:class:`Conditioning`). The last layer is linear and starts at zero, so a fresh network
+    returns zeros.
+
+    Args:
+        event_size: length d of a vector.
+        hidden: widths of the hidden layers, at least one.
+        outputs: numbers returned for each coordinate.
+        context: named context modules, see :class:`Conditioning`.
+        dropout: probability of zeroing a hidden unit, in training mode only.
+        embedding: width of :math:`c`.
+
+    Shapes:
+        x ``(N, d)``, log_snr ``(N,)`` -> ``(N, d)``, or ``(N, d, outputs)`` if ``outputs > 1``.
+
+    Raises:
+        ValueError: for sizes below 1, or when called with a shape that does not fit.
+
+    Example:
+        >>> network = MLP(2, hidden=(64, 64), outputs=2)
+        >>> network(torch.zeros(5, 2), torch.zeros(5)).shape
+        torch.Size([5, 2, 2])
+    """
+
+    def __init__(
+        self,
+        event_size: int,
+        hidden: Sequence[int] = (256, 256),
+        outputs: int = 1,
+        context: Mapping[str, nn.Module] | None = None,
+        dropout: float = 0.0,
+        embedding: int = 64,
+    ) -> None:
+        super().__init__()
+        if event_size < 1:
+            raise ValueError(f"event_size: got {event_size}, expected at least 1")
+        if not hidden or min(hidden) < 1:
+            raise ValueError(f"hidden: got {hidden}, expected at least one positive width")
+        if outputs < 1:
+            raise ValueError(f"outputs: got {outputs}, expected at least 1")
+        if embedding < 2:
+            raise ValueError(f"embedding: got {embedding}, expected at least 2")
+        self.event_size = event_size
+        self.outputs = outputs
+        self.conditioning = Conditioning(embedding, context)
+        self.widths = [2 * width for width in hidden]
+        self.modulation = nn.Linear(embedding, 2 * sum(hidden))
+        self.layers = nn.ModuleList(
+            nn.Linear(before, after) for before, after in pairwise((event_size, *hidden))
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.last = nn.Linear(hidden[-1], event_size * outputs)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, log_snr: Tensor, **context: Tensor | None) -> Tensor:
+        """Applies the network, see the class."""
+        if x.dim() != 2 or x.shape[1] != self.event_size:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected (N, {self.event_size})")
+        condition = self.conditioning(log_snr, x.shape[0], context)
+        modulations = self.modulation(condition).split(self.widths, dim=1)
+        hidden = x
+        for layer, modulation in zip(self.layers, modulations, strict=True):
+            scale, shift = modulation.chunk(2, dim=1)
+            update = torch.addcmul(shift, layer(hidden), 1 + scale)
+            update = self.dropout(nn.functional.silu(update))
+            hidden = hidden + update if hidden.shape == update.shape else update
+        out = self.last(hidden)
+        return out if self.outputs == 1 else out.view(*x.shape, self.outputs)

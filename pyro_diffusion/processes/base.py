@@ -1,0 +1,122 @@
+"""What a forward process is: a way to destroy data whose bridge is known."""
+
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_diffusion.schedules import Level, Schedule
+from pyro_diffusion.validation import check_positive_int
+
+__all__ = ["ForwardProcess", "coordinates"]
+
+
+class ForwardProcess(nn.Module):
+    r"""A Markov process :math:`q` that destroys data, t = 0 (data) to t = 1 (noise).
+
+    Five conditionals define it; each method returns a Pyro distribution whose batch shape is that of the
+    state and whose event dimension is ``event_dim``. Times are floats or tensors of the state's batch
+    shape, or :class:`~pyro_diffusion.schedules.Level` objects that a loop evaluated beforehand.
+
+    ============================  =============================================================
+    ``marginal(x0, t)``           :math:`q(x_t | x_0)`
+    ``transition(xs, s, t)``      :math:`q(x_t | x_s)`, s < t
+    ``bridge(xt, x0, s, t)``      :math:`q(x_s | x_t, x_0)`, s < t
+    ``reverse(xt, p, s, t)``      :math:`\int q(x_s | x_t, x_0)\, p(x_0 | x_t)\, dx_0`
+    ``prior(event_shape)``        a distribution close to :math:`q(x_1)`
+    ============================  =============================================================
+
+    The bridge is the reverse kernel of a point mass, so a subclass writes the algebra once: it implements
+    ``coefficients`` (all that depends on times alone; loops call it once for all steps) and ``combine``.
+
+    Args:
+        schedule: signal and noise scales.
+        event_dim: number of rightmost dimensions that make one datum.
+
+    References:
+        Sohl-Dickstein et al., arXiv 1503.03585; Ho et al., arXiv 2006.11239.
+    """
+
+    def __init__(self, schedule: Schedule, event_dim: int = 1) -> None:
+        super().__init__()
+        if not isinstance(schedule, Schedule):
+            raise ValueError(f"schedule: got {type(schedule).__name__}, expected a Schedule")
+        self.schedule = schedule
+        self.event_dim = check_positive_int("event_dim", event_dim, at_least=0)
+
+    def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
+        """The law of x_t given x_0."""
+        raise NotImplementedError
+
+    def transition(self, xs: Tensor, s: Tensor | Level, t: Tensor | Level) -> TorchDistribution:
+        """The law of x_t given an earlier x_s, s < t."""
+        raise NotImplementedError
+
+    def prior(
+        self,
+        event_shape: torch.Size | tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> TorchDistribution:
+        """The law that generation starts from, batch shape ()."""
+        raise NotImplementedError
+
+    def point_mass(self, x0: Tensor) -> TorchDistribution:
+        """A posterior that is certain of x_0."""
+        raise NotImplementedError
+
+    def coefficients(self, s: Level, t: Level, eta: float = 1.0) -> Any:
+        """Everything the bridge from t to s needs that depends on times alone (a named tuple of tensors)."""
+        raise NotImplementedError
+
+    def combine(
+        self, xt: Tensor, posterior: TorchDistribution, coefficients: Any
+    ) -> TorchDistribution:
+        """The reverse kernel, given its coefficients broadcast against events."""
+        raise NotImplementedError
+
+    def log_evidence(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
+        """log q(x_t,i | x_0,i = values_k) up to a constant in k, for every coordinate; k is a new last dim."""
+        raise NotImplementedError
+
+    def reverse(
+        self,
+        xt: Tensor,
+        posterior: TorchDistribution,
+        s: Tensor | Level,
+        t: Tensor | Level,
+        eta: float = 1.0,
+    ) -> TorchDistribution:
+        """The bridge from t to s integrated over a posterior p(x_0 | x_t), s < t.
+
+        Args:
+            xt: state at t, batch + event.
+            posterior: a distribution over x_0 of the same batch and event shape.
+            s: earlier time(s), scalar or of the batch shape.
+            t: later time(s).
+            eta: the bridge's free variance, 1 for the Markov process, 0 for the deterministic one (DDIM).
+        """
+        c = self.coefficients(self.level(s), self.level(t), eta)
+        return self.combine(xt, posterior, c)
+
+    def bridge(
+        self, xt: Tensor, x0: Tensor, s: Tensor | Level, t: Tensor | Level, eta: float = 1.0
+    ) -> TorchDistribution:
+        """The law of x_s given x_t and x_0, s < t: the reverse kernel of a point mass at x_0."""
+        return self.reverse(xt, self.point_mass(x0), s, t, eta)
+
+    def level(self, t: Tensor | Level | float) -> Level:
+        """The schedule at t, with singleton dimensions where events are.
+
+        Raises:
+            ValueError: for times outside [0, 1]; a Level is taken as checked.
+        """
+        return t if isinstance(t, Level) else self.schedule.level(t).unsqueeze(self.event_dim)
+
+
+def coordinates(distribution: TorchDistribution) -> TorchDistribution:
+    """The per-coordinate distribution inside any number of ``to_event`` wrappers."""
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return distribution

@@ -1,0 +1,116 @@
+"""Linear Gaussian destruction: all of the Gaussian algebra of the package."""
+
+from typing import NamedTuple
+
+import torch
+from pyro.distributions import Delta, Normal, TorchDistribution
+from torch import Tensor
+
+from pyro_diffusion.processes.base import ForwardProcess, coordinates
+from pyro_diffusion.schedules import Level
+
+__all__ = ["GaussianCoefficients", "GaussianProcess"]
+
+
+class GaussianCoefficients(NamedTuple):
+    r"""Bridge :math:`\mathcal N(a\,x_t + k\,x_0,\; v)`.
+
+    Attributes:
+        xt: a, the weight of the state.
+        x0: k, the weight of the data.
+        variance: v.
+    """
+
+    xt: Tensor
+    x0: Tensor
+    variance: Tensor
+
+
+class GaussianProcess(ForwardProcess):
+    r""":math:`x_t = \alpha_t x_0 + \sigma_t \epsilon` with independent standard normal noise.
+
+    With :math:`c = 1 - e^{\lambda_t - \lambda_s}` for s < t,
+
+    .. math::
+        q(x_t | x_0) &= \mathcal N(\alpha_t x_0, \sigma_t^2), \qquad
+        q(x_t | x_s) = \mathcal N(\tfrac{\alpha_t}{\alpha_s} x_s, \sigma_t^2 c), \\
+        q_\eta(x_s | x_t, x_0) &= \mathcal N(r\,x_t + k\,x_0,\; \eta^2 \sigma_s^2 c), \quad
+        r = \tfrac{\sigma_s}{\sigma_t}\sqrt{1 - \eta^2 c}, \quad k = \alpha_s - r\,\alpha_t .
+
+    Reverse kernel of a posterior with mean m and variance w:
+    :math:`\mathcal N(r\,x_t + k\,m,\; \eta^2\sigma_s^2 c + k^2 w)`, exact for point masses and normals,
+    the moment-matched normal otherwise (still a valid reverse model, hence a valid bound). A point mass
+    gives DDPM's small variance, the exact posterior variance gives Analytic-DPM's.
+
+    The prior is :math:`\mathcal N(0, \alpha_1^2 + \sigma_1^2)`, that of unit-variance data.
+
+    Args:
+        schedule: signal and noise scales; chains need finite log-SNR at their ends.
+        event_dim: number of rightmost dimensions that make one datum.
+
+    Example:
+        >>> from pyro_diffusion.schedules import Cosine
+        >>> process = GaussianProcess(Cosine(), event_dim=1)
+        >>> process.marginal(torch.zeros(5, 2), torch.rand(5)).event_shape
+        torch.Size([2])
+
+    References:
+        Ho et al., arXiv 2006.11239; Song et al. (DDIM), arXiv 2010.02502, equation 7;
+        Bao et al. (Analytic-DPM), arXiv 2201.06503; Kingma et al., arXiv 2107.00630, appendix A.
+    """
+
+    def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
+        """The law of x_t given x_0 (exact)."""
+        level = self.level(t)
+        return self._normal(level.alpha * x0, level.sigma)
+
+    def transition(self, xs: Tensor, s: Tensor | Level, t: Tensor | Level) -> TorchDistribution:
+        """The law of x_t given x_s (exact)."""
+        early, late = self.level(s), self.level(t)
+        fresh = -torch.expm1(late.log_snr - early.log_snr)
+        return self._normal(late.alpha / early.alpha * xs, late.sigma * fresh.sqrt())
+
+    def prior(
+        self,
+        event_shape: torch.Size | tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> TorchDistribution:
+        """Normal of the variance that unit-variance data has at t = 1."""
+        zeros = torch.zeros(event_shape, dtype=dtype, device=device)
+        end = self.schedule.level(torch.ones((), dtype=zeros.dtype, device=device), check=False)
+        return self._normal(zeros, torch.hypot(end.alpha, end.sigma))
+
+    def point_mass(self, x0: Tensor) -> TorchDistribution:
+        """Delta at x_0."""
+        return Delta(x0, event_dim=self.event_dim, validate_args=False)
+
+    def coefficients(self, s: Level, t: Level, eta: float = 1.0) -> GaussianCoefficients:
+        """Weights and variance of the bridge; differences of nearby times do not cancel."""
+        gap = t.log_snr - s.log_snr
+        fresh = -torch.expm1(gap)
+        log_kept = 0.5 * (gap if eta == 1 else torch.log1p(-(eta**2) * fresh))
+        return GaussianCoefficients(
+            xt=s.sigma / t.sigma * torch.exp(log_kept),
+            x0=-s.alpha * torch.expm1(0.5 * gap + log_kept),
+            variance=eta**2 * s.sigma.square() * fresh,
+        )
+
+    def combine(
+        self, xt: Tensor, posterior: TorchDistribution, coefficients: GaussianCoefficients
+    ) -> TorchDistribution:
+        """Bridge integrated over the posterior's first two moments."""
+        c, base = coefficients, coordinates(posterior)
+        variance = c.variance
+        if not isinstance(base, Delta):
+            variance = variance + c.x0.square() * base.variance
+        return self._normal(c.xt * xt + c.x0 * base.mean, variance.sqrt())
+
+    def log_evidence(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
+        """Log-density of every coordinate of x_t, were its x_0 each of the values, up to a constant."""
+        level = self.level(t)
+        z = (xt.unsqueeze(-1) - level.alpha.unsqueeze(-1) * values) / level.sigma.unsqueeze(-1)
+        return -0.5 * z.square()
+
+    def _normal(self, loc: Tensor, scale: Tensor) -> TorchDistribution:
+        return Normal(loc, scale, validate_args=False).to_event(self.event_dim)

@@ -1,0 +1,80 @@
+"""Samplers that walk the reverse kernel itself."""
+
+from torch import Tensor
+
+from pyro_diffusion.processes import ForwardProcess
+from pyro_diffusion.samplers.base import Read, Sampler, State
+from pyro_diffusion.schedules import Level
+
+__all__ = ["DDIM", "Ancestral"]
+
+
+class Ancestral(Sampler):
+    r"""Draw :math:`x_s \sim \int q(x_s | x_t, x_0)\, p(x_0 | x_t)\, dx_0`, the chain's own kernel.
+
+    Exact for the model: the samples follow the density that the bound bounds. One network evaluation a
+    step; any process.
+
+    References:
+        Ho et al., arXiv 2006.11239, algorithm 2; with a posterior variance, Bao et al., arXiv 2201.06503.
+    """
+
+    def coefficients(self, process: ForwardProcess, s: Level, t: Level) -> tuple[Tensor, ...]:
+        """The bridge's."""
+        return process.coefficients(s, t)
+
+    def step(
+        self,
+        process: ForwardProcess,
+        read: Read,
+        state: State,
+        s: Level,
+        t: Level,
+        c: tuple[Tensor, ...],
+    ) -> State:
+        """One draw of the reverse kernel."""
+        return State(process.combine(state.x, read(state.x, t), c).sample())
+
+
+class DDIM(Sampler):
+    r"""The bridge with free variance :math:`\eta^2` around a point mass at the posterior mean.
+
+    ``eta=1`` is DDPM's sampler with the small variance, ``eta=0`` is deterministic and can be walked both
+    ways (first order in the step of the probability-flow ODE). One network evaluation a step; Gaussian
+    processes only.
+
+    Args:
+        eta: fraction of the bridge's standard deviation that is fresh noise, in [0, 1].
+
+    Raises:
+        ValueError: if eta lies outside [0, 1].
+
+    References:
+        Song, Meng & Ermon, arXiv 2010.02502, equation 12.
+    """
+
+    def __init__(self, eta: float = 0.0) -> None:
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta: got {eta}, expected a number in [0, 1]")
+        self.eta = float(eta)
+
+    def __repr__(self) -> str:
+        return f"DDIM(eta={self.eta:g})"
+
+    def coefficients(self, process: ForwardProcess, s: Level, t: Level) -> tuple[Tensor, ...]:
+        """The bridge's at this eta."""
+        return process.coefficients(s, t, self.eta)
+
+    def step(
+        self,
+        process: ForwardProcess,
+        read: Read,
+        state: State,
+        s: Level,
+        t: Level,
+        c: tuple[Tensor, ...],
+    ) -> State:
+        """One draw (or, at eta = 0, the mean) of the bridge to the posterior mean."""
+        certain = process.point_mass(read(state.x, t).mean)
+        kernel = process.combine(state.x, certain, c)
+        return State(kernel.sample() if self.eta > 0 else kernel.mean)

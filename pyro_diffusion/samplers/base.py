@@ -1,0 +1,133 @@
+"""The one sampling loop, and what a sampler is."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.processes import ForwardProcess
+from pyro_diffusion.schedules import Level
+
+__all__ = ["Sampler", "State", "check_sampler", "simulate"]
+
+Read = Callable[[Tensor, Level], TorchDistribution]
+
+
+class State(NamedTuple):
+    """What a sampler carries from step to step.
+
+    Attributes:
+        x: the diffusion's state, batch + event.
+        history: whatever a multistep method remembers.
+    """
+
+    x: Tensor
+    history: tuple[Any, ...] = ()
+
+
+class Sampler:
+    """One step from a later time t to an earlier time s.
+
+    ``coefficients`` is called once for all steps with vectors of levels; ``step`` gets its rows.
+    A step is pure: everything it remembers is in the state it returns.
+    """
+
+    def init(self, x: Tensor) -> State:
+        """The state at t = 1."""
+        return State(x)
+
+    def coefficients(self, process: ForwardProcess, s: Level, t: Level) -> tuple[Tensor, ...]:
+        """A (named) tuple of tensors whose leading dimension is the step."""
+        raise NotImplementedError
+
+    def step(
+        self, process: ForwardProcess, read: Read, state: State, s: Level, t: Level, c: Any
+    ) -> State:
+        """The state at s.
+
+        Args:
+            process: the forward process.
+            read: ``read(x, t)``, the posterior over x_0.
+            state: the state at t.
+            s: level to go to.
+            t: level to come from.
+            c: this step's row of the coefficients.
+        """
+        raise NotImplementedError
+
+
+def check_sampler(sampler: object) -> Sampler:
+    """Refuse anything but a sampler object.
+
+    Raises:
+        ValueError: for an unknown sampler.
+    """
+    if not isinstance(sampler, Sampler):
+        raise ValueError(
+            f"sampler: got {sampler!r}, expected a Sampler such as Ancestral() or DDIM(eta=0.0)"
+        )
+    return sampler
+
+
+def simulate(
+    denoiser: Denoiser,
+    times: Tensor,
+    x: Tensor,
+    sampler: Sampler,
+    context: dict[str, Tensor] | None = None,
+    progress: bool = False,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Walk a grid of times from its last to its first with a sampler.
+
+    Args:
+        denoiser: posterior over x_0, on the device of x.
+        times: K + 1 times; walked from the last to the first (a decreasing grid walks towards noise,
+            which only deterministic samplers can do).
+        x: state at ``times[-1]``, batch + event.
+        sampler: what one step does.
+        context: passed to the denoiser.
+        progress: whether to show a progress bar.
+        callback: called with (j, state at ``times[j]``) from j = K down to 0.
+
+    Returns:
+        The state at ``times[0]``.
+    """
+    process, context = denoiser.process, context or {}
+    levels = process.schedule.level(times.to(x.device), check=False)
+    early = Level(*(v[:-1] for v in levels))
+    late = Level(*(v[1:] for v in levels))
+    table = check_sampler(sampler).coefficients(process, early, late)
+    row = table._make if hasattr(table, "_make") else tuple
+    steps = zip(
+        *(
+            map(Level._make, zip(*(v.unbind() for v in level), strict=True))
+            for level in (early, late)
+        ),
+        map(row, zip(*(v.unbind() for v in table), strict=True)),
+        strict=True,
+    )
+    state = sampler.init(x)
+    if callback is not None:
+        callback(len(times) - 1, state.x)
+
+    def read(xt: Tensor, t: Level) -> TorchDistribution:
+        return denoiser(xt, t, **context)
+
+    walk = enumerate(steps)
+    for j, (s, t, c) in tqdm(
+        reversed(list(walk)), total=len(times) - 1, desc="sampling", disable=not progress
+    ):
+        state = sampler.step(process, read, state, s, t, c)
+        if callback is not None:
+            callback(j, state.x)
+    return state.x
+
+
+def recorder() -> tuple[list[Tensor], Callable[[int, Tensor], None]]:
+    """A list, and a callback for :func:`simulate` that appends every state to it."""
+    states: list[Tensor] = []
+    return states, lambda _, x: states.append(x.detach().clone())

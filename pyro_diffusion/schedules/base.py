@@ -1,0 +1,150 @@
+"""What a schedule is: a log-SNR curve over t in [0, 1] and a rule that splits it into two scales."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyro_diffusion.validation import check_times
+
+__all__ = ["Level", "Schedule"]
+
+
+class Level(NamedTuple):
+    r"""A point of a schedule: the time and everything a Gaussian formula wants there.
+
+    Attributes:
+        t: time in [0, 1].
+        log_snr: :math:`\lambda = \log(\alpha^2/\sigma^2)`.
+        alpha: signal scale.
+        sigma: noise scale.
+
+    All four have one shape, that of the times. Loops evaluate a whole grid at once and index it.
+    """
+
+    t: Tensor
+    log_snr: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+    def at(self, index: int | slice | Tensor) -> "Level":
+        """The same level at an index of its leading dimension."""
+        return Level(*(x[index] for x in self))
+
+    def unsqueeze(self, event_dim: int) -> "Level":
+        """Append ``event_dim`` singleton dimensions, so that times of batch shape meet events."""
+        if self.t.dim() == 0 or event_dim == 0:
+            return self
+        return Level(*(x.reshape(x.shape + (1,) * event_dim) for x in self))
+
+
+class Schedule(nn.Module):
+    r"""Signal and noise scales :math:`\alpha(t), \sigma(t)` over t in [0, 1] (0 = data, 1 = noise).
+
+    A schedule is two independent choices. The *curve* :math:`\lambda(t)` (``_curve`` and its inverse
+    ``_inverse_curve``) is strictly decreasing; the *gauge* (``_signal``, ``_noise``, ``_signal_slope``)
+    splits a log-SNR into :math:`\alpha` and :math:`\sigma`. The SDE
+    :math:`dx = f(t) x\,dt + g(t)\,dw` with the same marginals follows from both,
+
+    .. math::
+        f = \frac{d\log\alpha}{d\lambda}\,\lambda'(t), \qquad g^2 = -\sigma^2\,\lambda'(t).
+
+    The raw curve may reach infinity at its ends. ``log_snr_max`` and ``log_snr_min`` cut it there: t in
+    [0, 1] is stretched over the part of the curve between them.
+
+    Args:
+        log_snr_max: log-SNR at t = 0.
+        log_snr_min: log-SNR at t = 1.
+
+    Raises:
+        ValueError: if the two ends are not in decreasing order.
+
+    References:
+        Kingma et al., Variational Diffusion Models, arXiv 2107.00630.
+        Song et al., Score-based generative modeling through SDEs, arXiv 2011.13456.
+    """
+
+    def __init__(self, log_snr_max: float, log_snr_min: float) -> None:
+        super().__init__()
+        if not log_snr_max > log_snr_min:
+            raise ValueError(
+                f"log_snr_max, log_snr_min: got {log_snr_max}, {log_snr_min}, expected a decreasing "
+                "log-SNR: log_snr_max > log_snr_min"
+            )
+        self.log_snr_max, self.log_snr_min = float(log_snr_max), float(log_snr_min)
+        ends = torch.tensor([log_snr_max, log_snr_min], dtype=torch.float64)
+        self._start, self._stop = (float(u) for u in self._inverse_curve(ends))
+
+    # The curve, on its own raw time.
+    def _curve(self, u: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _inverse_curve(self, log_snr: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    # The gauge.
+    def _signal(self, log_snr: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _noise(self, log_snr: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _signal_slope(self, log_snr: Tensor) -> Tensor:
+        """d log alpha / d log-SNR."""
+        raise NotImplementedError
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        r"""Log signal-to-noise ratio :math:`\lambda(t)`, any shape."""
+        return self._curve(self._start + (self._stop - self._start) * t)
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        r"""The time t with :math:`\lambda(t)` = ``log_snr``, the inverse of :meth:`log_snr`."""
+        u = self._inverse_curve(log_snr)
+        return ((u - self._start) / (self._stop - self._start)).clamp(0, 1)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Signal scale at t."""
+        return self._signal(self.log_snr(t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise scale at t."""
+        return self._noise(self.log_snr(t))
+
+    def log_snr_slope(self, t: Tensor) -> Tensor:
+        r"""Derivative :math:`\lambda'(t)`, exact (forward-mode differentiation of the curve)."""
+        return torch.func.jvp(self.log_snr, (t,), (torch.ones_like(t),))[1]
+
+    def f(self, t: Tensor) -> Tensor:
+        """Drift coefficient of the forward SDE, per unit of t."""
+        return self._signal_slope(self.log_snr(t)) * self.log_snr_slope(t)
+
+    def g2(self, t: Tensor) -> Tensor:
+        """Squared diffusion coefficient of the forward SDE, per unit of t."""
+        return -self.sigma(t).square() * self.log_snr_slope(t)
+
+    def level(self, t: Tensor | float, check: bool = True) -> Level:
+        """Time, log-SNR, alpha and sigma together.
+
+        Args:
+            t: times of any shape.
+            check: whether to look at the values (a host round trip on GPU).
+
+        Raises:
+            ValueError: for times outside [0, 1].
+        """
+        t = torch.as_tensor(t)
+        if not t.is_floating_point():
+            t = t.to(torch.get_default_dtype())
+        if check:
+            check_times("t", t)
+        log_snr = self.log_snr(t)
+        return Level(t, log_snr, self._signal(log_snr), self._noise(log_snr))
+
+    def extra_repr(self) -> str:
+        """Ends of the curve, for ``repr``."""
+        return f"log_snr_max={self.log_snr_max:g}, log_snr_min={self.log_snr_min:g}"
+
+
+def log_expm1(x: Tensor) -> Tensor:
+    """log(exp(x) - 1) for x > 0 without overflow."""
+    return x + torch.log(-torch.expm1(-x))

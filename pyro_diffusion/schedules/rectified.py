@@ -1,0 +1,52 @@
+r"""Straight paths: :math:`\alpha + \sigma = 1`."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_diffusion.schedules.base import Schedule
+
+__all__ = ["Rectified"]
+
+
+class Rectified(Schedule):
+    r"""Linear interpolation :math:`x_t = (1 - u)\,x_0 + u\,\epsilon` of flow matching and rectified flow.
+
+    With the default ends the curve is cut where the log-SNR is finite. Infinite ends give u = t exactly:
+    signal 1 at t = 0 and 0 at t = 1, which Gaussian chains refuse and categorical processes want (there
+    ``alpha(t)`` is the probability that a symbol survives).
+
+    Args:
+        log_snr_max: log-SNR at t = 0, may be ``inf``.
+        log_snr_min: log-SNR at t = 1, may be ``-inf``.
+
+    Raises:
+        ValueError: if ``log_snr_max <= log_snr_min``.
+
+    References:
+        Liu et al., arXiv 2209.03003; Lipman et al., arXiv 2210.02747.
+    """
+
+    def __init__(self, log_snr_max: float = 10.0, log_snr_min: float = -10.0) -> None:
+        super().__init__(log_snr_max, log_snr_min)
+
+    @classmethod
+    def full(cls) -> "Rectified":
+        """The uncut schedule, ``alpha(t) = 1 - t``."""
+        return cls(math.inf, -math.inf)
+
+    def _curve(self, u: Tensor) -> Tensor:
+        return -2 * torch.logit(u)
+
+    def _inverse_curve(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr / 2)
+
+    def _signal(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(log_snr / 2)
+
+    def _noise(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr / 2)
+
+    def _signal_slope(self, log_snr: Tensor) -> Tensor:
+        return 0.5 * torch.sigmoid(-log_snr / 2)

@@ -1,0 +1,321 @@
+"""The contract every network keeps, over a table of networks."""
+
+import pytest
+import torch
+
+from pyro_diffusion.nn import MLP, LabelContext, TensorContext, Transformer, UNet
+
+ROWS = 4
+
+
+def contexts():
+    return {"label": LabelContext(3, 8, dropout=0.5), "type": TensorContext(5, 6, dropout=0.5)}
+
+
+def context_values(rows=ROWS):
+    return {"label": torch.arange(rows) % 3, "type": torch.randn(rows, 5)}
+
+
+def mlp(**options):
+    return MLP(3, **{"hidden": (16, 16, 24), "embedding": 12, **options})
+
+
+def unet(**options):
+    return UNet(2, **{"width": 8, **options})
+
+
+def transformer(**options):
+    return Transformer(5, 6, **{"width": 16, "depth": 2, "heads": 2, **options})
+
+
+FAMILIES = {
+    "mlp": (mlp, (3,), [{}, {"hidden": (8,)}, {"hidden": (3, 3)}, {"embedding": 7}]),
+    "unet": (
+        unet,
+        (2, 8, 8),
+        [
+            {},
+            {"attention": False},
+            {"levels": (1,)},
+            {"levels": (1, 2, 3)},
+            {"levels": (2, 1), "blocks": 2},
+            {"width": 40},
+            {"width": 5},
+        ],
+    ),
+    "transformer": (transformer, (6,), [{}, {"depth": 1, "heads": 1}, {"heads": 4}]),
+}
+TABLE = [
+    pytest.param(build, shape, options, outputs, id=f"{name}-{index}-{outputs}")
+    for name, (build, shape, table) in FAMILIES.items()
+    for index, options in enumerate(table)
+    for outputs in (1, 2, 5)
+]
+ONE_EACH = [
+    pytest.param(build, shape, id=name) for name, (build, shape, _table) in FAMILIES.items()
+]
+
+
+def data(shape, rows=ROWS, dtype=torch.float32):
+    if shape == (6,):
+        return torch.randint(5, (rows, *shape))
+    return torch.randn(rows, *shape, dtype=dtype)
+
+
+def awaken(network):
+    """Replaces the zeros of a fresh network, so that its output depends on its input."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("build, shape, options, outputs", TABLE)
+def test_shape_contract_and_zero_start(build, shape, options, outputs):
+    network = build(outputs=outputs, context=contexts(), **options)
+    x = data(shape)
+    expected = x.shape if outputs == 1 else (*x.shape, outputs)
+    out = network(x, torch.randn(ROWS), **context_values())
+    assert network.outputs == outputs
+    assert out.shape == expected
+    assert (out == 0).all()
+    awake = awaken(network)(x, torch.randn(ROWS), **context_values())
+    assert awake.shape == expected
+    assert awake.isfinite().all() and (awake != 0).any()
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+@pytest.mark.parametrize("rows", [0, 1])
+def test_small_batches(build, shape, rows):
+    network = awaken(build(context=contexts()))
+    assert network(data(shape, rows), torch.zeros(rows), **context_values(rows)).shape[0] == rows
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_float64(build, shape):
+    network = awaken(build(context=contexts(), outputs=2).double().eval())
+    x, level, values = data(shape, dtype=torch.float64), torch.randn(ROWS), context_values()
+    out = network(x, level.double(), **values)
+    assert out.dtype == torch.float64
+    single = network.float()(x.float() if x.is_floating_point() else x, level, **values)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), out, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_level_may_have_another_dtype_than_the_weights(build, shape):
+    out = build()(data(shape), torch.zeros(ROWS, dtype=torch.float64))
+    assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_a_row_does_not_depend_on_its_batch(build, shape):
+    network = awaken(build(context=contexts(), outputs=2).double().eval())
+    x, level = data(shape, dtype=torch.float64), torch.randn(ROWS, dtype=torch.float64)
+    values = context_values()
+    together = network(x, level, **values)
+    for row in range(ROWS):
+        one = {name: value[row : row + 1] for name, value in values.items()}
+        alone = network(x[row : row + 1], level[row : row + 1], **one)
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_output_depends_on_level_and_context(build, shape):
+    network = awaken(build(context=contexts()).eval())
+    x, values = data(shape), context_values()
+    base = network(x, torch.zeros(ROWS), **values)
+    assert not torch.allclose(base, network(x, torch.ones(ROWS), **values))
+    for name, value in values.items():
+        changed = {**values, name: value.roll(1, 0)}
+        assert not torch.allclose(base, network(x, torch.zeros(ROWS), **changed))
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_infinite_levels_are_finite(build, shape):
+    network = awaken(build())
+    level = torch.tensor([float("inf"), -float("inf"), 20.0, -20.0])
+    x = data(shape, 1).expand(ROWS, *shape)
+    out = network(x, level)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[:2], out[2:])
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_gradients_reach_every_parameter(build, shape):
+    network = awaken(build(context=contexts(), outputs=2))
+    for module in network.conditioning.contexts:
+        module.dropout = 0.5
+    loss = 0.0
+    for values in ({}, context_values()):
+        x = data(shape)
+        x.requires_grad_(x.is_floating_point())
+        loss = loss + network(x, torch.randn(ROWS), **values).square().sum()
+    loss.backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None and (parameter.grad != 0).any(), name
+    assert x.grad is None or (x.grad.flatten(1) != 0).any(1).all()
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_a_fresh_network_starts_to_learn(build, shape):
+    """The zero layers hold the signal back for a step or two, not for good."""
+    network = build()
+    x, level = data(shape), torch.randn(ROWS)
+    target = torch.randn(network(x, level).shape)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (network(x, level) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_missing_context_is_the_null_context(build, shape):
+    network = awaken(build(context=contexts()).eval())
+    x, level, values = data(shape), torch.randn(ROWS), context_values()
+    missing = network(x, level)
+    torch.testing.assert_close(missing, network(x, level, label=None, type=None), rtol=0, atol=0)
+    assert not torch.allclose(missing, network(x, level, **values))
+    part = network(x, level, label=values["label"])
+    torch.testing.assert_close(part, network(x, level, **{**values, "type": None}))
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_context_dropout_gives_the_null_context_in_training_only(build, shape):
+    always = {"label": LabelContext(3, 8, dropout=1.0)}
+    network = awaken(build(context=always))
+    x, level, label = data(shape), torch.randn(ROWS), torch.arange(ROWS) % 3
+    torch.testing.assert_close(network(x, level, label=label), network(x, level))
+    network.eval()
+    assert not torch.allclose(network(x, level, label=label), network(x, level))
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_dropout_in_training_only(build, shape):
+    network = awaken(build(dropout=0.5))
+    x, level = data(shape), torch.randn(ROWS)
+    assert not torch.allclose(network(x, level), network(x, level))
+    network.eval()
+    torch.testing.assert_close(network(x, level), network(x, level), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_same_seed_same_network(build, shape):
+    torch.manual_seed(3)
+    first = build(context=contexts()).state_dict()
+    torch.manual_seed(3)
+    second = build(context=contexts()).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_no_draw_when_there_is_nothing_to_drop(build, shape):
+    network = build(context={"label": LabelContext(3, 8, dropout=0.0)})
+    before = torch.get_rng_state()
+    network(data(shape).clone(), torch.zeros(ROWS))
+    values = torch.zeros(ROWS, dtype=torch.long)
+    x = torch.zeros(ROWS, *shape, dtype=torch.long if shape == (6,) else torch.float32)
+    after_data = torch.get_rng_state()
+    network(x, torch.zeros(ROWS), label=values)
+    assert torch.equal(after_data, torch.get_rng_state())
+    assert not torch.equal(before, after_data)
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_wrong_input_is_named(build, shape):
+    network = build(context=contexts())
+    x, level = data(shape), torch.zeros(ROWS)
+    with pytest.raises(ValueError, match=r"x: got shape \(4, .*expected \(N, "):
+        network(x.unsqueeze(1), level)
+    with pytest.raises(ValueError, match="x: got"):
+        network(x[:, :1], level)
+    with pytest.raises(ValueError, match=r"log_snr: got shape \(1,\), expected \(4,\)"):
+        network(x, level[:1])
+    with pytest.raises(ValueError, match="context: got colour, expected label, type"):
+        network(x, level, colour=level)
+    with pytest.raises(ValueError, match=r"label: got 7, expected integers in \[0, 2\]"):
+        network(x, level, label=torch.tensor([0, 1, 7, 2]))
+    with pytest.raises(ValueError, match=r"label: got shape \(3,\), expected \(4, ...\)"):
+        network(x, level, label=torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"type.*got shape \(4, 2\), expected \(N, 5\)"):
+        network(x, level, type=torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="context: got label, expected no context"):
+        build()(x, level, label=level)
+
+
+@pytest.mark.parametrize(
+    "build, options, message",
+    [
+        (MLP, {"event_size": 0}, "event_size: got 0, expected at least 1"),
+        (MLP, {"event_size": 2, "hidden": ()}, r"hidden: got \(\), expected"),
+        (MLP, {"event_size": 2, "outputs": 0}, "outputs: got 0"),
+        (MLP, {"event_size": 2, "embedding": 1}, "embedding: got 1"),
+        (MLP, {"event_size": 2, "context": {"x": LabelContext(2, 2)}}, "context: got the name 'x'"),
+        (MLP, {"event_size": 2, "context": {"a b": LabelContext(2, 2)}}, "got the name 'a b'"),
+        (UNet, {"channels": 1, "width": 0}, "width: got 0"),
+        (UNet, {"channels": 1, "levels": ()}, "levels: got"),
+        (UNet, {"channels": 1, "blocks": 0}, "blocks: got 0"),
+        (Transformer, {"states": 2, "length": 0}, "length: got 0"),
+        (
+            Transformer,
+            {"states": 2, "length": 3, "width": 9, "heads": 2},
+            "width: got 9, .*heads=2",
+        ),
+    ],
+)
+def test_wrong_options_are_named(build, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+def test_unet_sizes():
+    network = awaken(UNet(1, width=8, levels=(1, 2, 2)))
+    for height, width in ((8, 8), (8, 12), (16, 4), (28, 28)):
+        x = torch.randn(2, 1, height, width)
+        assert network(x, torch.zeros(2)).shape == x.shape
+    with pytest.raises(ValueError, match="x: got images of 8 by 10, expected multiples of 4"):
+        network(torch.zeros(2, 1, 8, 10), torch.zeros(2))
+
+
+def test_unet_channels_and_outputs_do_not_mix():
+    """Output k of channel c is output channel c * outputs + k of the last convolution."""
+    network = UNet(2, width=8, outputs=3)
+    with torch.no_grad():
+        network.last.bias.copy_(torch.arange(6.0))
+    out = network(torch.randn(1, 2, 8, 8), torch.zeros(1))
+    expected = torch.arange(6.0).view(2, 1, 1, 3).expand(2, 8, 8, 3)
+    torch.testing.assert_close(out[0], expected)
+
+
+def test_transformer_tokens():
+    network = awaken(Transformer(4, 6, width=16, depth=1, heads=2))
+    x = torch.randint(4, (2, 6))
+    expected = network(x, torch.zeros(2))
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        torch.testing.assert_close(network(x.to(dtype), torch.zeros(2)), expected)
+    with pytest.raises(ValueError, match=r"x: got dtype torch.float32, expected integers"):
+        network(x.float(), torch.zeros(2))
+
+
+def test_transformer_sees_both_ways_and_knows_positions():
+    network = awaken(Transformer(4, 6, width=16, depth=1, heads=2).double().eval())
+    level = torch.zeros(1, dtype=torch.float64)
+    x = torch.tensor([[0, 1, 2, 3, 0, 1]])
+    base = network(x, level)
+    for position in range(6):
+        changed = x.clone()
+        changed[0, position] = (changed[0, position] + 1) % 4
+        moved = (network(changed, level) - base).abs().amax(-1)[0]
+        assert (moved > 1e-8).all()
+    same = network(torch.zeros_like(x), level)
+    assert (same[0, 0] - same[0, 1]).abs().max() > 1e-6
