@@ -120,7 +120,7 @@ def reverse_trajectory(
     images = [_colours(_images("states", each), low, high) for each in values]
     tiles = np.stack(images, axis=1)
     width, height = _montage_size(tiles)
-    ax = _axes((max(width, 0.55 * len(at)), height + 0.6))
+    ax = _axes((max(width, 0.55 * len(at), 2.8), height + 0.5))
     _montage(ax, tiles)
     ax.set_xticks([(i + 0.5) / len(at) for i in range(len(at))], [_short(t) for t in at])
     ax.set_yticks([])
@@ -183,7 +183,8 @@ def schedule(schedule: ScheduleLike, points: int = 201) -> Figure:
 
     Args:
         schedule: any object with ``alpha(t)``, ``sigma(t)`` and ``log_snr(t)``.
-        points: number of times, evenly spread over [0, 1]. Infinite values are left out.
+        points: number of times, evenly spread over [0, 1]. Infinite values are left out, and a
+            log-SNR that runs away within a hundredth of an end runs out of the panel.
 
     Returns:
         The Figure, with two panels.
@@ -209,6 +210,7 @@ def schedule(schedule: ScheduleLike, points: int = 201) -> Figure:
     ratio.axhline(0, color=GREY, linewidth=0.8)
     ratio.plot(x, _finite(log_snr), color=GREEN)
     ratio.set_ylabel("log-SNR (nats)")
+    _hide_divergence(ratio, _finite(log_snr))
     for ax in (scales, ratio):
         ax.set_xlim(0, 1)
         ax.set_xlabel("time t (0: data, 1: noise)")
@@ -256,8 +258,17 @@ def loss_curve(
             ax.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
     ax.set_xlabel("training step")
     ax.set_ylabel(f"loss ({unit})")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
     return _clean(ax)
+
+
+def _hide_divergence(ax: Axes, values: np.ndarray) -> None:
+    """Limits a panel to what a curve does between its ends, if the ends dwarf it."""
+    trim = max(1, len(values) // 100)
+    inner, whole = (each[np.isfinite(each)] for each in (values[trim:-trim], values))
+    if len(inner) and np.ptp(whole) > 1.5 * np.ptp(inner) > 0:
+        margin = 0.1 * np.ptp(inner)
+        ax.set_ylim(inner.min() - margin, inner.max() + margin)
 
 
 def _point_panels(values: np.ndarray, at: np.ndarray) -> Figure:
@@ -265,9 +276,9 @@ def _point_panels(values: np.ndarray, at: np.ndarray) -> Figure:
     figure = Figure(figsize=(1.7 * count + 0.6, 2.5), layout="constrained")
     panels = figure.subplots(1, count, sharex=True, sharey=True, squeeze=False)[0]
     reach = 1.05 * float(np.quantile(np.abs(values), 0.999, axis=(1, 2)).max())
-    size = float(np.clip(400 / max(values.shape[1], 1), 0.5, 8))
+    size = float(np.clip(4000 / max(values.shape[1], 1), 1, 12))
     for ax, points, t in zip(panels, values, at, strict=True):
-        ax.scatter(points[:, 0], points[:, 1], s=size, color=BLUE, alpha=0.6, linewidths=0)
+        ax.scatter(points[:, 0], points[:, 1], s=size, color=BLUE, alpha=0.5, linewidths=0)
         ax.set_title(f"t = {_short(t)}", fontsize="medium")
         ax.set_aspect("equal")
         ax.set_xlim(-reach, reach)

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["check_event_shape", "check_finite", "check_positive_int", "check_times"]
+__all__ = ["Shape", "check_event_shape", "check_finite", "check_positive_int", "check_times"]
+
+Shape = torch.Size | list[int] | tuple[int, ...]
 
 
 def check_finite(name: str, x: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Networks read as a posterior over finitely many values: symbols, or quantized real numbers."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import Categorical, TorchDistribution
@@ -10,6 +10,7 @@ from torch.distributions import constraints
 from pyro_diffusion.denoisers.base import NetworkDenoiser, check_outputs
 from pyro_diffusion.processes import CategoricalProcess, GaussianProcess
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.validation import Shape
 
 __all__ = ["CategoricalDenoiser", "LevelsDenoiser", "Quantized", "uniform_levels"]
 
@@ -28,7 +29,9 @@ class Quantized(TorchDistribution):
         validate_args: whether to check arguments.
     """
 
-    arg_constraints = {"logits": constraints.real_vector}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+        "logits": constraints.real_vector
+    }
     support = constraints.real
     has_rsample = False
 
@@ -53,16 +56,16 @@ class Quantized(TorchDistribution):
         gap = self.values - self.mean.unsqueeze(-1)
         return (self.probs * gap.square()).sum(-1)
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "Quantized":
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> "Quantized":
         """The same distribution at a larger batch shape."""
         new = self._get_checked_instance(Quantized, _instance)
-        new.logits = self.logits.expand(torch.Size(batch_shape) + self.logits.shape[-1:])
+        new.logits = self.logits.expand(*batch_shape, self.logits.shape[-1])
         new.values = self.values
         super(Quantized, new).__init__(torch.Size(batch_shape), torch.Size(), validate_args=False)
         new._validate_args = self._validate_args
         return new
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:
         """Draw values."""
         with torch.no_grad():
             index = Categorical(logits=self.logits, validate_args=False).sample(sample_shape)

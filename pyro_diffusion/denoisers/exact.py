@@ -118,13 +118,14 @@ class TableDenoiser(Denoiser):
                 f"joint: got shape {tuple(joint.shape)}, expected every dimension to be the number "
                 "of states of a CategoricalProcess"
             )
+        self.states = process.states
         axes = [torch.arange(process.states)] * joint.dim()
         self.register_buffer("sequences", torch.cartesian_prod(*axes).reshape(-1, joint.dim()))
         self.register_buffer("log_joint", (joint / joint.sum()).reshape(-1).log())
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The posterior over x_0, batch and event shape of xt."""
-        states = torch.arange(self.process.states, device=xt.device)
+        states = torch.arange(self.states, device=xt.device)
         evidence = self.process.log_evidence(xt, states, t)  # batch + (length, states)
         hot = torch.nn.functional.one_hot(self.sequences, len(states)).to(evidence.dtype)
         log_weights = self.log_joint + torch.einsum("...lk,nlk->...n", evidence, hot)

@@ -6,7 +6,12 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_diffusion.distributions.discretized import DiscretizedNormal
-from pyro_diffusion.processes import ForwardProcess, GaussianProcess, coordinates
+from pyro_diffusion.processes import (
+    CategoricalProcess,
+    ForwardProcess,
+    GaussianProcess,
+    coordinates,
+)
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_finite, check_positive_int
 
@@ -161,7 +166,9 @@ def default_decoder(process: ForwardProcess) -> Decoder:
     """A normal decoder for Gaussian processes, a categorical one otherwise."""
     if isinstance(process, GaussianProcess):
         return NormalDecoder()
-    return CategoricalDecoder(process.states)
+    if isinstance(process, CategoricalProcess):
+        return CategoricalDecoder(process.states)
+    raise ValueError(f"decoder: got none for a {type(process).__name__}, expected one")
 
 
 def check_integers(value: Tensor, levels: int) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -15,7 +15,7 @@ from pyro_diffusion.distributions.objectives import Bound, Objective, divergence
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.samplers import Ancestral, Sampler, check_sampler, simulate
 from pyro_diffusion.schedules import check_grid, uniform
-from pyro_diffusion.validation import check_event_shape
+from pyro_diffusion.validation import Shape, check_event_shape
 
 __all__ = ["Diffusion"]
 
@@ -78,13 +78,13 @@ class Diffusion(TorchDistribution):
         Ho et al., arXiv 2006.11239; Kingma et al., arXiv 2107.00630 (bound and low-discrepancy times).
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = False
 
     def __init__(
         self,
         denoiser: Denoiser,
-        event_shape: torch.Size | tuple[int, ...],
+        event_shape: Shape,
         steps: int = 1000,
         *,
         times: Tensor | None = None,
@@ -130,7 +130,7 @@ class Diffusion(TorchDistribution):
         """Number K of reverse steps; the chain has K + 1 latent variables and reads the network as often."""
         return len(self.times) - 1
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "Diffusion":
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> "Diffusion":
         """The same distribution, with the same randomness, at a larger batch shape."""
         new = self._get_checked_instance(Diffusion, _instance)
         batch_shape = torch.Size(batch_shape)
@@ -154,7 +154,7 @@ class Diffusion(TorchDistribution):
         arguments = {"validate_args": self._validate_args, **arguments, **changes}
         return Diffusion(self.denoiser, self.event_shape, **arguments)
 
-    def sample(self, sample_shape: torch.Size | tuple[int, ...] = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:
         """Data from the model, sample + batch + event, through the sampler and the decoder."""
         shape = self._extended_shape(torch.Size(sample_shape))
         batch = shape[: len(shape) - len(self.event_shape)]
@@ -183,8 +183,8 @@ class Diffusion(TorchDistribution):
         count = batch.numel()
         share = max(1 / (self.steps + 1), DECODER_SHARE)
         with self._own_randomness(x0.device):
-            like = {"dtype": self._time_dtype(x0), "device": x0.device}
-            place = (torch.rand((), **like) + torch.arange(count, **like) / count) % 1
+            offset = torch.rand((), dtype=self._time_dtype(x0), device=x0.device)
+            place = (offset + torch.arange(count, device=x0.device) / count) % 1
             reverse = ((place - share) / (1 - share) * self.steps).floor()
             index = 1 + reverse.clamp(-1, self.steps - 1).long().reshape(batch)
             decoding, step = self._terms(value, x0, index)
@@ -266,7 +266,7 @@ class Diffusion(TorchDistribution):
         """Draw from this instance's seed and leave the global generators as they were."""
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-            torch.random.default_generator.manual_seed(self._seed)
+            torch.default_generator.manual_seed(self._seed)
             if devices:
                 with torch.get_device_module(device).device(device):
                     torch.get_device_module(device).manual_seed(self._seed)

@@ -1,11 +1,13 @@
 """A normal distribution read off in integer bins."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
+
+from pyro_diffusion.validation import Shape
 
 __all__ = ["DiscretizedNormal"]
 
@@ -33,7 +35,10 @@ class DiscretizedNormal(TorchDistribution):
         Ho et al., arXiv 2006.11239, equation 13.
     """
 
-    arg_constraints = {"loc": constraints.real, "scale": constraints.nonnegative}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+        "loc": constraints.real,
+        "scale": constraints.nonnegative,
+    }
     has_rsample = False
 
     def __init__(
@@ -49,7 +54,7 @@ class DiscretizedNormal(TorchDistribution):
         """Integers from 0 to levels - 1."""
         return constraints.integer_interval(0, self.levels - 1)
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> "DiscretizedNormal":
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> "DiscretizedNormal":
         """The same distribution at a larger batch shape."""
         new = self._get_checked_instance(DiscretizedNormal, _instance)
         new.loc, new.scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
@@ -60,7 +65,7 @@ class DiscretizedNormal(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:
         """Draw integers (exact: a normal draw, rounded and clamped)."""
         with torch.no_grad():
             shape = self._extended_shape(sample_shape)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import pyro
-import torch
 from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.infer.reparam import ChainReparam, forward_chain
+from pyro_diffusion.validation import Shape
 
 __all__ = ["DDPM"]
 
@@ -98,7 +98,7 @@ class DDPM:
     def __init__(
         self,
         denoiser: Denoiser,
-        event_shape: torch.Size | tuple[int, ...],
+        event_shape: Shape,
         steps: int = 1000,
         name: str = "x",
         **arguments: Any,

@@ -6,6 +6,7 @@ import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.infer.reparam.reparam import Reparam
+from pyro.poutine.runtime import InferDict
 from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
@@ -63,7 +64,8 @@ def forward_chain(name: str, diffusion: Diffusion, value: Tensor, auxiliary: boo
         value: data, batch + event.
         auxiliary: whether the sites are marked auxiliary.
     """
-    process, infer = diffusion.denoiser.process, {"is_auxiliary": auxiliary}
+    process = diffusion.denoiser.process
+    infer = InferDict(is_auxiliary=auxiliary)
     x0 = diffusion.encode(value)
     levels = _levels(diffusion, x0 if x0.is_floating_point() else diffusion.times)
     x = pyro.sample(site_name(name, diffusion.steps), process.marginal(x0, levels[-1]), infer=infer)

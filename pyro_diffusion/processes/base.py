@@ -7,7 +7,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_diffusion.schedules import Level, Schedule
-from pyro_diffusion.validation import check_positive_int
+from pyro_diffusion.validation import Shape, check_positive_int
 
 __all__ = ["ForwardProcess", "coordinates"]
 
@@ -55,7 +55,7 @@ class ForwardProcess(nn.Module):
 
     def prior(
         self,
-        event_shape: torch.Size | tuple[int, ...],
+        event_shape: Shape,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> TorchDistribution:
@@ -77,7 +77,7 @@ class ForwardProcess(nn.Module):
         raise NotImplementedError
 
     def log_evidence(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
-        """log q(x_t,i | x_0,i = values_k) up to a constant in k, for every coordinate; k is a new last dim."""
+        """log q(x_t,i | x_0,i = values_k) up to a constant in k, per coordinate; k is a new last dim."""
         raise NotImplementedError
 
     def reverse(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_diffusion.processes.base import ForwardProcess, coordinates
 from pyro_diffusion.schedules import Level, Schedule
-from pyro_diffusion.validation import check_positive_int
+from pyro_diffusion.validation import Shape, check_positive_int
 
 __all__ = ["Absorbing", "CategoricalCoefficients", "CategoricalProcess", "Uniform"]
 
@@ -81,7 +81,7 @@ class CategoricalProcess(ForwardProcess):
 
     def prior(
         self,
-        event_shape: torch.Size | tuple[int, ...],
+        event_shape: Shape,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> TorchDistribution:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyro_diffusion.processes.base import ForwardProcess, coordinates
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.validation import Shape
 
 __all__ = ["GaussianCoefficients", "GaussianProcess"]
 
@@ -72,7 +73,7 @@ class GaussianProcess(ForwardProcess):
 
     def prior(
         self,
-        event_shape: torch.Size | tuple[int, ...],
+        event_shape: Shape,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> TorchDistribution:

@@ -1,0 +1,53 @@
+"""Integers as real numbers, for continuous models of discrete data."""
+
+import torch
+from pyro.distributions.torch_transform import TransformModule
+from torch import Tensor
+from torch.distributions import constraints
+
+__all__ = ["Dequantization"]
+
+
+class Dequantization(TransformModule):
+    r"""Reads integers as real numbers by adding uniform noise: :math:`x = \lfloor y \rfloor`, y = x + u.
+
+    As the last transform of a ``TransformedDistribution`` over real y it turns a density into a
+    distribution of integers, :math:`P(x) = \int_0^1 p(x + u)\,du`. Scoring draws one u per value, so that
+    ``log_prob`` is an unbiased estimate of the *lower bound*
+    :math:`E_u \log p(x + u) \le \log P(x)` (Jensen). The u of an instance are fixed: one instance scores a
+    value alike each time. Compose with an affine transform for the model's scale.
+
+    Args:
+        event_dim: event dimension of the transformed distribution (the noise has none of its own).
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> integers = dist.TransformedDistribution(dist.Normal(3.0, 2.0), [Dequantization()])
+        >>> integers.log_prob(torch.tensor([2.0, 3.0])).shape
+        torch.Size([2])
+
+    References:
+        Theis et al., arXiv 1511.01844, section 3.1; Ho et al., Flow++, arXiv 1902.00275.
+    """
+
+    bijective = False
+    sign = +1
+
+    def __init__(self, event_dim: int = 0) -> None:
+        super().__init__(cache_size=0)
+        self._event_dim = event_dim
+        # Integers, too, are held in a float tensor.
+        self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
+        self._seed = int(torch.randint(2**62, ()))
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x.floor()
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        generator = torch.Generator(y.device).manual_seed(self._seed)
+        y = y if y.is_floating_point() else y.to(torch.get_default_dtype())
+        return y + torch.rand(y.shape, dtype=y.dtype, device=y.device, generator=generator)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Zero: shifting within a unit cell preserves volume."""
+        return torch.zeros(x.shape[: x.dim() - self._event_dim], dtype=x.dtype, device=x.device)
