@@ -220,8 +220,7 @@ def _put(value: Tensor, where: str, path: tuple[object, ...], tensors: dict[str,
         count += 1
         name = f"{base}#{count}"
     # a copy of its own: safetensors stores neither shared memory nor strides
-    value = value.detach().resolve_conj().resolve_neg()
-    tensors[name] = value.to("cpu", copy=True).contiguous()
+    tensors[name] = value.detach().to("cpu", copy=True).contiguous()
     return name
 
 

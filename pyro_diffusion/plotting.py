@@ -206,7 +206,8 @@ def schedule(schedule: ScheduleLike, points: int = 201) -> Figure:
     if np.nanmax(_finite(sigma)) > 10:  # variance exploding
         scales.set_yscale("log")
     scales.set_ylabel("scale (units of the data)")
-    scales.legend(frameon=False)
+    # above the panel: the two curves leave no corner free for every schedule
+    scales.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     ratio.axhline(0, color=GREY, linewidth=0.8)
     ratio.plot(x, _finite(log_snr), color=GREEN)
     ratio.set_ylabel("log-SNR (nats)")

@@ -7,6 +7,7 @@ from pyro_diffusion.distributions.decoders import (
     QuantizedDecoder,
     default_decoder,
 )
+from pyro_diffusion.distributions.dequantization import Dequantization
 from pyro_diffusion.distributions.diffusion import Diffusion
 from pyro_diffusion.distributions.discretized import DiscretizedNormal
 from pyro_diffusion.distributions.objectives import (
@@ -22,6 +23,7 @@ __all__ = [
     "Bound",
     "CategoricalDecoder",
     "Decoder",
+    "Dequantization",
     "Diffusion",
     "DiscretizedNormal",
     "Hybrid",

@@ -123,6 +123,11 @@ class QuantizedDecoder(Decoder):
         """The posterior's probability of each integer."""
         base = coordinates(posterior)
         if hasattr(base, "logits"):
+            if base.logits.shape[-1] != self.levels:
+                raise ValueError(
+                    f"decoder: got {self.levels} levels and a posterior over {base.logits.shape[-1]} "
+                    "values, expected as many"
+                )
             law: TorchDistribution = Categorical(logits=base.logits, validate_args=False)
         else:
             mean, scale = _loc_scale(posterior, t)
@@ -171,6 +176,27 @@ def default_decoder(process: ForwardProcess) -> Decoder:
     raise ValueError(f"decoder: got none for a {type(process).__name__}, expected one")
 
 
+def check_decoder(decoder: object, process: ForwardProcess) -> Decoder:
+    """Refuse anything but a decoder, and one that does not fit the process.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    if not isinstance(decoder, Decoder):
+        raise ValueError(f"decoder: got {decoder!r}, expected a Decoder such as NormalDecoder()")
+    categorical = isinstance(process, CategoricalProcess)
+    if isinstance(decoder, CategoricalDecoder):
+        fits = categorical and decoder.states == process.states
+    else:
+        fits = not (categorical and isinstance(decoder, NormalDecoder | QuantizedDecoder))
+    if not fits:
+        raise ValueError(
+            f"decoder: got {decoder!r}, expected one for the data of {type(process).__name__} "
+            "(CategoricalDecoder(process.states) for a categorical process only)"
+        )
+    return decoder
+
+
 def check_integers(value: Tensor, levels: int) -> None:
     """Refuse anything but integers 0 ... levels - 1 (floats holding integers are fine).
 
@@ -192,4 +218,9 @@ def _loc_scale(posterior: TorchDistribution, t: Level) -> tuple[Tensor, Tensor]:
     base = coordinates(posterior)
     if isinstance(base, Delta):
         return base.mean, t.sigma / t.alpha
+    if hasattr(base, "logits"):  # no density: its variance may be zero
+        raise ValueError(
+            f"decoder: got NormalDecoder and a posterior over {base.logits.shape[-1]} values, expected a "
+            "QuantizedDecoder"
+        )
     return base.mean, base.variance.sqrt()

@@ -1,6 +1,7 @@
 """The discrete chain as a Pyro distribution over data."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -10,18 +11,14 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.distributions.decoders import Decoder, default_decoder
-from pyro_diffusion.distributions.objectives import Bound, Objective, divergence
+from pyro_diffusion.distributions.decoders import Decoder, check_decoder, default_decoder
+from pyro_diffusion.distributions.objectives import Bound, Objective, check_objective, divergence
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.samplers import Ancestral, Sampler, check_sampler, simulate
 from pyro_diffusion.schedules import check_grid, uniform
 from pyro_diffusion.validation import Shape, check_event_shape
 
 __all__ = ["Diffusion"]
-
-# The share of a batch whose network read goes to the decoder, when the chain is longer than its inverse.
-# A fair share of one in steps + 1 would leave the decoder's term to rare, enormous draws.
-DECODER_SHARE = 1 / 16
 
 
 class Diffusion(TorchDistribution):
@@ -97,25 +94,23 @@ class Diffusion(TorchDistribution):
     ) -> None:
         if not isinstance(denoiser, Denoiser):
             raise ValueError(f"denoiser: got {type(denoiser).__name__}, expected a Denoiser")
-        event_shape = torch.Size(event_shape)
+        event_shape = torch.Size(_as_shape(event_shape))
         if len(event_shape) != denoiser.process.event_dim:
             raise ValueError(
                 f"event_shape: got {tuple(event_shape)}, expected {denoiser.process.event_dim} "
                 "dimension(s), the event_dim of the denoiser's process"
             )
-        like = next(denoiser.parameters(), None)
-        self.dtype = like.dtype if like is not None else torch.get_default_dtype()
-        self.device = like.device if like is not None else None
+        self.dtype, self.device = _home(denoiser)
         self.denoiser = denoiser
         self.times = uniform(steps) if times is None else times
-        self.decoder = default_decoder(denoiser.process) if decoder is None else decoder
+        self.decoder = check_decoder(decoder or default_decoder(denoiser.process), denoiser.process)
         self.sampler = Ancestral() if sampler is None else check_sampler(sampler)
-        self.objective = Bound() if objective is None else objective
+        self.objective = Bound() if objective is None else check_objective(objective)
         self.progress = progress
         self.context = {k: v for k, v in (context or {}).items() if v is not None}
         # From the host's generator, without touching the device.
-        self._seed = int(torch.randint(2**62, ()))
-        batch_shape = torch.broadcast_shapes(*(self._context_batch(k) for k in self.context))
+        self._seed = int(torch.randint(2**62, (), device="cpu"))
+        batch_shape = _broadcast("context", {k: self._context_batch(k) for k in self.context})
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
         if self._validate_args:
             self._check_chain()
@@ -163,8 +158,9 @@ class Diffusion(TorchDistribution):
             prior = process.prior(self.event_shape, dtype=self.dtype, device=self.device)
             x = prior.expand(batch).sample()
             context = self.expanded_context(x)
-            x = simulate(self.denoiser, self.times, x, self.sampler, context, self.progress)
-            start = process.schedule.level(self.times[0].to(x.device), check=False)
+            times = self.times.to(device=x.device, dtype=self._time_dtype(x))
+            x = simulate(self.denoiser, times, x, self.sampler, context, self.progress)
+            start = process.schedule.level(times[0], check=False)
             return self.decoder(self.denoiser(x, start, **context), start, process).sample()
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -181,7 +177,7 @@ class Diffusion(TorchDistribution):
         """
         x0, batch = self._encoded(value)
         count = batch.numel()
-        share = max(1 / (self.steps + 1), DECODER_SHARE)
+        share = max(1 / (self.steps + 1), self.objective.decoder_share)
         with self._own_randomness(x0.device):
             offset = torch.rand((), dtype=self._time_dtype(x0), device=x0.device)
             place = (offset + torch.arange(count, device=x0.device) / count) % 1
@@ -207,16 +203,24 @@ class Diffusion(TorchDistribution):
         Args:
             value: data, sample + batch + event.
             index: term to estimate, a number or one per datum: 0 for the decoder, j = 1 ... K for the step
-                from t_j to t_{j-1}, K + 1 for the prior.
+                from t_j to t_{j-1}; the number K + 1 for the prior.
 
         Returns:
             Unbiased estimates (the prior's is exact), sample + batch. The sum over all K + 2 indices is
             minus the bound.
+
+        Raises:
+            ValueError: for data of a wrong shape or outside the support, or an index out of range.
         """
         x0, batch = self._encoded(value)
         if isinstance(index, int) and index == self.steps + 1:
             return self._prior_divergence(x0)
         index = torch.as_tensor(index, device=x0.device).expand(batch)
+        if self._validate_args and not bool(((index >= 0) & (index <= self.steps)).all()):
+            raise ValueError(
+                f"index: got values from {int(index.min())} to {int(index.max())}, expected terms 0 to "
+                f"{self.steps} (or the number {self.steps + 1}, for the prior)"
+            )
         decoding, step = self._terms(value, x0, index)
         return torch.where(index == 0, decoding, step)
 
@@ -235,7 +239,7 @@ class Diffusion(TorchDistribution):
         q = process.marginal(x0, t)
         xt = q.rsample() if q.has_rsample else q.sample()
         posterior = self.denoiser(xt, t, **self.expanded_context(xt))
-        decoding = -self.decoder(posterior, t, process).log_prob(value)
+        decoding = self.objective.decoding(self.decoder, value, posterior, t, process, self.steps)
         late, early = level(index.clamp(min=1)), level((index - 1).clamp(min=0))
         step = self.objective(process, xt, x0, posterior, early, late, self.steps)
         return decoding, step
@@ -253,13 +257,15 @@ class Diffusion(TorchDistribution):
         if self._validate_args:
             check_event_shape("value", value, self.event_shape)
             self.decoder.check(value)
-        shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
-        dtype = value.dtype if value.is_floating_point() else self.dtype
-        x0 = self.decoder.encode(value, dtype).expand(shape)
+        shape = _broadcast(
+            "value", {"value": value.shape, "distribution": self.batch_shape + self.event_shape}
+        )
+        own = value.dtype if value.is_floating_point() else torch.get_default_dtype()
+        x0 = self.decoder.encode(value, self.dtype or own).expand(shape)
         return x0, shape[: len(shape) - len(self.event_shape)]
 
     def _time_dtype(self, x0: Tensor) -> torch.dtype:
-        return x0.dtype if x0.is_floating_point() else self.times.dtype
+        return x0.dtype if x0.is_floating_point() else self.dtype or self.times.dtype
 
     @contextlib.contextmanager
     def _own_randomness(self, device: torch.device) -> Iterator[None]:
@@ -285,6 +291,8 @@ class Diffusion(TorchDistribution):
 
     def _check_chain(self) -> None:
         schedule = self.denoiser.process.schedule
+        if not isinstance(self.times, Tensor):
+            raise ValueError(f"times: got {type(self.times).__name__}, expected a tensor of times")
         check_grid(self.times, schedule)
         if isinstance(self.denoiser.process, GaussianProcess):
             log_snr = schedule.log_snr(self.times[[0, -1]])
@@ -293,6 +301,35 @@ class Diffusion(TorchDistribution):
                     f"schedule: got log-SNR {log_snr.tolist()} at the ends of the grid, expected finite "
                     "values (cut the schedule with log_snr_max and log_snr_min)"
                 )
+
+
+def _home(denoiser: Denoiser) -> tuple[torch.dtype | None, torch.device | None]:
+    """Dtype and device of a denoiser's parameters, or else of its own buffers; None if it has neither."""
+    like: list[Tensor] = [p for p in (next(denoiser.parameters(), None),) if p is not None]
+    if not like:
+        process = {id(buffer) for buffer in denoiser.process.buffers()}
+        like = [b for b in denoiser.buffers() if b.is_floating_point() and id(b) not in process]
+    if not like:
+        return None, None
+    # Times and data of a half-precision network stay in float32.
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in like), torch.float32)
+    return dtype, like[0].device
+
+
+def _as_shape(event_shape: object) -> tuple[int, ...]:
+    if not isinstance(event_shape, tuple | list):
+        raise ValueError(f"event_shape: got {event_shape!r}, expected a tuple of sizes")
+    return tuple(event_shape)
+
+
+def _broadcast(name: str, shapes: dict[str, torch.Size]) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(*shapes.values())
+    except RuntimeError as error:
+        got = ", ".join(f"{key} {tuple(shape)}" for key, shape in shapes.items())
+        raise ValueError(
+            f"{name}: got shapes {got}, expected shapes that broadcast together"
+        ) from error
 
 
 _SHARED = (

@@ -1,5 +1,6 @@
 """A normal distribution read off in integer bins."""
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -86,7 +87,32 @@ class DiscretizedNormal(TorchDistribution):
         top, bottom = value >= self.levels - 1, value <= 0
         open_far = torch.where(upper, top, bottom)
         open_near = torch.where(upper, bottom, top)
-        log_near = torch.special.log_ndtr(near).masked_fill(open_near, 0.0)
-        log_ratio = torch.special.log_ndtr(far) - log_near
+        log_near = _log_ndtr(near).masked_fill(open_near, 0.0)
+        # Rounding must not make an edge of a very narrow bin cross the other.
+        log_ratio = (_log_ndtr(far) - log_near).clamp(max=-torch.finfo(far.dtype).eps)
         inner = torch.log(-torch.expm1(log_ratio.masked_fill(open_far, -1.0)))
         return log_near + inner.masked_fill(open_far, 0.0)
+
+
+class _LogCdf(torch.autograd.Function):
+    """Log of the normal cdf, whose own gradient in torch loses its digits in the lower tail."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.special.log_ndtr(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grads[0] * math.sqrt(2 / math.pi) / torch.special.erfcx(-math.sqrt(0.5) * x)
+
+
+def _log_ndtr(x: Tensor) -> Tensor:
+    out: Tensor = _LogCdf.apply(x)
+    return out

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import Delta, Normal, TorchDistribution
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_diffusion.processes import ForwardProcess
+from pyro_diffusion.distributions.decoders import Decoder
+from pyro_diffusion.processes import ForwardProcess, coordinates
 from pyro_diffusion.schedules import Level
 
 __all__ = ["Bound", "Hybrid", "Objective", "Simple", "Weighted", "divergence"]
@@ -27,10 +29,14 @@ def divergence(q: TorchDistribution, p: TorchDistribution) -> Tensor:
 class Objective:
     """The cost of one reverse step: a number per datum that :class:`Diffusion` sums over the chain.
 
-    ``is_bound`` says whether the sum is minus a lower bound of log p(x).
+    Attributes:
+        is_bound: whether the sum is minus a lower bound of log p(x).
+        decoder_share: least share of a batch whose network read goes to the decoder. A fair share of one
+            in steps + 1 would leave the bound's decoder term to rare, enormous draws.
     """
 
     is_bound = False
+    decoder_share = 1 / 16
 
     def __call__(
         self,
@@ -44,6 +50,18 @@ class Objective:
     ) -> Tensor:
         """Cost of the step from t to s, batch shape."""
         raise NotImplementedError
+
+    def decoding(
+        self,
+        decoder: Decoder,
+        value: Tensor,
+        posterior: TorchDistribution,
+        t: Level,
+        process: ForwardProcess,
+        steps: int,
+    ) -> Tensor:
+        """Cost of the decoder's term, batch shape: -log p(x | x_{t_0}), from the posterior at t_0."""
+        return -decoder(posterior, t, process).log_prob(value)
 
 
 class Bound(Objective):
@@ -102,32 +120,55 @@ class Weighted(Bound):
 
 
 class Simple(Weighted):
-    r"""DDPM's L_simple: :math:`\tfrac1K\sum_j \|\epsilon - \hat\epsilon(x_{t_j})\|^2`.
+    r"""DDPM's L_simple: :math:`\tfrac1K\sum_{j=0}^K \|\epsilon - \hat\epsilon(x_{t_j})\|^2`.
 
     With a point mass the bound's term is
     :math:`\tfrac12 (e^{\lambda_s - \lambda_t} - 1)\,\|\epsilon - \hat\epsilon\|^2`, so this is the weight
-    :math:`2 / (K (e^{\lambda_s - \lambda_t} - 1))` on it. Gaussian processes only. The variance, if any, is
-    not trained (use :class:`Hybrid`).
+    :math:`2 / (K (e^{\lambda_s - \lambda_t} - 1))` on it. The decoder's read at :math:`t_0` is one of the
+    errors, as in DDPM, in place of log p(x | x_{t_0}). Gaussian processes only. The variance, if any, is not
+    trained (use :class:`Hybrid`).
 
     References:
         Ho et al., arXiv 2006.11239, equation 14.
     """
 
+    decoder_share = 0.0
+
     def __init__(self) -> None:
-        super().__init__(lambda s, t, steps: 2 / (steps * torch.expm1(s - t)), mean_only=True)
+        super().__init__(_noise_weight, mean_only=True)
+
+    def decoding(
+        self,
+        decoder: Decoder,
+        value: Tensor,
+        posterior: TorchDistribution,
+        t: Level,
+        process: ForwardProcess,
+        steps: int,
+    ) -> Tensor:
+        """The noise error at t_0, batch shape."""
+        mean = posterior.mean
+        error = (decoder.encode(value, mean.dtype) - mean).square() * t.log_snr.exp()
+        return sum_rightmost(error, process.event_dim) / steps
 
 
 class Hybrid(Objective):
     r"""L_simple for the mean, the bound for the variance: :math:`L_{simple} + \gamma L_{vlb}`.
 
-    The mean is detached inside :math:`L_{vlb}`, so the bound trains the variance head alone.
+    The mean is detached inside :math:`L_{vlb}`, decoder's term included, so the bound trains the variance
+    head alone. Needs a denoiser with a variance.
 
     Args:
         gamma: weight of the bound's terms, > 0.
 
+    Raises:
+        ValueError: if gamma is not positive or, when called, the posterior is a point mass.
+
     References:
         Nichol & Dhariwal, arXiv 2102.09672, section 3.1 (gamma = 0.001).
     """
+
+    decoder_share = 0.0
 
     def __init__(self, gamma: float = 1e-3) -> None:
         if not gamma > 0:
@@ -145,8 +186,49 @@ class Hybrid(Objective):
         steps: int,
     ) -> Tensor:
         """Both parts, batch shape."""
-        base = posterior.base_dist
-        fixed = type(base)(base.mean.detach(), base.variance.sqrt(), validate_args=False)
-        fixed = fixed.to_event(process.event_dim)
+        fixed = _fixed_mean(posterior, process)
         simple = self._simple(process, xt, x0, posterior, s, t, steps)
         return simple + self.gamma * self._bound(process, xt, x0, fixed, s, t, steps)
+
+    def decoding(
+        self,
+        decoder: Decoder,
+        value: Tensor,
+        posterior: TorchDistribution,
+        t: Level,
+        process: ForwardProcess,
+        steps: int,
+    ) -> Tensor:
+        """Both parts at t_0, batch shape."""
+        fixed = _fixed_mean(posterior, process)
+        simple = self._simple.decoding(decoder, value, posterior, t, process, steps)
+        bound = self._bound.decoding(decoder, value, fixed, t, process, steps)
+        return simple + self.gamma * bound
+
+
+def check_objective(objective: object) -> Objective:
+    """Refuse anything but an objective.
+
+    Raises:
+        ValueError: for another object.
+    """
+    if not isinstance(objective, Objective):
+        raise ValueError(
+            f"objective: got {objective!r}, expected an Objective such as Bound() or Simple()"
+        )
+    return objective
+
+
+def _noise_weight(s: Tensor, t: Tensor, steps: int) -> Tensor:
+    return 2 / (steps * torch.expm1(s - t))
+
+
+def _fixed_mean(posterior: TorchDistribution, process: ForwardProcess) -> TorchDistribution:
+    """The posterior's normal with the mean detached."""
+    base = coordinates(posterior)
+    if isinstance(base, Delta):
+        raise ValueError(
+            "objective: got Hybrid with a point mass, expected a denoiser with a variance"
+        )
+    fixed = Normal(base.mean.detach(), base.variance.sqrt(), validate_args=False)
+    return fixed.to_event(process.event_dim)

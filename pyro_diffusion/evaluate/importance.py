@@ -17,7 +17,7 @@ from pyro_diffusion.evaluate.estimate import IMPORTANCE_WEIGHTED, Likelihood, co
 from pyro_diffusion.infer import ChainReparam, forward_chain
 from pyro_diffusion.validation import check_event_shape, check_positive_int
 
-__all__ = ["from_log_weights", "importance_weighted"]
+__all__ = ["from_log_weights", "importance_weighted", "log_weights"]
 
 
 def importance_weighted(
@@ -56,16 +56,56 @@ def importance_weighted(
         Burda et al., arXiv 1509.00519; Vehtari et al., Pareto smoothed importance sampling, arXiv 1507.02646.
     """
     check_positive_int("samples", samples, at_least=2)
-    check_event_shape("data", data, diffusion.event_shape)
-    weights = []
-    with torch.no_grad():
-        for rows, model in batches(diffusion, data, context, batch_size, progress):
-            weights.append(torch.stack([_log_weights(model, rows) for _ in range(samples)]).cpu())
+    weights = log_weights(
+        diffusion,
+        data,
+        samples=samples,
+        context=context,
+        batch_size=batch_size,
+        progress=progress,
+    )
     return from_log_weights(
-        torch.cat(weights, -1),
+        weights,
         evaluations=samples * (diffusion.steps + 1),
         dimensions=diffusion.event_shape.numel(),
     )
+
+
+def log_weights(
+    diffusion: Diffusion,
+    data: Tensor,
+    *,
+    samples: int = 1,
+    context: dict[str, Tensor] | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Tensor:
+    r"""Log importance weights :math:`\log p(x, z) - \log q(z | x)` of whole chains z drawn given data.
+
+    Their mean is the evidence lower bound. They are constant, and equal to log p(x), exactly when every
+    reverse kernel is the true one.
+
+    Args:
+        diffusion: the model, batch shape ().
+        data: (n,) + event.
+        samples: chains per datum.
+        context: the denoiser's context, one row per datum.
+        batch_size: data read together.
+        progress: whether to show a progress bar.
+
+    Returns:
+        (samples, n), in nats, float64 on the host.
+
+    Raises:
+        ValueError: for bad data or ``samples < 1``.
+    """
+    check_positive_int("samples", samples)
+    check_event_shape("data", data, diffusion.event_shape)
+    columns = []
+    with torch.no_grad():
+        for rows, model in batches(diffusion, data, context, batch_size, progress):
+            columns.append(torch.stack([_log_weights(model, rows) for _ in range(samples)]))
+    return torch.cat(columns, -1)
 
 
 def from_log_weights(log_weights: Tensor, evaluations: float, dimensions: int) -> Likelihood:

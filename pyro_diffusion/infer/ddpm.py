@@ -83,6 +83,7 @@ class DDPM:
             (``times``, ``decoder``).
 
     Example:
+        >>> import torch
         >>> from pyro.infer import TraceMeanField_ELBO
         >>> from pyro_diffusion.denoisers import GaussianDenoiser
         >>> from pyro_diffusion.nn import MLP

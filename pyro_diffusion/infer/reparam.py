@@ -19,39 +19,49 @@ def site_name(name: str, j: int) -> str:
     return f"{name}_t{j}"
 
 
-def _levels(diffusion: Diffusion, like: Tensor | None = None) -> list[Any]:
-    schedule = diffusion.denoiser.process.schedule
-    if like is not None and like.is_floating_point():
-        times = diffusion.times.to(device=like.device, dtype=like.dtype)
-    else:
-        times = diffusion.times.to(device=like.device if like is not None else diffusion.device)
-    levels = schedule.level(times, check=False)
+def _levels(diffusion: Diffusion, device: torch.device | None, dtype: torch.dtype | None) -> Any:
+    times = diffusion.times.to(device=device, dtype=dtype)
+    levels = diffusion.denoiser.process.schedule.level(times, check=False)
     return [levels.at(j) for j in range(len(times))]
 
 
-def reverse_chain(name: str, diffusion: Diffusion) -> TorchDistribution:
+def _split(diffusion: TorchDistribution) -> tuple[Diffusion, int]:
+    """A Diffusion, and the number of its batch dimensions that ``to_event`` has taken."""
+    base: Any = diffusion
+    while isinstance(base, torch.distributions.Independent):
+        base = base.base_dist
+    if not isinstance(base, Diffusion):
+        raise ValueError(f"diffusion: got {type(base).__name__}, expected a Diffusion")
+    return base, diffusion.event_dim - base.event_dim
+
+
+def reverse_chain(name: str, diffusion: TorchDistribution) -> TorchDistribution:
     r"""Sample sites :math:`x_{t_K}, \dots, x_{t_0}` of the reverse model, in the enclosing program.
 
     Args:
         name: prefix; the site at the grid's j-th time is ``f"{name}_t{j}"``.
-        diffusion: the chain; its batch shape is that of the enclosing plates.
+        diffusion: the chain, or ``to_event`` of one; its batch shape is that of the enclosing plates.
 
     Returns:
         p(x | x_{t_0}), of the diffusion's batch and event shape.
     """
+    diffusion, grouped = _split(diffusion)
     denoiser, process = diffusion.denoiser, diffusion.denoiser.process
-    levels = _levels(diffusion, torch.empty((), dtype=diffusion.dtype, device=diffusion.device))
+    levels = _levels(diffusion, diffusion.device, diffusion.dtype)
     prior = process.prior(diffusion.event_shape, dtype=diffusion.dtype, device=diffusion.device)
-    x = pyro.sample(site_name(name, diffusion.steps), prior.expand(diffusion.batch_shape))
+    prior = prior.expand(diffusion.batch_shape).to_event(grouped)
+    x = pyro.sample(site_name(name, diffusion.steps), prior)
     for j in range(diffusion.steps, 0, -1):
         posterior = denoiser(x, levels[j], **diffusion.expanded_context(x))
         kernel = process.reverse(x, posterior, levels[j - 1], levels[j])
-        x = pyro.sample(site_name(name, j - 1), kernel)
+        x = pyro.sample(site_name(name, j - 1), kernel.to_event(grouped))
     posterior = denoiser(x, levels[0], **diffusion.expanded_context(x))
-    return diffusion.decoder(posterior, levels[0], process)
+    return diffusion.decoder(posterior, levels[0], process).to_event(grouped)
 
 
-def forward_chain(name: str, diffusion: Diffusion, value: Tensor, auxiliary: bool = False) -> None:
+def forward_chain(
+    name: str, diffusion: TorchDistribution, value: Tensor, auxiliary: bool = False
+) -> None:
     r"""Sample sites of the forward process given data: the guide of :func:`reverse_chain`.
 
     Draws :math:`x_{t_K} \sim q(x_{t_K} | x)`, then :math:`x_{t_{j-1}} \sim q(x_{t_{j-1}} | x_{t_j}, x)`:
@@ -60,18 +70,20 @@ def forward_chain(name: str, diffusion: Diffusion, value: Tensor, auxiliary: boo
 
     Args:
         name: prefix of the sites.
-        diffusion: the chain.
+        diffusion: the chain, or ``to_event`` of one.
         value: data, batch + event.
         auxiliary: whether the sites are marked auxiliary.
     """
+    diffusion, grouped = _split(diffusion)
     process = diffusion.denoiser.process
     infer = InferDict(is_auxiliary=auxiliary)
     x0 = diffusion.encode(value)
-    levels = _levels(diffusion, x0 if x0.is_floating_point() else diffusion.times)
-    x = pyro.sample(site_name(name, diffusion.steps), process.marginal(x0, levels[-1]), infer=infer)
+    levels = _levels(diffusion, x0.device, x0.dtype if x0.is_floating_point() else diffusion.dtype)
+    end = process.marginal(x0, levels[-1]).to_event(grouped)
+    x = pyro.sample(site_name(name, diffusion.steps), end, infer=infer)
     for j in range(diffusion.steps, 0, -1):
         bridge = process.bridge(x, x0, levels[j - 1], levels[j])
-        x = pyro.sample(site_name(name, j - 1), bridge, infer=infer)
+        x = pyro.sample(site_name(name, j - 1), bridge.to_event(grouped), infer=infer)
 
 
 class ChainReparam(Reparam):
@@ -104,13 +116,13 @@ class ChainReparam(Reparam):
         Raises:
             ValueError: if the site's distribution is not a Diffusion.
         """
-        fn, event_dim = self._unwrap(msg["fn"])
+        fn, _ = self._unwrap(msg["fn"])
         if not isinstance(fn, Diffusion):
             raise ValueError(
                 f"ChainReparam: site {msg['name']!r} has a {type(fn).__name__}, expected a Diffusion"
             )
         return {
-            "fn": self._wrap(reverse_chain(msg["name"], fn), event_dim),
+            "fn": reverse_chain(msg["name"], msg["fn"]),
             "value": msg["value"],
             "is_observed": msg["is_observed"],
         }

@@ -104,8 +104,8 @@ class Transformer(nn.Module):
         self.length = length
         self.outputs = outputs
         self.conditioning = Conditioning(width, context)
-        self.symbols = nn.Parameter(torch.randn(states, width))
-        self.positions = nn.Parameter(torch.randn(length, width))
+        self.symbols = nn.Parameter(0.1 * torch.randn(states, width))
+        self.positions = nn.Parameter(0.1 * torch.randn(length, width))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(_Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)

@@ -125,7 +125,8 @@ class CategoricalProcess(ForwardProcess):
         early = c.early * weights + (1 - c.early) * noise * weights.sum(-1, keepdim=True)
         step = c.between * here + (1 - c.between) * noise_here  # q(x_t | x_s = j), over j
         probs = step * early
-        return self._categorical(probs / probs.sum(-1, keepdim=True))
+        # A state that no data could have reached has no kernel: it gets a uniform one rather than NaN.
+        return self._categorical(probs / probs.sum(-1, keepdim=True).clamp(min=_tiny(probs)))
 
     def log_evidence(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
         """Log-probability of every symbol of x_t, had its x_0 been each of the values."""

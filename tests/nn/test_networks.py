@@ -1,5 +1,8 @@
 """The contract every network keeps, over a table of networks."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -276,6 +279,41 @@ def test_wrong_input_is_named(build, shape):
 def test_wrong_options_are_named(build, options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_everything_is_made_on_the_device_of_the_weights(build, shape):
+    """The meta device stands in for a GPU: an operand left on the CPU is an error on both."""
+    network = build(context={"type": TensorContext(5, 6, dropout=0.5)}, dropout=0.5).to("meta")
+    x, level = data(shape).to("meta"), torch.zeros(ROWS, device="meta")
+    for values in ({}, {"type": torch.zeros(ROWS, 5, device="meta")}):
+        out = network(x, level, **values)
+        assert out.device.type == "meta" and out.shape[: x.dim()] == x.shape
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_copies_and_pickles(build, shape):
+    network = awaken(build(context=contexts()).eval())
+    x, level, values = data(shape), torch.randn(ROWS), context_values()
+    expected = network(x, level, **values)
+    for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        torch.testing.assert_close(other(x, level, **values), expected, rtol=0, atol=0)
+
+
+def test_mlp_formula():
+    network = awaken(mlp(hidden=(4, 4, 6)).double())
+    x, level = torch.randn(5, 3).double(), torch.randn(5).double()
+    scales_shifts = network.modulation(network.conditioning(level, 5, {}))
+    h = x
+    for i, (start, width) in enumerate([(0, 4), (8, 4), (16, 6)]):
+        scale = scales_shifts[:, start : start + width]
+        shift = scales_shifts[:, start + width : start + 2 * width]
+        layer = network.layers[i]
+        u = (h @ layer.weight.T + layer.bias) * (1 + scale) + shift
+        u = u * u.sigmoid()
+        h = h + u if i == 1 else u
+    expected = h @ network.last.weight.T + network.last.bias
+    torch.testing.assert_close(network(x, level), expected)
 
 
 def test_unet_sizes():
