@@ -95,7 +95,7 @@ class NetworkDenoiser(Denoiser):
     def _flatten(self, name: str, value: Tensor, batch: tuple[int, ...]) -> Tensor:
         event = value.shape[value.dim() - self.context_event_dim(name, value) :]
         try:
-            return value.expand(*batch, *event).reshape(-1, *event)
+            return value.expand((*batch, *event)).reshape(-1, *event)
         except RuntimeError as error:
             raise ValueError(
                 f"{name}: got shape {tuple(value.shape)}, expected a shape that broadcasts to "

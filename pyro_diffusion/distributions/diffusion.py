@@ -160,8 +160,7 @@ class Diffusion(TorchDistribution):
             context = self.expanded_context(x)
             times = self.times.to(device=x.device, dtype=self._time_dtype(x))
             x = simulate(self.denoiser, times, x, self.sampler, context, self.progress)
-            start = process.schedule.level(times[0], check=False)
-            return self.decoder(self.denoiser(x, start, **context), start, process).sample()
+            return self.decode(x).sample()
 
     def log_prob(self, value: Tensor) -> Tensor:
         """An unbiased estimate of the bound in nats (of the objective, if that is not the bound).
@@ -191,6 +190,14 @@ class Diffusion(TorchDistribution):
     def encode(self, value: Tensor) -> Tensor:
         """Data as x_0, checked and broadcast to this distribution's batch shape."""
         return self._encoded(value)[0]
+
+    def decode(self, x: Tensor) -> TorchDistribution:
+        """The law of data given the chain's last state x_{t_0}, batch + event (one network read)."""
+        process = self.denoiser.process
+        time = self.times[0].to(device=x.device, dtype=self._time_dtype(x))
+        start = process.schedule.level(time, check=False)
+        posterior = self.denoiser(x, start, **self.expanded_context(x))
+        return self.decoder(posterior, start, process)
 
     def expanded_context(self, xt: Tensor) -> dict[str, Tensor]:
         """The context at the batch shape of a state, batch + event."""

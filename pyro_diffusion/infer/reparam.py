@@ -55,8 +55,7 @@ def reverse_chain(name: str, diffusion: TorchDistribution) -> TorchDistribution:
         posterior = denoiser(x, levels[j], **diffusion.expanded_context(x))
         kernel = process.reverse(x, posterior, levels[j - 1], levels[j])
         x = pyro.sample(site_name(name, j - 1), kernel.to_event(grouped))
-    posterior = denoiser(x, levels[0], **diffusion.expanded_context(x))
-    return diffusion.decoder(posterior, levels[0], process).to_event(grouped)
+    return diffusion.decode(x).to_event(grouped)
 
 
 def forward_chain(

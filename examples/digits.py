@@ -1,0 +1,238 @@
+"""Train, score and sample scikit-learn's 8x8 digits with a diffusion model at one Pyro site.
+
+Run: python examples/digits.py            (about 5 minutes on two cores)
+     python examples/digits.py --longer   (about 25 minutes)
+
+Integers 0..16 are modelled as integers: the denoiser returns a posterior over the 17 levels of each pixel, the
+decoder reads it as probabilities. Training is plain SVI. A run that was killed goes on from its checkpoint and
+ends where it would have ended.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from sklearn.datasets import load_digits
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_diffusion import checkpoint, evaluate, plotting
+from pyro_diffusion.denoisers import LevelsDenoiser, uniform_levels
+from pyro_diffusion.distributions import Diffusion, QuantizedDecoder
+from pyro_diffusion.nn import UNet
+from pyro_diffusion.optim import EMA
+from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.samplers import recorder, simulate
+from pyro_diffusion.schedules import Cosine
+
+LEVELS, EVENT_SHAPE = 17, (1, 8, 8)
+
+
+def load() -> dict[str, Tensor]:
+    """Integer images (n, 1, 8, 8): 1257 to train on, 180 for all choices, 360 to report."""
+    images = torch.tensor(load_digits().images, dtype=torch.long).unsqueeze(1)
+    order = np.random.default_rng(0).permutation(1797)
+    parts = {"train": order[:1257], "validation": order[1257:1437], "test": order[1437:]}
+    return {name: images[rows] for name, rows in parts.items()}
+
+
+def build(args: argparse.Namespace) -> LevelsDenoiser:
+    """A U-Net read as a posterior over the levels of every pixel."""
+    process = GaussianProcess(Cosine(log_snr_max=12.0, log_snr_min=-9.0, shift=1.25), event_dim=3)
+    network = UNet(1, width=args.width, blocks=args.blocks, outputs=LEVELS, dropout=args.dropout)
+    return LevelsDenoiser(network, process, uniform_levels(LEVELS))
+
+
+def law(denoiser: LevelsDenoiser, steps: int) -> Diffusion:
+    """The chain over images."""
+    return Diffusion(denoiser, EVENT_SHAPE, steps, decoder=QuantizedDecoder(LEVELS))
+
+
+class Trainer:
+    """Plain SVI on minibatches, with an average of the weights and a checkpoint to go on from."""
+
+    def __init__(self, args: argparse.Namespace, images: Tensor) -> None:
+        self.args, self.images, self.denoiser = args, images, build(args)
+        self.ema = EMA(self.denoiser, args.ema)
+        optimizer = pyro.optim.PyroLRScheduler(
+            torch.optim.lr_scheduler.CosineAnnealingLR,
+            {
+                "optimizer": torch.optim.AdamW,
+                "optim_args": {"lr": args.lr, "weight_decay": args.weight_decay},
+                "T_max": args.steps,
+            },
+        )
+        self.svi = SVI(self.model, lambda x: None, optimizer, Trace_ELBO())
+        self.losses: list[float] = []
+        self.path = args.out / "checkpoint.safetensors"
+        self.description = {k: v for k, v in vars(args).items() if k not in ("out", "progress")}
+
+    def model(self, x: Tensor) -> None:
+        """One Diffusion site in a plate; scaled, the loss is in bits per pixel."""
+        pyro.module("denoiser", self.denoiser)
+        scale = 1 / (len(x) * x[0].numel() * np.log(2))
+        with pyro.plate("data", len(x)), poutine.scale(scale=scale):
+            pyro.sample("x", law(self.denoiser, self.args.chain), obs=x)
+
+    def train(self) -> None:
+        """Go from the checkpoint, if there is one, to the last step."""
+        self.resume()
+        self.denoiser.train()
+        steps = range(len(self.losses), self.args.steps)
+        for step in tqdm(steps, desc="training", disable=not self.args.progress):
+            batch = self.images[torch.randint(len(self.images), (self.args.batch,))]
+            self.losses.append(self.svi.step(batch))
+            self.svi.optim.step()
+            self.ema.update()
+            if (step + 1) % self.args.save_every == 0 or step + 1 == self.args.steps:
+                self.save()
+        self.denoiser.eval()
+
+    def save(self) -> None:
+        """Write everything that the rest of the run depends on."""
+        state = {
+            "denoiser": self.denoiser.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.svi.optim.get_state(),
+            "rng": pyro.util.get_rng_state(),
+            "losses": self.losses,
+        }
+        checkpoint.save(self.path, state, self.description)
+
+    def resume(self) -> None:
+        """Read it back."""
+        if not self.path.exists():
+            return
+        state = checkpoint.load(self.path, self.description)
+        self.denoiser.load_state_dict(state["denoiser"])
+        self.ema.load_state_dict(state["ema"])
+        self.svi.optim.set_state(state["optimizer"])
+        pyro.util.set_rng_state(state["rng"])
+        self.losses = state["losses"]
+        print(f"going on from step {len(self.losses)} of {self.path}")
+
+
+def score(
+    denoiser: LevelsDenoiser, data: dict[str, Tensor], args: argparse.Namespace
+) -> dict[str, evaluate.Likelihood]:
+    """Bounds on both held-out parts; importance weighting on the first test images, short chain."""
+    chain, few = law(denoiser, args.chain), data["test"][: args.weighted_images]
+    short = law(denoiser, args.weighted_steps)
+    bound = {"draws": args.draws, "progress": args.progress}
+    return {
+        "validation": evaluate.log_likelihood(chain, data["validation"], **bound),
+        "test": evaluate.log_likelihood(chain, data["test"], **bound),
+        "test_subset": evaluate.log_likelihood(short, few, progress=args.progress),
+        "test_subset_weighted": evaluate.importance_weighted(
+            short, few, samples=args.weighted_samples, progress=args.progress
+        ),
+    }
+
+
+def report(results: dict[str, evaluate.Likelihood], args: argparse.Namespace) -> None:
+    """Print the table, write metrics.json and the ArviZ file."""
+    titles = {
+        "validation": f"validation, {args.chain} steps",
+        "test": f"test, {args.chain} steps",
+        "test_subset": f"first {args.weighted_images} test images, {args.weighted_steps} steps",
+        "test_subset_weighted": f"the same, {args.weighted_samples} weighted chains",
+    }
+    print(f"\n{'bits/dim':<38} {'value':>8} {'std. error':>11}  kind")
+    for name, result in results.items():
+        figure = result.bits_per_dim
+        print(f"{titles[name]:<38} {figure.value:>8.4f} {figure.standard_error:>11.4f}  {figure.kind}")
+    weighted = results["test_subset_weighted"]
+    print(f"\nmedian effective sample size {weighted.ess.median():.1f} of {args.weighted_samples} chains")
+    metrics = {name: vars(result.bits_per_dim) for name, result in results.items()}
+    metrics["test_terms_nats"] = {
+        "prior": results["test"].terms.prior,
+        "decoder": results["test"].terms.decoder,
+        "steps": float(results["test"].terms.steps.sum()),
+    }
+    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+    evaluate.to_arviz(results["test"]).to_netcdf(str(args.out / "log_likelihood.nc"))
+
+
+def draw(
+    denoiser: LevelsDenoiser,
+    losses: list[float],
+    result: evaluate.Likelihood,
+    data: dict[str, Tensor],
+    args: argparse.Namespace,
+) -> None:
+    """Every figure, into the output folder."""
+    chain = law(denoiser, args.chain)
+    with torch.no_grad():
+        noise = denoiser.process.prior(EVENT_SHAPE).expand((args.samples,)).sample()
+        states, record = recorder()
+        simulate(
+            denoiser, chain.times, noise, chain.sampler, progress=args.progress, callback=record
+        )
+        images = chain.decode(states[-1]).sample()
+    shown = torch.linspace(0, args.chain, 9).long()
+    walk = torch.stack([states[j] for j in shown])[:, :6]
+    figures = {
+        "samples": plotting.sample_grid(images, low=0, high=LEVELS - 1).figure,
+        "data": plotting.sample_grid(data["test"][: args.samples], low=0, high=LEVELS - 1).figure,
+        "trajectory": plotting.reverse_trajectory(walk, chain.times.flip(0)[shown]),
+        "bound_per_step": plotting.bound_per_step(
+            result.terms.log_snr,
+            result.terms.steps,
+            result.terms.steps_standard_error,
+            axis="log_snr",
+        ).figure,
+        "loss": plotting.loss_curve(losses, unit="bits/dim").figure,
+        "schedule": plotting.schedule(denoiser.process.schedule),
+    }
+    for name, figure in figures.items():
+        figure.savefig(args.out / f"{name}.png", dpi=150, bbox_inches="tight")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("results/digits"), help="output folder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=2400, help="training steps")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--ema", type=float, default=0.995, help="decay of the weights' average")
+    parser.add_argument("--width", type=int, default=32, help="channels of the U-Net")
+    parser.add_argument("--blocks", type=int, default=1, help="blocks a level of the U-Net")
+    parser.add_argument("--chain", type=int, default=1000, help="steps of the chain")
+    parser.add_argument("--draws", type=int, default=96, help="steps read per image when scoring")
+    parser.add_argument("--weighted-images", type=int, default=36)
+    parser.add_argument("--weighted-steps", type=int, default=100)
+    parser.add_argument("--weighted-samples", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=64, help="images to draw")
+    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    pyro.set_rng_seed(args.seed)
+    data = load()
+    trainer = Trainer(args, data["train"])
+    trainer.train()
+    pyro.set_rng_seed(args.seed)
+    with trainer.ema.average_parameters():
+        results = score(trainer.denoiser, data, args)
+        report(results, args)
+        draw(trainer.denoiser, trainer.losses, results["test"], data, args)
+    print(f"figures, metrics.json, log_likelihood.nc and the checkpoint are in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
