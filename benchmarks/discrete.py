@@ -81,7 +81,9 @@ def table(process: CategoricalProcess, joint: Tensor, most: int) -> bool:
     truth = denoiser.log_joint
     weight = truth.exp()
     print(f"\n{type(process).__name__}: log p of the chain itself, and of the data it models")
-    print(f"{'steps':>6} {'below chain: mean':>18} {'least':>9} {'below data: mean':>17} {'x steps':>8}")
+    print(
+        f"{'steps':>6} {'below chain: mean':>18} {'least':>9} {'below data: mean':>17} {'x steps':>8}"
+    )
     fine, previous = True, None
     for steps in (10, 100, 1000, 10_000):
         if steps > most:

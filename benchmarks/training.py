@@ -196,7 +196,9 @@ def training(turns: int) -> None:
 
 
 def sampling(turns: int) -> None:
-    print(f"\n{'ms per 1000 sampling steps':<40} {'Diffusion':>10} {'bare':>10} {'ratio':>7}  wanted")
+    print(
+        f"\n{'ms per 1000 sampling steps':<40} {'Diffusion':>10} {'bare':>10} {'ratio':>7}  wanted"
+    )
     level = log_snr(torch.linspace(0, 1, STEPS + 1))
     alpha, sigma = torch.sigmoid(level).sqrt(), torch.sigmoid(-level).sqrt()
 

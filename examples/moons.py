@@ -1,8 +1,8 @@
 """Two moons: a diffusion model of points in the plane, trained in seconds by plain SVI.
 
-A `Diffusion` at an observed site inside a plate, an empty guide, and held-out log-likelihoods with their standard
-errors: the bound, the importance-weighted bound, full-covariance Gaussian mixtures, and the density that the
-data were drawn from, which is known here.
+A `Diffusion` at an observed site inside a plate, an empty guide, and held-out log-likelihoods with their
+standard errors: the bound, the importance-weighted bound, a full-covariance Gaussian mixture, and the density
+that the data were drawn from, which is known here.
 
 Run: python examples/moons.py
 """
@@ -29,7 +29,7 @@ from pyro_diffusion.nn import MLP
 from pyro_diffusion.optim import EMA
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.samplers import recorder, simulate
-from pyro_diffusion.schedules import Cosine
+from pyro_diffusion.schedules import LogLinear
 
 NOISE = 0.08
 # Constants, not statistics of the sample: every density below is that of (x - CENTRE) / SCALE.
@@ -56,9 +56,11 @@ def true_likelihood(data: Tensor, points: int = 2000) -> Likelihood:
     return exact(torch.cat(log_p))
 
 
-def mixture_likelihood(train: Tensor, validation: Tensor, data: Tensor, seed: int) -> Likelihood:
+def mixture_likelihood(
+    train: Tensor, validation: Tensor, data: Tensor, args: argparse.Namespace
+) -> Likelihood:
     """The Gaussian mixture whose number of components is best on validation."""
-    fits = [GaussianMixture(k, random_state=seed).fit(train) for k in (4, 8, 12, 16, 24, 32)]
+    fits = [GaussianMixture(k, random_state=args.seed).fit(train) for k in args.components]
     best = max(fits, key=lambda fit: fit.score(validation))
     print(f"Gaussian mixture: {best.n_components} components, chosen on validation")
     return exact(torch.from_numpy(best.score_samples(data)))
@@ -72,7 +74,7 @@ def exact(log_p: Tensor) -> Likelihood:
 def train(data: Tensor, args: argparse.Namespace) -> tuple[Diffusion, list[float]]:
     """Fit by SVI; returns the model with averaged weights, and the loss of each step."""
     network = MLP(2, hidden=(args.width,) * 3, outputs=2)  # mean and variance of each coordinate
-    denoiser = GaussianDenoiser(network, GaussianProcess(Cosine()), variance=LearnedVariance())
+    denoiser = GaussianDenoiser(network, GaussianProcess(LogLinear()), variance=LearnedVariance())
 
     def model() -> None:
         pyro.module("denoiser", denoiser)
@@ -97,38 +99,40 @@ def train(data: Tensor, args: argparse.Namespace) -> tuple[Diffusion, list[float
 
 
 def likelihoods(law: Diffusion, data: Tensor, args: argparse.Namespace) -> dict[str, Likelihood]:
-    """Two figures of one network: a bound on its long chain, a tighter one on a short chain."""
-    options = {"progress": args.progress}
+    """Bounds of the chain and of a shorter one, and importance weighting on the shorter."""
+    options = {"batch_size": len(data), "progress": args.progress}
     short = law.replace(steps=args.short_chain)
-    weighted = evaluate.importance_weighted(
-        short, data, samples=args.samples, batch_size=len(data), **options
+    return {
+        f"diffusion, {law.steps} steps": evaluate.log_likelihood(law, data, samples=8, **options),
+        f"diffusion, {short.steps} steps": evaluate.log_likelihood(
+            short, data, samples=8, **options
+        ),
+        f"diffusion, {short.steps} steps, weighted": evaluate.importance_weighted(
+            short, data, samples=args.samples, **options
+        ),
+    }
+
+
+def report(rows: dict[str, Likelihood], truth: str) -> dict[str, dict[str, float | str]]:
+    """Print all models on the same points, paired with the truth, and return the figures."""
+    print(
+        f"\n{'held-out log-likelihood':<30} {'nats':>8} {'s.e.':>7} {'to truth':>9} {'s.e.':>7}   kind"
     )
-    return {
-        f"diffusion, {law.steps} steps": evaluate.log_likelihood(law, data, draws=50, **options),
-        f"diffusion, {short.steps} steps": evaluate.log_likelihood(short, data, **options),
-        f"diffusion, {short.steps} steps, {args.samples} samples": weighted,
-    }
-
-
-def report(rows: dict[str, Likelihood]) -> dict[str, dict[str, float | str]]:
-    """Print all models on the same points, and return the figures."""
-    print(f"\n{'mean log-likelihood, nats':<34} {'value':>8} {'s.e.':>7}   kind")
+    metrics = {}
     for name, row in rows.items():
-        mean = row.mean
-        print(f"{name:<34} {mean.value:>8.4f} {mean.standard_error:>7.4f}   {mean.kind}")
-    table, n = evaluate.compare(rows), len(next(iter(rows.values())))
-    columns = ["elpd", "se", "elpd_diff", "dse", "weight", "kind"]
-    print(f"\nPaired, summed over {n} points:")
-    print(table[columns].round(2).to_string())
-    return {
-        name: {
-            "log_likelihood": row.mean.value,
-            "standard_error": row.mean.standard_error,
-            "kind": row.kind,
-            "evaluations": row.evaluations,
-        }
-        for name, row in rows.items()
-    }
+        mean, gap = row.mean, row.value - rows[truth].value
+        gap_error = float(gap.std()) / math.sqrt(len(gap))
+        figures = (mean.value, mean.standard_error, float(gap.mean()), gap_error)
+        print("{:<30} {:>8.4f} {:>7.4f} {:>9.4f} {:>7.4f}   {}".format(name, *figures, mean.kind))
+        metrics[name] = {**vars(mean), "difference": figures[2], "difference_error": gap_error}
+    weighted = next(row for row in rows.values() if row.ess is not None)
+    unreliable = float((weighted.khat > 0.7).double().mean())
+    print(f"weighted chains: median effective sample size {weighted.ess.median():.1f}, ", end="")
+    print(f"k-hat above 0.7 for {unreliable:.1%} of the points")
+    print(f"\nPaired table, summed over {len(weighted)} points:")
+    table = evaluate.compare(rows)
+    print(table[["elpd", "se", "elpd_diff", "dse", "kind"]].round(1).to_string())
+    return metrics
 
 
 def points_figure(data: Tensor, samples: Tensor) -> Figure:
@@ -181,14 +185,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("results/moons"), help="output folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--points", type=int, default=4000, help="points to train on")
-    parser.add_argument("--held-out", type=int, default=2000, help="points of each held-out set")
+    parser.add_argument("--held-out", type=int, default=1000, help="points of each held-out set")
     parser.add_argument("--steps", type=int, default=4000, help="training steps")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--width", type=int, default=96, help="hidden units of each layer")
-    parser.add_argument("--chain", type=int, default=200, help="steps of the chain")
-    parser.add_argument("--short-chain", type=int, default=40, help="steps to weight chains on")
-    parser.add_argument("--samples", type=int, default=32, help="chains weighted for each point")
+    parser.add_argument("--chain", type=int, default=100, help="steps of the chain")
+    parser.add_argument("--short-chain", type=int, default=30, help="steps to weight chains on")
+    parser.add_argument("--samples", type=int, default=64, help="chains weighted for each point")
+    components = [4, 8, 12, 16, 24, 32]
+    parser.add_argument(
+        "--components", type=int, nargs="+", default=components, help="sizes of Gaussian mixture"
+    )
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(argv)
 
@@ -204,9 +212,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     law, losses = train(data, args)
     rows = likelihoods(law, test, args)
-    rows["Gaussian mixture"] = mixture_likelihood(data, validation, test, args.seed)
+    rows["Gaussian mixture"] = mixture_likelihood(data, validation, test, args)
     rows["the data's own density"] = true_likelihood(test)
-    metrics = report(rows)
+    metrics = report(rows, truth="the data's own density")
     draw(law, next(iter(rows.values())), losses, test, args)
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
     print(f"figures and metrics.json are in {args.out}")

@@ -259,6 +259,15 @@ def test_a_posterior_that_denies_the_state_gives_a_law(make, dtype):
         assert bool(torch.isfinite(law.log_prob(torch.zeros((), dtype=torch.int64))).all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_symbol_that_is_seen_stays_whatever_the_posterior_says(dtype):
+    process = Absorbing(Rectified.full(), 3, event_dim=0)
+    sure_of_another = Categorical(torch.eye(3, dtype=dtype)[[1, 2, 0]])
+    s, t = torch.tensor(0.2, dtype=dtype), torch.tensor(0.8, dtype=dtype)
+    kernel = process.reverse(torch.arange(3), sure_of_another, s, t)
+    assert_close(probs(kernel), torch.eye(4, dtype=dtype)[:3])
+
+
 @each_process
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("s", "t"), PAIRS)

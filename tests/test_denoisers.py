@@ -105,7 +105,7 @@ DENOISERS = {
         0,
     ),
     "levels": (
-        lambda: LevelsDenoiser(Net(4), GaussianProcess(Cosine(), 2), uniform_levels(4)),
+        lambda: LevelsDenoiser(Net(4), GaussianProcess(KarrasSchedule(), 2), uniform_levels(4)),
         (2, 3),
         0,
     ),

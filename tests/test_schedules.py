@@ -66,7 +66,6 @@ def test_shapes_and_dtypes_of_the_sde(make, dtype, shape):
         assert f(t.flatten()[0]).shape == ()
 
 
-
 @each_schedule
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ends_order_and_ratio(make, dtype):

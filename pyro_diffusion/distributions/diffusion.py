@@ -300,9 +300,11 @@ class Diffusion(TorchDistribution):
         schedule = self.denoiser.process.schedule
         if not isinstance(self.times, Tensor):
             raise ValueError(f"times: got {type(self.times).__name__}, expected a tensor of times")
-        check_grid(self.times, schedule)
+        # Beside the schedule's own tensors if it has any, else where they are: no wait for a device.
+        times = self.times.to([*schedule.buffers(), *schedule.parameters(), self.times][0].device)
+        check_grid(times, schedule)
         if isinstance(self.denoiser.process, GaussianProcess):
-            log_snr = schedule.log_snr(self.times[[0, -1]])
+            log_snr = schedule.log_snr(times[[0, -1]])
             if not bool(torch.isfinite(log_snr).all()):
                 raise ValueError(
                     f"schedule: got log-SNR {log_snr.tolist()} at the ends of the grid, expected finite "

@@ -37,11 +37,12 @@ class _Model(PyroModule):
         name, size = self._name, len(x) if x is not None else size
         if size is None:
             raise ValueError("size: got None and no data, expected the number of data to generate")
-        with pyro.plate(f"{name}_plate", size, subsample_size=subsample_size) as index:
+        plate = pyro.plate(f"{name}_plate", size, subsample_size=subsample_size)
+        # Around the plate, not inside: initial values are drawn before the reparameterizer sees a site.
+        with poutine.reparam(config={name: ChainReparam()}), plate as index:
             rows = None if x is None else x[index]
             diffusion = self.diffusion({k: v[index] for k, v in context.items()})
-            with poutine.reparam(config={name: ChainReparam()}):
-                return pyro.sample(name, diffusion, obs=rows)
+            return pyro.sample(name, diffusion, obs=rows)
 
 
 class _Guide(PyroModule):
