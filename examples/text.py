@@ -54,8 +54,8 @@ def split(path: Path, length: int) -> tuple[Tensor, Tensor, Tensor]:
     return parts[0], validation, test
 
 
-def train(text: Tensor, validation: Tensor, args: argparse.Namespace) -> tuple[Diffusion, list]:
-    """Fit by SVI on windows at any position; of the averaged weights, keep the best on validation."""
+def build(args: argparse.Namespace) -> Diffusion:
+    """A transformer read as the posterior of every character, and the chain over windows."""
     network = Transformer(
         states=STATES + 1,
         length=args.length,
@@ -66,7 +66,14 @@ def train(text: Tensor, validation: Tensor, args: argparse.Namespace) -> tuple[D
     )
     # alpha(t) = 1 - t is the probability that a character is not masked yet.
     denoiser = CategoricalDenoiser(network, Absorbing(Rectified.full(), STATES))
-    windows = text.unfold(0, args.length, 1)
+    return Diffusion(denoiser, (args.length,), steps=args.chain)
+
+
+def train(
+    law: Diffusion, text: Tensor, validation: Tensor, args: argparse.Namespace
+) -> list[float]:
+    """Fit by SVI on windows at any position; of the averaged weights, keep the best on validation."""
+    denoiser, windows = law.denoiser, text.unfold(0, args.length, 1)
     scale = 1 / (len(windows) * args.length * math.log(2))  # the loss in bits per character
 
     def model() -> None:
@@ -75,26 +82,22 @@ def train(text: Tensor, validation: Tensor, args: argparse.Namespace) -> tuple[D
             poutine.scale(scale=scale),
             pyro.plate("windows", len(windows), subsample_size=args.batch) as index,
         ):
-            law = Diffusion(denoiser, (args.length,), steps=args.chain)
-            pyro.sample("x", law, obs=windows[index])
+            fresh = Diffusion(denoiser, (args.length,), steps=args.chain)  # and so is its noise
+            pyro.sample("x", fresh, obs=windows[index])
 
     def guide() -> None:
         """Nothing: the chain's latent variables are inside the site."""
 
-    adam = {"lr": args.lr, "betas": (0.9, 0.98), "weight_decay": args.weight_decay}
-    optimizer = pyro.optim.OneCycleLR(
-        {
-            "optimizer": torch.optim.AdamW,
-            "optim_args": adam,
-            "max_lr": args.lr,
-            "total_steps": args.steps + 1,
-            "pct_start": 0.1,
-            "cycle_momentum": False,
-        },
-        clip_args={"clip_norm": 1.0},
-    )
+    settings = {
+        "optimizer": torch.optim.AdamW,
+        "optim_args": {"lr": args.lr, "betas": (0.9, 0.98), "weight_decay": args.weight_decay},
+        "max_lr": args.lr,
+        "total_steps": args.steps + 1,
+        "pct_start": 0.1,
+        "cycle_momentum": False,
+    }
+    optimizer = pyro.optim.OneCycleLR(settings, clip_args={"clip_norm": 1.0})
     svi, ema = SVI(model, guide, optimizer, Trace_ELBO()), EMA(denoiser, 0.99)
-    law = Diffusion(denoiser, (args.length,), steps=args.chain)
     losses, best, kept = [], math.inf, {}
     bar = trange(1, args.steps + 1, desc="training", disable=not args.progress)
     for step in bar:
@@ -108,23 +111,17 @@ def train(text: Tensor, validation: Tensor, args: argparse.Namespace) -> tuple[D
             now = evaluate.log_likelihood(law, validation, draws=32).bits_per_dim.value
         denoiser.train()
         bar.set_postfix({"validation bits/char": f"{now:.3f}"})
-        if args.verbose:
-            print(
-                step,
-                f"{now:.3f} {sum(losses[-args.check_every :]) / args.check_every:.3f}",
-                flush=True,
-            )
         if now < best:
             best, kept = now, {name: value.clone() for name, value in ema.average.items()}
     denoiser.load_state_dict(kept)
     denoiser.eval()
-    return law, losses
+    return losses
 
 
 def ngrams(text: Tensor, validation: Tensor, orders: int) -> list[Tensor]:
     """Conditional probabilities of order 1, 2, ...: counts, smoothed towards the order below.
 
-    p_k(c | h) = (n(h c) + m p_{k-1}(c | h')) / (n(h) + m), with m chosen on validation (MacKay and Peto 1995).
+    p_k(c | h) = (n(h c) + m p_{k-1}(c | h')) / (n(h) + m), with m chosen on validation (MacKay & Peto 1995).
     """
     tables, lower = [], torch.full((STATES,), 1 / STATES)
     for order in range(1, orders + 1):
@@ -198,11 +195,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gap", default=gap, help="a window with masks to fill in")
     parser.add_argument("--out", type=Path, default=Path("results/text"), help="output folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000, help="training steps")
+    parser.add_argument("--steps", type=int, default=5000, help="training steps")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--length", type=int, default=32, help="characters in a window")
     parser.add_argument("--width", type=int, default=64, help="features of the transformer")
     parser.add_argument("--depth", type=int, default=2, help="blocks of the transformer")
@@ -211,7 +208,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--check-every", type=int, default=200, help="steps between validations")
     parser.add_argument("--sample-steps", type=int, default=64, help="steps of a sampled window")
     parser.add_argument("--characters", type=int, default=320, help="length of the passage")
-    parser.add_argument("--verbose", type=int, default=0)
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(argv)
 
@@ -221,17 +217,22 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     pyro.set_rng_seed(args.seed)
     text, validation, test = split(args.text, args.length)
-    law, losses = train(text, validation, args)
+    law = build(args)
+    losses = train(law, text, validation, args)
     bound = evaluate.log_likelihood(law, test, draws=args.draws, progress=args.progress)
     rows = {"diffusion": bound}
     tables = ngrams(text, validation, orders=4)
     for order, name in enumerate(("unigram", "bigram", "trigram", "4-gram"), start=1):
         rows[name] = ngram_score(tables[:order], test)
     metrics = report(rows)
-    filled = decode(infill(law, encode(args.gap).unsqueeze(0), args.sample_steps)[0])
+    window, gap = torch.full((1, args.length), MASK), encode(args.gap)[: args.length]
+    window[0, : len(gap)] = gap
+    filled = decode(infill(law, window, args.sample_steps)[0])
     sample = passage(law, args.characters, args)
-    print(f"\na gap filled in:\n  {args.gap}\n  {filled}\n\na sampled passage:\n  {sample}\n")
-    (args.out / "samples.txt").write_text(f"{args.gap}\n{filled}\n\n{sample}\n")
+    print(
+        f"\na gap filled in:\n  {decode(window[0])}\n  {filled}\n\na sampled passage:\n  {sample}\n"
+    )
+    (args.out / "samples.txt").write_text(f"{decode(window[0])}\n{filled}\n\n{sample}\n")
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
     figures = {
         "loss": plotting.loss_curve(losses, unit="bits/char"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,15 +26,16 @@ def check_finite(name: str, x: Tensor) -> None:
         )
 
 
-def check_positive_int(name: str, value: int, at_least: int = 1) -> int:
+def check_positive_int(name: str, value: object, at_least: int = 1) -> int:
     """Refuse anything but an integer of at least ``at_least``.
 
     Raises:
         ValueError: if ``value`` is not an ``int`` or is too small.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or int(value) < at_least:  # type: ignore[call-overload]
         raise ValueError(f"{name}: got {value!r}, expected an integer >= {at_least}")
-    return value
+    return int(value)  # type: ignore[call-overload]
 
 
 def check_times(name: str, t: Tensor) -> None:

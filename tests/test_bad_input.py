@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from pyro_diffusion.denoisers import (
-    EDM,
     CategoricalDenoiser,
+    EDMPreconditioning,
     GaussianDenoiser,
     LearnedVariance,
     LevelsDenoiser,
@@ -180,7 +180,7 @@ TABLE = {
     ),
     "hybrid weight": (lambda: Hybrid(0.0), "gamma: got 0.0"),
     "eta": (lambda: DDIM(1.5), r"eta: got 1.5.*\[0, 1\]"),
-    "eta for symbols": (lambda: symbols(sampler=DDIM()).sample(), "eta: got 0.0"),
+    "eta for symbols": (lambda: symbols(sampler=DDIM()).sample(), "sampler: got DDIM.*Absorbing"),
     # context
     "contexts disagree": (
         lambda: gaussian(
@@ -281,7 +281,7 @@ TABLE = {
         "decoder: got 8 levels and a posterior over 4 values",
     ),
     "falling knots": (lambda: TimeVariance([1.0, -1.0]), "log_snr: got"),
-    "sigma of data": (lambda: EDM(0.0), "sigma_data: got 0.0"),
+    "sigma of data": (lambda: EDMPreconditioning(0.0), "sigma_data: got 0.0"),
     "mixture of images": (
         lambda: MixtureDenoiser(
             GaussianProcess(Cosine(), 3), torch.ones(1), torch.zeros(1, 2), 1.0

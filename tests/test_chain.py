@@ -1,5 +1,6 @@
 """The chain spelled out: stock inference on it, and its equality with the one-site estimate."""
 
+import copy
 import math
 
 import pyro
@@ -170,6 +171,18 @@ def test_training_moves_every_parameter_in_both_modes(module_local_params):
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     for a, b in zip(before, denoiser.parameters(), strict=True):
         assert not a.equal(b)
+
+
+@pytest.mark.usefixtures("module_local_params")
+def test_the_guide_has_no_parameters_and_survives_a_copy():
+    ddpm = DDPM(GaussianDenoiser(Tiny((2,)), GaussianProcess(Cosine())), (2,), steps=2)
+    data = torch.zeros(3, 2)
+    assert not list(ddpm.guide.parameters())
+    trace = poutine.trace(ddpm.guide).get_trace(data)
+    assert not trace.param_nodes
+    copied = copy.deepcopy(ddpm)
+    assert len(poutine.trace(ddpm.model).get_trace(data).param_nodes) == 4
+    assert math.isfinite(Trace_ELBO().loss(copied.model, copied.guide, data))
 
 
 def test_two_models_do_not_share_parameters_or_sites():

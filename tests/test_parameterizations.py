@@ -8,8 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from pyro_diffusion.denoisers import (
-    EDM,
     Data,
+    EDMPreconditioning,
     GaussianDenoiser,
     Noise,
     Parameterization,
@@ -30,8 +30,8 @@ PARAMETERIZATIONS = {
     "v": V(),
     "score": Score(),
     "velocity": Velocity(),
-    "edm": EDM(),
-    "edm 2": EDM(sigma_data=2.0),
+    "edm": EDMPreconditioning(),
+    "edm 2": EDMPreconditioning(sigma_data=2.0),
 }
 # The definition of each target in x_0 and eps, without x_t.
 DEFINITIONS = {
@@ -101,7 +101,7 @@ def test_coefficients_have_the_shape_of_the_times(name, dtype, shape):
 def test_edm_has_unit_variance(make, sigma_data):
     """Input and target, at every t, for independent data of variance sigma_data^2."""
     level = make().level(uniform(50, F64))
-    c = EDM(sigma_data).coefficients(level.alpha, level.sigma)
+    c = EDMPreconditioning(sigma_data).coefficients(level.alpha, level.sigma)
     ones = torch.ones_like(level.t)
     variance = level.alpha.square() * sigma_data**2 + level.sigma.square()
     assert_close(c.c_in.square() * variance, ones)
@@ -117,7 +117,7 @@ def test_edm_has_unit_variance(make, sigma_data):
 def test_edm_table():
     """c_in, c_skip and c_out of the paper at three noise levels."""
     sigma, data = torch.tensor([0.002, 1.0, 80.0], dtype=F64), 0.5
-    c = EDM(data).coefficients(torch.ones_like(sigma), sigma)
+    c = EDMPreconditioning(data).coefficients(torch.ones_like(sigma), sigma)
     assert_close(c.c_in, 1 / (sigma**2 + data**2).sqrt())
     assert_close(c.c_skip, data**2 / (sigma**2 + data**2))
     assert_close(c.c_out, sigma * data / (data**2 + sigma**2).sqrt())
@@ -133,7 +133,7 @@ def test_input_has_unit_variance(make, name):
     assert_close(c.c_in.square() * (level.alpha.square() + level.sigma.square()), ones)
     if name == "v":
         # v is the preconditioning of unit-variance data, up to the sign of the output.
-        skip, out = EDM(1.0).skip_out(level.alpha, level.sigma)
+        skip, out = EDMPreconditioning(1.0).skip_out(level.alpha, level.sigma)
         assert_close((c.c_skip, c.c_out), (skip, -out))
 
 
@@ -196,4 +196,4 @@ def test_value_objects(name):
 @pytest.mark.parametrize("sigma_data", [0.0, -1.0, float("nan")])
 def test_sigma_data(sigma_data):
     with pytest.raises(ValueError, match=r"^sigma_data: got .*expected a number > 0"):
-        EDM(sigma_data)
+        EDMPreconditioning(sigma_data)

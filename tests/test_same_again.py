@@ -50,9 +50,7 @@ def test_killed_runs_end_where_the_uninterrupted_one_ends(
     for moment in (0.0, 0.05):  # after the first checkpoint of this life, at two moments of a step
         before = path.stat().st_mtime_ns if path.exists() else 0
         process = start(tmp_path)
-        while process.poll() is None and (
-            not path.exists() or path.stat().st_mtime_ns == before
-        ):
+        while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before):
             time.sleep(0.005)
         time.sleep(moment)
         process.send_signal(signal.SIGKILL)

@@ -10,9 +10,9 @@ from pyro_diffusion.denoisers.discrete import (
 from pyro_diffusion.denoisers.exact import MixtureDenoiser, TableDenoiser
 from pyro_diffusion.denoisers.gaussian import GaussianDenoiser
 from pyro_diffusion.denoisers.parameterizations import (
-    EDM,
     Coefficients,
     Data,
+    EDMPreconditioning,
     Noise,
     Parameterization,
     Score,
@@ -27,11 +27,11 @@ from pyro_diffusion.denoisers.variances import (
 )
 
 __all__ = [
-    "EDM",
     "CategoricalDenoiser",
     "Coefficients",
     "Data",
     "Denoiser",
+    "EDMPreconditioning",
     "GaussianDenoiser",
     "LearnedVariance",
     "LevelsDenoiser",

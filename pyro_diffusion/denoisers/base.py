@@ -89,7 +89,13 @@ class NetworkDenoiser(Denoiser):
             for name, value in context.items()
             if value is not None
         }
-        out: Tensor = self.network(x.reshape(-1, *event), log_snr.expand(batch).reshape(-1), **flat)
+        rows = x.reshape(-1, *event)
+        out: Tensor = self.network(rows, log_snr.expand(batch).reshape(-1), **flat)
+        if out.shape[:1] != rows.shape[:1]:
+            raise ValueError(
+                f"network: got an output of shape {tuple(out.shape)}, expected a first dimension of "
+                f"{len(rows)}, the batch"
+            )
         return out.reshape(batch + out.shape[1:])
 
     def _flatten(self, name: str, value: Tensor, batch: tuple[int, ...]) -> Tensor:

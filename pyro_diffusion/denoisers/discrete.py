@@ -75,7 +75,9 @@ class Quantized(TorchDistribution):
         """Log-probability of the nearest of the values; -inf if none is within float error."""
         gap = (value.unsqueeze(-1) - self.values).abs()
         distance, index = gap.min(-1)
-        logits = self.logits.expand(gap.shape).gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        logits = self.logits.expand(torch.broadcast_shapes(gap.shape, self.logits.shape))
+        index, distance = (v.expand(logits.shape[:-1]) for v in (index, distance))
+        logits = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
         near = distance <= 1e-5 * self.values.abs().max().clamp(min=1)
         return logits.where(near, torch.full_like(logits, -torch.inf))
 
@@ -130,7 +132,7 @@ class LevelsDenoiser(_EvidenceDenoiser):
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The posterior over x_0, batch and event shape of xt."""
-        level = self.process.level(t)
+        level = self.process.level(t, xt)
         x = xt / torch.hypot(level.alpha, level.sigma)
         values = self.values.to(xt.dtype)
         logits = self._logits(x, xt, values, level, context)
@@ -174,6 +176,6 @@ class CategoricalDenoiser(_EvidenceDenoiser):
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The posterior over x_0, batch and event shape of xt."""
-        level = self.process.level(t)
+        level = self.process.level(t, xt)
         logits = self._logits(xt, xt, self.values, level, context)
         return Categorical(logits=logits, validate_args=False).to_event(self.process.event_dim)

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyro_diffusion.denoisers.base import Denoiser
 from pyro_diffusion.processes import CategoricalProcess, GaussianProcess
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.validation import check_finite
 
 __all__ = ["MixtureDenoiser", "TableDenoiser"]
 
@@ -57,9 +58,18 @@ class MixtureDenoiser(Denoiser):
                 f"weights, means: got shapes {tuple(weights.shape)}, {tuple(means.shape)}, expected "
                 "(k,) and (k, d)"
             )
+        variances = torch.as_tensor(variances, dtype=means.dtype, device=means.device)
+        if variances.dim() > 1 or (variances.dim() == 1 and variances.shape != weights.shape):
+            raise ValueError(
+                f"variances: got shape {tuple(variances.shape)}, expected () or {tuple(weights.shape)}"
+            )
+        for name, value in (("weights", weights), ("means", means), ("variances", variances)):
+            check_finite(name, value)
+        for name, value in (("weights", weights), ("variances", variances)):
+            if not bool((value > 0).all()):
+                raise ValueError(f"{name}: got {float(value.min()):g}, expected positive numbers")
         self.register_buffer("weights", weights / weights.sum())
         self.register_buffer("means", means)
-        variances = torch.as_tensor(variances, dtype=means.dtype, device=means.device)
         self.register_buffer("variances", variances.expand(len(means)).clone())
         self.point_mass = point_mass
 
@@ -70,7 +80,7 @@ class MixtureDenoiser(Denoiser):
 
     def marginal(self, t: Tensor | Level) -> TorchDistribution:
         """The exact law of x_t, one scalar time."""
-        level = self.process.level(t)
+        level = self.process.level(t, self.means)
         scale = (level.alpha**2 * self.variances + level.sigma**2).sqrt().unsqueeze(-1)
         parts = Normal(level.alpha * self.means, scale, validate_args=False).to_event(1)
         return MixtureSameFamily(
@@ -79,7 +89,7 @@ class MixtureDenoiser(Denoiser):
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The posterior over x_0, batch and event shape of xt."""
-        level = self.process.level(t)
+        level = self.process.level(t, xt)
         alpha, sigma = (v.unsqueeze(-1) if v.dim() else v for v in (level.alpha, level.sigma))
         s2 = self.variances.unsqueeze(-1)  # (k, 1), against batch + (k, d)
         total = alpha**2 * s2 + sigma**2
@@ -119,6 +129,11 @@ class TableDenoiser(Denoiser):
                 "of states of a CategoricalProcess"
             )
         self.states = process.states
+        if process.event_dim != 1:
+            raise ValueError(f"process: got event_dim={process.event_dim}, expected 1")
+        check_finite("joint", joint)
+        if bool((joint < 0).any()) or not bool((joint > 0).any()):
+            raise ValueError("joint: got negative or only zero entries, expected probabilities")
         axes = [torch.arange(process.states)] * joint.dim()
         self.register_buffer("sequences", torch.cartesian_prod(*axes).reshape(-1, joint.dim()))
         self.register_buffer("log_joint", (joint / joint.sum()).reshape(-1).log())
@@ -128,6 +143,8 @@ class TableDenoiser(Denoiser):
         states = torch.arange(self.states, device=xt.device)
         evidence = self.process.log_evidence(xt, states, t)  # batch + (length, states)
         hot = torch.nn.functional.one_hot(self.sequences, len(states)).to(evidence.dtype)
-        log_weights = self.log_joint + torch.einsum("...lk,nlk->...n", evidence, hot)
+        log_weights = self.log_joint.to(evidence.dtype) + torch.einsum(
+            "...lk,nlk->...n", evidence, hot
+        )
         probs = torch.einsum("...n,nlk->...lk", log_weights.softmax(-1), hot)
         return Categorical(probs=probs, validate_args=False).to_event(1)

@@ -44,13 +44,13 @@ class GaussianDenoiser(NetworkDenoiser):
         if not isinstance(self.parameterization, Parameterization):
             raise ValueError(
                 f"parameterization: got {parameterization!r}, expected one of Noise(), Data(), V(), "
-                "Score(), Velocity(), EDM(...)"
+                "Score(), Velocity(), EDMPreconditioning(...)"
             )
         self.variance = variance
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The posterior over x_0, batch and event shape of xt."""
-        level, event_dim = self.process.level(t), self.process.event_dim
+        level, event_dim = self.process.level(t, xt), self.process.event_dim
         c = self.parameterization.coefficients(level.alpha, level.sigma)
         outputs = 1 + (self.variance.outputs if self.variance is not None else 0)
         out = check_outputs(self.read(c.c_in * xt, level.log_snr, context), xt, outputs)

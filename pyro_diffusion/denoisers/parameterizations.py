@@ -6,7 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["EDM", "Coefficients", "Data", "Noise", "Parameterization", "Score", "V", "Velocity"]
+__all__ = [
+    "Coefficients",
+    "Data",
+    "EDMPreconditioning",
+    "Noise",
+    "Parameterization",
+    "Score",
+    "V",
+    "Velocity",
+]
 
 
 class Coefficients(NamedTuple):
@@ -76,7 +85,10 @@ class V(Parameterization):
 
 @dataclass(frozen=True)
 class Score(Parameterization):
-    r"""F is the score: :math:`\hat x_0 = (x_t + \sigma^2 F)/\alpha`, F = grad log q(x_t) (Tweedie)."""
+    r"""F is the score: :math:`\hat x_0 = (x_t + \sigma^2 F)/\alpha`, F = grad log q(x_t) (Tweedie).
+
+    The only one whose output depends on the state's scale: it belongs to its schedule.
+    """
 
     def skip_out(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """1 / alpha and sigma^2 / alpha."""
@@ -94,7 +106,7 @@ class Velocity(Parameterization):
 
 
 @dataclass(frozen=True)
-class EDM(Parameterization):
+class EDMPreconditioning(Parameterization):
     r"""Karras preconditioning for data of standard deviation ``sigma_data``, at any signal scale.
 
     With :math:`n^2 = \alpha^2\sigma_d^2 + \sigma^2`: c_in = 1/n, c_skip = :math:`\alpha\sigma_d^2/n^2`,

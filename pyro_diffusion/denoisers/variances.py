@@ -114,8 +114,9 @@ class TimeVariance(Variance):
         """Variance of the level's shape."""
         del head
         where = level.log_snr.detach().contiguous()
-        right = torch.searchsorted(self.knots, where).clamp(1, len(self.knots) - 1)
-        low, high = self.knots[right - 1], self.knots[right]
+        knots, log_ratio = self.knots.to(where.dtype), self.log_ratio.to(where.dtype)
+        right = torch.searchsorted(knots, where).clamp(1, len(knots) - 1)
+        low, high = knots[right - 1], knots[right]
         weight = ((level.log_snr - low) / (high - low)).clamp(0, 1)
-        ratio = torch.lerp(self.log_ratio[right - 1], self.log_ratio[right], weight)
+        ratio = torch.lerp(log_ratio[right - 1], log_ratio[right], weight)
         return ratio.exp() * unit_variance(level)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.validation import Shape, check_positive_int
 
-__all__ = ["ForwardProcess", "coordinates"]
+__all__ = ["ForwardProcess", "check_order", "coordinates"]
 
 
 class ForwardProcess(nn.Module):
@@ -95,10 +95,16 @@ class ForwardProcess(nn.Module):
             posterior: a distribution over x_0 of the same batch and event shape.
             s: earlier time(s), scalar or of the batch shape.
             t: later time(s).
-            eta: the bridge's free variance, 1 for the Markov process, 0 for the deterministic one (DDIM).
+            eta: the bridge's free variance, 1 for the Markov process, 0 for the deterministic one (DDIM),
+                which may also go from s to a later time.
+
+        Raises:
+            ValueError: for times outside [0, 1], s after t, or eta outside [0, 1].
         """
-        c = self.coefficients(self.level(s), self.level(t), eta)
-        return self.combine(xt, posterior, c)
+        early, late = self.level(s, xt), self.level(t, xt)
+        if eta != 0 and not (isinstance(s, Level) or isinstance(t, Level)):
+            check_order(early, late)
+        return self.combine(xt, posterior, self.coefficients(early, late, eta))
 
     def bridge(
         self, xt: Tensor, x0: Tensor, s: Tensor | Level, t: Tensor | Level, eta: float = 1.0
@@ -106,17 +112,36 @@ class ForwardProcess(nn.Module):
         """The law of x_s given x_t and x_0, s < t: the reverse kernel of a point mass at x_0."""
         return self.reverse(xt, self.point_mass(x0), s, t, eta)
 
-    def level(self, t: Tensor | Level | float) -> Level:
+    def level(self, t: Tensor | Level | float, like: Tensor | None = None) -> Level:
         """The schedule at t, with singleton dimensions where events are.
+
+        Args:
+            t: time(s); a Level is handed back as it is, so one of batch shape must come from here.
+            like: a state whose device, and dtype if it is real, the level takes.
 
         Raises:
             ValueError: for times outside [0, 1]; a Level is taken as checked.
         """
-        return t if isinstance(t, Level) else self.schedule.level(t).unsqueeze(self.event_dim)
+        if isinstance(t, Level):
+            return t
+        if like is not None:
+            dtype = like.dtype if like.is_floating_point() else None
+            t = torch.as_tensor(t, dtype=dtype, device=like.device)
+        return self.schedule.level(t).unsqueeze(self.event_dim)
 
 
 def coordinates(distribution: TorchDistribution) -> TorchDistribution:
     """The per-coordinate distribution inside any number of ``to_event`` wrappers."""
-    while hasattr(distribution, "base_dist"):
+    while isinstance(distribution, torch.distributions.Independent):
         distribution = distribution.base_dist
     return distribution
+
+
+def check_order(s: Level, t: Level) -> None:
+    """Refuse an earlier time that is not earlier.
+
+    Raises:
+        ValueError: if the log-SNR at s is not above that at t.
+    """
+    if not bool((s.log_snr > t.log_snr).all()):
+        raise ValueError("s, t: got s at or after t, expected s < t")

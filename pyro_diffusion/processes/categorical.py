@@ -6,9 +6,9 @@ import torch
 from pyro.distributions import Categorical, TorchDistribution
 from torch import Tensor
 
-from pyro_diffusion.processes.base import ForwardProcess, coordinates
+from pyro_diffusion.processes.base import ForwardProcess, check_order, coordinates
 from pyro_diffusion.schedules import Level, Schedule
-from pyro_diffusion.validation import Shape, check_positive_int
+from pyro_diffusion.validation import Shape, check_finite, check_positive_int
 
 __all__ = ["Absorbing", "CategoricalCoefficients", "CategoricalProcess", "Uniform"]
 
@@ -61,7 +61,8 @@ class CategoricalProcess(ForwardProcess):
     def __init__(self, schedule: Schedule, states: int, noise: Tensor, event_dim: int = 1) -> None:
         super().__init__(schedule, event_dim)
         self.states = check_positive_int("states", states, at_least=2)
-        noise = torch.as_tensor(noise, dtype=torch.get_default_dtype())
+        noise = torch.as_tensor(noise, dtype=torch.float64)
+        check_finite("noise", noise)
         if noise.dim() != 1 or len(noise) < states or bool((noise < 0).any()):
             raise ValueError(
                 f"noise: got shape {tuple(noise.shape)}, expected non-negative probabilities over at "
@@ -73,11 +74,14 @@ class CategoricalProcess(ForwardProcess):
 
     def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
         """The law of x_t given x_0 (exact)."""
-        return self._replace(x0, self.level(t).alpha)
+        return self._replace(x0, self.level(t, x0).alpha)
 
     def transition(self, xs: Tensor, s: Tensor | Level, t: Tensor | Level) -> TorchDistribution:
         """The law of x_t given x_s (exact)."""
-        return self._replace(xs, self.level(t).alpha / self.level(s).alpha)
+        early, late = self.level(s, xs), self.level(t, xs)
+        if not (isinstance(s, Level) or isinstance(t, Level)):
+            check_order(early, late)
+        return self._replace(xs, late.alpha / early.alpha)
 
     def prior(
         self,
@@ -86,7 +90,7 @@ class CategoricalProcess(ForwardProcess):
         device: torch.device | None = None,
     ) -> TorchDistribution:
         """The law at t = 1 of data that is uniform over its symbols."""
-        noise = self.noise.to(dtype=dtype, device=device)
+        noise = self.noise.to(dtype=dtype or torch.get_default_dtype(), device=device)
         alpha = self.schedule.alpha(torch.ones((), dtype=noise.dtype, device=noise.device))
         uniform = torch.zeros_like(noise)
         uniform[: self.states] = 1 / self.states
@@ -114,7 +118,7 @@ class CategoricalProcess(ForwardProcess):
     ) -> TorchDistribution:
         """Bridge mixed over the posterior of each symbol."""
         c = coefficients
-        clean = self._padded(posterior)
+        clean = self._padded(posterior).to(c.late.dtype)
         here = torch.nn.functional.one_hot(xt, len(self.noise)).to(clean.dtype)
         noise = self.noise.to(clean.dtype)
         noise_here = noise[xt].unsqueeze(-1)
@@ -130,7 +134,7 @@ class CategoricalProcess(ForwardProcess):
 
     def log_evidence(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
         """Log-probability of every symbol of x_t, had its x_0 been each of the values."""
-        alpha = self.level(t).alpha.unsqueeze(-1)
+        alpha = self.level(t, xt).alpha.unsqueeze(-1)
         same = xt.unsqueeze(-1) == values
         probs = alpha * same + (1 - alpha) * self.noise.to(alpha.dtype)[xt].unsqueeze(-1)
         return probs.clamp(min=_tiny(probs)).log()
@@ -170,7 +174,9 @@ class Absorbing(CategoricalProcess):
     def __init__(self, schedule: Schedule, states: int, event_dim: int = 1) -> None:
         check_positive_int("states", states, at_least=2)
         self.mask = states
-        super().__init__(schedule, states, torch.eye(states + 1)[states], event_dim)
+        super().__init__(
+            schedule, states, torch.eye(states + 1, dtype=torch.float64)[states], event_dim
+        )
 
 
 class Uniform(CategoricalProcess):
@@ -187,4 +193,6 @@ class Uniform(CategoricalProcess):
 
     def __init__(self, schedule: Schedule, states: int, event_dim: int = 1) -> None:
         check_positive_int("states", states, at_least=2)
-        super().__init__(schedule, states, torch.full((states,), 1.0 / states), event_dim)
+        super().__init__(
+            schedule, states, torch.full((states,), 1.0 / states, dtype=torch.float64), event_dim
+        )

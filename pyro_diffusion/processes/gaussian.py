@@ -6,7 +6,7 @@ import torch
 from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor
 
-from pyro_diffusion.processes.base import ForwardProcess, coordinates
+from pyro_diffusion.processes.base import ForwardProcess, check_order, coordinates
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import Shape
 
@@ -62,12 +62,14 @@ class GaussianProcess(ForwardProcess):
 
     def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
         """The law of x_t given x_0 (exact)."""
-        level = self.level(t)
+        level = self.level(t, x0)
         return self._normal(level.alpha * x0, level.sigma)
 
     def transition(self, xs: Tensor, s: Tensor | Level, t: Tensor | Level) -> TorchDistribution:
         """The law of x_t given x_s (exact)."""
-        early, late = self.level(s), self.level(t)
+        early, late = self.level(s, xs), self.level(t, xs)
+        if not (isinstance(s, Level) or isinstance(t, Level)):
+            check_order(early, late)
         fresh = -torch.expm1(late.log_snr - early.log_snr)
         return self._normal(late.alpha / early.alpha * xs, late.sigma * fresh.sqrt())
 
@@ -87,7 +89,13 @@ class GaussianProcess(ForwardProcess):
         return Delta(x0, event_dim=self.event_dim, validate_args=False)
 
     def coefficients(self, s: Level, t: Level, eta: float = 1.0) -> GaussianCoefficients:
-        """Weights and variance of the bridge; differences of nearby times do not cancel."""
+        """Weights and variance of the bridge; differences of nearby times do not cancel.
+
+        Raises:
+            ValueError: if eta lies outside [0, 1].
+        """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta: got {eta}, expected a number in [0, 1]")
         gap = t.log_snr - s.log_snr
         fresh = -torch.expm1(gap)
         log_kept = 0.5 * (gap if eta == 1 else torch.log1p(-(eta**2) * fresh))
@@ -109,7 +117,7 @@ class GaussianProcess(ForwardProcess):
 
     def log_evidence(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
         """Log-density of every coordinate of x_t, were its x_0 each of the values, up to a constant."""
-        level = self.level(t)
+        level = self.level(t, xt)
         z = (xt.unsqueeze(-1) - level.alpha.unsqueeze(-1) * values) / level.sigma.unsqueeze(-1)
         return -0.5 * z.square()
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pyro_diffusion.processes import ForwardProcess
+from pyro_diffusion.processes import ForwardProcess, GaussianProcess
 from pyro_diffusion.samplers.base import Read, Sampler, State
 from pyro_diffusion.schedules import Level
 
@@ -62,7 +62,15 @@ class DDIM(Sampler):
         return f"DDIM(eta={self.eta:g})"
 
     def coefficients(self, process: ForwardProcess, s: Level, t: Level) -> tuple[Tensor, ...]:
-        """The bridge's at this eta."""
+        """The bridge's at this eta.
+
+        Raises:
+            ValueError: for a process that is not Gaussian.
+        """
+        if not isinstance(process, GaussianProcess):
+            raise ValueError(
+                f"sampler: got {self!r} for a {type(process).__name__}, expected Ancestral()"
+            )
         return process.coefficients(s, t, self.eta)
 
     def step(

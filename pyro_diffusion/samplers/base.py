@@ -97,7 +97,8 @@ def simulate(
         The state at ``times[0]``.
     """
     process, context = denoiser.process, context or {}
-    levels = process.schedule.level(times.to(x.device), check=False)
+    dtype = x.dtype if x.is_floating_point() else times.dtype
+    levels = process.schedule.level(times.to(device=x.device, dtype=dtype), check=False)
     early = Level(*(v[:-1] for v in levels))
     late = Level(*(v[1:] for v in levels))
     table = check_sampler(sampler).coefficients(process, early, late)

@@ -1,5 +1,6 @@
 """What a schedule is: a log-SNR curve over t in [0, 1] and a rule that splits it into two scales."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -50,22 +51,34 @@ class Schedule(nn.Module):
         f = \frac{d\log\alpha}{d\lambda}\,\lambda'(t), \qquad g^2 = -\sigma^2\,\lambda'(t).
 
     The raw curve may reach infinity at its ends. ``log_snr_max`` and ``log_snr_min`` cut it there: t in
-    [0, 1] is stretched over the part of the curve between them.
+    [0, 1] is stretched over the part of the curve between them. In float32 keep them within 20 of zero:
+    beyond, times near an end are no longer told apart.
+
+    A subclass gives the curve, its inverse and, to spare automatic differentiation, ``_curve_slope``.
 
     Args:
         log_snr_max: log-SNR at t = 0.
         log_snr_min: log-SNR at t = 1.
 
     Raises:
-        ValueError: if the two ends are not in decreasing order.
+        ValueError: if the two ends are not finite (where the curve cannot reach infinity) or not in
+            decreasing order.
 
     References:
         Kingma et al., Variational Diffusion Models, arXiv 2107.00630.
         Song et al., Score-based generative modeling through SDEs, arXiv 2011.13456.
     """
 
+    reaches_infinity = False
+
     def __init__(self, log_snr_max: float, log_snr_min: float) -> None:
         super().__init__()
+        finite = math.isfinite(log_snr_max) and math.isfinite(log_snr_min)
+        if not (finite or self.reaches_infinity):
+            raise ValueError(
+                f"log_snr_max, log_snr_min: got {log_snr_max}, {log_snr_min}, expected finite ends "
+                f"for {type(self).__name__}"
+            )
         if not log_snr_max > log_snr_min:
             raise ValueError(
                 f"log_snr_max, log_snr_min: got {log_snr_max}, {log_snr_min}, expected a decreasing "
@@ -81,6 +94,13 @@ class Schedule(nn.Module):
 
     def _inverse_curve(self, log_snr: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _curve_slope(self, u: Tensor) -> Tensor:
+        """Derivative of the curve, any shape."""
+        with torch.enable_grad():
+            u = u if u.requires_grad else u.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self._curve(u).sum(), u, create_graph=True)
+        return slope
 
     # The gauge.
     def _signal(self, log_snr: Tensor) -> Tensor:
@@ -111,8 +131,9 @@ class Schedule(nn.Module):
         return self._noise(self.log_snr(t))
 
     def log_snr_slope(self, t: Tensor) -> Tensor:
-        r"""Derivative :math:`\lambda'(t)`, exact (forward-mode differentiation of the curve)."""
-        return torch.func.jvp(self.log_snr, (t,), (torch.ones_like(t),))[1]
+        r"""Derivative :math:`\lambda'(t)`, exact."""
+        width = self._stop - self._start
+        return width * self._curve_slope(self._start + width * t)
 
     def f(self, t: Tensor) -> Tensor:
         """Drift coefficient of the forward SDE, per unit of t."""

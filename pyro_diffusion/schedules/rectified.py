@@ -28,6 +28,8 @@ class Rectified(Schedule):
         Liu et al., arXiv 2209.03003; Lipman et al., arXiv 2210.02747.
     """
 
+    reaches_infinity = True
+
     def __init__(self, log_snr_max: float = 10.0, log_snr_min: float = -10.0) -> None:
         super().__init__(log_snr_max, log_snr_min)
 
@@ -38,6 +40,20 @@ class Rectified(Schedule):
 
     def _curve(self, u: Tensor) -> Tensor:
         return -2 * torch.logit(u)
+
+    def _curve_slope(self, u: Tensor) -> Tensor:
+        return -2 / (u * (1 - u))
+
+    def f(self, t: Tensor) -> Tensor:
+        """Drift coefficient, -1 / (1 - u) per unit of u: finite at t = 0 even where the log-SNR is not."""
+        width = self._stop - self._start
+        return -width / (1 - self._start - width * t)
+
+    def g2(self, t: Tensor) -> Tensor:
+        """Squared diffusion coefficient, 2u / (1 - u) per unit of u."""
+        width = self._stop - self._start
+        u = self._start + width * t
+        return 2 * width * u / (1 - u)
 
     def _inverse_curve(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(-log_snr / 2)

@@ -38,6 +38,9 @@ class VarianceExploding(Schedule):
     def _curve(self, u: Tensor) -> Tensor:
         return -u
 
+    def _curve_slope(self, u: Tensor) -> Tensor:
+        return -torch.ones_like(u)
+
     def _inverse_curve(self, log_snr: Tensor) -> Tensor:
         return -log_snr
 
@@ -78,6 +81,9 @@ class EDM(VarianceExploding):
 
     def _curve(self, u: Tensor) -> Tensor:
         return -2 * self.rho * torch.log(u)
+
+    def _curve_slope(self, u: Tensor) -> Tensor:
+        return -2 * self.rho / u
 
     def _inverse_curve(self, log_snr: Tensor) -> Tensor:
         return torch.exp(-log_snr / (2 * self.rho))

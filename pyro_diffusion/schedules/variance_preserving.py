@@ -54,6 +54,9 @@ class Cosine(VariancePreserving):
     def _curve(self, u: Tensor) -> Tensor:
         return 2 * self.shift - 2 * torch.log(torch.tan(math.pi / 2 * u))
 
+    def _curve_slope(self, u: Tensor) -> Tensor:
+        return -2 * math.pi / torch.sin(math.pi * u)
+
     def _inverse_curve(self, log_snr: Tensor) -> Tensor:
         return 2 / math.pi * torch.atan(torch.exp(self.shift - log_snr / 2))
 
@@ -77,6 +80,9 @@ class LogLinear(VariancePreserving):
 
     def _curve(self, u: Tensor) -> Tensor:
         return -u
+
+    def _curve_slope(self, u: Tensor) -> Tensor:
+        return -torch.ones_like(u)
 
     def _inverse_curve(self, log_snr: Tensor) -> Tensor:
         return -log_snr
@@ -116,6 +122,11 @@ class LinearBeta(VariancePreserving):
         decay = 0.5 * u.square() * (self.beta_max - self.beta_min) + u * self.beta_min
         return -log_expm1(decay)
 
+    def _curve_slope(self, u: Tensor) -> Tensor:
+        beta = self.beta_min + u * (self.beta_max - self.beta_min)
+        decay = 0.5 * u.square() * (self.beta_max - self.beta_min) + u * self.beta_min
+        return beta / torch.expm1(-decay)
+
     def _inverse_curve(self, log_snr: Tensor) -> Tensor:
         decay = torch.nn.functional.softplus(-log_snr)
         slope = self.beta_max - self.beta_min
@@ -154,20 +165,30 @@ class TabulatedBetas(VariancePreserving):
                 "numbers strictly between 0 and 1 (the log-SNR must decrease at every step)"
             )
         log_snr = -log_expm1(-torch.log1p(-table).cumsum(0))
-        self._ends = float(log_snr[0]), float(log_snr[-1])
-        super().__init__(*self._ends)
+        super().__init__(float(log_snr[0]), float(log_snr[-1]))
         self.register_buffer("knots", log_snr)
+        self.register_load_state_dict_post_hook(_read_ends)
+
+    def _curve_slope(self, u: Tensor) -> Tensor:
+        knots = self.knots.to(dtype=u.dtype, device=u.device)
+        left = (u.detach() * (len(knots) - 1)).long().clamp(0, len(knots) - 2)
+        return (knots[left + 1] - knots[left]) * (len(knots) - 1)
 
     def _curve(self, u: Tensor) -> Tensor:
-        knots = self.knots.to(u.dtype)
+        knots = self.knots.to(dtype=u.dtype, device=u.device)
         position = u * (len(knots) - 1)
         left = position.detach().long().clamp(0, len(knots) - 2)
         return torch.lerp(knots[left], knots[left + 1], position - left)
 
     def _inverse_curve(self, log_snr: Tensor) -> Tensor:
         if "knots" not in self._buffers:  # the base class asks for the two ends
-            return (log_snr - self._ends[0]) / (self._ends[1] - self._ends[0])
-        knots = self.knots.to(log_snr.dtype)
+            return (log_snr - self.log_snr_max) / (self.log_snr_min - self.log_snr_max)
+        knots = self.knots.to(dtype=log_snr.dtype, device=log_snr.device)
         right = torch.searchsorted(-knots, -log_snr.contiguous()).clamp(1, len(knots) - 1)
         low, high = knots[right], knots[right - 1]
         return (right - (log_snr - low) / (high - low)) / (len(knots) - 1)
+
+
+def _read_ends(table: TabulatedBetas, _: object) -> None:
+    """The ends of a table that was just loaded."""
+    table.log_snr_max, table.log_snr_min = float(table.knots[0]), float(table.knots[-1])
