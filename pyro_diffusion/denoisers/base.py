@@ -10,6 +10,9 @@ from pyro_diffusion.schedules import Level
 
 __all__ = ["Denoiser", "NetworkDenoiser"]
 
+# Networks are conditioned on log-SNR within these limits; nothing changes beyond them.
+MAX_LOG_SNR = 30.0
+
 
 class Denoiser(nn.Module):
     """A posterior p(x_0 | x_t) under a forward process.
@@ -84,6 +87,8 @@ class NetworkDenoiser(Denoiser):
         batch, event = x.shape[: x.dim() - event_dim], x.shape[x.dim() - event_dim :]
         if log_snr.dim():
             log_snr = log_snr.reshape(log_snr.shape[: log_snr.dim() - event_dim])
+        # Uncut schedules end at infinite log-SNR, which no embedding survives.
+        log_snr = log_snr.clamp(-MAX_LOG_SNR, MAX_LOG_SNR)
         flat = {
             name: self._flatten(name, value, batch)
             for name, value in context.items()
