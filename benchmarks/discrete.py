@@ -5,9 +5,10 @@ Run: python benchmarks/discrete.py
 A known joint over all 81 sequences of length 4 from 3 letters, the exact posterior of every letter as the
 denoiser, and expectations over every x_t taken by enumeration, not by sampling. All figures in nats.
 
-A denoiser gives each letter its own posterior, so a chain of few steps is not quite the data's law. The bound
-is below the *chain's* log p for every sequence (a theorem, checked here for all 81), and below the data's log p
-on average over data; both gaps vanish with the steps, and importance weighting closes the first at any number.
+A denoiser gives each letter its own posterior, so a chain of few steps is not quite the data's law. The
+bound is below the *chain's* log p for every sequence (a theorem, checked here for all 81), and below the
+data's log p on average over data; both gaps vanish with the steps, and importance weighting closes the first
+at any number.
 """
 
 import argparse

@@ -202,7 +202,7 @@ def sampling(turns: int) -> None:
     level = log_snr(torch.linspace(0, 1, STEPS + 1))
     alpha, sigma = torch.sigmoid(level).sqrt(), torch.sigmoid(-level).sqrt()
 
-    network, denoiser, x = mlp()
+    network, denoiser, _ = mlp()
     denoiser.eval()
 
     def read_v(x: Tensor, j: int) -> tuple[Tensor, float]:
@@ -212,7 +212,7 @@ def sampling(turns: int) -> None:
         print(f"{f'MLP 3 x 1024, {count} samples':<40}", end=" ")
         run_pair(denoiser, read_v, (count, 64), turns)
 
-    network, denoiser, x = unet()
+    network, denoiser, _ = unet()
     denoiser.eval()
     values = uniform_levels(LEVELS)
 

@@ -74,7 +74,9 @@ def exact(log_p: Tensor) -> Likelihood:
 def train(data: Tensor, args: argparse.Namespace) -> tuple[Diffusion, list[float]]:
     """Fit by SVI; returns the model with averaged weights, and the loss of each step."""
     network = MLP(2, hidden=(args.width,) * 3, outputs=2)  # mean and variance of each coordinate
-    denoiser = GaussianDenoiser(network, GaussianProcess(LogLinear()), variance=LearnedVariance())
+    denoiser = GaussianDenoiser(
+        network, GaussianProcess(LogLinear(7, -7)), variance=LearnedVariance()
+    )
 
     def model() -> None:
         pyro.module("denoiser", denoiser)

@@ -43,7 +43,7 @@ def log_likelihood(
         spaced ones scatter less, so with ``draws`` it is conservative.
 
     Raises:
-        ValueError: for fewer than two draws or samples, bad data, or a training-only objective.
+        ValueError: for fewer than two draws or samples, or bad data.
     """
     check_positive_int("samples", samples, at_least=2)
     if draws is not None:
