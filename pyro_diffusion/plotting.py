@@ -231,7 +231,7 @@ def loss_curve(
         ax: where to draw; a new figure if not given.
 
     Returns:
-        The Axes. Its limits show the bulk of the losses: the very first may lie outside.
+        The Axes. Its limits show the bulk of the losses; the very first may lie outside.
 
     Raises:
         ValueError: if the shape is another, or ``smooth`` is below 1.

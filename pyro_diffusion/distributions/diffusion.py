@@ -117,7 +117,7 @@ class Diffusion(TorchDistribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """The decoder's: real numbers, or integers in range."""
+        """Real numbers, or integers in range, as the decoder has it."""
         return self.decoder.support(len(self.event_shape))
 
     @property

@@ -1,10 +1,15 @@
 """The few places where ArviZ 0.23 (Python 3.11) and 1.x (3.12 and later) differ."""
 
+import warnings
 from typing import Any
 
-import arviz as az
 import numpy as np
 from torch import Tensor
+
+with warnings.catch_warnings():
+    # ArviZ 0.23 announces 1.x at every import; our users did not ask.
+    warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor")
+    import arviz as az
 
 __all__ = ["build", "pareto_khat"]
 

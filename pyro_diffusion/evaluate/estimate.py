@@ -110,7 +110,7 @@ class Likelihood:
 
     @property
     def monte_carlo_error(self) -> float:
-        """Standard error of the mean in nats were the data fixed: from the estimator's own draws alone."""
+        """Standard error of the mean (nats) from the estimator's own draws alone, the data held fixed."""
         return float(self.standard_error.square().sum().sqrt() / len(self.value))
 
     def __str__(self) -> str:
