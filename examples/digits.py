@@ -25,7 +25,7 @@ from pyro_diffusion import checkpoint, evaluate, plotting
 from pyro_diffusion.denoisers import LevelsDenoiser, uniform_levels
 from pyro_diffusion.distributions import Diffusion, QuantizedDecoder
 from pyro_diffusion.nn import UNet
-from pyro_diffusion.optim import EMA
+from pyro_diffusion.optim import EMA, JointOptim
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.samplers import recorder, simulate
 from pyro_diffusion.schedules import Cosine
@@ -59,13 +59,11 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, images: Tensor) -> None:
         self.args, self.images, self.denoiser = args, images, build(args)
         self.ema = EMA(self.denoiser, args.ema)
-        optimizer = pyro.optim.PyroLRScheduler(
+        optimizer = JointOptim(
+            torch.optim.AdamW,
+            {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True},
             torch.optim.lr_scheduler.CosineAnnealingLR,
-            {
-                "optimizer": torch.optim.AdamW,
-                "optim_args": {"lr": args.lr, "weight_decay": args.weight_decay},
-                "T_max": args.steps,
-            },
+            {"T_max": args.steps},
         )
         self.svi = SVI(self.model, lambda x: None, optimizer, Trace_ELBO())
         self.losses: list[float] = []

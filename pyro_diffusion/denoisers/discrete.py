@@ -6,6 +6,7 @@ import torch
 from pyro.distributions import Categorical, TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.distributions.utils import lazy_property
 
 from pyro_diffusion.denoisers.base import NetworkDenoiser, check_outputs
 from pyro_diffusion.processes import CategoricalProcess, GaussianProcess
@@ -40,17 +41,17 @@ class Quantized(TorchDistribution):
         self.values = values
         super().__init__(logits.shape[:-1], torch.Size(), validate_args=validate_args)
 
-    @property
+    @lazy_property
     def probs(self) -> Tensor:
         """Probabilities of the values."""
         return self.logits.exp()
 
-    @property
+    @lazy_property
     def mean(self) -> Tensor:
         """Expected value."""
         return self.probs @ self.values
 
-    @property
+    @lazy_property
     def variance(self) -> Tensor:
         """Variance, computed around the mean so that nothing cancels."""
         gap = self.values - self.mean.unsqueeze(-1)
