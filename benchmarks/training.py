@@ -229,7 +229,8 @@ def sampling(turns: int) -> None:
 
 
 def run_pair(denoiser: Denoiser, read: Callable, shape: tuple[int, ...], turns: int) -> None:
-    law = Diffusion(denoiser, shape[1:], STEPS)
+    decoder = QuantizedDecoder(LEVELS) if isinstance(denoiser, LevelsDenoiser) else None
+    law = Diffusion(denoiser, shape[1:], STEPS, decoder=decoder)
     bare = bare_sampler(read)
     compare(
         lambda n: law.sample((n,)), lambda n: bare(torch.randn(n, *shape[1:])), shape[0], 1, turns

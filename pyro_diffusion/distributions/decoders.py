@@ -1,5 +1,7 @@
 """The data end of a chain: p(x | x_{t_0}), and how data becomes x_0."""
 
+import math
+
 import torch
 from pyro.distributions import Categorical, Delta, Normal, TorchDistribution
 from torch import Tensor, nn
@@ -53,6 +55,10 @@ class Decoder(nn.Module):
         """
         raise NotImplementedError
 
+    def baseline(self, t: Level, event_shape: torch.Size) -> Tensor | float:
+        """Expected -log p(x | x_{t_0}) of a posterior as sure as the evidence at t_0 (nats per datum)."""
+        return 0.0
+
 
 class NormalDecoder(Decoder):
     r"""Continuous data: the posterior at t_0 itself.
@@ -78,6 +84,10 @@ class NormalDecoder(Decoder):
         """A normal of the posterior's mean and variance."""
         mean, scale = _loc_scale(posterior, t)
         return Normal(mean, scale, validate_args=False).to_event(process.event_dim)
+
+    def baseline(self, t: Level, event_shape: torch.Size) -> Tensor | float:
+        """Entropy of the evidence, d/2 (log(2 pi e) - log-SNR): large, negative and the same for all."""
+        return 0.5 * event_shape.numel() * (math.log(2 * math.pi * math.e) - t.log_snr)
 
 
 class QuantizedDecoder(Decoder):

@@ -15,8 +15,8 @@ from pyro_diffusion.distributions.decoders import Decoder, check_decoder, defaul
 from pyro_diffusion.distributions.objectives import Bound, Objective, check_objective, divergence
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.samplers import Ancestral, Sampler, check_sampler, simulate
-from pyro_diffusion.schedules import check_grid, uniform
-from pyro_diffusion.validation import Shape, check_event_shape
+from pyro_diffusion.schedules import Level, check_grid, uniform
+from pyro_diffusion.validation import Shape, check_event_shape, check_positive_int
 
 __all__ = ["Diffusion"]
 
@@ -102,7 +102,9 @@ class Diffusion(TorchDistribution):
             )
         self.dtype, self.device = _home(denoiser)
         self.denoiser = denoiser
-        self.times = uniform(steps) if times is None else times
+        if times is None:
+            times = _uniform(check_positive_int("steps", steps), torch.get_default_dtype())
+        self.times = times
         self.decoder = check_decoder(decoder or default_decoder(denoiser.process), denoiser.process)
         self.sampler = Ancestral() if sampler is None else check_sampler(sampler)
         self.objective = Bound() if objective is None else check_objective(objective)
@@ -158,7 +160,7 @@ class Diffusion(TorchDistribution):
             prior = process.prior(self.event_shape, dtype=self.dtype, device=self.device)
             x = prior.expand(batch).sample()
             context = self.expanded_context(x)
-            times = self.times.to(device=x.device, dtype=self._time_dtype(x))
+            times = self.times.to(self._time_dtype(x))
             x = simulate(self.denoiser, times, x, self.sampler, context, self.progress)
             return self.decode(x).sample()
 
@@ -183,9 +185,13 @@ class Diffusion(TorchDistribution):
             reverse = ((place - share) / (1 - share) * self.steps).floor()
             index = 1 + reverse.clamp(-1, self.steps - 1).long().reshape(batch)
             decoding, step = self._terms(value, x0, index)
-        decodes = index == 0
-        cost = torch.where(decodes, decoding / share, step * (self.steps / (1 - share)))
-        return -(self._prior_divergence(x0) + cost)
+        # What is known of the decoder's term beforehand is added in full, not drawn: less noise, same mean.
+        start = self._levels(x0).at(0)
+        known = self.objective.baseline(self.decoder, start, self.event_shape)
+        drawn = torch.where(
+            index == 0, (decoding - known) / share, step * (self.steps / (1 - share))
+        )
+        return -(self._prior_divergence(x0) + known + drawn)
 
     def encode(self, value: Tensor) -> Tensor:
         """Data as x_0, checked and broadcast to this distribution's batch shape."""
@@ -194,8 +200,7 @@ class Diffusion(TorchDistribution):
     def decode(self, x: Tensor) -> TorchDistribution:
         """The law of data given the chain's last state x_{t_0}, batch + event (one network read)."""
         process = self.denoiser.process
-        time = self.times[0].to(device=x.device, dtype=self._time_dtype(x))
-        start = process.schedule.level(time, check=False)
+        start = self._levels(x).at(0)
         posterior = self.denoiser(x, start, **self.expanded_context(x))
         return self.decoder(posterior, start, process)
 
@@ -236,25 +241,22 @@ class Diffusion(TorchDistribution):
 
         Only one is meant for each datum; the other is finite and to be discarded.
         """
-        process, event_dim = self.denoiser.process, len(self.event_shape)
-        times = self.times.to(device=x0.device, dtype=self._time_dtype(x0))
-
-        def level(j: Tensor) -> Any:
-            return process.schedule.level(times[j], check=False).unsqueeze(event_dim)
-
-        t = level(index)
+        process = self.denoiser.process
+        # Three levels for each datum: where it is read, and the ends of its step.
+        which = torch.stack([index, index.clamp(min=1), (index - 1).clamp(min=0)])
+        levels = self._levels(x0).at(which).unsqueeze(len(self.event_shape))
+        t, late, early = map(Level._make, zip(*(v.unbind() for v in levels), strict=True))
         q = process.marginal(x0, t)
         xt = q.rsample() if q.has_rsample else q.sample()
         posterior = self.denoiser(xt, t, **self.expanded_context(xt))
         decoding = self.objective.decoding(self.decoder, value, posterior, t, process, self.steps)
-        late, early = level(index.clamp(min=1)), level((index - 1).clamp(min=0))
         step = self.objective(process, xt, x0, posterior, early, late, self.steps)
         return decoding, step
 
     def _prior_divergence(self, x0: Tensor) -> Tensor:
         process = self.denoiser.process
         dtype = x0.dtype if x0.is_floating_point() else self.dtype
-        end = process.schedule.level(self.times[-1].to(device=x0.device, dtype=dtype), check=False)
+        end = self._levels(x0).at(-1)
         prior = process.prior(self.event_shape, dtype=dtype, device=x0.device)
         return divergence(
             process.marginal(x0, end), prior.expand(x0.shape[: x0.dim() - len(self.event_shape)])
@@ -271,19 +273,30 @@ class Diffusion(TorchDistribution):
         x0 = self.decoder.encode(value, self.dtype or own).expand(shape)
         return x0, shape[: len(shape) - len(self.event_shape)]
 
+    def _levels(self, x: Tensor) -> Level:
+        schedule = self.denoiser.process.schedule
+        return schedule.grid_levels(self.times, self._time_dtype(x), x.device)
+
     def _time_dtype(self, x0: Tensor) -> torch.dtype:
         return x0.dtype if x0.is_floating_point() else self.dtype or self.times.dtype
 
     @contextlib.contextmanager
     def _own_randomness(self, device: torch.device) -> Iterator[None]:
         """Draw from this instance's seed and leave the global generators as they were."""
-        devices = [] if device.type == "cpu" else [device]
-        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-            torch.default_generator.manual_seed(self._seed)
-            if devices:
-                with torch.get_device_module(device).device(device):
-                    torch.get_device_module(device).manual_seed(self._seed)
+        generators = [torch.default_generator]
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            generators.append(torch.cuda.default_generators[index])
+        elif device.type == "mps":
+            generators.append(torch.mps._get_default_mps_generator())
+        states = [generator.get_state() for generator in generators]
+        for generator in generators:
+            generator.manual_seed(self._seed)
+        try:
             yield
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
 
     def _context_event(self, name: str) -> torch.Size:
         value = self.context[name]
@@ -300,6 +313,8 @@ class Diffusion(TorchDistribution):
         schedule = self.denoiser.process.schedule
         if not isinstance(self.times, Tensor):
             raise ValueError(f"times: got {type(self.times).__name__}, expected a tensor of times")
+        if getattr(schedule, "_checked_grid", None) is self.times:
+            return  # the grid of the run before
         # Beside the schedule's own tensors if it has any, else where they are: no wait for a device.
         times = self.times.to([*schedule.buffers(), *schedule.parameters(), self.times][0].device)
         check_grid(times, schedule)
@@ -310,6 +325,14 @@ class Diffusion(TorchDistribution):
                     f"schedule: got log-SNR {log_snr.tolist()} at the ends of the grid, expected finite "
                     "values (cut the schedule with log_snr_max and log_snr_min)"
                 )
+        if next(schedule.parameters(), None) is None:
+            object.__setattr__(schedule, "_checked_grid", self.times)
+
+
+@functools.lru_cache(maxsize=64)
+def _uniform(steps: int, dtype: torch.dtype) -> Tensor:
+    """One tensor for one number of steps: a model builds its distribution anew at every run."""
+    return uniform(steps, dtype)
 
 
 def _home(denoiser: Denoiser) -> tuple[torch.dtype | None, torch.device | None]:

@@ -63,6 +63,10 @@ class Objective:
         """Cost of the decoder's term, batch shape: -log p(x | x_{t_0}), from the posterior at t_0."""
         return -decoder(posterior, t, process).log_prob(value)
 
+    def baseline(self, decoder: Decoder, t: Level, event_shape: torch.Size) -> Tensor | float:
+        """What :meth:`decoding` comes to before any datum is seen; it only lowers the variance."""
+        return decoder.baseline(t, event_shape)
+
 
 class Bound(Objective):
     r"""The evidence lower bound: :math:`KL(q(x_s | x_t, x_0) \,\|\, p(x_s | x_t))` (nats)."""
@@ -151,6 +155,10 @@ class Simple(Weighted):
         error = (decoder.encode(value, mean.dtype) - mean).square() * t.log_snr.exp()
         return sum_rightmost(error, process.event_dim) / steps
 
+    def baseline(self, decoder: Decoder, t: Level, event_shape: torch.Size) -> Tensor | float:
+        """0: noise errors are of no known size."""
+        return 0.0
+
 
 class Hybrid(Objective):
     r"""L_simple for the mean, the bound for the variance: :math:`L_{simple} + \gamma L_{vlb}`.
@@ -204,6 +212,10 @@ class Hybrid(Objective):
         simple = self._simple.decoding(decoder, value, posterior, t, process, steps)
         bound = self._bound.decoding(decoder, value, fixed, t, process, steps)
         return simple + self.gamma * bound
+
+    def baseline(self, decoder: Decoder, t: Level, event_shape: torch.Size) -> Tensor | float:
+        """The bound's, in its share."""
+        return self.gamma * self._bound.baseline(decoder, t, event_shape)
 
 
 def check_objective(objective: object) -> Objective:

@@ -27,6 +27,9 @@ def compare(likelihoods: Mapping[str, Likelihood]) -> pd.DataFrame:
     ``kind``       what each model's figures are
     =============  ==========================================================================
 
+    Values with a Monte-Carlo error of their own are more scattered than the models they score, and stacking
+    then favours the noisier model: let the ``standard_error`` of each value be small beside the scatter.
+
     Args:
         likelihoods: at least two, of the same data in the same order.
 

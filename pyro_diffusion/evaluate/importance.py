@@ -40,7 +40,8 @@ def importance_weighted(
         diffusion: the model, batch shape (); a chain of few steps keeps the weights' variance and the cost
             (samples * (K + 1) network reads per datum) low.
         data: (n,) + event.
-        samples: number S of chains per datum, >= 2.
+        samples: number S of chains per datum, >= 2. Below about 25 there is no tail to fit and every k-hat is
+            infinite.
         context: the denoiser's context, one row per datum.
         batch_size: data read together.
         progress: whether to show a progress bar.

@@ -20,9 +20,9 @@ def site_name(name: str, j: int) -> str:
 
 
 def _levels(diffusion: Diffusion, device: torch.device | None, dtype: torch.dtype | None) -> Any:
-    times = diffusion.times.to(device=device, dtype=dtype)
-    levels = diffusion.denoiser.process.schedule.level(times, check=False)
-    return [levels.at(j) for j in range(len(times))]
+    schedule = diffusion.denoiser.process.schedule
+    levels = schedule.grid_levels(diffusion.times, dtype, device)
+    return [levels.at(j) for j in range(len(diffusion.times))]
 
 
 def _split(diffusion: TorchDistribution) -> tuple[Diffusion, int]:

@@ -98,7 +98,7 @@ def simulate(
     """
     process, context = denoiser.process, context or {}
     dtype = x.dtype if x.is_floating_point() else times.dtype
-    levels = process.schedule.level(times.to(device=x.device, dtype=dtype), check=False)
+    levels = process.schedule.grid_levels(times, dtype, x.device)
     early = Level(*(v[:-1] for v in levels))
     late = Level(*(v[1:] for v in levels))
     table = check_sampler(sampler).coefficients(process, early, late)

@@ -161,6 +161,28 @@ class Schedule(nn.Module):
         log_snr = self.log_snr(t)
         return Level(t, log_snr, self._signal(log_snr), self._noise(log_snr))
 
+    def grid_levels(
+        self, times: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> Level:
+        """The levels of a whole grid, unchecked; those of the last grid are kept.
+
+        A model walks one grid again and again. A schedule with parameters is evaluated every time.
+
+        Args:
+            times: the grid; known by identity, so not to be changed in place.
+            dtype: of the result, that of the times by default.
+            device: of the result, that of the times by default.
+        """
+        key = (dtype or times.dtype, device or times.device)
+        kept = self.__dict__.get("_kept")
+        if kept is not None and kept[0] is times and kept[1] == key:
+            level: Level = kept[2]
+            return level
+        level = self.level(times.to(dtype=key[0], device=key[1]), check=False)
+        if next(self.parameters(), None) is None:
+            self.__dict__["_kept"] = (times, key, level)
+        return level
+
     def extra_repr(self) -> str:
         """Ends of the curve, for ``repr``."""
         return f"log_snr_max={self.log_snr_max:g}, log_snr_min={self.log_snr_min:g}"
