@@ -37,14 +37,25 @@ class Quantized(TorchDistribution):
     has_rsample = False
 
     def __init__(self, logits: Tensor, values: Tensor, validate_args: bool | None = None) -> None:
-        self.logits = logits - logits.logsumexp(-1, keepdim=True)
+        self._unnormalized = logits
         self.values = values
         super().__init__(logits.shape[:-1], torch.Size(), validate_args=validate_args)
 
     @lazy_property
+    def index(self) -> Categorical:
+        """The distribution of which of the values it is."""
+        return Categorical(logits=self._unnormalized, validate_args=False)
+
+    @property
+    def logits(self) -> Tensor:
+        """Log-probabilities of the values."""
+        return self.index.logits
+
+    @lazy_property
     def probs(self) -> Tensor:
         """Probabilities of the values."""
-        return self.logits.exp()
+        # Not by way of the logits: samplers need the moments alone.
+        return self._unnormalized.softmax(-1)
 
     @lazy_property
     def mean(self) -> Tensor:
@@ -60,7 +71,7 @@ class Quantized(TorchDistribution):
     def expand(self, batch_shape: Shape, _instance: Any = None) -> "Quantized":
         """The same distribution at a larger batch shape."""
         new = self._get_checked_instance(Quantized, _instance)
-        new.logits = self.logits.expand(*batch_shape, self.logits.shape[-1])
+        new._unnormalized = self._unnormalized.expand(*batch_shape, len(self.values))
         new.values = self.values
         super(Quantized, new).__init__(torch.Size(batch_shape), torch.Size(), validate_args=False)
         new._validate_args = self._validate_args
@@ -69,8 +80,7 @@ class Quantized(TorchDistribution):
     def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:
         """Draw values."""
         with torch.no_grad():
-            index = Categorical(logits=self.logits, validate_args=False).sample(sample_shape)
-            return self.values[index]
+            return self.values[self.index.sample(sample_shape)]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of the nearest of the values; -inf if none is within float error."""

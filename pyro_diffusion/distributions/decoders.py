@@ -3,10 +3,11 @@
 import math
 
 import torch
-from pyro.distributions import Categorical, Delta, Normal, TorchDistribution
+from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_diffusion.denoisers import Quantized
 from pyro_diffusion.distributions.discretized import DiscretizedNormal
 from pyro_diffusion.processes import (
     CategoricalProcess,
@@ -138,7 +139,7 @@ class QuantizedDecoder(Decoder):
                     f"decoder: got {self.levels} levels and a posterior over {base.logits.shape[-1]} "
                     "values, expected as many"
                 )
-            law: TorchDistribution = Categorical(logits=base.logits, validate_args=False)
+            law: TorchDistribution = base.index if isinstance(base, Quantized) else base
         else:
             mean, scale = _loc_scale(posterior, t)
             loc = (mean - self.low) / self.width

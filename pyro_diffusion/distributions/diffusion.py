@@ -13,7 +13,7 @@ from torch.distributions import constraints
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.decoders import Decoder, check_decoder, default_decoder
 from pyro_diffusion.distributions.objectives import Bound, Objective, check_objective, divergence
-from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.processes import GaussianProcess, draw
 from pyro_diffusion.samplers import Ancestral, Sampler, check_sampler, simulate
 from pyro_diffusion.schedules import Level, check_grid, uniform
 from pyro_diffusion.validation import Shape, check_event_shape, check_positive_int
@@ -62,7 +62,7 @@ class Diffusion(TorchDistribution):
     Example:
         >>> from pyro_diffusion.denoisers import GaussianDenoiser
         >>> from pyro_diffusion.nn import MLP
-        >>> from pyro_diffusion.processes import GaussianProcess
+        >>> from pyro_diffusion.processes import GaussianProcess, draw
         >>> from pyro_diffusion.schedules import Cosine
         >>> denoiser = GaussianDenoiser(MLP(2), GaussianProcess(Cosine()))
         >>> law = Diffusion(denoiser, event_shape=(2,), steps=50)
@@ -158,7 +158,7 @@ class Diffusion(TorchDistribution):
         process = self.denoiser.process
         with torch.no_grad():
             prior = process.prior(self.event_shape, dtype=self.dtype, device=self.device)
-            x = prior.expand(batch).sample()
+            x = draw(prior.expand(batch))
             context = self.expanded_context(x)
             times = self.times.to(self._time_dtype(x))
             x = simulate(self.denoiser, times, x, self.sampler, context, self.progress)
@@ -247,7 +247,7 @@ class Diffusion(TorchDistribution):
         levels = self._levels(x0).at(which).unsqueeze(len(self.event_shape))
         t, late, early = map(Level._make, zip(*(v.unbind() for v in levels), strict=True))
         q = process.marginal(x0, t)
-        xt = q.rsample() if q.has_rsample else q.sample()
+        xt = draw(q)
         posterior = self.denoiser(xt, t, **self.expanded_context(xt))
         decoding = self.objective.decoding(self.decoder, value, posterior, t, process, self.steps)
         step = self.objective(process, xt, x0, posterior, early, late, self.steps)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_diffusion.distributions.decoders import Decoder
-from pyro_diffusion.processes import ForwardProcess, coordinates
+from pyro_diffusion.processes import ForwardProcess, coordinates, draw
 from pyro_diffusion.schedules import Level
 
 __all__ = ["Bound", "Hybrid", "Objective", "Simple", "Weighted", "divergence"]
@@ -22,7 +22,7 @@ def divergence(q: TorchDistribution, p: TorchDistribution) -> Tensor:
     try:
         return kl_divergence(q, p)
     except NotImplementedError:
-        x = q.rsample() if q.has_rsample else q.sample()
+        x = draw(q)
         return q.log_prob(x) - p.log_prob(x)
 
 

@@ -1,6 +1,6 @@
 """Forward processes q: how data is destroyed, and the bridges back."""
 
-from pyro_diffusion.processes.base import ForwardProcess, coordinates
+from pyro_diffusion.processes.base import ForwardProcess, coordinates, draw
 from pyro_diffusion.processes.categorical import (
     Absorbing,
     CategoricalCoefficients,
@@ -18,4 +18,5 @@ __all__ = [
     "GaussianProcess",
     "Uniform",
     "coordinates",
+    "draw",
 ]

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pyro_diffusion.processes import ForwardProcess, GaussianProcess
+from pyro_diffusion.processes import ForwardProcess, GaussianProcess, draw
 from pyro_diffusion.samplers.base import Read, Sampler, State
 from pyro_diffusion.schedules import Level
 
@@ -33,7 +33,7 @@ class Ancestral(Sampler):
         c: tuple[Tensor, ...],
     ) -> State:
         """One draw of the reverse kernel."""
-        return State(process.combine(state.x, read(state.x, t), c).sample())
+        return State(draw(process.combine(state.x, read(state.x, t), c)).detach())
 
 
 class DDIM(Sampler):
@@ -85,4 +85,4 @@ class DDIM(Sampler):
         """One draw (or, at eta = 0, the mean) of the bridge to the posterior mean."""
         certain = process.point_mass(read(state.x, t).mean)
         kernel = process.combine(state.x, certain, c)
-        return State(kernel.sample() if self.eta > 0 else kernel.mean)
+        return State(draw(kernel).detach() if self.eta > 0 else kernel.mean)

@@ -103,14 +103,8 @@ def simulate(
     late = Level(*(v[1:] for v in levels))
     table = check_sampler(sampler).coefficients(process, early, late)
     row = table._make if hasattr(table, "_make") else tuple
-    steps = zip(
-        *(
-            map(Level._make, zip(*(v.unbind() for v in level), strict=True))
-            for level in (early, late)
-        ),
-        map(row, zip(*(v.unbind() for v in table), strict=True)),
-        strict=True,
-    )
+    count = len(times) - 1
+    steps = ((j, early.at(j), late.at(j), row(v[j] for v in table)) for j in reversed(range(count)))
     state = sampler.init(x)
     if callback is not None:
         callback(len(times) - 1, state.x)
@@ -118,10 +112,7 @@ def simulate(
     def read(xt: Tensor, t: Level) -> TorchDistribution:
         return denoiser(xt, t, **context)
 
-    walk = enumerate(steps)
-    for j, (s, t, c) in tqdm(
-        reversed(list(walk)), total=len(times) - 1, desc="sampling", disable=not progress
-    ):
+    for j, s, t, c in tqdm(steps, total=count, desc="sampling", disable=not progress):
         state = sampler.step(process, read, state, s, t, c)
         if callback is not None:
             callback(j, state.x)
