@@ -49,7 +49,7 @@ copybutton_prompt_is_regexp = True
 nitpick_ignore_regex = [
     (
         r"py:(class|func|meth|attr|data|exc|obj|mod)",
-        r"(torch|pyro|numpy|pandas|arviz|xarray|matplotlib|collections\.abc|pathlib|os)\..+",
+        r"(torch|torchsde|pyro|numpy|pandas|arviz|xarray|matplotlib|collections\.abc|pathlib|os)\..+",
     ),
 ]
 

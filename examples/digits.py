@@ -115,6 +115,19 @@ class Trainer:
         print(f"going on from step {len(self.losses)} of {self.path}")
 
 
+def trained(out: Path) -> LevelsDenoiser:
+    """The denoiser with averaged weights from a folder's checkpoint, or trained now with default settings."""
+    args = parse(["--no-progress", "--out", str(out)])
+    out.mkdir(parents=True, exist_ok=True)
+    pyro.set_rng_seed(args.seed)
+    trainer = Trainer(args, load()["train"])
+    trainer.train()
+    with trainer.ema.average_parameters():
+        averaged = {k: v.clone() for k, v in trainer.denoiser.state_dict().items()}
+    trainer.denoiser.load_state_dict(averaged)
+    return trainer.denoiser
+
+
 def histogram(train: Tensor, test: Tensor) -> evaluate.Likelihood:
     """The baseline of independent pixels: smoothed histograms, an exact likelihood."""
     counts = torch.nn.functional.one_hot(train, LEVELS).sum(0).double()

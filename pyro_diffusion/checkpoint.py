@@ -220,7 +220,7 @@ def _put(value: Tensor, where: str, path: tuple[object, ...], tensors: dict[str,
         count += 1
         name = f"{base}#{count}"
     # a copy of its own: safetensors stores neither shared memory nor strides
-    tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+    tensors[name] = value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
     return name
 
 

@@ -14,12 +14,24 @@ SCHEDULES = {
     "cosine": schedules.Cosine,
     "cosine shifted": lambda: schedules.Cosine(12.0, -8.0, shift=-1.5),
     "linear beta": schedules.LinearBeta,
+    "sub-VP": schedules.SubVP,
+    "learned": lambda: learned(),
     "log linear": schedules.LogLinear,
     "table": lambda: schedules.TabulatedBetas(BETAS),
     "exploding": schedules.VarianceExploding,
     "edm": schedules.EDM,
     "rectified": schedules.Rectified,
 }
+
+
+def learned() -> schedules.LearnedSchedule:
+    """A learned curve of some shape."""
+    schedule = schedules.LearnedSchedule(7, 9.0, -11.0)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in schedule.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+    return schedule.requires_grad_(False)
+
 
 DTYPES = (torch.float32, torch.float64)
 

@@ -11,6 +11,8 @@ from torch.testing import assert_close
 from pyro_diffusion.schedules import (
     EDM,
     Cosine,
+    Grid,
+    Level,
     LinearBeta,
     LogLinear,
     Rectified,
@@ -408,3 +410,21 @@ def test_loading_a_table_moves_its_ends():
     schedule, other = TabulatedBetas([0.1, 0.2]), TabulatedBetas([0.3, 0.4])
     schedule.load_state_dict(other.state_dict())
     assert schedule.log_snr_max == other.log_snr_max
+
+
+def test_rows_of_a_grid_share_one_table():
+    levels = Cosine().level(torch.linspace(0, 1, 6, dtype=torch.float64))
+    grid = Grid(*levels)
+    asked = []
+
+    def nested(level):
+        asked.append(level.t.shape)
+        return level.alpha**2, (level.sigma**2, level.log_snr)
+
+    for j in range(6):
+        row = grid.row(j)
+        alone = Level(*(v[j] for v in levels)).tabulate(nested)
+        alpha2, (sigma2, log_snr) = row.tabulate(nested)
+        assert (alpha2, sigma2, log_snr) == (alone[0], *alone[1])
+        assert all(torch.equal(a, b[j]) for a, b in zip(row, levels, strict=True))
+    assert asked.count(torch.Size([6])) == 1

@@ -1,5 +1,10 @@
 """Posteriors p(x_0 | x_t): networks, their parameterizations and their variances."""
 
+from pyro_diffusion.denoisers.analytic import (
+    EstimatedVariance,
+    analytic_variance,
+    residual_variance,
+)
 from pyro_diffusion.denoisers.base import Denoiser, NetworkDenoiser
 from pyro_diffusion.denoisers.discrete import (
     CategoricalDenoiser,
@@ -19,6 +24,8 @@ from pyro_diffusion.denoisers.parameterizations import (
     V,
     Velocity,
 )
+from pyro_diffusion.denoisers.variance_denoiser import VarianceDenoiser
+from pyro_diffusion.denoisers.variance_heads import NPR, SN, HeadNormal, NoiseHead
 from pyro_diffusion.denoisers.variances import (
     LearnedVariance,
     TimeVariance,
@@ -27,17 +34,22 @@ from pyro_diffusion.denoisers.variances import (
 )
 
 __all__ = [
+    "NPR",
+    "SN",
     "CategoricalDenoiser",
     "Coefficients",
     "Data",
     "Denoiser",
     "EDMPreconditioning",
+    "EstimatedVariance",
     "GaussianDenoiser",
+    "HeadNormal",
     "LearnedVariance",
     "LevelsDenoiser",
     "MixtureDenoiser",
     "NetworkDenoiser",
     "Noise",
+    "NoiseHead",
     "Parameterization",
     "Quantized",
     "Score",
@@ -45,7 +57,10 @@ __all__ = [
     "TimeVariance",
     "V",
     "Variance",
+    "VarianceDenoiser",
     "Velocity",
+    "analytic_variance",
+    "residual_variance",
     "uniform_levels",
     "unit_variance",
 ]

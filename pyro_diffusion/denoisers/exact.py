@@ -69,7 +69,7 @@ class MixtureDenoiser(Denoiser):
             if not bool((value > 0).all()):
                 raise ValueError(f"{name}: got {float(value.min()):g}, expected positive numbers")
         self.register_buffer("weights", weights / weights.sum())
-        self.register_buffer("means", means)
+        self.register_buffer("means", means.clone())
         self.register_buffer("variances", variances.expand(len(means)).clone())
         self.point_mass = point_mass
 

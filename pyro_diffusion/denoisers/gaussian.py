@@ -4,7 +4,7 @@ from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor, nn
 
 from pyro_diffusion.denoisers.base import NetworkDenoiser, check_outputs
-from pyro_diffusion.denoisers.parameterizations import Parameterization, V
+from pyro_diffusion.denoisers.parameterizations import Coefficients, Parameterization, V
 from pyro_diffusion.denoisers.variances import Variance
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Level
@@ -51,7 +51,7 @@ class GaussianDenoiser(NetworkDenoiser):
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The posterior over x_0, batch and event shape of xt."""
         level, event_dim = self.process.level(t, xt), self.process.event_dim
-        c = self.parameterization.coefficients(level.alpha, level.sigma)
+        c = level.tabulate(self._coefficients)
         outputs = 1 + (self.variance.outputs if self.variance is not None else 0)
         out = check_outputs(self.read(c.c_in * xt, level.log_snr, context), xt, outputs)
         mean = c.c_skip * xt + c.c_out * out[..., 0]
@@ -59,3 +59,6 @@ class GaussianDenoiser(NetworkDenoiser):
             return Delta(mean, event_dim=event_dim, validate_args=False)
         variance = self.variance(out[..., 1] if outputs == 2 else None, level)
         return Normal(mean, variance.sqrt(), validate_args=False).to_event(event_dim)
+
+    def _coefficients(self, level: Level) -> Coefficients:
+        return self.parameterization.coefficients(level.alpha, level.sigma)

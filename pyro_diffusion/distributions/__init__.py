@@ -1,5 +1,7 @@
 """Diffusion models as Pyro distributions, and the densities at their data end."""
 
+from pyro_diffusion.distributions.base import DenoisedDistribution
+from pyro_diffusion.distributions.bounded import BoundedDistribution
 from pyro_diffusion.distributions.decoders import (
     CategoricalDecoder,
     Decoder,
@@ -10,25 +12,35 @@ from pyro_diffusion.distributions.decoders import (
 from pyro_diffusion.distributions.dequantization import Dequantization
 from pyro_diffusion.distributions.diffusion import Diffusion
 from pyro_diffusion.distributions.discretized import DiscretizedNormal
+from pyro_diffusion.distributions.flow import FlowTransform, LogDensity, ProbabilityFlow
 from pyro_diffusion.distributions.objectives import (
     Bound,
     Hybrid,
+    MomentRegression,
     Objective,
     Simple,
     Weighted,
     divergence,
 )
+from pyro_diffusion.distributions.sde import DiffusionSDE
 
 __all__ = [
     "Bound",
+    "BoundedDistribution",
     "CategoricalDecoder",
     "Decoder",
+    "DenoisedDistribution",
     "Dequantization",
     "Diffusion",
+    "DiffusionSDE",
     "DiscretizedNormal",
+    "FlowTransform",
     "Hybrid",
+    "LogDensity",
+    "MomentRegression",
     "NormalDecoder",
     "Objective",
+    "ProbabilityFlow",
     "QuantizedDecoder",
     "Simple",
     "Weighted",

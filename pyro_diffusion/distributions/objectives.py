@@ -8,11 +8,12 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_diffusion.denoisers import HeadNormal
 from pyro_diffusion.distributions.decoders import Decoder
 from pyro_diffusion.processes import ForwardProcess, coordinates, draw
 from pyro_diffusion.schedules import Level
 
-__all__ = ["Bound", "Hybrid", "Objective", "Simple", "Weighted", "divergence"]
+__all__ = ["Bound", "Hybrid", "MomentRegression", "Objective", "Simple", "Weighted", "divergence"]
 
 Weight = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -216,6 +217,80 @@ class Hybrid(Objective):
     def baseline(self, decoder: Decoder, t: Level, event_shape: torch.Size) -> Tensor | float:
         """The bound's, in its share."""
         return self.gamma * self._bound.baseline(decoder, t, event_shape)
+
+
+class MomentRegression(Objective):
+    r"""Regression of a variance head's moment h on the noise it is the mean of: fits SN and NPR.
+
+    .. math:: \tfrac1K \sum_{j=0}^K \|(h(x_{t_j}) - y)/c\|^2 \quad\text{or}\quad
+              \tfrac1K \sum_{j=0}^K \sum_i \Big[\frac{y_i}{h_i} + \log\frac{h_i}{c}\Big],
+
+    y = :math:`(\epsilon - \hat\epsilon)^2` for NPR and :math:`\epsilon^2` for SN, per coordinate; c is the
+    head's ``unit`` for errors of h. Both are least at h = E[y | x_t]. The second, the deviance of a gamma
+    law, weighs *relative* errors: it suits moments that range over orders of magnitude, as NPR's do on
+    data with certain coordinates. Not a bound. The mean gets no gradient. The denoiser is a
+    :class:`~pyro_diffusion.denoisers.VarianceDenoiser` with a :class:`~pyro_diffusion.denoisers.NoiseHead`.
+
+    Args:
+        deviance: whether to take the second form.
+
+    Raises:
+        ValueError: when called, if the posterior comes from another denoiser.
+
+    References:
+        Bao et al., arXiv 2206.07309, equations 12 and 15 (the squares).
+    """
+
+    decoder_share = 0.0
+
+    def __init__(self, deviance: bool = False) -> None:
+        self.deviance = bool(deviance)
+
+    def __call__(
+        self,
+        process: ForwardProcess,
+        xt: Tensor,
+        x0: Tensor,
+        posterior: TorchDistribution,
+        s: Level,
+        t: Level,
+        steps: int,
+    ) -> Tensor:
+        """The regression at t, batch shape."""
+        return self._cost(x0, posterior, t, process.event_dim) / steps
+
+    def decoding(
+        self,
+        decoder: Decoder,
+        value: Tensor,
+        posterior: TorchDistribution,
+        t: Level,
+        process: ForwardProcess,
+        steps: int,
+    ) -> Tensor:
+        """The regression at t_0, batch shape."""
+        x0 = decoder.encode(value, posterior.mean.dtype)
+        return self._cost(x0, posterior, t, process.event_dim) / steps
+
+    def baseline(self, decoder: Decoder, t: Level, event_shape: torch.Size) -> Tensor | float:
+        """0: moments are of no known size."""
+        return 0.0
+
+    def _cost(self, x0: Tensor, posterior: TorchDistribution, t: Level, event_dim: int) -> Tensor:
+        base = coordinates(posterior)
+        if not isinstance(base, HeadNormal):
+            raise ValueError(
+                f"objective: got MomentRegression for a {type(base).__name__}, expected the posterior of a "
+                "VarianceDenoiser with an NPR() or SN() head"
+            )
+        error = (base.mean - x0) * (0.5 * t.log_snr).exp()
+        unit = base.head.unit(t)
+        target = base.head.target(error.detach(), base.noise.detach())
+        if self.deviance:
+            cost = target / base.moment + (base.moment / unit).log()
+        else:
+            cost = ((base.moment - target) / unit).square()
+        return sum_rightmost(cost, event_dim)
 
 
 def check_objective(objective: object) -> Objective:

@@ -1,7 +1,9 @@
 """Likelihoods with their error bars, comparisons, and the way to ArviZ."""
 
 from pyro_diffusion.evaluate.bound import log_likelihood
+from pyro_diffusion.evaluate.chain_costs import chain_costs
 from pyro_diffusion.evaluate.comparison import compare
+from pyro_diffusion.evaluate.continuity import ContinuityResidual, continuity_residual
 from pyro_diffusion.evaluate.estimate import Estimate, Likelihood, Terms
 from pyro_diffusion.evaluate.importance import (
     from_log_weights,
@@ -9,15 +11,30 @@ from pyro_diffusion.evaluate.importance import (
     log_weights,
 )
 from pyro_diffusion.evaluate.inference_data import to_arviz
+from pyro_diffusion.evaluate.ode import flow_log_likelihood
+from pyro_diffusion.evaluate.wasserstein import (
+    WassersteinBound,
+    sliced_wasserstein,
+    wasserstein,
+    wasserstein_bound,
+)
 
 __all__ = [
+    "ContinuityResidual",
     "Estimate",
     "Likelihood",
     "Terms",
+    "WassersteinBound",
+    "chain_costs",
     "compare",
+    "continuity_residual",
+    "flow_log_likelihood",
     "from_log_weights",
     "importance_weighted",
     "log_likelihood",
     "log_weights",
+    "sliced_wasserstein",
     "to_arviz",
+    "wasserstein",
+    "wasserstein_bound",
 ]

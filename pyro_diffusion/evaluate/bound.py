@@ -1,20 +1,29 @@
 """The evidence lower bound of held-out data, per datum and per term."""
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from pyro_diffusion.distributions import Bound, Diffusion
+from pyro_diffusion.distributions.base import DenoisedDistribution
+from pyro_diffusion.distributions.bounded import BoundedDistribution
 from pyro_diffusion.evaluate.estimate import LOWER_BOUND, Likelihood, Terms, concatenate
+from pyro_diffusion.schedules import uniform
 from pyro_diffusion.validation import check_event_shape, check_positive_int
 
 __all__ = ["batches", "log_likelihood"]
 
+# Reads of a datum along a path without steps.
+DRAWS = 128
+
+View = TypeVar("View", bound=DenoisedDistribution)
+
 
 def log_likelihood(
-    diffusion: Diffusion,
+    diffusion: BoundedDistribution,
     data: Tensor,
     *,
     draws: int | None = None,
@@ -29,10 +38,13 @@ def log_likelihood(
     datum instead gets that many terms at evenly spaced positions :math:`(u + m/M) \bmod 1` along the chain,
     each weighted by K / M (the decoder's term is always estimated, ``samples`` times). Both are unbiased.
 
+    A :class:`~pyro_diffusion.distributions.DiffusionSDE` has no steps: it is always read at M positions, and
+    its terms are the integrals over M equal slices of time.
+
     Args:
-        diffusion: the model, batch shape (); networks should be in ``eval()`` mode.
+        diffusion: the model, a chain or an SDE, batch shape (); networks should be in ``eval()`` mode.
         data: (n,) + event.
-        draws: number M of reverse steps to read per datum, >= 2; all of them when None.
+        draws: number M of reverse reads per datum, >= 2; when None, all steps of a chain, 128 of an SDE.
         samples: noise draws per term, >= 2.
         context: the denoiser's context, one row per datum.
         batch_size: data read together.
@@ -46,44 +58,47 @@ def log_likelihood(
         ValueError: for fewer than two draws or samples, or bad data.
     """
     check_positive_int("samples", samples, at_least=2)
+    chain = isinstance(diffusion, Diffusion)
+    if draws is None and not chain:
+        draws = DRAWS
     if draws is not None:
         check_positive_int("draws", draws, at_least=2)
     check_event_shape("data", data, diffusion.event_shape)
-    # A weighted objective trains; only the bound is reported.
-    diffusion = diffusion.replace(objective=Bound())
-    value, variance, tally = [], [], _Tally(diffusion)
+    if chain:  # a weighted objective trains; only the bound is reported
+        diffusion = diffusion.replace(objective=Bound())
+    times = diffusion.times if isinstance(diffusion, Diffusion) else uniform(draws or DRAWS)
+    slices = len(times) - 1
+    value, variance, tally = [], [], _Tally(slices)
     with torch.no_grad():
         for rows, model in batches(diffusion, data, context, batch_size, progress):
-            prior = model.bound_terms(rows, model.steps + 1)
-            decoder = torch.stack([model.bound_terms(rows, 0) for _ in range(samples)])
-            index, cost = _step_costs(model, rows, draws, samples)
-            tally.add(prior, decoder, index, cost)
+            prior = model.prior_terms(rows)
+            decoder = torch.stack([model.decoder_terms(rows) for _ in range(samples)])
+            place, cost = _reverse_costs(model, rows, slices, draws, samples)
             if draws is None:  # (samples, K, n): sum over steps, independent samples
-                steps = cost.mean(0).sum(0)
-                step_variance = cost.var(0).sum(0) / samples
+                reverse = cost.mean(0).mean(0)
+                reverse_variance = (cost / slices).var(0).sum(0) / samples
             else:  # (1, M, n)
-                steps = model.steps * cost[0].mean(0)
-                step_variance = model.steps**2 * cost[0].var(0) / draws
-            value.append(-(prior + decoder.mean(0) + steps))
-            variance.append(decoder.var(0) / samples + step_variance)
-    evaluations = samples + (samples * diffusion.steps if draws is None else draws)
+                reverse, reverse_variance = cost[0].mean(0), cost[0].var(0) / draws
+            tally.add(prior, decoder, reverse, (place * slices).long(), cost / slices)
+            value.append(-(prior + decoder.mean(0) + reverse))
+            variance.append(decoder.var(0) / samples + reverse_variance)
     return Likelihood(
         value=concatenate(value),
         standard_error=concatenate(variance).sqrt(),
         kind=LOWER_BOUND,
-        evaluations=evaluations,
+        evaluations=samples + (samples * slices if draws is None else draws),
         dimensions=diffusion.event_shape.numel(),
-        terms=tally.terms(),
+        terms=tally.terms(diffusion.denoiser.process.schedule.log_snr(times[1:]).detach().cpu()),
     )
 
 
 def batches(
-    diffusion: Diffusion,
+    diffusion: View,
     data: Tensor,
     context: dict[str, Tensor] | None,
     batch_size: int,
     progress: bool,
-) -> Iterator[tuple[Tensor, Diffusion]]:
+) -> Iterator[tuple[Tensor, View]]:
     """Rows of data with the model conditioned on their rows of the context."""
     check_positive_int("batch_size", batch_size)
     starts = range(0, len(data), batch_size)
@@ -92,38 +107,35 @@ def batches(
         yield data[rows], diffusion.condition(**{k: v[rows] for k, v in (context or {}).items()})
 
 
-def _step_costs(
-    model: Diffusion, rows: Tensor, draws: int | None, samples: int
+def _reverse_costs(
+    model: BoundedDistribution, rows: Tensor, slices: int, draws: int | None, samples: int
 ) -> tuple[Tensor, Tensor]:
-    """Indices (M, n) and costs (samples or 1, M, n) of the reverse steps that are read."""
-    n, steps = len(rows), model.steps
-    if draws is None:
-        index = torch.arange(1, steps + 1, device=rows.device).unsqueeze(-1).expand(steps, n)
+    """Positions (M, n) that are read, and the reverse term (samples or 1, M, n) as each of them tells it."""
+    n = len(rows)
+    if draws is None:  # the middle of every step
+        middle = (torch.arange(slices, device=rows.device) + 0.5) / slices
+        place = middle.unsqueeze(-1).expand(slices, n)
     else:
-        place = (
-            torch.rand(n, device=rows.device)
-            + torch.arange(draws, device=rows.device).unsqueeze(-1) / draws
-        )
-        index = 1 + (place % 1 * steps).long().clamp(max=steps - 1)
+        offset = torch.arange(draws, device=rows.device).unsqueeze(-1) / draws
+        place = (torch.rand(n, device=rows.device) + offset) % 1
     repeats = samples if draws is None else 1
-    cost = [torch.stack([model.bound_terms(rows, j) for j in index]) for _ in range(repeats)]
-    return index, torch.stack(cost)
+    cost = [torch.stack([model.reverse_terms(rows, p) for p in place]) for _ in range(repeats)]
+    return place, torch.stack(cost)
 
 
 class _Tally:
     """Running sums of the bound's terms over batches."""
 
-    def __init__(self, diffusion: Diffusion) -> None:
-        self.diffusion = diffusion
-        self.count, self.total, self.square = torch.zeros(3, diffusion.steps, dtype=torch.float64)
-        self.prior, self.decoder, self.data = 0.0, 0.0, 0
+    def __init__(self, slices: int) -> None:
+        self.count, self.total, self.square = torch.zeros(3, slices, dtype=torch.float64)
+        self.parts: list[Tensor] = []
 
-    def add(self, prior: Tensor, decoder: Tensor, index: Tensor, cost: Tensor) -> None:
+    def add(
+        self, prior: Tensor, decoder: Tensor, reverse: Tensor, index: Tensor, cost: Tensor
+    ) -> None:
         """Take in one batch."""
-        self.prior += float(prior.sum())
-        self.decoder += float(decoder.mean(0).sum())
-        self.data += len(prior)
-        where = (index - 1).expand(cost.shape).reshape(-1).cpu()
+        self.parts.append(torch.stack([prior, decoder.mean(0), reverse]).to("cpu", torch.float64))
+        where = index.clamp(max=len(self.count) - 1).expand(cost.shape).reshape(-1).cpu()
         flat = cost.reshape(-1).to("cpu", torch.float64)
         for sums, values in (
             (self.count, torch.ones_like(flat)),
@@ -132,7 +144,7 @@ class _Tally:
         ):
             sums.index_add_(0, where, values)
 
-    def terms(self) -> Terms:
+    def terms(self, log_snr: Tensor) -> Terms:
         """Means over data; unvisited steps take the nearest visited neighbour's."""
         visited = self.count.nonzero().squeeze(-1)
         everywhere = torch.arange(len(self.count))
@@ -144,11 +156,19 @@ class _Tally:
         scatter = (self.square / self.count.clamp(min=1) - mean.square()).clamp(min=0)
         error = (scatter / (self.count - 1).clamp(min=0)).sqrt()
         error = error.masked_fill(self.count < 2, torch.inf)
-        schedule, times = self.diffusion.denoiser.process.schedule, self.diffusion.times[1:]
+        parts = torch.cat(self.parts, 1)
+        prior, decoder, reverse = parts.mean(1).tolist()
+        count = parts.shape[1]
+        several = (parts.var(1) / count).sqrt() if count > 1 else torch.full((3,), torch.nan)
+        errors = several.tolist()
         return Terms(
-            prior=self.prior / self.data,
-            decoder=self.decoder / self.data,
+            prior=prior,
+            decoder=decoder,
             steps=mean[nearest],
             steps_standard_error=error,
-            log_snr=schedule.log_snr(times).detach().cpu(),
+            log_snr=log_snr,
+            reverse=reverse,
+            prior_standard_error=errors[0],
+            decoder_standard_error=errors[1],
+            reverse_standard_error=errors[2],
         )

@@ -6,11 +6,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["EXACT", "IMPORTANCE_WEIGHTED", "LOWER_BOUND", "Estimate", "Likelihood", "Terms"]
+__all__ = [
+    "EXACT",
+    "IMPORTANCE_WEIGHTED",
+    "LOWER_BOUND",
+    "UNBIASED",
+    "Estimate",
+    "Likelihood",
+    "Terms",
+]
 
 LOWER_BOUND = "lower bound"
 IMPORTANCE_WEIGHTED = "importance-weighted"
 EXACT = "exact"
+UNBIASED = "unbiased"
 
 
 @dataclass(frozen=True)
@@ -20,7 +29,7 @@ class Estimate:
     Attributes:
         value: the figure.
         standard_error: its standard error, data sampling and Monte Carlo together.
-        kind: ``"lower bound"``, ``"importance-weighted"`` or ``"exact"``.
+        kind: ``"lower bound"``, ``"importance-weighted"``, ``"unbiased"`` or ``"exact"``.
         unit: ``"nats"`` or ``"bits/dim"``.
         evaluations: network evaluations per datum that it took.
     """
@@ -43,9 +52,14 @@ class Terms:
         prior: KL(q(x_1 | x) || p(x_1)).
         decoder: E[-log p(x | x_{t_0})].
         steps: (K,), the divergence of the step from t_j to t_{j-1}, j = 1 ... K; NaN-free: a step that no
-            draw visited takes its nearest visited neighbour's value.
+            draw visited takes its nearest visited neighbour's value. In continuous time, the integrals over K
+            equal slices of [0, 1].
         steps_standard_error: (K,), standard errors over data and draws; infinite where not visited twice.
         log_snr: (K,), log-SNR at t_j.
+        reverse: the sum of all steps (in continuous time, the diffusion term).
+        prior_standard_error: standard error over data (NaN for one datum).
+        decoder_standard_error: standard error over data and draws.
+        reverse_standard_error: standard error over data and draws.
     """
 
     prior: float
@@ -53,6 +67,10 @@ class Terms:
     steps: Tensor
     steps_standard_error: Tensor
     log_snr: Tensor
+    reverse: float = math.nan
+    prior_standard_error: float = math.nan
+    decoder_standard_error: float = math.nan
+    reverse_standard_error: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -63,7 +81,8 @@ class Likelihood:
         value: (n,), log p(x) in nats, or a bound on it.
         standard_error: (n,), Monte-Carlo standard error of each.
         kind: what the values are: ``"lower bound"`` (unbiased estimates of it), ``"importance-weighted"``
-            (a tighter bound in expectation) or ``"exact"`` (up to ``standard_error``).
+            (a tighter bound in expectation), ``"unbiased"`` (estimates of log p(x) itself) or ``"exact"`` (up
+            to ``standard_error`` and a solver's tolerance).
         evaluations: network evaluations per datum.
         dimensions: numbers in one datum.
         terms: the bound's parts, where it has them.

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.processes import ForwardProcess
-from pyro_diffusion.schedules import Level
+from pyro_diffusion.schedules import Grid, Level, table_row
 
 __all__ = ["Sampler", "State", "check_sampler", "simulate"]
 
@@ -33,14 +33,35 @@ class Sampler:
 
     ``coefficients`` is called once for all steps with vectors of levels; ``step`` gets its rows.
     A step is pure: everything it remembers is in the state it returns.
+
+    Attributes:
+        order: order of convergence in the number of steps to the probability-flow ODE's solution, or None
+            if the sampler draws noise.
+        weak_order: order in which the law of the state converges to that of the reverse SDE, or None
+            if it is deterministic or does not converge with the number of steps alone.
+        strong_order: order in which its paths converge to those of the SDE on the same Brownian motion,
+            or None if it is deterministic or follows no such path.
+        evaluations: network evaluations a step.
+
+    All orders are for an exact, smooth denoiser, steps that shrink evenly in log-SNR, and grids that begin
+    deep in the noise: the first steps of a multistep method are of lower order, which limits it to order 2
+    (3 if it corrects them) on a grid that begins where the posterior mean already moves.
     """
+
+    order: int | None = None
+    weak_order: int | None = None
+    strong_order: int | None = None
+    evaluations: int = 1
 
     def init(self, x: Tensor) -> State:
         """The state at t = 1."""
         return State(x)
 
-    def coefficients(self, process: ForwardProcess, s: Level, t: Level) -> tuple[Tensor, ...]:
-        """A (named) tuple of tensors whose leading dimension is the step."""
+    def coefficients(self, process: ForwardProcess, s: Level, t: Level) -> tuple[Any, ...]:
+        """A (named) tuple of tensors whose leading dimension is the step, or of such tuples.
+
+        Row j belongs to the step from ``t[j]`` to ``s[j]``; the step taken before it is row j + 1.
+        """
         raise NotImplementedError
 
     def step(
@@ -99,12 +120,11 @@ def simulate(
     process, context = denoiser.process, context or {}
     dtype = x.dtype if x.is_floating_point() else times.dtype
     levels = process.schedule.grid_levels(times, dtype, x.device)
-    early = Level(*(v[:-1] for v in levels))
-    late = Level(*(v[1:] for v in levels))
+    early = Grid(*(v[:-1] for v in levels))
+    late = Grid(*(v[1:] for v in levels))
     table = check_sampler(sampler).coefficients(process, early, late)
-    row = table._make if hasattr(table, "_make") else tuple
     count = len(times) - 1
-    steps = ((j, early.at(j), late.at(j), row(v[j] for v in table)) for j in reversed(range(count)))
+    steps = ((j, early.row(j), late.row(j), table_row(table, j)) for j in reversed(range(count)))
     state = sampler.init(x)
     if callback is not None:
         callback(len(times) - 1, state.x)

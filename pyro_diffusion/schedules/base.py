@@ -1,14 +1,15 @@
 """What a schedule is: a log-SNR curve over t in [0, 1] and a rule that splits it into two scales."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyro_diffusion.validation import check_times
 
-__all__ = ["Level", "Schedule"]
+__all__ = ["Grid", "Level", "Schedule", "table_row"]
 
 
 class Level(NamedTuple):
@@ -37,6 +38,45 @@ class Level(NamedTuple):
         if self.t.dim() == 0 or event_dim == 0:
             return self
         return Level(*(x.reshape(x.shape + (1,) * event_dim) for x in self))
+
+    def tabulate(self, function: Callable[["Level"], Any]) -> Any:
+        """``function(self)``, a tuple of tensors; a row of a grid computes it once for all rows."""
+        return function(self)
+
+
+class Grid(Level):
+    """The levels of many steps, one after another. Its rows are levels that share their tables."""
+
+    def row(self, index: int) -> "Row":
+        """The level of one step."""
+        row = Row(*(x[index] for x in self))
+        row.grid, row.place = self, index
+        return row
+
+    def table(self, function: Callable[[Level], Any]) -> Any:
+        """``function`` of all levels at once, computed when first asked for."""
+        tables = self.__dict__.setdefault("_tables", {})
+        if function not in tables:
+            tables[function] = function(self)
+        return tables[function]
+
+
+class Row(Level):
+    """A level of a grid."""
+
+    grid: Grid
+    place: int
+
+    def tabulate(self, function: Callable[[Level], Any]) -> Any:
+        """This step's row of the grid's table."""
+        return table_row(self.grid.table(function), self.place)
+
+
+def table_row(table: tuple[Any, ...], index: int) -> tuple[Any, ...]:
+    """One row of a (named) tuple of tensors, or of such tuples."""
+    parts = (table_row(v, index) if isinstance(v, tuple) else v[index] for v in table)
+    row: tuple[Any, ...] = table._make(parts) if hasattr(table, "_make") else tuple(parts)
+    return row
 
 
 class Schedule(nn.Module):
@@ -179,7 +219,7 @@ class Schedule(nn.Module):
             level: Level = kept[2]
             return level
         level = self.level(times.to(dtype=key[0], device=key[1]), check=False)
-        if next(self.parameters(), None) is None:
+        if next(self.parameters(), None) is None and not torch.is_inference_mode_enabled():
             self.__dict__["_kept"] = (times, key, level)
         return level
 

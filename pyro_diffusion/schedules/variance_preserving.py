@@ -9,7 +9,7 @@ from torch import Tensor
 from pyro_diffusion.schedules.base import Schedule, log_expm1
 from pyro_diffusion.validation import check_finite
 
-__all__ = ["Cosine", "LinearBeta", "LogLinear", "TabulatedBetas", "VariancePreserving"]
+__all__ = ["Cosine", "LogLinear", "TabulatedBetas", "VariancePreserving"]
 
 
 class VariancePreserving(Schedule):
@@ -86,51 +86,6 @@ class LogLinear(VariancePreserving):
 
     def _inverse_curve(self, log_snr: Tensor) -> Tensor:
         return -log_snr
-
-
-class LinearBeta(VariancePreserving):
-    r"""VP-SDE with :math:`\beta(u) = \beta_{min} + u(\beta_{max} - \beta_{min})`.
-
-    .. math:: -\log\alpha^2(u) = \tfrac12 u^2 (\beta_{max} - \beta_{min}) + u\,\beta_{min}
-
-    The curve starts where the log-SNR is ``log_snr_max`` (u > 0) and ends at u = 1.
-
-    Args:
-        beta_min: rate at u = 0, per unit time, > 0.
-        beta_max: rate at u = 1, > ``beta_min``.
-        log_snr_max: log-SNR at t = 0.
-
-    Raises:
-        ValueError: if not ``0 < beta_min < beta_max``, or ``log_snr_max`` lies below the curve.
-
-    References:
-        Ho et al., arXiv 2006.11239; Song et al., arXiv 2011.13456, appendix C.
-    """
-
-    def __init__(
-        self, beta_min: float = 0.1, beta_max: float = 20.0, log_snr_max: float = 10.0
-    ) -> None:
-        if not 0 < beta_min < beta_max:
-            raise ValueError(
-                f"beta_min, beta_max: got {beta_min}, {beta_max}, expected 0 < beta_min < beta_max"
-            )
-        self.beta_min, self.beta_max = float(beta_min), float(beta_max)
-        end = self._curve(torch.ones((), dtype=torch.float64))
-        super().__init__(log_snr_max, float(end))
-
-    def _curve(self, u: Tensor) -> Tensor:
-        decay = 0.5 * u.square() * (self.beta_max - self.beta_min) + u * self.beta_min
-        return -log_expm1(decay)
-
-    def _curve_slope(self, u: Tensor) -> Tensor:
-        beta = self.beta_min + u * (self.beta_max - self.beta_min)
-        decay = 0.5 * u.square() * (self.beta_max - self.beta_min) + u * self.beta_min
-        return beta / torch.expm1(-decay)
-
-    def _inverse_curve(self, log_snr: Tensor) -> Tensor:
-        decay = torch.nn.functional.softplus(-log_snr)
-        slope = self.beta_max - self.beta_min
-        return 2 * decay / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * decay))
 
 
 class TabulatedBetas(VariancePreserving):

@@ -1,0 +1,178 @@
+"""What every view of a denoiser shares: its checks, home, context and own randomness."""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.processes import draw
+from pyro_diffusion.schedules import uniform
+from pyro_diffusion.validation import Shape
+
+__all__ = ["DenoisedDistribution"]
+
+
+class DenoisedDistribution(TorchDistribution):
+    """A law of data read from a denoiser; the chain, the SDE and the ODE are three of them.
+
+    It holds the denoiser, the dtype and device that its tensors say, the context and the batch shape that
+    follows from it, and a seed of its own: an instance that draws in ``log_prob`` scores a value alike
+    however often it is asked, while a model that builds it afresh each run sees fresh noise.
+
+    Args:
+        denoiser: posterior p(x_0 | x_t).
+        event_shape: shape of one datum; its length is the process's ``event_dim``.
+        context: tensors for the denoiser (labels, observations); their batch shapes broadcast into this
+            distribution's.
+        validate_args: whether to check arguments and values; Pyro's global setting by default.
+
+    Attributes:
+        dtype: of the denoiser's tensors; None if it has none, and data decide.
+        device: likewise.
+
+    Raises:
+        ValueError: naming the argument, what it was and what was expected.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    has_rsample = False
+
+    # Keyword arguments that `replace` hands on; each is an attribute of the same name.
+    _arguments: ClassVar[tuple[str, ...]] = ("context",)
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        event_shape: Shape,
+        *,
+        context: dict[str, Tensor] | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        event_shape = check_event(denoiser, event_shape)
+        self.dtype, self.device = home(denoiser)
+        self.denoiser = denoiser
+        self.context = {k: v for k, v in (context or {}).items() if v is not None}
+        # From the host's generator, without touching the device.
+        self._seed = int(torch.randint(2**62, (), device="cpu"))
+        batch_shape = broadcast("context", {k: self._context_batch(k) for k in self.context})
+        super().__init__(batch_shape, event_shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> Self:
+        """The same distribution, with the same randomness, at a larger batch shape."""
+        new = self._get_checked_instance(type(self), _instance)
+        batch_shape = torch.Size(batch_shape)
+        new.__dict__.update(self.__dict__)
+        new.context = {k: self._expand_context(k, batch_shape) for k in self.context}
+        TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def condition(self, **context: Tensor) -> Self:
+        """The same model under another context, with fresh randomness."""
+        return self.replace(context={**self.context, **context})
+
+    def replace(self, **changes: Any) -> Self:
+        """A new instance with some constructor arguments changed."""
+        arguments = {name: getattr(self, name) for name in self._arguments}
+        arguments = {"validate_args": self._validate_args, **arguments, **changes}
+        return type(self)(self.denoiser, self.event_shape, **arguments)
+
+    def expanded_context(self, xt: Tensor) -> dict[str, Tensor]:
+        """The context at the batch shape of a state, batch + event."""
+        batch = xt.shape[: xt.dim() - len(self.event_shape)]
+        return {k: self._expand_context(k, batch) for k in self.context}
+
+    def _prior_draw(self, sample_shape: Shape) -> Tensor:
+        """States at t = 1, sample + batch + event."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        prior = self.denoiser.process.prior(self.event_shape, dtype=self.dtype, device=self.device)
+        return draw(prior.expand(shape[: len(shape) - len(self.event_shape)]))
+
+    @contextlib.contextmanager
+    def _own_randomness(self, device: torch.device) -> Iterator[None]:
+        """Draw from this instance's seed and leave the global generators as they were."""
+        generators = [torch.default_generator]
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            generators.append(torch.cuda.default_generators[index])
+        elif device.type == "mps":
+            generators.append(torch.mps._get_default_mps_generator())
+        states = [generator.get_state() for generator in generators]
+        for generator in generators:
+            generator.manual_seed(self._seed)
+        try:
+            yield
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+    def _context_event(self, name: str) -> torch.Size:
+        value = self.context[name]
+        return value.shape[value.dim() - self.denoiser.context_event_dim(name, value) :]
+
+    def _context_batch(self, name: str) -> torch.Size:
+        shape = self.context[name].shape
+        return shape[: len(shape) - len(self._context_event(name))]
+
+    def _expand_context(self, name: str, batch_shape: torch.Size) -> Tensor:
+        return self.context[name].expand(batch_shape + self._context_event(name))
+
+
+@functools.lru_cache(maxsize=64)
+def kept_uniform(steps: int, dtype: torch.dtype) -> Tensor:
+    """One tensor for one number of steps: a model builds its distribution anew at every run."""
+    return uniform(steps, dtype)
+
+
+def check_event(denoiser: object, event_shape: object) -> torch.Size:
+    """Refuse anything but a denoiser and the shape of its data.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    if not isinstance(denoiser, Denoiser):
+        raise ValueError(f"denoiser: got {type(denoiser).__name__}, expected a Denoiser")
+    if not isinstance(event_shape, tuple | list):
+        raise ValueError(f"event_shape: got {event_shape!r}, expected a tuple of sizes")
+    if len(event_shape) != denoiser.process.event_dim:
+        raise ValueError(
+            f"event_shape: got {tuple(event_shape)}, expected {denoiser.process.event_dim} "
+            "dimension(s), the event_dim of the denoiser's process"
+        )
+    return torch.Size(event_shape)
+
+
+def home(denoiser: Denoiser) -> tuple[torch.dtype | None, torch.device | None]:
+    """Dtype and device of a denoiser's parameters, or else of its own buffers; None if it has neither."""
+    process = {id(x) for x in (*denoiser.process.buffers(), *denoiser.process.parameters())}
+    own = (p for p in denoiser.parameters() if id(p) not in process)
+    like: list[Tensor] = [*itertools.islice(own, 1)]
+    if not like:
+        like = [b for b in denoiser.buffers() if b.is_floating_point() and id(b) not in process]
+    if not like:
+        return None, None
+    # Times and data of a half-precision network stay in float32.
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in like), torch.float32)
+    return dtype, like[0].device
+
+
+def broadcast(name: str, shapes: dict[str, torch.Size]) -> torch.Size:
+    """The shape that several broadcast to.
+
+    Raises:
+        ValueError: if they do not, naming each.
+    """
+    try:
+        return torch.broadcast_shapes(*shapes.values())
+    except RuntimeError as error:
+        got = ", ".join(f"{key} {tuple(shape)}" for key, shape in shapes.items())
+        raise ValueError(
+            f"{name}: got shapes {got}, expected shapes that broadcast together"
+        ) from error

@@ -1,0 +1,192 @@
+"""Models whose log_prob is an unbiased estimate of an evidence lower bound, from one read per datum."""
+
+from typing import ClassVar
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.distributions.base import DenoisedDistribution, broadcast
+from pyro_diffusion.distributions.decoders import Decoder, check_decoder, default_decoder
+from pyro_diffusion.distributions.objectives import Bound, Objective, check_objective, divergence
+from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.schedules import Level, check_grid
+from pyro_diffusion.validation import Shape, check_event_shape
+
+__all__ = ["BoundedDistribution"]
+
+
+class BoundedDistribution(DenoisedDistribution):
+    r"""A latent path from a prior to data: its bound has a prior, a reverse and a decoder's term.
+
+    .. math:: -\log p(x) \le KL(q(x_{t_K} | x) \| p(x_{t_K})) + \text{reverse}
+        + \mathbb E_q[-\log p(x | x_{t_0})].
+
+    The reverse term is a sum over steps (a chain) or an integral over time (an SDE). :meth:`log_prob` reads
+    the network once per datum, at low-discrepancy positions :math:`(u + i/B) \bmod 1` over the batch: a share
+    of them reads the decoder's term, the rest is spread evenly along the path, and each is weighted by its
+    inverse probability.
+
+    A subclass says where a position reads (``_read``), and the path's measure (``_span``).
+
+    Args:
+        denoiser: posterior p(x_0 | x_t).
+        event_shape: shape of one datum.
+        times: increasing times, the first that of the decoder and the last that of the prior.
+        decoder: p(x | x_{t_0}); by default normal for Gaussian processes, categorical otherwise.
+        objective: what :meth:`log_prob` estimates; the bound by default.
+        context: tensors for the denoiser.
+        validate_args: whether to check arguments and values.
+    """
+
+    _arguments: ClassVar[tuple[str, ...]] = (
+        *DenoisedDistribution._arguments,
+        *("decoder", "objective"),
+    )
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        event_shape: Shape,
+        *,
+        times: Tensor,
+        decoder: Decoder | None,
+        objective: Objective | None,
+        context: dict[str, Tensor] | None,
+        validate_args: bool | None,
+    ) -> None:
+        super().__init__(denoiser, event_shape, context=context, validate_args=validate_args)
+        self.times = times
+        self.decoder = check_decoder(decoder or default_decoder(denoiser.process), denoiser.process)
+        self.objective = Bound() if objective is None else check_objective(objective)
+        if self._validate_args:
+            self._check_times()
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Real numbers, or integers in range, as the decoder has it."""
+        return self.decoder.support(len(self.event_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """An unbiased estimate of the bound in nats (of the objective, if that is not the bound).
+
+        Args:
+            value: data, sample + batch + event.
+
+        Returns:
+            One number per datum, deterministic for this instance and differentiable in value.
+
+        Raises:
+            ValueError: for data of a wrong shape or outside the support.
+        """
+        x0, batch = self._encoded(value)
+        count = batch.numel()
+        share = max(self._fair_share, self.objective.decoder_share)
+        with self._own_randomness(x0.device):
+            offset = torch.rand((), dtype=self._time_dtype(x0), device=x0.device)
+            place = (offset + torch.arange(count, device=x0.device) / count) % 1
+            position = ((place - share) / (1 - share)).reshape(batch)
+            decoding, reverse = self._read(value, x0, position)
+        # What is known of the decoder's term beforehand is added in full, not drawn: less noise, same mean.
+        start = self._levels(x0).at(0)
+        known = self.objective.baseline(self.decoder, start, self.event_shape)
+        drawn = torch.where(
+            position < 0, (decoding - known) / share, reverse * (self._span / (1 - share))
+        )
+        return -(self._prior_divergence(x0) + known + drawn)
+
+    def prior_terms(self, value: Tensor) -> Tensor:
+        """KL(q(x_{t_K} | x) || p(x_{t_K})) per datum, exact (nats), sample + batch."""
+        return self._prior_divergence(self._encoded(value)[0])
+
+    def decoder_terms(self, value: Tensor) -> Tensor:
+        """-log p(x | x_{t_0}) per datum (nats), from a fresh draw of x_{t_0}, sample + batch."""
+        x0, batch = self._encoded(value)
+        return self._read(value, x0, x0.new_full(batch, -1.0, dtype=self._time_dtype(x0)))[0]
+
+    def reverse_terms(self, value: Tensor, position: Tensor) -> Tensor:
+        """The whole reverse term per datum (nats), from one read at a position, sample + batch.
+
+        Args:
+            value: data, sample + batch + event.
+            position: where along the path, in [0, 1), one per datum. Unbiased if it is uniform there.
+        """
+        x0, batch = self._encoded(value)
+        position = position.to(self._time_dtype(x0)).expand(batch)
+        return self._span * self._read(value, x0, position)[1]
+
+    def encode(self, value: Tensor) -> Tensor:
+        """Data as x_0, checked and broadcast to this distribution's batch shape."""
+        return self._encoded(value)[0]
+
+    def decode(self, x: Tensor) -> TorchDistribution:
+        """The law of data given the path's last state x_{t_0}, batch + event (one network read)."""
+        process = self.denoiser.process
+        start = self._levels(x).at(0)
+        posterior = self.denoiser(x, start, **self.expanded_context(x))
+        return self.decoder(posterior, start, process)
+
+    @property
+    def _fair_share(self) -> float:
+        """The decoder's share of the reads were all terms alike."""
+        return 0.0
+
+    @property
+    def _span(self) -> float:
+        """The whole path's measure: the reverse term is this times its mean over positions in [0, 1)."""
+        return 1.0
+
+    def _read(self, value: Tensor, x0: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """The decoder's cost where a position is negative, and the reverse cost where it is in [0, 1).
+
+        Only one is meant for each datum; the other is finite and to be discarded.
+        """
+        raise NotImplementedError
+
+    def _prior_divergence(self, x0: Tensor) -> Tensor:
+        process = self.denoiser.process
+        dtype = x0.dtype if x0.is_floating_point() else self.dtype
+        end = self._levels(x0).at(-1)
+        prior = process.prior(self.event_shape, dtype=dtype, device=x0.device)
+        return divergence(
+            process.marginal(x0, end), prior.expand(x0.shape[: x0.dim() - len(self.event_shape)])
+        )
+
+    def _encoded(self, value: Tensor) -> tuple[Tensor, torch.Size]:
+        if self._validate_args:
+            check_event_shape("value", value, self.event_shape)
+            self.decoder.check(value)
+        shape = broadcast(
+            "value", {"value": value.shape, "distribution": self.batch_shape + self.event_shape}
+        )
+        own = value.dtype if value.is_floating_point() else torch.get_default_dtype()
+        x0 = self.decoder.encode(value, self.dtype or own).expand(shape)
+        return x0, shape[: len(shape) - len(self.event_shape)]
+
+    def _levels(self, x: Tensor) -> Level:
+        schedule = self.denoiser.process.schedule
+        return schedule.grid_levels(self.times, self._time_dtype(x), x.device)
+
+    def _time_dtype(self, x0: Tensor) -> torch.dtype:
+        return x0.dtype if x0.is_floating_point() else self.dtype or self.times.dtype
+
+    def _check_times(self) -> None:
+        schedule = self.denoiser.process.schedule
+        if not isinstance(self.times, Tensor):
+            raise ValueError(f"times: got {type(self.times).__name__}, expected a tensor of times")
+        if getattr(schedule, "_checked_grid", None) is self.times:
+            return  # the grid of the run before
+        # Beside the schedule's own tensors if it has any, else where they are: no wait for a device.
+        times = self.times.to([*schedule.buffers(), *schedule.parameters(), self.times][0].device)
+        check_grid(times, schedule)
+        if isinstance(self.denoiser.process, GaussianProcess):
+            log_snr = schedule.log_snr(times[[0, -1]])
+            if not bool(torch.isfinite(log_snr).all()):
+                raise ValueError(
+                    f"schedule: got log-SNR {log_snr.tolist()} at the ends of the grid, expected finite "
+                    "values (cut the schedule with log_snr_max and log_snr_min)"
+                )
+        if next(schedule.parameters(), None) is None:
+            object.__setattr__(schedule, "_checked_grid", self.times)

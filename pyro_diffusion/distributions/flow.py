@@ -1,0 +1,326 @@
+"""The probability-flow ODE as a transform and as a Pyro distribution over data."""
+
+import math
+import sys
+from types import FrameType
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from pyro.distributions import Normal, TransformedDistribution
+from pyro.distributions.torch_transform import TransformModule
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.distributions.base import DenoisedDistribution, broadcast
+from pyro_diffusion.dynamics import (
+    ExactTrace,
+    Passage,
+    Solver,
+    Trace,
+    check_trace,
+    end_angles,
+    transport,
+)
+from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.validation import Shape, check_event_shape, check_finite
+
+__all__ = ["FlowTransform", "LogDensity", "ProbabilityFlow"]
+
+
+class LogDensity(NamedTuple):
+    """Log-densities of data and what is known of their error.
+
+    Attributes:
+        value: log p(x) in nats, sample + batch; the mean over probes.
+        standard_error: over probes, of the same shape; 0 for the exact trace, NaN for a single probe (whose
+            error nothing tells).
+        latent: where the data came from, z ~ N(0, I), sample + batch + event.
+        evaluations: network evaluations that the whole batch took.
+    """
+
+    value: Tensor
+    standard_error: Tensor
+    latent: Tensor
+    evaluations: int
+
+
+class FlowTransform(TransformModule):
+    r"""The bijection from noise :math:`z \sim \mathcal N(0, I)` to data along the probability-flow ODE.
+
+    The ODE runs between the two ends of the process's schedule; its state there is
+    :math:`z = x_{t_1} / \sqrt{\alpha_1^2 + \sigma_1^2}` and data are :math:`x = x_{t_0} / \alpha_0`. See
+    :func:`~pyro_diffusion.dynamics.transport` for the equation.
+
+    Nothing is cached, so nothing is stale after the denoiser was trained; asked for inverse and determinant
+    apart, it walks twice. :class:`ProbabilityFlow` walks once.
+
+    Args:
+        denoiser: posterior of a Gaussian process; a submodule of this transform.
+        trace: how divergences are found, exactly by default.
+        solver: how the ODE is integrated.
+        context: tensors for the denoiser, which broadcast to the batch.
+        seed: of a stochastic trace's probes.
+
+    Raises:
+        ValueError: naming the argument, what it was and what was expected.
+
+    References:
+        Song et al., arXiv 2011.13456; Grathwohl et al. (FFJORD), arXiv 1810.01367.
+    """
+
+    bijective = True
+    sign = 1
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        trace: Trace | None = None,
+        solver: Solver | None = None,
+        context: dict[str, Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(cache_size=0)
+        process = getattr(denoiser, "process", None)
+        if not isinstance(process, GaussianProcess):
+            raise ValueError(
+                f"denoiser: got one of a {type(process).__name__}, expected one of a GaussianProcess "
+                "(only states that move continuously follow an ODE)"
+            )
+        self.denoiser = denoiser
+        self.trace = ExactTrace() if trace is None else check_trace(trace)
+        self.solver = Solver() if solver is None else solver
+        self.context, self.seed = dict(context or {}), seed
+        self.angles = end_angles(process.schedule)
+        self.domain = self.codomain = constraints.independent(constraints.real, process.event_dim)
+
+    def transport(self, x: Tensor, inverse: bool = False, log_det: bool = True) -> Passage:
+        """Noise to data, or back, with log-determinants from the same pass.
+
+        Args:
+            x: noise, or data if ``inverse``; batch + event.
+            inverse: whether to go from data to noise.
+            log_det: whether to integrate the divergence too.
+
+        Returns:
+            ``z`` is the other end; ``log_det`` are log-determinants of the map walked, one per probe.
+        """
+        data, noise = self.angles
+        start, stop = (data, noise) if inverse else (noise, data)
+        trace = self.trace if log_det else None
+        # Data are read at the scale of x_0.
+        scale = math.cos(data) if inverse else 1 / math.cos(data)
+        z = scale * x if inverse else x
+        context = self._context_for(x)
+        seed = self.seed if self.trace.seed is None else self.trace.seed
+        out = transport(self.denoiser, z, start, stop, self.solver, context, trace, seed)
+        if not inverse:
+            out = out._replace(z=scale * out.z)
+        if out.log_det is None:
+            return out
+        size = x.shape[x.dim() - self.domain.event_dim :].numel()
+        return out._replace(log_det=out.log_det + size * math.log(scale))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """log \\|dy/dx\\| summed over events, by a pass from y; the mean over probes."""
+        log_det = self.transport(y, inverse=True).log_det
+        assert log_det is not None
+        return -log_det.mean(0)
+
+    def with_cache(self, cache_size: int = 1) -> Self:
+        """Itself: a cached pair goes stale as soon as the denoiser is trained."""
+        del cache_size
+        return self
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.transport(x, log_det=False).z
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.transport(y, inverse=True, log_det=False).z
+
+    def _context_for(self, x: Tensor) -> dict[str, Tensor]:
+        batch = x.shape[: x.dim() - self.domain.event_dim]
+        out = {}
+        for name, value in self.context.items():
+            event_dim = self.denoiser.context_event_dim(name, value)
+            out[name] = value.expand(batch + value.shape[value.dim() - event_dim :])
+        return out
+
+
+class _Pushforward(TransformedDistribution):
+    """A transformed distribution that is told its shapes; its parts are set afterwards."""
+
+    def __init__(
+        self, batch_shape: Shape, event_shape: Shape, validate_args: bool | None = None
+    ) -> None:
+        torch.distributions.Distribution.__init__(
+            self, torch.Size(batch_shape), torch.Size(event_shape), validate_args=validate_args
+        )
+
+
+class ProbabilityFlow(DenoisedDistribution, _Pushforward):
+    r"""A diffusion model's law of data through its probability-flow ODE: a continuous normalizing flow.
+
+    Data are :math:`x = f(z)` with :math:`z \sim \mathcal N(0, I)` and f the ODE's map from t = 1 to t = 0
+    (:class:`FlowTransform`), so with v the velocity in the angle :math:`\phi`
+
+    .. math:: \log p(x) = \log \mathcal N(z; 0, I) + \int_{\phi_0}^{\phi_1} tr \frac{\partial v}{\partial z}
+              \,d\phi + d \log \cos \phi_0 .
+
+    ``log_prob`` is *exact* for this law up to the solver's tolerance with the exact trace, and *unbiased*
+    with a stochastic one, whose probes are drawn once per instance and kept along the path: an instance
+    scores a value alike however often it is asked. ``rsample`` is reparameterized, both are differentiable
+    in values, parameters and context. The law is that of the ODE: with the true posterior mean, data
+    blurred by the noise that is left at t = 0; with a network, in general not quite the law of
+    :class:`Diffusion`.
+
+    A Markov chain needs one potential: a stochastic trace without a seed is refused by ``log_prob`` when the
+    distribution was built inside a model that ``pyro.infer.mcmc`` runs.
+
+    Register the network as for any view: ``pyro.module("denoiser", denoiser)``.
+
+    Args:
+        denoiser: posterior p(x_0 | x_t) of a Gaussian process, whose mean is read; the schedule has finite
+            ends.
+        event_shape: shape of one datum; its length is the process's ``event_dim``.
+        trace: :class:`~pyro_diffusion.dynamics.ExactTrace` by default (d vector-Jacobian products per
+            evaluation), else ``Hutchinson`` or ``HutchPlusPlus``.
+        method: torchdiffeq method, see :class:`~pyro_diffusion.dynamics.Solver`.
+        rtol: relative tolerance of an adaptive method.
+        atol: absolute tolerance of an adaptive method.
+        steps: steps of a fixed method.
+        adjoint: whether gradients come from the adjoint ODE (less memory) or through the solver's steps.
+        context: tensors for the denoiser; their batch shapes broadcast into this distribution's.
+        validate_args: whether to check arguments and values; Pyro's global setting by default.
+
+    Raises:
+        ValueError: naming the argument, what it was and what was expected.
+
+    Example:
+        >>> from pyro_diffusion.denoisers import MixtureDenoiser
+        >>> from pyro_diffusion.processes import GaussianProcess
+        >>> from pyro_diffusion.schedules import Cosine
+        >>> denoiser = MixtureDenoiser(GaussianProcess(Cosine()), torch.ones(1), torch.zeros(1, 2), 1.0)
+        >>> flow = ProbabilityFlow(denoiser, event_shape=(2,))
+        >>> flow.rsample((3,)).shape
+        torch.Size([3, 2])
+        >>> round(float(flow.log_prob(torch.zeros(2)) + math.log(2 * math.pi)), 3)
+        -0.0
+
+    References:
+        Song et al., arXiv 2011.13456, section 4.3; Grathwohl et al. (FFJORD), arXiv 1810.01367.
+    """
+
+    has_rsample = True
+    _arguments: ClassVar[tuple[str, ...]] = (
+        *("trace", "method", "rtol", "atol", "steps", "adjoint", "context"),
+    )
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        event_shape: Shape,
+        *,
+        trace: Trace | None = None,
+        method: str = "dopri5",
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        steps: int = 32,
+        adjoint: bool = False,
+        context: dict[str, Tensor] | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        super().__init__(denoiser, event_shape, context=context, validate_args=validate_args)
+        self.method, self.rtol, self.atol = method, rtol, atol
+        self.steps, self.adjoint = steps, adjoint
+        solver = Solver(method, rtol, atol, steps, adjoint)
+        transform = FlowTransform(
+            denoiser, trace=trace, solver=solver, context=self.context, seed=self._seed
+        )
+        self.trace, self.transforms = transform.trace, [transform]
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        noise = Normal(zero, zero + 1, validate_args=False).expand(self.event_shape)
+        self.base_dist = noise.to_event(len(self.event_shape)).expand(self.batch_shape)
+        self._noisy_chain = self.trace.stochastic and self.trace.seed is None and _inside_mcmc()
+
+    @property
+    def transform(self) -> FlowTransform:
+        """The map from noise to data."""
+        return self.transforms[0]
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> Self:
+        """The same distribution, with the same probes, at a larger batch shape."""
+        new = super().expand(batch_shape, _instance)
+        new.base_dist = self.base_dist.expand(torch.Size(batch_shape))
+        return new
+
+    def encode(self, value: Tensor) -> Tensor:
+        """The noise z that data come from, sample + batch + event; standard normal under the model."""
+        return self.transform.inv(self._checked(value))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Data from noise, the inverse of :meth:`encode`."""
+        return self.transform(z)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density in nats, exact up to the solver's tolerance or, with a stochastic trace, unbiased.
+
+        Args:
+            value: data, sample + batch + event.
+
+        Returns:
+            One number per datum, deterministic for this instance and differentiable.
+
+        Raises:
+            ValueError: for data of a wrong shape or that are not finite, and for a stochastic trace without a
+                seed inside a Markov chain.
+        """
+        return self.score(value).value
+
+    def score(self, value: Tensor) -> LogDensity:
+        """Log-density with its standard error over probes, latent and number of evaluations, in one pass."""
+        if self._noisy_chain:
+            raise ValueError(
+                f"trace: got {self.trace!r} in a distribution built at every run of a Markov chain's model: "
+                "the density would change from step to step. Expected ExactTrace(), or fixed probes such as "
+                "Hutchinson(..., seed=0)"
+            )
+        passage = self.transform.transport(self._checked(value), inverse=True)
+        assert passage.log_det is not None
+        return self._density(passage.z, passage.log_det, passage.evaluations)
+
+    def rsample_and_log_prob(self, sample_shape: Shape = torch.Size()) -> tuple[Tensor, Tensor]:
+        """Reparameterized data and their log-density, from one pass of the ODE."""
+        z = self.base_dist.rsample(torch.Size(sample_shape))
+        passage = self.transform.transport(z)
+        assert passage.log_det is not None
+        return passage.z, self._density(z, -passage.log_det, passage.evaluations).value
+
+    def _density(self, z: Tensor, log_det: Tensor, evaluations: int) -> LogDensity:
+        error = torch.zeros_like(log_det[0])
+        if self.trace.stochastic:
+            spread = log_det.detach()
+            error = spread.std(0) / math.sqrt(len(spread)) if len(spread) > 1 else error + math.nan
+        return LogDensity(self.base_dist.log_prob(z) + log_det.mean(0), error, z, evaluations)
+
+    def _checked(self, value: Tensor) -> Tensor:
+        """Data at the model's dtype and at the batch shape."""
+        if self._validate_args:
+            check_event_shape("value", value, self.event_shape)
+            check_finite("value", value)
+        shape = broadcast(
+            "value", {"value": value.shape, "distribution": self.batch_shape + self.event_shape}
+        )
+        own = value.dtype if value.is_floating_point() else torch.get_default_dtype()
+        return value.to(self.dtype or own).expand(shape)
+
+
+def _inside_mcmc() -> bool:
+    """Whether a kernel of ``pyro.infer.mcmc`` is among the callers."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("pyro.infer.mcmc"):
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,170 @@
+"""The continuous-time diffusion as a Pyro distribution over data."""
+
+from typing import ClassVar
+
+import torch
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor
+
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.distributions.base import kept_uniform
+from pyro_diffusion.distributions.bounded import BoundedDistribution
+from pyro_diffusion.distributions.decoders import Decoder
+from pyro_diffusion.dynamics import ReverseSDE, SDESolver, check_eta
+from pyro_diffusion.processes import GaussianProcess, draw
+from pyro_diffusion.schedules import Level
+from pyro_diffusion.validation import Shape, check_times
+
+__all__ = ["DiffusionSDE"]
+
+
+class DiffusionSDE(BoundedDistribution):
+    r"""A diffusion model's law of data in continuous time: the limit of :class:`Diffusion` for many steps.
+
+    .. math::
+        -\log p(x) \le KL(q(x_{t_1} | x) \| p(x_{t_1})) + \mathbb E_q[-\log p(x | x_{t_0})]
+        + \tfrac12 \int_0^1 (-\lambda'(t))\, e^{\lambda(t)}\,
+        \mathbb E_q \|x_0 - \hat x_0(x_t)\|^2\, dt .
+
+    ``log_prob`` is an *unbiased estimate of this bound* from one network read per datum, at
+    low-discrepancy times; its randomness is drawn once per instance, as in :class:`Diffusion`. There are no
+    steps in it and only the posterior's mean matters (but for the decoder). It depends on the schedule
+    through its two ends alone. Parameters of the schedule therefore get another gradient: that of the
+    squared diffusion term, whose expectation they can change, so that they learn to lower its variance. (Ends
+    that were parameters would get the wrong gradient; :class:`~pyro_diffusion.schedules.LearnedSchedule`
+    fixes them.)
+
+    :meth:`sample` walks the reverse SDE with torchsde and decodes; an approximation that gets better with
+    steps. It is not reparameterized. What the bound bounds is the law of the SDE with ``eta=1``: with an
+    inexact denoiser, draws of another eta follow another law.
+
+    The network is trained only if Pyro sees it, as with any view: ``pyro.module("denoiser", denoiser)``.
+
+    Args:
+        denoiser: posterior p(x_0 | x_t) of a Gaussian process.
+        event_shape: shape of one datum; its length is the process's ``event_dim``.
+        steps: number of even steps in t that sampling takes.
+        eta: share of noise of the reverse SDE, >= 0; 0 is the probability-flow ODE.
+        method: torchsde method, see :class:`~pyro_diffusion.dynamics.SDESolver`.
+        adaptive: whether sampling chooses its steps (``steps`` is then ignored).
+        rtol: relative tolerance of adaptive steps.
+        atol: absolute tolerance of adaptive steps.
+        decoder: p(x | x_{t_0}); normal by default.
+        context: tensors for the denoiser; their batch shapes broadcast into this distribution's.
+        validate_args: whether to check arguments and values; Pyro's global setting by default.
+
+    Raises:
+        ValueError: naming the argument, what it was and what was expected.
+
+    Example:
+        >>> from pyro_diffusion.denoisers import GaussianDenoiser
+        >>> from pyro_diffusion.nn import MLP
+        >>> from pyro_diffusion.schedules import SubVP
+        >>> law = DiffusionSDE(GaussianDenoiser(MLP(2), GaussianProcess(SubVP())), (2,), steps=20)
+        >>> law.log_prob(torch.zeros(7, 2)).shape
+        torch.Size([7])
+        >>> law.sample((3,)).shape
+        torch.Size([3, 2])
+
+    References:
+        Kingma et al., arXiv 2107.00630, equations 11 to 13 and appendix I; Song et al., arXiv 2011.13456.
+    """
+
+    _arguments: ClassVar[tuple[str, ...]] = (
+        *("steps", "eta", "method", "adaptive", "rtol", "atol", "decoder", "context"),
+    )
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        event_shape: Shape,
+        steps: int = 1000,
+        *,
+        eta: float = 1.0,
+        method: str = "euler",
+        adaptive: bool = False,
+        rtol: float = 1e-2,
+        atol: float = 1e-2,
+        decoder: Decoder | None = None,
+        context: dict[str, Tensor] | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        process = getattr(denoiser, "process", None)
+        if isinstance(denoiser, Denoiser) and not isinstance(process, GaussianProcess):
+            raise ValueError(
+                f"denoiser: got one of a {type(process).__name__}, expected one of a GaussianProcess (only "
+                "states that move continuously follow an SDE)"
+            )
+        self.solver = SDESolver(method, steps, adaptive, rtol, atol)
+        self.steps, self.eta, self.method = self.solver.steps, check_eta(eta), method
+        self.adaptive, self.rtol, self.atol = adaptive, rtol, atol
+        super().__init__(
+            denoiser,
+            event_shape,
+            times=kept_uniform(1, torch.get_default_dtype()),
+            decoder=decoder,
+            objective=None,
+            context=context,
+            validate_args=validate_args,
+        )
+
+    def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:
+        """Data from the model, sample + batch + event, through torchsde and the decoder."""
+        with torch.no_grad():
+            x = self._prior_draw(sample_shape)
+            batch = x.shape[: x.dim() - len(self.event_shape)]
+            count = batch.numel()
+            context = {
+                name: value.reshape(count, *value.shape[len(batch) :])
+                for name, value in self.expanded_context(x).items()
+            }
+            sde = ReverseSDE(self.denoiser, self.event_shape, self.eta, context=context)
+            return self.decode(self.solver(sde, x.reshape(count, -1)).reshape(x.shape)).sample()
+
+    def bound_terms(self, value: Tensor, t: Tensor | float) -> Tensor:
+        r"""The diffusion term's integrand at given times, from a fresh draw of its noise (nats per unit t).
+
+        Args:
+            value: data, sample + batch + event.
+            t: times in [0, 1], a number or one per datum.
+
+        Returns:
+            :math:`\tfrac12 (-\lambda'(t)) e^{\lambda(t)} \|x_0 - \hat x_0(x_t)\|^2`, sample + batch;
+            unbiased. Its integral over t is the diffusion term.
+
+        Raises:
+            ValueError: for data of a wrong shape or outside the support, or times outside [0, 1].
+        """
+        x0, batch = self._encoded(value)
+        t = torch.as_tensor(t, dtype=self._time_dtype(x0), device=x0.device).expand(batch)
+        if self._validate_args:
+            check_times("t", t)
+        return self._read(value, x0, t)[1]
+
+    def _read(self, value: Tensor, x0: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Both readings of the network at a time: as the decoder's term and as the diffusion's."""
+        process, event_dim = self.denoiser.process, len(self.event_shape)
+        t, schedule = position.clamp(min=0).to(x0.dtype), process.schedule
+        flat, slope = schedule.level(t, check=False), schedule.log_snr_slope(t)
+        learns = slope.requires_grad and torch.is_grad_enabled()
+        scale = _twice_the_cost(flat.log_snr, slope) if learns else None
+        level: Level = flat.unsqueeze(event_dim)
+        xt = draw(process.marginal(x0, level))
+        posterior = self.denoiser(xt, level, **self.expanded_context(xt))
+        decoding = self.objective.decoding(self.decoder, value, posterior, level, process, 1)
+        error = sum_rightmost((x0 - posterior.mean).square(), event_dim)
+        cost = -0.5 * slope * flat.log_snr.exp() * error
+        if scale is not None:
+            scale.append(2 * cost.detach())
+        return decoding, cost
+
+
+def _twice_the_cost(*outputs: Tensor) -> list[Tensor]:
+    r"""Multiply the gradients that flow into a schedule's outputs by the number appended to the list.
+
+    With :math:`2L` this makes :math:`\nabla L^2` of what would be :math:`\nabla L`.
+    """
+    scale: list[Tensor] = []
+    for output in outputs:
+        output.register_hook(lambda gradient: gradient * scale[0])
+    return scale

@@ -1,0 +1,117 @@
+"""Brownian motion for torchsde, drawn from torch's generators."""
+
+import math
+
+import torch
+import torchsde
+from torch import Tensor
+
+__all__ = ["IndependentIncrements", "brownian_interval"]
+
+# Both the increment and its integral, which methods of strong order 1.5 ask for.
+LEVY_AREA = "space-time"
+
+
+class IndependentIncrements(torchsde.BaseBrownian):
+    r"""Increments drawn as they are asked for: Brownian motion for one walk forward over a fixed grid.
+
+    For an interval of width h it returns :math:`W \sim \mathcal N(0, h)` and, if asked, the integral
+    :math:`U = \int (W_s - W_{t_a})\,ds = h (W/2 + H)` with :math:`H \sim \mathcal N(0, h/12)`. Exact in law,
+    and nothing is remembered: an interval asked for again would be drawn again, so going back is refused.
+    Adaptive steps and adjoints need :func:`brownian_interval`.
+
+    Args:
+        shape: of the increments, (rows, channels).
+        dtype: of the increments.
+        device: of the increments.
+        generator: torch's default generator of the device when None.
+
+    Raises:
+        ValueError: when asked for an interval before the last one.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self._like = torch.empty(shape, dtype=dtype, device=device)
+        self._generator, self._reached = generator, -math.inf
+
+    def __call__(
+        self,
+        ta: Tensor | float,
+        tb: Tensor | float | None = None,
+        return_U: bool = False,
+        return_A: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The increment over [ta, tb], and its integral if asked."""
+        start, stop = float(ta), math.nan if tb is None else float(tb)
+        if not self._reached <= start <= stop or return_A:
+            raise ValueError(
+                f"ta, tb: got the interval from {start} to {stop} after one that ended at {self._reached}, "
+                "expected intervals one after another (take brownian_interval for any other use)"
+            )
+        self._reached = stop
+        width = stop - start
+        w = self._normal(width)
+        return (w, self._normal(width / 12).add_(w, alpha=0.5).mul_(width)) if return_U else w
+
+    def _normal(self, variance: float) -> Tensor:
+        if self._generator is None:
+            out = torch.randn_like(self._like)
+        else:
+            out = torch.empty_like(self._like).normal_(generator=self._generator)
+        return out if variance == 1 else out.mul_(math.sqrt(variance))
+
+    def __repr__(self) -> str:
+        return f"IndependentIncrements(shape={tuple(self._like.shape)}, reached={self._reached})"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the increments."""
+        return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the increments."""
+        return self._like.device
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of an increment."""
+        return self._like.shape
+
+    @property
+    def levy_area_approximation(self) -> str:
+        """Increments come with their integrals."""
+        return LEVY_AREA
+
+
+def brownian_interval(
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    stop: float = 1.0,
+) -> torchsde.BrownianInterval:
+    """torchsde's Brownian path over [0, stop], to be asked for any interval, again and again.
+
+    Its entropy is drawn from torch's default generator; torchsde's own default is numpy's.
+
+    Args:
+        shape: of the increments, (rows, channels).
+        dtype: of the increments.
+        device: of the increments.
+        stop: end of the interval.
+    """
+    return torchsde.BrownianInterval(
+        t0=0.0,
+        t1=stop,
+        size=tuple(shape),
+        dtype=dtype or torch.get_default_dtype(),
+        device=device,
+        entropy=int(torch.randint(2**31 - 1, (), device="cpu")),
+        levy_area_approximation=LEVY_AREA,
+    )

@@ -1,0 +1,235 @@
+r"""The probability-flow ODE of any Gaussian process, in the angle between signal and noise."""
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint, odeint_adjoint
+
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.dynamics.trace import Trace
+from pyro_diffusion.schedules import Level, Schedule
+from pyro_diffusion.validation import check_positive_int
+
+__all__ = ["ADAPTIVE", "FIXED", "Passage", "Solver", "end_angles", "level_at", "transport"]
+
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
+FIXED = ("rk4", "heun3", "midpoint", "euler")
+
+
+@dataclass(frozen=True)
+class Solver:
+    r"""A torchdiffeq method and what it is told.
+
+    Tolerances are per coordinate of the unit-variance state :math:`z` and, for densities, per dimension (nats
+    / d). They hold for every row of a batch: the step fits the row that needs the shortest.
+
+    Args:
+        method: adaptive (``dopri5``, ``dopri8``, ``bosh3``, ``adaptive_heun``) or of fixed steps (``rk4``,
+            ``heun3``, ``midpoint``, ``euler``).
+        rtol: relative tolerance of an adaptive method, > 0.
+        atol: absolute tolerance of an adaptive method, > 0.
+        steps: number of steps of a fixed method, evenly spaced in the angle.
+        adjoint: whether gradients solve the adjoint ODE backwards (memory independent of the number of steps,
+            accurate to the tolerance) or go through the solver's steps (exact for what was computed).
+
+    Raises:
+        ValueError: for an unknown method, a tolerance that is not positive, or ``steps < 1``.
+
+    References:
+        Chen et al., Neural ordinary differential equations, arXiv 1806.07366.
+    """
+
+    method: str = "dopri5"
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    steps: int = 32
+    adjoint: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in ADAPTIVE + FIXED:
+            raise ValueError(
+                f"method: got {self.method!r}, expected one of {', '.join(ADAPTIVE)} (adaptive), "
+                f"{', '.join(FIXED)} (fixed steps)"
+            )
+        for name in ("rtol", "atol"):
+            tolerance = getattr(self, name)
+            if not 0 < tolerance < math.inf:
+                raise ValueError(f"{name}: got {tolerance}, expected a tolerance > 0")
+        check_positive_int("steps", self.steps)
+
+    def __call__(
+        self, field: Any, y: Tensor, start: float, stop: float, parameters: Iterable[Tensor]
+    ) -> Tensor:
+        """The state at ``stop`` of rows ``y`` at ``start``; gradients also to ``parameters``."""
+        count = self.steps + 1 if self.method in FIXED else 2
+        # Solvers compare times on the host, so that is where they are made. Steps stop at both ends, beyond
+        # which no level exists.
+        times = torch.linspace(start, stop, count, dtype=torch.float64).to(y.device)
+        options: dict[str, Any] = {}
+        adjoint_options: dict[str, Any] = {}
+        if self.method in ADAPTIVE:
+            ends, first_step = times[[0, -1]], abs(stop - start) / 32
+            norm = functools.partial(_worst_row, size=field.size)
+            options = {"norm": norm, "step_t": ends, "first_step": first_step}
+            # torchdiffeq runs decreasing times negated, and means the adjoint's options so.
+            ends = ends if start < stop else -ends
+            adjoint_options = {"norm": "seminorm", "step_t": ends, "first_step": first_step}
+        keywords = {"rtol": self.rtol, "atol": self.atol, "method": self.method}
+        if not self.adjoint:
+            return odeint(field, y, times, options=options, **keywords)[-1]
+        return odeint_adjoint(
+            field,
+            y,
+            times,
+            options=options,
+            adjoint_options=adjoint_options,
+            adjoint_params=tuple(parameters),
+            **keywords,
+        )[-1]
+
+
+class Passage(NamedTuple):
+    """Where a path along the ODE ends.
+
+    Attributes:
+        z: state, batch + event.
+        log_det: log-determinant of the passage, one per estimate of the trace, (columns,) + batch; None if
+            not asked for.
+        evaluations: network evaluations that it took.
+    """
+
+    z: Tensor
+    log_det: Tensor | None
+    evaluations: int
+
+
+def end_angles(schedule: Schedule) -> tuple[float, float]:
+    r"""The angles :math:`\phi = \arctan(\sigma/\alpha)` at t = 0 and t = 1.
+
+    Raises:
+        ValueError: for a schedule with an infinite end.
+    """
+    ends = schedule.log_snr_max, schedule.log_snr_min
+    if not all(map(math.isfinite, ends)):
+        raise ValueError(
+            f"schedule: got log-SNR ends {list(ends)}, expected finite ends (cut the schedule with "
+            "log_snr_max and log_snr_min)"
+        )
+    first, last = (math.atan(math.exp(-log_snr / 2)) for log_snr in ends)
+    return first, last
+
+
+def level_at(schedule: Schedule, angle: Tensor) -> Level:
+    """The schedule's level where arctan(sigma / alpha) is ``angle``, any shape."""
+    log_snr = -2 * torch.log(torch.tan(angle))
+    t = schedule.time_of_log_snr(log_snr)
+    return Level(t, log_snr, schedule._signal(log_snr), schedule._noise(log_snr))
+
+
+def transport(
+    denoiser: Denoiser,
+    z: Tensor,
+    start: float,
+    stop: float,
+    solver: Solver,
+    context: dict[str, Tensor] | None = None,
+    trace: Trace | None = None,
+    seed: int = 0,
+) -> Passage:
+    r"""Carry states along the probability-flow ODE from one angle to another.
+
+    With :math:`n = \sqrt{\alpha^2 + \sigma^2}`, :math:`z = x_t / n` and
+    :math:`\phi = \arctan(\sigma/\alpha) \in (0, \pi/2)`, the flow of every schedule is one and the same ODE,
+
+    .. math:: \frac{dz}{d\phi} = \cos\phi\;\hat\epsilon - \sin\phi\;\hat x_0
+              = \frac{\cos\phi\; z - \hat x_0}{\sin\phi},
+
+    a velocity of about unit size at both ends, zero for normal data of unit variance; the schedule says only
+    where the ends are. Its divergence is the trace of :math:`\partial v / \partial z`, which for data of full
+    support vanishes at both ends too, and with it the variance of every estimate.
+
+    Args:
+        denoiser: posterior of a Gaussian process; its mean is read.
+        z: states at ``start``, batch + event.
+        start: angle to come from.
+        stop: angle to go to.
+        solver: the method.
+        context: passed to the denoiser, at the batch shape of z.
+        trace: how to find the divergence; None for the states alone.
+        seed: of the trace's probes.
+
+    References:
+        Song et al., arXiv 2011.13456, section 4.3 and appendix D; Salimans & Ho, arXiv 2202.00512,
+        appendix D (the angle).
+    """
+    context = context or {}
+    leaves = [*denoiser.parameters(), *context.values()]
+    parameters = [p for p in leaves if p.requires_grad]
+    field = _Field(denoiser, z.shape, context, trace, seed)
+    y = field.rows(z)
+    tracked = torch.is_grad_enabled() and (y.requires_grad or bool(parameters))
+    with torch.set_grad_enabled(tracked):
+        y = solver(field, y, start, stop, parameters)
+    d = field.size
+    batch = z.shape[: z.dim() - denoiser.process.event_dim]
+    log_det = None if trace is None else (d * y[:, d:]).T.reshape(-1, *batch)
+    return Passage(y[:, :d].reshape(z.shape), log_det, field.evaluations)
+
+
+class _Field:
+    """The velocity of rows (z, log-det per dimension, one per column of the trace)."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        shape: torch.Size,
+        context: dict[str, Tensor],
+        trace: Trace | None,
+        seed: int,
+    ) -> None:
+        self.denoiser, self.shape, self.context = denoiser, shape, context
+        self.trace, self.seed = trace, seed
+        self.size = shape[len(shape) - denoiser.process.event_dim :].numel()
+        self.evaluations = 0
+
+    def rows(self, z: Tensor) -> Tensor:
+        """The state that the solver sees, and the probes for its path."""
+        rows = z.reshape(-1, self.size)
+        if self.trace is None:
+            return rows
+        generator = torch.Generator(rows.device).manual_seed(self.seed)
+        self.probes = self.trace.probes(rows.detach(), generator)
+        return torch.cat([rows, rows.new_zeros(len(rows), self.trace.columns)], 1)
+
+    def __call__(self, angle: Tensor, y: Tensor) -> Tensor:
+        """Their velocity."""
+        self.evaluations += 1
+        rows = y[:, : self.size]
+        if self.trace is None:
+            return self._velocity(angle, rows)
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            if not (differentiable and rows.requires_grad):
+                rows = rows.detach().requires_grad_()
+            velocity = self._velocity(angle, rows)
+            divergence = self.trace(velocity, rows, self.probes, differentiable).T
+        out = torch.cat([velocity, divergence / self.size], 1)
+        return out if differentiable else out.detach()
+
+    def _velocity(self, angle: Tensor, rows: Tensor) -> Tensor:
+        level = level_at(self.denoiser.process.schedule, angle)
+        z = rows.reshape(self.shape)
+        xt = torch.hypot(level.alpha, level.sigma) * z
+        mean: Tensor = self.denoiser(xt, level, **self.context).mean
+        return (torch.cos(angle) * rows - mean.reshape(rows.shape)) / torch.sin(angle)
+
+
+def _worst_row(y: Tensor, size: int) -> Tensor:
+    """The largest root mean square of any row, its state and its log-determinants apart."""
+    parts = [part for part in (y[:, :size], y[:, size:]) if part.numel()]
+    return torch.stack([part.square().mean(-1).amax() for part in parts]).amax().sqrt()

@@ -1,0 +1,242 @@
+r"""The forward SDE of a Gaussian process and the family of SDEs that reverse it, for torchsde."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torchsde
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.processes import ForwardProcess, GaussianProcess
+from pyro_diffusion.schedules import Level
+from pyro_diffusion.validation import Shape
+
+__all__ = ["ForwardSDE", "GaussianSDE", "KnownData", "ReverseSDE"]
+
+
+class Node(NamedTuple):
+    r"""An SDE :math:`dy = (a y + b \hat x_0)\,du + g\,dw` at one of its times.
+
+    Attributes:
+        state: a.
+        noise: g.
+        data: b, if the SDE reads an estimate of the data.
+        level: the schedule there, likewise.
+    """
+
+    state: Tensor
+    noise: Tensor
+    data: Tensor | None = None
+    level: Level | None = None
+
+
+class GaussianSDE(torchsde.BaseSDE):
+    r"""A linear SDE in u in [0, 1] with additive noise, as torchsde wants it: rows of flat states.
+
+    Additive noise has no Ito correction: an Ito SDE is its own Stratonovich SDE, so ``sde_type`` may be set
+    to whatever a method is written for. And Euler-Maruyama is Milstein's method, of strong order 1.
+
+    Args:
+        process: a Gaussian process whose schedule has finite ends.
+        event_shape: shape of one datum; states are (rows, numbers in a datum).
+        noise_type: ``"additive"``, the cheapest, whose Brownian motion must be passed in, or ``"diagonal"``
+            for all else of torchsde (``logqp``, adjoints, no ``bm``).
+        sde_type: ``"ito"`` or ``"stratonovich"``.
+
+    Raises:
+        ValueError: for another process or an infinite end.
+
+    References:
+        Song et al., arXiv 2011.13456; Li et al. (torchsde), arXiv 2001.01328.
+    """
+
+    def __init__(
+        self,
+        process: ForwardProcess,
+        event_shape: Shape,
+        noise_type: str = "additive",
+        sde_type: str = "ito",
+    ) -> None:
+        super().__init__(noise_type, sde_type)
+        if not isinstance(process, GaussianProcess):
+            raise ValueError(
+                f"process: got {type(process).__name__}, expected a GaussianProcess (only states that move "
+                "continuously follow an SDE)"
+            )
+        ends = process.schedule.log_snr_max, process.schedule.log_snr_min
+        if not all(map(math.isfinite, ends)):
+            raise ValueError(
+                f"schedule: got log-SNR ends {list(ends)}, expected finite ends (cut the schedule with "
+                "log_snr_max and log_snr_min)"
+            )
+        self.process, self.event_shape = process, torch.Size(event_shape)
+        if noise_type == "diagonal":
+            self.g = self._spread
+
+    def nodes(self, u: Tensor) -> Node:
+        """Coefficients at times u."""
+        raise NotImplementedError
+
+    def drift(self, y: Tensor, node: Node) -> Tensor:
+        """Drift of rows y."""
+        raise NotImplementedError
+
+    def f(self, t: Tensor, y: Tensor) -> Tensor:
+        """Drift."""
+        return self.drift(y, self._node(t, y))
+
+    def g_prod(self, t: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """Diffusion times a vector."""
+        return self._node(t, y).noise * v
+
+    def f_and_g_prod(self, t: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Drift, and diffusion times a vector."""
+        node = self._node(t, y)
+        return self.drift(y, node), node.noise * v
+
+    def _spread(self, t: Tensor, y: Tensor) -> Tensor:
+        """Diffusion per coordinate."""
+        return torch.zeros_like(y) + self._node(t, y).noise
+
+    def _node(self, u: Tensor, y: Tensor) -> Node:
+        # Beside the solver's time, on the host.
+        node = self.nodes(torch.as_tensor(u, dtype=torch.float64).clamp(0, 1))
+        if node.level is None:
+            return node
+        return node._replace(level=Level(*(v.to(y) for v in node.level)))
+
+
+class ForwardSDE(GaussianSDE):
+    r"""What destroys data, :math:`dx = f(t)\,x\,dt + g(t)\,dw` with u = t.
+
+    From x_0 at t = 0, i.e. a state of law q(x_{t_0} | x_0), its law at t is the process's marginal (exact).
+
+    Args:
+        process: a Gaussian process whose schedule has finite ends.
+        event_shape: shape of one datum.
+        noise_type: see :class:`GaussianSDE`.
+        sde_type: see :class:`GaussianSDE`.
+
+    Example:
+        >>> from pyro_diffusion.schedules import SubVP
+        >>> sde = ForwardSDE(GaussianProcess(SubVP()), (2,), noise_type="diagonal")
+        >>> torchsde.sdeint(sde, torch.zeros(5, 2), [0.0, 1.0], dt=0.1, method="euler").shape
+        torch.Size([2, 5, 2])
+
+    References:
+        Song et al., arXiv 2011.13456, equation 5.
+    """
+
+    def nodes(self, u: Tensor) -> Node:
+        """f and g at times t = u."""
+        schedule = self.process.schedule
+        return Node(schedule.f(u), schedule.g2(u).clamp(min=0).sqrt())
+
+    def drift(self, y: Tensor, node: Node) -> Tensor:
+        """f x."""
+        return node.state * y
+
+
+class ReverseSDE(GaussianSDE):
+    r"""What rebuilds data: SDEs in u = 1 - t whose marginals are those of the forward one.
+
+    .. math:: dx = -\Big[f x - \tfrac{1 + \eta^2}{2} g^2 s\Big] du + \eta\,g\,dw, \qquad
+              s = \frac{\alpha \hat x_0 - x}{\sigma^2}.
+
+    ``eta=1`` is Anderson's reverse of the forward SDE, ``eta=0`` the probability-flow ODE. With the exact
+    posterior mean the marginals are those of the forward process for every eta.
+
+    With a second denoiser as ``prior`` it has torchsde's prior drift ``h``, and ``logqp=True`` integrates the
+    divergence of the two paths (noise type ``"diagonal"``, eta > 0). With :class:`KnownData` as the denoiser
+    and a model as the prior that is, at eta = 1, the diffusion term of the continuous-time bound, and
+    :math:`(1 + \eta^2)^2 / (4 \eta^2)` times it otherwise.
+
+    Args:
+        denoiser: posterior p(x_0 | x_t) under a Gaussian process; its mean is read.
+        event_shape: shape of one datum.
+        eta: share of the noise, >= 0.
+        context: tensors for the denoiser, one row per row of the state.
+        prior: a denoiser of the same process.
+        noise_type: see :class:`GaussianSDE`.
+        sde_type: see :class:`GaussianSDE`.
+
+    Raises:
+        ValueError: naming the argument, what it was and what was expected.
+
+    References:
+        Anderson, Reverse-time diffusion equation models, 1982; Song et al., arXiv 2011.13456, equation 6;
+        Zhang & Chen, arXiv 2107.07675 (the family in eta).
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        event_shape: Shape,
+        eta: float = 1.0,
+        *,
+        context: dict[str, Tensor] | None = None,
+        prior: Denoiser | None = None,
+        noise_type: str = "additive",
+        sde_type: str = "ito",
+    ) -> None:
+        if not isinstance(denoiser, Denoiser):
+            raise ValueError(f"denoiser: got {type(denoiser).__name__}, expected a Denoiser")
+        super().__init__(denoiser.process, event_shape, noise_type, sde_type)
+        self.denoiser, self.eta, self.context = denoiser, check_eta(eta), dict(context or {})
+        self.prior = prior
+        if prior is not None:
+            self.h = self._prior_drift
+
+    def nodes(self, u: Tensor) -> Node:
+        """Coefficients of the state, the estimate and the noise at times t = 1 - u."""
+        t, schedule = 1 - u, self.process.schedule
+        level, slope = schedule.level(t, check=False), schedule.log_snr_slope(t)
+        pull = 0.5 * (1 + self.eta**2) * slope
+        noise = self.eta * schedule.g2(t).clamp(min=0).sqrt()
+        return Node(pull - schedule.f(t), noise, -pull * level.alpha, level)
+
+    def drift(self, y: Tensor, node: Node) -> Tensor:
+        """The model's drift."""
+        return self._toward(self.denoiser, y, node)
+
+    def _prior_drift(self, t: Tensor, y: Tensor) -> Tensor:
+        assert self.prior is not None
+        return self._toward(self.prior, y, self._node(t, y))
+
+    def _toward(self, denoiser: Denoiser, y: Tensor, node: Node) -> Tensor:
+        assert node.data is not None and node.level is not None
+        x = y.reshape(-1, *self.event_shape)
+        estimate = denoiser(x, node.level, **self.context).mean.reshape(y.shape)
+        return node.state * y + node.data * estimate
+
+
+class KnownData(Denoiser):
+    r"""The posterior of one who knows the data: a point mass at x_0.
+
+    Under it the reverse SDE is the bridge, whose marginals are q(x_t | x_0).
+
+    Args:
+        process: the forward process.
+        x0: the data, batch + event.
+    """
+
+    def __init__(self, process: GaussianProcess, x0: Tensor) -> None:
+        super().__init__(process)
+        self.x0 = x0
+
+    def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
+        """A point mass at x_0, whatever the state."""
+        return self.process.point_mass(self.x0.expand(xt.shape))
+
+
+def check_eta(eta: float) -> float:
+    """Refuse anything but a finite number >= 0.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"eta: got {eta}, expected a finite number >= 0")
+    return float(eta)

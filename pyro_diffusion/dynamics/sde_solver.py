@@ -1,0 +1,190 @@
+"""Which of torchsde's methods walks an SDE, in how many steps or to which tolerance."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torchsde
+from torch import Tensor
+
+from pyro_diffusion.dynamics.brownian import IndependentIncrements, brownian_interval
+from pyro_diffusion.dynamics.sde import GaussianSDE, Node
+from pyro_diffusion.schedules import Grid
+from pyro_diffusion.validation import check_positive_int
+
+__all__ = ["METHODS", "Method", "SDESolver"]
+
+
+class Method(NamedTuple):
+    """What one of torchsde's methods does to an SDE with additive noise.
+
+    Attributes:
+        sde_type: the calculus that it is written for (all the same under additive noise).
+        strong_order: order of the error of paths.
+        weak_order: order of the error of expectations.
+        evaluations: of the drift, a step.
+        nodes: times of a step at which coefficients are looked up: evenly spaced, the next step's start not
+            counted.
+        adaptive: whether step doubling gives it an error estimate of use.
+    """
+
+    sde_type: str
+    strong_order: float
+    weak_order: float
+    evaluations: int
+    nodes: int
+    adaptive: bool
+
+
+METHODS = {
+    "euler": Method("ito", 1.0, 1.0, 1, 1, adaptive=False),
+    "milstein": Method("ito", 1.0, 1.0, 1, 1, adaptive=False),
+    "heun": Method("stratonovich", 1.0, 2.0, 2, 1, adaptive=True),
+    "srk": Method("ito", 1.5, 2.0, 3, 4, adaptive=True),
+}
+
+
+class Walk(torchsde.BaseSDE):
+    r"""An SDE in the time of a fixed walk, whose steps have length 1.
+
+    With h = 1 / steps it is :math:`dy = h f\,d\tau + \sqrt h\,g\,dw`, :math:`\tau = u / h`. Its coefficients
+    are computed once, at the times that the method looks at, and read on the host by those times. They carry
+    no gradient to the schedule.
+
+    Args:
+        sde: what is walked.
+        steps: how many steps.
+        method: how.
+        like: a state.
+    """
+
+    def __init__(self, sde: GaussianSDE, steps: int, method: Method, like: Tensor) -> None:
+        super().__init__("additive", method.sde_type)
+        self._drift, self._nodes = sde.drift, method.nodes
+        with torch.no_grad():
+            u = torch.linspace(0, 1, method.nodes * steps + 1, dtype=torch.float64)
+            state, noise, data, level = sde.nodes(u)
+        # Numbers on the host of the state's own dtype cost the least to multiply with.
+        self._state = (state / steps).to(like.dtype).unbind()
+        self._noise = (noise / math.sqrt(steps)).to(like.dtype).unbind()
+        self._grid = None
+        if level is not None and data is not None:
+            self._data = (data / steps).to(like.dtype).unbind()
+            self._grid = Grid(*(v.to(like) for v in level))
+
+    def f(self, t: Tensor, y: Tensor) -> Tensor:
+        """Drift, a step."""
+        return self._drift(y, self._node(t))
+
+    def g_prod(self, t: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """Diffusion times a vector."""
+        return self._noise[self._index(t)] * v
+
+    def f_and_g_prod(self, t: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Drift, and diffusion times a vector."""
+        i = self._index(t)
+        if self._grid is None:  # no estimate is read: the drift is linear
+            return self._state[i] * y, self._noise[i] * v
+        return self._drift(y, self._node(t)), self._noise[i] * v
+
+    def _index(self, t: Tensor) -> int:
+        place = float(t)
+        return int(place) if self._nodes == 1 else round(place * self._nodes)
+
+    def _node(self, t: Tensor) -> Node:
+        i = self._index(t)
+        if self._grid is None:
+            return Node(self._state[i], self._noise[i])
+        return Node(self._state[i], self._noise[i], self._data[i], self._grid.row(i))
+
+
+@dataclass(frozen=True)
+class SDESolver:
+    """A torchsde method and what it is told.
+
+    Fixed steps walk even times in u over independent increments; adaptive ones a Brownian path that can be
+    asked again, whose step fits a whole batch and is torchsde's: half steps against whole ones.
+
+    Args:
+        method: ``"euler"``, ``"milstein"`` (the same under additive noise), ``"heun"`` or
+            ``"srk"``; the last of strong order 1.5.
+        steps: number of fixed steps.
+        adaptive: whether steps adapt; ``"heun"`` and ``"srk"`` only.
+        rtol: relative tolerance of adaptive steps, > 0.
+        atol: absolute tolerance of adaptive steps, > 0.
+
+    Raises:
+        ValueError: naming the argument, what it was and what was expected.
+
+    References:
+        Li et al. (torchsde), arXiv 2001.01328; Roessler, SIAM J. Numer. Anal. 48, 2010 (srk).
+    """
+
+    method: str = "euler"
+    steps: int = 1000
+    adaptive: bool = False
+    rtol: float = 1e-2
+    atol: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: got {self.method!r}, expected one of {', '.join(METHODS)}")
+        check_positive_int("steps", self.steps)
+        for name in ("rtol", "atol"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a tolerance > 0")
+        if self.adaptive and not METHODS[self.method].adaptive:
+            able = ", ".join(name for name, method in METHODS.items() if method.adaptive)
+            raise ValueError(
+                f"adaptive: got True with method {self.method!r}, whose single read of the drift gives no "
+                f"estimate of its error to steer by, expected one of {able}"
+            )
+
+    @property
+    def order(self) -> Method:
+        """What the method promises."""
+        return METHODS[self.method]
+
+    def __call__(self, sde: GaussianSDE, y: Tensor) -> Tensor:
+        """The state at u = 1.
+
+        Args:
+            sde: what to walk; adaptive steps set its ``sde_type`` to the method's.
+            y: state at u = 0, (rows, numbers in a datum).
+        """
+        if self.adaptive:
+            sde.sde_type = self.order.sde_type
+            times = torch.tensor([0.0, 1.0], dtype=torch.float64)
+            keywords = {"rtol": self.rtol, "atol": self.atol, "dt": 1e-2}
+            brownian: torchsde.BaseBrownian = brownian_interval(y.shape, y.dtype, y.device)
+            return self._integrate(sde, y, times, brownian, adaptive=True, **keywords)
+        walk = self._walk(sde, y)
+        times = torch.tensor([0.0, self.steps], dtype=torch.promote_types(y.dtype, torch.float32))
+        brownian = IndependentIncrements(y.shape, y.dtype, y.device)
+        return self._integrate(walk, y, times, brownian, dt=torch.ones_like(times[0]))
+
+    def _walk(self, sde: GaussianSDE, y: Tensor) -> Walk:
+        """The SDE's table for these steps, kept with it unless its schedule can change."""
+        key = (self.method, self.steps, y.dtype, y.device)
+        kept = sde.__dict__.get("_kept")
+        if kept is not None and kept[0] == key:
+            walk: Walk = kept[1]
+            return walk
+        walk = Walk(sde, self.steps, self.order, y)
+        if next(sde.process.schedule.parameters(), None) is None:
+            sde.__dict__["_kept"] = (key, walk)
+        return walk
+
+    def _integrate(
+        self,
+        sde: torchsde.BaseSDE,
+        y: Tensor,
+        times: Tensor,
+        brownian: torchsde.BaseBrownian,
+        **keywords: Any,
+    ) -> Tensor:
+        """torchsde's own loop; it compares times, which are therefore on the host."""
+        states = torchsde.sdeint(sde, y, times, bm=brownian, method=self.method, **keywords)
+        out: Tensor = states[-1]
+        return out

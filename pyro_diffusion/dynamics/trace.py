@@ -1,0 +1,206 @@
+"""Traces of Jacobians, exact or estimated, all by vector-Jacobian products."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_diffusion.validation import check_positive_int
+
+__all__ = [
+    "ExactTrace",
+    "HutchPlusPlus",
+    "Hutchinson",
+    "Trace",
+    "check_trace",
+    "gaussian",
+    "rademacher",
+    "sphere",
+]
+
+Law = Callable[[Tensor], Tensor]
+
+
+def rademacher(normal: Tensor) -> Tensor:
+    """Signs: the least variance of all laws with independent coordinates; diagonals come out exactly."""
+    return torch.where(normal < 0, -1.0, 1.0).to(normal.dtype)
+
+
+def gaussian(normal: Tensor) -> Tensor:
+    """Standard normal probes."""
+    return normal
+
+
+def sphere(normal: Tensor) -> Tensor:
+    r"""Uniform on the sphere of radius :math:`\sqrt d`; multiples of the identity come out exactly."""
+    return normal * (math.sqrt(normal.shape[-1]) / normal.norm(dim=-1, keepdim=True))
+
+
+class Trace:
+    """How the trace of a Jacobian is found, row by row.
+
+    Attributes:
+        columns: independent estimates that one call returns.
+        stochastic: whether they are random.
+        seed: fixes the probes of a stochastic one; None lets each distribution draw its own.
+    """
+
+    columns = 1
+    stochastic = False
+    seed: int | None = None
+
+    def probes(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Vectors to be kept along a path, (k, n, d) for rows ``like`` of shape (n, d)."""
+        raise NotImplementedError
+
+    def __call__(
+        self, output: Tensor, rows: Tensor, probes: Tensor, differentiable: bool = False
+    ) -> Tensor:
+        """Estimates of tr(d output / d rows) of each row, (columns, n).
+
+        Args:
+            output: a function of ``rows``, (n, d), each row of its own row alone.
+            rows: (n, d), in the graph of ``output``.
+            probes: as :meth:`probes` gave them.
+            differentiable: whether the estimates carry a graph.
+        """
+        raise NotImplementedError
+
+
+class ExactTrace(Trace):
+    """The trace itself: d vector-Jacobian products, one per coordinate, in one batched call."""
+
+    def probes(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """The basis vectors, (d, n, d)."""
+        n, d = like.shape
+        return torch.eye(d, dtype=like.dtype, device=like.device).unsqueeze(1).expand(d, n, d)
+
+    def __call__(
+        self, output: Tensor, rows: Tensor, probes: Tensor, differentiable: bool = False
+    ) -> Tensor:
+        """The trace of each row, (1, n)."""
+        pulled = pull_back(output, rows, probes, differentiable)
+        return pulled.diagonal(dim1=0, dim2=2).sum(-1).unsqueeze(0)
+
+    def __repr__(self) -> str:
+        return "ExactTrace()"
+
+
+class Hutchinson(Trace):
+    r"""Hutchinson's estimate :math:`v^\top J v` for random v with :math:`E[v v^\top] = I`: unbiased.
+
+    Args:
+        probes: number of vectors v, each one estimate; the spread between them is the standard error.
+        law: of the probes: :func:`rademacher`, :func:`gaussian`, :func:`sphere`, or any map of standard
+            normal draws (..., d) to vectors of covariance I.
+        seed: fixes the probes, for Markov chains and repeatable scores.
+
+    Raises:
+        ValueError: for fewer than one probe.
+
+    References:
+        Grathwohl et al. (FFJORD), arXiv 1810.01367; Song et al., arXiv 2011.13456, section 4.3.
+    """
+
+    stochastic = True
+
+    def __init__(self, probes: int = 1, law: Law = rademacher, seed: int | None = None) -> None:
+        self.columns, self.law, self.seed = check_positive_int("probes", probes), law, seed
+        if not callable(law):
+            raise ValueError(
+                f"law: got {law!r}, expected a map of normal draws such as rademacher, gaussian or sphere"
+            )
+
+    def probes(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Random vectors, (probes, n, d)."""
+        return self.law(_normal(self.columns, like, generator))
+
+    def __call__(
+        self, output: Tensor, rows: Tensor, probes: Tensor, differentiable: bool = False
+    ) -> Tensor:
+        """One estimate per probe, (probes, n)."""
+        return (probes * pull_back(output, rows, probes, differentiable)).sum(-1)
+
+    def __repr__(self) -> str:
+        return f"Hutchinson({self.columns}, {self.law.__name__}, seed={self.seed})"
+
+
+class HutchPlusPlus(Hutchinson):
+    r"""Hutch++: exact on a random sketch of the Jacobian's range, Hutchinson on what is left.
+
+    .. math:: tr(Q^\top J Q) + g^\top (I - QQ^\top)\, J\, (I - QQ^\top)\, g, \qquad
+              Q = \text{orth}(J^\top S)
+
+    with as many normal columns of S as probes g: three vector-Jacobian products per probe. Unbiased, and
+    exact if the Jacobian's rank is at most the number of probes. Gradients hold the sketch Q fixed; they are
+    unbiased too, but not the derivative of one instance's figure.
+
+    Args:
+        probes: number of vectors g, and of columns of S.
+        law: of the probes g, see :class:`Hutchinson`.
+        seed: fixes S and g.
+
+    Raises:
+        ValueError: for fewer than one probe.
+
+    References:
+        Meyer et al., Hutch++: optimal stochastic trace estimation, arXiv 2010.09649.
+    """
+
+    def probes(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Random vectors for the sketch and for the rest, (2 probes, n, d)."""
+        # Two sign vectors may be parallel, and then the sketch has no range to speak of.
+        normal = _normal(2 * self.columns, like, generator)
+        return torch.cat([normal[: self.columns], self.law(normal[self.columns :])])
+
+    def __call__(
+        self, output: Tensor, rows: Tensor, probes: Tensor, differentiable: bool = False
+    ) -> Tensor:
+        """One estimate per probe, (probes, n)."""
+        sketch, rest = probes.split(self.columns)
+        with torch.no_grad():
+            image = pull_back(output, rows, sketch, differentiable=False, keep=True)
+            basis = torch.linalg.qr(image.permute(1, 2, 0)).Q.permute(2, 0, 1)  # (k, n, d)
+            inside = torch.einsum("knd,jnd->jkn", basis, rest)
+            rest = rest - torch.einsum("jkn,knd->jnd", inside, basis)
+        vectors = torch.cat([basis, rest])
+        products = (vectors * pull_back(output, rows, vectors, differentiable)).sum(-1)
+        return products[: len(basis)].sum(0) + products[len(basis) :]
+
+    def __repr__(self) -> str:
+        return f"HutchPlusPlus({self.columns}, {self.law.__name__}, seed={self.seed})"
+
+
+def pull_back(
+    output: Tensor, rows: Tensor, vectors: Tensor, differentiable: bool, keep: bool = False
+) -> Tensor:
+    """Vector-Jacobian products of (k, n, d) vectors in one batched backward pass."""
+    (pulled,) = torch.autograd.grad(
+        output,
+        rows,
+        vectors,
+        is_grads_batched=True,
+        create_graph=differentiable,
+        retain_graph=differentiable or keep,
+    )
+    return pulled
+
+
+def check_trace(trace: object) -> Trace:
+    """Refuse anything but a trace object.
+
+    Raises:
+        ValueError: for another object.
+    """
+    if not isinstance(trace, Trace):
+        raise ValueError(
+            f"trace: got {trace!r}, expected a Trace such as ExactTrace() or Hutchinson(probes=4)"
+        )
+    return trace
+
+
+def _normal(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(
+        (count, *like.shape), generator=generator, dtype=like.dtype, device=like.device
+    )

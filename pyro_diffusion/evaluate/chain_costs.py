@@ -1,0 +1,90 @@
+"""What every step between candidate times would cost the bound."""
+
+import torch
+from pyro.distributions import Delta
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.denoisers.analytic import check_data, check_gaussian
+from pyro_diffusion.processes import coordinates
+from pyro_diffusion.schedules import Level, check_grid, step_costs
+from pyro_diffusion.validation import check_positive_int
+
+__all__ = ["chain_costs"]
+
+# Numbers held at once while one posterior is priced for all earlier times.
+BLOCK = 2**22
+
+
+def chain_costs(
+    denoiser: Denoiser,
+    data: Tensor,
+    times: Tensor,
+    *,
+    draws: int = 1,
+    context: dict[str, Tensor] | None = None,
+    progress: bool = False,
+) -> Tensor:
+    r"""The bound's cost of the step from t_j to t_i for every pair i < j of candidate times (nats per datum).
+
+    A step's cost is a function of the posterior at t_j and of :math:`e^{\lambda_i} - e^{\lambda_j}`
+    (:func:`~pyro_diffusion.schedules.step_costs`), so one network read per datum and time prices all steps
+    that start there. Unbiased for *any* variance of the posterior: none, one number, or one per
+    coordinate. The decoder's and the prior's terms are the same for all grids with the same ends.
+
+    Args:
+        denoiser: any denoiser under a Gaussian process, in ``eval()`` mode.
+        data: real data x_0, (n,) + event, n >= 2; some hundred will do.
+        times: (N + 1,), increasing candidates from t_0 to 1.
+        draws: noise draws per datum and time.
+        context: the denoiser's context, one row per datum.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The ``costs`` of :func:`~pyro_diffusion.schedules.optimal_grid`, (N + 1, N + 1) in float64, infinite
+        on and below the diagonal.
+
+    Raises:
+        ValueError: for a process that is not Gaussian, bad data or a bad grid.
+
+    References:
+        Watson et al., arXiv 2106.03802, section 4; there the variance is fixed, here it is the posterior's.
+    """
+    process = check_gaussian(denoiser)
+    check_data(data, process.event_dim)
+    check_positive_int("draws", draws)
+    levels = process.schedule.level(times.to(data), check=False)
+    check_grid(times, process.schedule)
+    snr = levels.log_snr.double().exp()
+    costs = torch.full((len(times), len(times)), torch.inf, dtype=torch.float64, device=data.device)
+    # One noise for all times: costs then vary smoothly along the chain, and no time is chosen for its luck.
+    noise = torch.randn(draws, *data.shape, dtype=data.dtype, device=data.device)
+    with torch.no_grad():
+        for j in tqdm(range(1, len(times)), desc="pricing steps", disable=not progress):
+            gain = snr[:j] - snr[j]
+            prices = [_prices(denoiser, data, e, levels.at(j), gain, context or {}) for e in noise]
+            costs[:j, j] = torch.stack(prices).sum(0) / (draws * len(data))
+    return costs
+
+
+def _prices(
+    denoiser: Denoiser,
+    data: Tensor,
+    noise: Tensor,
+    level: Level,
+    gain: Tensor,
+    context: dict[str, Tensor],
+) -> Tensor:
+    """Costs of going from one level to each earlier one, summed over data and coordinates."""
+    q = coordinates(denoiser.process.marginal(data, level))
+    posterior = coordinates(denoiser(q.mean + q.stddev * noise, level, **context))
+    residual = (data - posterior.mean).square().reshape(-1).double()
+    if isinstance(posterior, Delta):
+        return step_costs(gain, torch.zeros_like(gain), residual.mean()) * residual.numel()
+    variance = posterior.variance.reshape(-1).double()
+    if bool((variance == variance[0]).all()):
+        return step_costs(gain, variance[0], residual.mean()) * residual.numel()
+    rows = max(1, BLOCK // residual.numel())
+    blocks = [step_costs(g.unsqueeze(-1), variance, residual).sum(-1) for g in gain.split(rows)]
+    return torch.cat(blocks)
