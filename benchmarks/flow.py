@@ -335,7 +335,7 @@ def nuts(samples: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=400, help="intervals per trace")
-    parser.add_argument("--samples", type=int, default=400, help="draws of each Markov chain")
+    parser.add_argument("--samples", type=int, default=1200, help="draws of each Markov chain")
     parser.add_argument("--only", choices=["accuracy", "rows", "peer", "coverage", "nuts"])
     args = parser.parse_args()
     torch.set_default_dtype(torch.float64)
