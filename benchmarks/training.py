@@ -241,7 +241,7 @@ def run_pair(denoiser: Denoiser, read: Callable, shape: tuple[int, ...], turns: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=15, help="turns of each side when training")
-    parser.add_argument("--sampling-turns", type=int, default=9)
+    parser.add_argument("--sampling-turns", type=int, default=5)
     args = parser.parse_args()
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads")
