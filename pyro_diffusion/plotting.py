@@ -14,6 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy.stats import binom  # type: ignore[import-untyped]
 from torch import Tensor
 
 # Okabe and Ito's colours, told apart by colour-blind readers
@@ -260,6 +261,50 @@ def loss_curve(
     ax.set_xlabel("training step")
     ax.set_ylabel(f"loss ({unit})")
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+    return _clean(ax)
+
+
+def rank_histogram(
+    ranks: Array, draws: int, bins: int = 20, level: float = 0.95, ax: Axes | None = None
+) -> Axes:
+    """Draws ranks of true values among posterior draws, which an exact posterior makes uniform.
+
+    The grey band holds every bar of an exact posterior at once with probability ``level`` or more (binomial
+    limits, Bonferroni over the bars). Hollows at both ends show a posterior that is too wide, heaps one that
+    is too narrow, a slope one that is biased.
+
+    Args:
+        ranks: shape ``(simulations,)``, integers in 0 ... ``draws``.
+        draws: number of posterior draws that each true value was ranked among.
+        bins: number of bars, at most ``draws + 1``.
+        level: coverage of the band.
+        ax: where to draw; a new figure if not given.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: if there are no ranks, a rank is out of range, or bins are too many.
+    """
+    values = _numpy(ranks)
+    if values.ndim != 1 or not len(values) or values.min() < 0 or values.max() > draws:
+        raise ValueError(
+            f"ranks: got shape {values.shape}, expected (simulations,) with values in 0 ... {draws}"
+        )
+    if not 1 <= bins <= draws + 1:
+        raise ValueError(f"bins: got {bins}, expected 1 to {draws + 1}")
+    ax = ax or _axes((4.5, 2.6))
+    home = np.arange(draws + 1) * bins // (draws + 1)
+    share = np.bincount(home, minlength=bins) / (draws + 1)
+    heights = np.bincount(home[values.astype(int)], minlength=bins)
+    tail, at = (1 - level) / (2 * bins), np.arange(bins)
+    low, high = (binom.ppf(q, len(values), share) for q in (tail, 1 - tail))
+    ax.bar(at, high - low, bottom=low, width=1, color=GREY, alpha=0.35, linewidth=0)
+    ax.bar(at, heights, width=0.8, color=BLUE, alpha=0.8)
+    ax.plot(at, share * len(values), color=ORANGE, linewidth=1)
+    ax.set_xticks([-0.5, bins - 0.5], ["0", str(draws)])
+    ax.set_xlabel("rank of the true value")
+    ax.set_ylabel("simulations")
     return _clean(ax)
 
 

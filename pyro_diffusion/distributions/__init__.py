@@ -22,6 +22,7 @@ from pyro_diffusion.distributions.objectives import (
     Weighted,
     divergence,
 )
+from pyro_diffusion.distributions.red_diff import RedDiff
 from pyro_diffusion.distributions.sde import DiffusionSDE
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Objective",
     "ProbabilityFlow",
     "QuantizedDecoder",
+    "RedDiff",
     "Simple",
     "Weighted",
     "default_decoder",

@@ -1,10 +1,11 @@
 """Likelihoods with their error bars, comparisons, and the way to ArviZ."""
 
+from pyro_diffusion.estimate import Estimate, Likelihood, Terms
 from pyro_diffusion.evaluate.bound import log_likelihood
+from pyro_diffusion.evaluate.calibration import RankStatistics, sbc
 from pyro_diffusion.evaluate.chain_costs import chain_costs
 from pyro_diffusion.evaluate.comparison import compare
 from pyro_diffusion.evaluate.continuity import ContinuityResidual, continuity_residual
-from pyro_diffusion.evaluate.estimate import Estimate, Likelihood, Terms
 from pyro_diffusion.evaluate.importance import (
     from_log_weights,
     importance_weighted,
@@ -12,6 +13,8 @@ from pyro_diffusion.evaluate.importance import (
 )
 from pyro_diffusion.evaluate.inference_data import to_arviz
 from pyro_diffusion.evaluate.ode import flow_log_likelihood
+from pyro_diffusion.evaluate.posterior_data import posterior_to_arviz
+from pyro_diffusion.evaluate.two_sample import TwoSampleTest, c2st
 from pyro_diffusion.evaluate.wasserstein import (
     WassersteinBound,
     sliced_wasserstein,
@@ -23,8 +26,11 @@ __all__ = [
     "ContinuityResidual",
     "Estimate",
     "Likelihood",
+    "RankStatistics",
     "Terms",
+    "TwoSampleTest",
     "WassersteinBound",
+    "c2st",
     "chain_costs",
     "compare",
     "continuity_residual",
@@ -33,6 +39,8 @@ __all__ = [
     "importance_weighted",
     "log_likelihood",
     "log_weights",
+    "posterior_to_arviz",
+    "sbc",
     "sliced_wasserstein",
     "to_arviz",
     "wasserstein",

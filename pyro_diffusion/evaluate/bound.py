@@ -10,7 +10,7 @@ from tqdm import tqdm
 from pyro_diffusion.distributions import Bound, Diffusion
 from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.distributions.bounded import BoundedDistribution
-from pyro_diffusion.evaluate.estimate import LOWER_BOUND, Likelihood, Terms, concatenate
+from pyro_diffusion.estimate import LOWER_BOUND, Likelihood, Terms, concatenate
 from pyro_diffusion.schedules import uniform
 from pyro_diffusion.validation import check_event_shape, check_positive_int
 

@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_diffusion.evaluate.estimate import Likelihood
+from pyro_diffusion.estimate import Likelihood
 
 __all__ = ["compare"]
 

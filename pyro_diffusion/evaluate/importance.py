@@ -11,9 +11,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.estimate import IMPORTANCE_WEIGHTED, Likelihood, concatenate
 from pyro_diffusion.evaluate.arviz_versions import pareto_khat
 from pyro_diffusion.evaluate.bound import batches
-from pyro_diffusion.evaluate.estimate import IMPORTANCE_WEIGHTED, Likelihood, concatenate
 from pyro_diffusion.infer import ChainReparam, forward_chain
 from pyro_diffusion.validation import check_event_shape, check_positive_int
 

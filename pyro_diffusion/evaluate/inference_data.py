@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from pyro_diffusion.estimate import Likelihood
 from pyro_diffusion.evaluate.arviz_versions import build
-from pyro_diffusion.evaluate.estimate import Likelihood
 
 __all__ = ["to_arviz"]
 

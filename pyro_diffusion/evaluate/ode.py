@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.distributions import ProbabilityFlow
+from pyro_diffusion.estimate import EXACT, UNBIASED, Likelihood, concatenate
 from pyro_diffusion.evaluate.bound import batches
-from pyro_diffusion.evaluate.estimate import EXACT, UNBIASED, Likelihood, concatenate
 from pyro_diffusion.validation import check_event_shape
 
 __all__ = ["flow_log_likelihood"]

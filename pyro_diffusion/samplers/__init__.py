@@ -16,6 +16,7 @@ from pyro_diffusion.samplers.multistep import (
     MultistepCoefficients,
     UniPC,
 )
+from pyro_diffusion.samplers.repaint import RePaint
 
 __all__ = [
     "DDIM",
@@ -30,6 +31,7 @@ __all__ = [
     "MultistepCoefficients",
     "PredictorCorrector",
     "PredictorCorrectorCoefficients",
+    "RePaint",
     "Sampler",
     "State",
     "UniPC",

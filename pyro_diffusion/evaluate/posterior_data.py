@@ -1,0 +1,196 @@
+"""Posterior draws of a program as ArviZ data."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_diffusion.evaluate.arviz_versions import build
+from pyro_diffusion.guidance.program_run import log_density, observations
+from pyro_diffusion.infer import Particles
+from pyro_diffusion.validation import check_positive_int
+
+__all__ = ["posterior_to_arviz"]
+
+Draws = Mapping[str, Tensor]
+
+
+def posterior_to_arviz(
+    posterior: Draws | Particles | Sequence[Particles],
+    model: Callable[..., Any] | None = None,
+    *args: Any,
+    site: str = "x",
+    chains: int = 1,
+    draws: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Posterior draws as ArviZ ``InferenceData`` (0.23) or ``DataTree`` (1.x).
+
+    Args:
+        posterior: draws {site: (chains * draws,) + shape}, as ``Predictive(model, guide=guide)`` and
+            ``MCMC.get_samples`` return them (chain by chain); or particles of one or several independent runs
+            of twisted SMC, each of which becomes a chain of draws resampled by weight.
+        model: the program; with it come the groups ``log_likelihood`` and ``observed_data``.
+        args: the model's arguments.
+        site: name of the site that particles are values of.
+        chains: number of chains of a dict of draws.
+        draws: draws of each particle run; as many as particles by default.
+        kwargs: the model's keyword arguments.
+
+    Returns:
+        Groups ``posterior``; ``posterior_predictive``, draws of the model's observed sites if a dict
+        has them; ``log_likelihood`` per observed site, of its batch shape, in nats (exact), so that
+        ``az.loo`` works; ``observed_data``; for particles ``sample_stats`` with ``ess`` (at the data),
+        ``ess_min`` (over the walk), ``log_evidence`` and ``log_evidence_error`` of the draw's run, and the
+        evidence of all runs together as attributes. Factors are in none.
+
+    Raises:
+        ValueError: if draws do not fill the chains, or the model has a latent site without draws.
+
+    Example:
+        >>> import pyro
+        >>> from pyro.distributions import Normal
+        >>> def model():
+        ...     x = pyro.sample("x", Normal(0.0, 1.0))
+        ...     pyro.sample("y", Normal(x, 1.0), obs=torch.tensor(0.5))
+        >>> data = posterior_to_arviz({"x": torch.randn(100)}, model)
+        >>> data["log_likelihood"]["y"].shape
+        (1, 100)
+    """
+    attrs: dict[str, Any] = {"inference_library": "pyro_diffusion"}
+    groups: dict[str, dict[str, Any]] = {}
+    if isinstance(posterior, Mapping):
+        # A factor's value is empty.
+        values = {k: v.detach() for k, v in posterior.items() if v.numel()}
+    else:
+        runs = [posterior] if isinstance(posterior, Particles) else list(posterior)
+        values, stats, chains = *_particle_draws(runs, site, draws), len(runs)
+        groups["sample_stats"] = stats
+        attrs |= _evidence(runs)
+    count = _check_count(values, check_positive_int("chains", chains))
+    if model is not None:
+        latents = _latents(model, args, kwargs, values)
+        pointwise, observed = _log_likelihood(model, args, kwargs, latents, count)
+        values |= latents
+        predicted = {name: values.pop(name) for name in observed if name in values}
+        groups["log_likelihood"] = _by_chain(pointwise, chains)
+        if predicted:
+            groups["posterior_predictive"] = _by_chain(predicted, chains)
+        groups["observed_data"] = {k: np.asarray(v.detach().cpu()) for k, v in observed.items()}
+    groups["posterior"] = _by_chain(values, chains)
+    return build(groups, attrs=attrs)
+
+
+def _by_chain(values: Mapping[str, Tensor], chains: int) -> dict[str, Any]:
+    return {
+        name: np.asarray(value.detach().cpu()).reshape(chains, -1, *value.shape[1:])
+        for name, value in values.items()
+    }
+
+
+def _check_count(values: Draws, chains: int) -> int:
+    lengths = {name: len(value) if value.dim() else 0 for name, value in values.items()}
+    count = next(iter(lengths.values()), 0)
+    if count < 1 or count % chains or set(lengths.values()) != {count}:
+        raise ValueError(
+            f"posterior: got {lengths} draws for {chains} chain(s), expected one number, a multiple"
+        )
+    return count
+
+
+def _particle_draws(
+    runs: Sequence[Particles], site: str, draws: int | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Equally weighted draws of every run, and what each run says of itself."""
+    if not runs or not all(isinstance(run, Particles) for run in runs):
+        kinds = [type(run).__name__ for run in runs]
+        raise ValueError(f"posterior: got {kinds}, expected a dict of draws or Particles")
+    count = check_positive_int("draws", len(runs[0]) if draws is None else draws)
+    values = torch.cat([run.sample((count,)) for run in runs])
+    stats: dict[str, list[Any]] = {
+        "ess": [run.ess[-1].cpu() for run in runs],
+        "ess_min": [run.ess.amin(0).cpu() for run in runs],
+        "log_evidence": [np.float64(run.log_evidence.value) for run in runs],
+        "log_evidence_error": [np.float64(run.log_evidence.standard_error) for run in runs],
+    }
+    table = {k: np.stack([np.asarray(each) for each in v]) for k, v in stats.items()}
+    return {site: values}, {
+        k: np.repeat(v.reshape(len(runs), 1, *v.shape[1:]), count, 1) for k, v in table.items()
+    }
+
+
+def _evidence(runs: Sequence[Particles]) -> dict[str, float]:
+    """Log of the mean evidence of independent runs, and its standard error (delta method)."""
+    logs = torch.tensor([run.log_evidence.value for run in runs], dtype=torch.float64)
+    errors = torch.tensor([run.log_evidence.standard_error for run in runs], dtype=torch.float64)
+    weights = logs.softmax(0)
+    return {
+        "log_evidence": float(logs.logsumexp(0) - np.log(len(runs))),
+        "log_evidence_error": float((weights * errors).square().sum().sqrt()),
+    }
+
+
+def _log_likelihood(
+    model: Callable[..., Any], args: Any, kwargs: Any, latents: Draws, count: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Per observed site: log-densities of its batch shape for every draw, and what was observed."""
+    rows: dict[str, list[Tensor]] = {}
+    observed: dict[str, Tensor] = {}
+    for i in range(count):
+        data = {name: value[i] for name, value in latents.items()}
+        given = poutine.condition(data=data)
+        with torch.no_grad(), poutine.block(), poutine.trace() as tracer, given:
+            model(*args, **kwargs)
+        nodes: Any = tracer.trace.nodes
+        for node in observations(nodes, data):
+            if type(node["fn"]).__name__ == "Unit":
+                continue
+            rows.setdefault(node["name"], []).append(log_density(node))
+            observed[node["name"]] = node["value"]
+    return {name: torch.stack(parts) for name, parts in rows.items()}, observed
+
+
+def _latents(model: Callable[..., Any], args: Any, kwargs: Any, values: Draws) -> dict[str, Tensor]:
+    """Draws of the model's latent sites without the singleton dimensions that Predictive leaves.
+
+    Raises:
+        ValueError: if a latent site has no draws, or draws of another shape.
+    """
+    with torch.no_grad(), poutine.block(), _First(values) as first:
+        model(*args, **kwargs)
+    if first.missing:
+        raise ValueError(
+            f"posterior: got no draws of {', '.join(first.missing)}, expected draws of every latent site (or "
+            "a model conditioned on it)"
+        )
+    return {name: values[name].reshape(-1, *shape) for name, shape in first.shapes.items()}
+
+
+class _First(Messenger):
+    """Gives every latent site its first draw, leaves observed ones as they are, and notes the shapes."""
+
+    def __init__(self, draws: Draws) -> None:
+        super().__init__()
+        self.draws = draws
+        self.shapes: dict[str, torch.Size] = {}
+        self.missing: list[str] = []
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        if name not in self.draws:
+            self.missing.append(name)
+            return
+        shape, first = msg["fn"].shape(), self.draws[name][0]
+        if first.numel() != shape.numel():
+            raise ValueError(
+                f"posterior: got draws of shape {tuple(first.shape)} for {name!r}, expected {tuple(shape)}"
+            )
+        self.shapes[name] = shape
+        msg["value"] = first.reshape(shape)

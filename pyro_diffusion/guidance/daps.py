@@ -1,0 +1,168 @@
+r"""Decoupled annealing: a draw of x_0 given x_t and y at every level, noised anew for the next."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_diffusion.guidance.linearization import LinearizedProgram, solve
+from pyro_diffusion.processes import ForwardProcess, GaussianCoefficients, draw
+from pyro_diffusion.samplers import DDIM, Sampler, State
+from pyro_diffusion.samplers.base import Read
+from pyro_diffusion.schedules import Level, table_row
+from pyro_diffusion.validation import check_positive_int
+
+__all__ = ["DAPS", "DAPSCoefficients"]
+
+
+class DAPSCoefficients(NamedTuple):
+    """Rows of the walk to x_0 within each step.
+
+    Attributes:
+        levels: where the denoiser is read, rows + (inner,).
+        bridges: from each to the next, rows + (inner - 1,).
+        variance: r^2, rows.
+    """
+
+    levels: Level
+    bridges: GaussianCoefficients
+    variance: Tensor
+
+
+class DAPS(Sampler):
+    r"""Decoupled annealing posterior sampling. At each level t:
+
+    1. :math:`\tilde x_0` from x_t by ``inner`` deterministic reads of the denoiser, evenly in log-SNR;
+    2. a draw of :math:`x_0` from :math:`p(y | x_0)\,\mathcal N(x_0; \tilde x_0, r_t^2)`;
+    3. :math:`x_s \sim q(x_s | x_0)`, of no memory of x_t.
+
+    A sampler, not a guidance: it walks with the *prior's* denoiser. Step 2 is one exact draw for linear
+    Normal observations (for others it is that of the program linearized at :math:`\tilde x_0`), or
+    ``moves`` of Metropolis-adjusted Langevin dynamics for any differentiable likelihood, started at
+    :math:`\tilde x_0` with a step of its own for each row that adapts in the first half of the moves.
+
+    Approximate, as :math:`p(x_0|x_t)` is no such normal. Exact in law for isotropic normal data with
+    ``inner=1`` (then :math:`\tilde x_0` is the posterior mean) and ``variance`` the posterior's. Gaussian
+    processes only. ``inner`` network evaluations a step.
+
+    Args:
+        likelihood: a :class:`~pyro_diffusion.guidance.ProgramLikelihood`.
+        inner: reads of the denoiser in step 1.
+        variance: a function of the level, :math:`r_t^2`; by default the paper's :math:`\sigma^2/\alpha^2`.
+        moves: Langevin moves in step 2, each one gradient of the program; None for the exact draw.
+
+    Raises:
+        ValueError: if inner or moves < 1, the variance is not callable, or the likelihood has no gradient;
+            when called, for a process that is not Gaussian, or observations that are not Normal and no moves.
+
+    References:
+        Zhang et al., arXiv 2407.01521, algorithm 1 (unadjusted there, with tuned steps).
+    """
+
+    def __init__(
+        self,
+        likelihood: Any,
+        *,
+        inner: int = 5,
+        variance: Callable[[Level], Tensor] | None = None,
+        moves: int | None = None,
+    ) -> None:
+        likelihood.check_gradient()
+        self.likelihood = likelihood
+        self.inner = self.evaluations = check_positive_int("inner", inner)
+        if not (variance is None or callable(variance)):
+            raise ValueError(f"variance: got {variance!r}, expected a function of the level")
+        self.variance = variance
+        self.moves = None if moves is None else check_positive_int("moves", moves)
+        self._flow = DDIM()
+
+    def __repr__(self) -> str:
+        return f"DAPS(inner={self.inner}, moves={self.moves})"
+
+    def coefficients(self, process: ForwardProcess, s: Level, t: Level) -> DAPSCoefficients:
+        """The inner walks: from t towards the grid's first time, where only reading would remain.
+
+        Raises:
+            ValueError: for a process that is not Gaussian.
+        """
+        share = torch.arange(self.inner, dtype=t.t.dtype, device=t.t.device) / self.inner
+        late, end = t.log_snr.unsqueeze(-1), s.log_snr[0]
+        time = process.schedule.time_of_log_snr(late + share * (end - late))
+        levels = process.schedule.level(time, check=False)
+        early, before = Level(*(v[:, 1:] for v in levels)), Level(*(v[:, :-1] for v in levels))
+        variance = t.sigma**2 / t.alpha**2 if self.variance is None else self.variance(t)
+        return DAPSCoefficients(levels, self._flow.coefficients(process, early, before), variance)
+
+    def step(
+        self,
+        process: ForwardProcess,
+        read: Read,
+        state: State,
+        s: Level,
+        t: Level,
+        c: DAPSCoefficients,
+    ) -> State:
+        """Walk to x_0, draw it given y, noise it to s."""
+        x = state.x
+        for i in range(self.inner):
+            x0 = read(x, c.levels.at(i)).mean
+            if i < self.inner - 1:
+                x = self._flow.cross(process, x, x0, table_row(c.bridges, i))
+        if self.moves is None:
+            x0 = self._conditioned(x0, c.variance)
+        else:
+            x0 = self._moved(x0, c.variance, self.moves)
+        return State(draw(process.marginal(x0, s)).detach())
+
+    def _conditioned(self, center: Tensor, variance: Tensor) -> Tensor:
+        """A draw of the prior moved by its own residual: exact where the residual is affine."""
+        at = LinearizedProgram(self.likelihood, center)
+        drawn = variance.sqrt() * torch.randn_like(center)
+        rows = at.rows()
+        flat = at.flat(rows)
+        lead = at.residual.shape[:-1]
+        read = (flat @ drawn.reshape(*lead, -1, 1)).squeeze(-1)
+        gap = at.residual - read + torch.randn_like(at.residual)
+        u = solve(variance * (flat @ flat.mT), gap)[0]
+        return center + drawn + variance * at.combined(rows, u)
+
+    def _moved(self, center: Tensor, variance: Tensor, moves: int) -> Tensor:
+        """Metropolis-adjusted Langevin moves, with steps adapted towards the acceptance 0.574."""
+
+        def target(x0: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                x0 = x0.detach().requires_grad_()
+                value = self.likelihood.log_prob(x0)
+                near = (x0 - center).square().reshape(*value.shape, -1).sum(-1)
+                value = value - near / (2 * variance)
+                (slope,) = torch.autograd.grad(value.sum(), x0)
+            return value.detach(), slope
+
+        x = center.detach()
+        value, slope = target(x)
+        lead, size = value.shape, torch.full_like(value, 0.5) * variance
+        for i in range(moves):
+            step = _spread(size, x)
+            ahead = x + step * slope + (2 * step).sqrt() * torch.randn_like(x)
+            there, back = target(ahead)
+            gap = _misfit(x, ahead, back, step, lead) - _misfit(ahead, x, slope, step, lead)
+            chance = torch.nan_to_num(there - value - gap, nan=-torch.inf).clamp(max=0).exp()
+            taken = torch.rand_like(chance) < chance
+            x = torch.where(_spread(taken, x), ahead, x)
+            slope = torch.where(_spread(taken, x), back, slope)
+            value = torch.where(taken, there, value)
+            if i < moves // 2:
+                size = size * torch.exp(2 * (chance - 0.574) / (i + 1) ** 0.5)
+        return x
+
+
+def _spread(row: Tensor, x: Tensor) -> Tensor:
+    """A number per row, against data space."""
+    return row.reshape(row.shape + (1,) * (x.dim() - row.dim()))
+
+
+def _misfit(end: Tensor, start: Tensor, slope: Tensor, step: Tensor, lead: torch.Size) -> Tensor:
+    """Minus the log-density of a Langevin move, up to what both directions share."""
+    gap = (end - start - step * slope).square() / (4 * step)
+    return gap.reshape(*lead, -1).sum(-1)

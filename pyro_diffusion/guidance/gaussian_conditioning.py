@@ -1,0 +1,265 @@
+r"""Conditioning as if p(x_0 | x_t) were a normal: one mechanism, and the covariances of four methods."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions import Delta, TorchDistribution
+from torch import Tensor
+
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.denoisers.analytic import check_gaussian
+from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser, moved
+from pyro_diffusion.guidance.krylov import conjugate_gradients, gmres
+from pyro_diffusion.guidance.linearization import LinearizedChain, solve
+from pyro_diffusion.processes import coordinates
+from pyro_diffusion.schedules import Level
+from pyro_diffusion.validation import check_positive_int
+
+__all__ = ["MMPS", "TMPD", "DiffPIR", "GaussianConditioning", "PiGDM"]
+
+KRYLOV = {"cg": conjugate_gradients, "gmres": gmres}
+MOST_DIRECT = 64  # residuals in a row up to which S is formed by default
+
+
+class Solved(NamedTuple):
+    """The linear system of one read.
+
+    Attributes:
+        pulled: B^T S^{-1} r, data space.
+        image: V B^T S^{-1} r, data space.
+        log_evidence: -(r^T S^{-1} r + log det S) / 2, or None where S is not formed.
+    """
+
+    pulled: Tensor
+    image: Tensor
+    log_evidence: Tensor | None
+
+
+class GaussianConditioning(GuidedDenoiser):
+    r"""Guidance that takes p(x_0 | x_t) for a normal of the denoiser's mean and some covariance V.
+
+    For Normal observations with the whitened residual :math:`r(x_0) = L^{-1}(y - f(x_0))`, linearized at
+    :math:`\hat x_0` with :math:`B = -\partial r/\partial x_0`,
+
+    .. math::
+        S &= I + B V B^T, \qquad E[x_0 | x_t, y] \approx \hat x_0 + G B^T S^{-1} r, \\
+        \log p(y | x_t) &\approx -\tfrac12 r^T S^{-1} r - \tfrac12 \log\det S + \text{log-normalizer}.
+
+    G is V, except for PiGDM. The methods are choices of V and G; with
+    :math:`J = \partial\hat x_0/\partial x_t`, :math:`(\sigma^2/\alpha) J` is the covariance of
+    :math:`p(x_0|x_t)` itself for the exact denoiser:
+
+    ================  ====================================  ==========================  ===================
+    method            V                                     G                           exact for
+    ================  ====================================  ==========================  ===================
+    :class:`PiGDM`    the denoiser's variance               :math:`(\sigma^2/\alpha)J`  independent normals
+    :class:`MMPS`     :math:`(\sigma^2/\alpha)J`            V                           normals
+    :class:`TMPD`     MMPS's, S the diagonal of row sums    V                           diagonal S
+    :class:`DiffPIR`  :math:`\sigma^2/(\alpha^2\lambda)`    V                           -
+    ================  ====================================  ==========================  ===================
+
+    Exact is meant for linear observations and the denoiser's exact mean; else approximate. The posterior
+    keeps the denoiser's variance.
+
+    ``solver="direct"`` forms S: m walks back through the program (and, for MMPS, as many through the
+    denoiser), and eigenvalues of S are kept at 1 or more, where they are for an exact denoiser. ``"cg"`` and
+    ``"gmres"`` take ``iterations`` products with S instead. log det S wants S itself, so :meth:`twisted` is
+    always direct.
+
+    Args:
+        denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process.
+        likelihood: a :class:`~pyro_diffusion.guidance.ProgramLikelihood` of Normal sites.
+        solver: ``"direct"``, ``"cg"`` or ``"gmres"``; by default direct up to 64 residuals in a row, else cg.
+        iterations: of a Krylov solver.
+
+    Raises:
+        ValueError: for a process that is not Gaussian, an unknown solver or iterations < 1; when called, for
+            observations that are not Normal or have no gradient.
+    """
+
+    through = True  # whether the method asks for J
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        likelihood: Any,
+        *,
+        solver: str | None = None,
+        iterations: int = 8,
+    ) -> None:
+        check_gaussian(check_denoiser(denoiser))
+        super().__init__(denoiser, likelihood)
+        likelihood.check_gradient()
+        if solver not in (None, "direct", *KRYLOV):
+            raise ValueError(f"solver: got {solver!r}, expected 'direct', 'cg' or 'gmres'")
+        self.solver, self.iterations = solver, check_positive_int("iterations", iterations)
+
+    def covariance(self, at: LinearizedChain, level: Level, v: Tensor) -> Tensor:
+        """V v in data space."""
+        raise NotImplementedError
+
+    def shift(self, at: LinearizedChain, level: Level, solved: Solved) -> Tensor:
+        """G B^T S^{-1} r in data space: how far the posterior's mean is from the prior's."""
+        return solved.image
+
+    def posterior(self, at: LinearizedChain, level: Level, solved: Solved) -> TorchDistribution:
+        """The denoiser's posterior, moved."""
+        return moved(at.prior, self.shift(at, level, solved))
+
+    def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
+        """Prior, posterior and log-twist at x_t, detached (one network read; S is formed)."""
+        at, level = self._linearized(xt, t, context)
+        solved = self._direct(at, level)
+        with torch.no_grad():
+            log_twist = solved.log_evidence + at.log_normalizer
+            return Twisted(at.prior, self.posterior(at, level, solved), log_twist)
+
+    def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
+        """The posterior over x_0 given x_t and y, batch and event shape of xt, detached."""
+        at, level = self._linearized(xt, t, context)
+        solver = self.solver or ("direct" if at.size <= MOST_DIRECT else "cg")
+        direct = solver == "direct"
+        solved = self._direct(at, level) if direct else self._iterated(at, level, KRYLOV[solver])
+        with torch.no_grad():
+            return self.posterior(at, level, solved)
+
+    def _linearized(
+        self, xt: Tensor, t: Tensor | Level, context: dict[str, Tensor]
+    ) -> tuple[LinearizedChain, Level]:
+        level = self.process.level(t, xt)
+        at = LinearizedChain(self.denoiser, self.likelihood, xt, level, context, self.through)
+        return at, level
+
+    def _direct(self, at: LinearizedChain, level: Level) -> Solved:
+        rows = at.rows()
+        images = torch.stack([self.covariance(at, level, row) for row in rows])
+        u, log_evidence = solve(at.flat(images) @ at.flat(rows).mT, at.residual)
+        return Solved(at.combined(rows, u), at.combined(images, u), log_evidence)
+
+    def _iterated(self, at: LinearizedChain, level: Level, solver: Callable[..., Any]) -> Solved:
+        def apply(p: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            pulled = at.pull(p)
+            image = self.covariance(at, level, pulled)
+            lead = p.shape[:-1]
+            return p + at.push(image), (pulled.reshape(*lead, -1), image.reshape(*lead, -1))
+
+        pulled, image = solver(apply, at.residual, self.iterations).images
+        return Solved(pulled.reshape(at.mean.shape), image.reshape(at.mean.shape), None)
+
+
+class PiGDM(GaussianConditioning):
+    r"""Pseudoinverse guidance: V the denoiser's own variance, the shift pulled back through the denoiser.
+
+    .. math:: \text{shift} = \frac{\sigma^2}{\alpha} J^T B^T S^{-1} r .
+
+    A point mass counts as the variance that unit-variance data have given x_t, the paper's
+    :math:`\sigma^2/(\alpha^2+\sigma^2)`. One walk back through the denoiser, whatever the observations.
+    Arguments, errors and log-twist: :class:`GaussianConditioning`.
+
+    References:
+        Song et al., Pseudoinverse-guided diffusion models, ICLR 2023, equations 7 to 9.
+    """
+
+    def covariance(self, at: LinearizedChain, level: Level, v: Tensor) -> Tensor:
+        """The denoiser's variance, coordinate by coordinate."""
+        base = coordinates(at.prior)
+        if isinstance(base, Delta):
+            return v * (level.sigma**2 / (level.alpha**2 + level.sigma**2))
+        return v * base.variance.detach()
+
+    def shift(self, at: LinearizedChain, level: Level, solved: Solved) -> Tensor:
+        """Through the denoiser."""
+        return level.sigma**2 / level.alpha * at.back(solved.pulled)
+
+
+class MMPS(GaussianConditioning):
+    r"""Moment matching posterior sampling: :math:`V = (\sigma^2/\alpha) J`, the whole covariance.
+
+    By Tweedie's formula that is :math:`Cov[x_0|x_t]` of an exact denoiser. Products already made for the
+    system give the shift. Arguments, errors and log-twist: :class:`GaussianConditioning`.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> from pyro_diffusion.denoisers import MixtureDenoiser
+        >>> from pyro_diffusion.distributions import Diffusion
+        >>> from pyro_diffusion.guidance import ProgramLikelihood
+        >>> from pyro_diffusion.processes import GaussianProcess
+        >>> from pyro_diffusion.schedules import Cosine
+        >>> denoiser = MixtureDenoiser(GaussianProcess(Cosine()), torch.ones(1), torch.zeros(1, 2), 1.0)
+        >>> def model():
+        ...     x = pyro.sample("x", Diffusion(denoiser, event_shape=(2,)))
+        ...     pyro.sample("y", dist.Normal(x.sum(-1), 0.5), obs=torch.tensor(3.0))
+        >>> guided = MMPS(denoiser, ProgramLikelihood(model))
+        >>> Diffusion(guided, event_shape=(2,), steps=20).sample((5,)).shape
+        torch.Size([5, 2])
+
+    References:
+        Rozet et al., arXiv 2405.13712, section 4.
+    """
+
+    def covariance(self, at: LinearizedChain, level: Level, v: Tensor) -> Tensor:
+        """Through the denoiser."""
+        return level.sigma**2 / level.alpha * at.back(v)
+
+
+class TMPD(MMPS):
+    r"""Tweedie moment projection: MMPS with S replaced by the diagonal of its row sums.
+
+    .. math:: S \approx \text{diag}(1 + B V B^T 1) .
+
+    Two walks back through the denoiser and one forth through the program, whatever m; no system is solved.
+    Rows sums below those of no uncertainty count as such. Exact where :math:`B V B^T` is diagonal. Arguments
+    as :class:`GaussianConditioning`; solver and iterations have no effect.
+
+    References:
+        Boys et al., arXiv 2310.06721, section 3 (the row sums here are of the whitened system).
+    """
+
+    def _direct(self, at: LinearizedChain, level: Level) -> Solved:
+        ones = torch.ones_like(at.residual)
+        row_sums = 1 + at.push(self.covariance(at, level, at.pull(ones))).clamp(min=0)
+        pulled = at.pull(at.residual / row_sums)
+        log_evidence = -0.5 * (at.residual.square() / row_sums + row_sums.log()).sum(-1)
+        return Solved(pulled, self.covariance(at, level, pulled), log_evidence)
+
+    def _iterated(self, at: LinearizedChain, level: Level, solver: Callable[..., Any]) -> Solved:
+        return self._direct(at, level)
+
+
+class DiffPIR(GaussianConditioning):
+    r"""Half-quadratic splitting: V = :math:`\sigma^2/(\alpha^2\lambda)`, no walk back through the denoiser.
+
+    The posterior mean minimizes
+    :math:`\tfrac12|r(x_0)|^2 + \tfrac\lambda2 \tfrac{\alpha^2}{\sigma^2} |x_0 - \hat x_0|^2`,
+    linearized. The variance of unit-variance data would be lower at the noise end, so this leans to the
+    observations there. Approximate even for normals. Other arguments, errors and log-twist:
+    :class:`GaussianConditioning`.
+
+    Args:
+        denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process; it needs no gradient.
+        likelihood: as there.
+        lam: :math:`\lambda`, weight of the prior, > 0.
+        options: ``solver`` and ``iterations``.
+
+    Raises:
+        ValueError: if ``lam`` is not positive, and as there.
+
+    References:
+        Zhu et al., arXiv 2305.08995, algorithm 1.
+    """
+
+    through = False
+
+    def __init__(
+        self, denoiser: Denoiser, likelihood: Any, *, lam: float = 1.0, **options: Any
+    ) -> None:
+        super().__init__(denoiser, likelihood, **options)
+        if not lam > 0:
+            raise ValueError(f"lam: got {lam}, expected a number > 0")
+        self.lam = float(lam)
+
+    def covariance(self, at: LinearizedChain, level: Level, v: Tensor) -> Tensor:
+        """A multiple of the identity."""
+        return v * (level.sigma**2 / (level.alpha**2 * self.lam))

@@ -1,0 +1,129 @@
+r"""Krylov solvers of many small systems at once: matrix-free, of a fixed number of iterations, row by row."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_diffusion.validation import check_positive_int
+
+__all__ = ["KrylovSolution", "conjugate_gradients", "gmres"]
+
+Apply = Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]]
+
+
+class KrylovSolution(NamedTuple):
+    """What a solver found.
+
+    Attributes:
+        u: approximate solution, rows + (m,).
+        images: the linear by-products of ``apply`` at u, for no further call of it.
+    """
+
+    u: Tensor
+    images: tuple[Tensor, ...]
+
+
+def conjugate_gradients(apply: Apply, b: Tensor, iterations: int) -> KrylovSolution:
+    r"""Conjugate gradients for :math:`S u = b`, S symmetric and positive definite.
+
+    Every row has steps of its own and stays put once it has converged: it never depends on its batch-mates.
+    Exact after m iterations, or as many as S has distinct eigenvalues; no wait for a device.
+
+    Args:
+        apply: p -> (S p, images), the images linear in p and of shapes whose leading dimensions are b's rows.
+        b: right-hand sides, rows + (m,).
+        iterations: number of iterations, one call of ``apply`` each.
+
+    Raises:
+        ValueError: if iterations < 1.
+
+    References:
+        Hestenes & Stiefel, 1952.
+    """
+    check_positive_int("iterations", iterations)
+    u, residual, direction = torch.zeros_like(b), b, b
+    images: tuple[Tensor, ...] = ()
+    energy = b.square().sum(-1, keepdim=True)
+    start = energy
+    for _ in range(iterations):
+        product, found = apply(direction)
+        curvature = (direction * product).sum(-1, keepdim=True)
+        # Below rounding, or where S is not positive: this row is done.
+        going = (energy > _resolution(b) ** 2 * start) & (curvature > 0)
+        step = torch.where(going, energy / torch.where(going, curvature, 1.0), 0.0)
+        u = u + step * direction
+        images = _add(images, step, found)
+        residual = residual - step * product
+        before, energy = energy, residual.square().sum(-1, keepdim=True)
+        turn = torch.where(going, energy / torch.where(going, before, 1.0), 0.0)
+        direction = residual + turn * direction
+    return KrylovSolution(u, images)
+
+
+def gmres(apply: Apply, b: Tensor, iterations: int) -> KrylovSolution:
+    r"""Generalized minimal residuals for :math:`S u = b`, S any regular matrix.
+
+    As :func:`conjugate_gradients`, but S need not be symmetric, as the Jacobian of a network is not. It keeps
+    all directions: memory grows with the iterations.
+
+    Args:
+        apply: p -> (S p, images), the images linear in p and of shapes whose leading dimensions are b's rows.
+        b: right-hand sides, rows + (m,).
+        iterations: number of iterations, one call of ``apply`` each; at most m are made.
+
+    Raises:
+        ValueError: if iterations < 1.
+
+    References:
+        Saad & Schultz, 1986.
+    """
+    iterations = min(check_positive_int("iterations", iterations), b.shape[-1])
+    norm = torch.linalg.vector_norm(b, dim=-1, keepdim=True)
+    basis = [_unit(b, norm, norm)]
+    kept: list[tuple[Tensor, ...]] = []
+    table = b.new_zeros((*b.shape[:-1], iterations + 1, iterations))
+    for j in range(iterations):
+        product, found = apply(basis[j])
+        kept.append(found)
+        size = torch.linalg.vector_norm(product, dim=-1, keepdim=True)
+        for _ in range(2):  # the second pass takes what rounding left
+            for i, v in enumerate(basis):
+                overlap = (product * v).sum(-1, keepdim=True)
+                table[..., i, j] += overlap.squeeze(-1)
+                product = product - overlap * v
+        rest = torch.linalg.vector_norm(product, dim=-1, keepdim=True)
+        table[..., j + 1, j] = rest.squeeze(-1)
+        basis.append(_unit(product, rest, size))
+    target = torch.cat([norm, b.new_zeros((*b.shape[:-1], iterations))], -1).unsqueeze(-1)
+    # Directions after a breakdown are zero, and so are their columns: the pseudoinverse leaves them out.
+    weights = (torch.linalg.pinv(table) @ target).squeeze(-1)
+    u = torch.zeros_like(b)
+    images: tuple[Tensor, ...] = ()
+    for j, found in enumerate(kept):
+        weight = weights[..., j : j + 1]
+        u = u + weight * basis[j]
+        images = _add(images, weight, found)
+    return KrylovSolution(u, images)
+
+
+def _unit(v: Tensor, norm: Tensor, size: Tensor) -> Tensor:
+    """v / norm, or zero where it is nothing but rounding beside ``size``."""
+    there = norm > _resolution(v) * size
+    return torch.where(there, v / torch.where(there, norm, 1.0), 0.0)
+
+
+def _resolution(v: Tensor) -> float:
+    return 4 * torch.finfo(v.dtype).eps
+
+
+def _add(
+    total: tuple[Tensor, ...], weight: Tensor, found: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """total + weight * found, the weight of shape rows + (1,)."""
+    scaled = []
+    for image in found:
+        lead = weight.reshape(weight.shape[:-1] + (1,) * (image.dim() - weight.dim() + 1))
+        scaled.append(lead * image)
+    return tuple(a + b for a, b in zip(total, scaled, strict=True)) if total else tuple(scaled)

@@ -1,0 +1,142 @@
+r"""Guidance by the likelihood of the posterior mean: diffusion posterior sampling."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.denoisers.analytic import check_gaussian
+from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser, moved
+from pyro_diffusion.guidance.linearization import detached
+from pyro_diffusion.processes import ForwardProcess
+from pyro_diffusion.schedules import Level
+
+__all__ = ["DPSStep", "PlugIn"]
+
+
+class DPSStep:
+    r"""The step-size rule of DPS: after a step from t to s, :math:`x_s \leftarrow x_s - \zeta_t \nabla E`.
+
+    .. math:: \zeta_t = \zeta / \sqrt{E}, \qquad E = |r(\hat x_0(x_t))|^2, \qquad \nabla = \nabla_{x_t},
+
+    one E for every datum. r is the whitened residual: for noise of one standard deviation
+    :math:`\sigma_y` the paper's own :math:`\zeta` is this one divided by :math:`\sigma_y`. The rule is that
+    of a *step*, so the grid is part of it: the bridge gives :math:`x_0` a weight k, and the mean is
+    shifted by :math:`-\zeta_t \nabla E / k`. No shift at the grid's first time, from which no step is taken.
+
+    Args:
+        zeta: :math:`\zeta`, > 0; the paper uses 0.1 to 1 of its own.
+        times: grid that will be walked, K + 1 increasing times.
+        eta: of the bridges walked: 1 for ``Ancestral()``, 0 for deterministic samplers.
+        squared_norm: if False, E is :math:`-\log p(y | \hat x_0)`, for observations that are not Normal, and
+            at least 1 under the root.
+
+    Raises:
+        ValueError: if zeta is not positive, there are fewer than two times, or eta lies outside [0, 1].
+
+    References:
+        Chung et al., arXiv 2209.14687, algorithm 1.
+    """
+
+    def __init__(
+        self, zeta: float, times: Tensor, *, eta: float = 1.0, squared_norm: bool = True
+    ) -> None:
+        if not zeta > 0:
+            raise ValueError(f"zeta: got {zeta}, expected a number > 0")
+        if not isinstance(times, Tensor) or times.dim() != 1 or len(times) < 2:
+            raise ValueError(f"times: got {times!r}, expected a vector of two or more times")
+        if not bool((times.diff() > 0).all()):
+            raise ValueError(
+                "times: got times that do not increase, expected the grid to be walked"
+            )
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta: got {eta}, expected a number in [0, 1]")
+        self.zeta, self.times, self.eta = float(zeta), times, float(eta)
+        self.squared_norm = bool(squared_norm)
+
+    def shares(self, process: ForwardProcess, level: Level) -> Tensor:
+        """1 / k of the step that starts at each level, and 0 at the grid's first time."""
+        grid = process.schedule.grid_levels(self.times, level.t.dtype, level.t.device)
+        late, early = Level(*(v[1:] for v in grid)), Level(*(v[:-1] for v in grid))
+        weight = process.coefficients(early, late, self.eta).x0
+        shares = torch.cat([torch.zeros_like(weight[:1]), 1 / weight])
+        # The nearest time of the grid: rounding must not choose another step.
+        return shares[torch.bucketize(level.t.contiguous(), (grid.t[1:] + grid.t[:-1]) / 2)]
+
+    def energy(self, likelihood: Any, x0: Tensor, log_prob: Tensor | None) -> tuple[Tensor, Tensor]:
+        """E of every row, and what its gradient is multiplied by: zeta / root of E."""
+        if self.squared_norm:
+            energy = likelihood.residual(x0).square().sum(-1)
+            floor = torch.finfo(energy.dtype).tiny
+        else:
+            energy = -(likelihood.log_prob(x0) if log_prob is None else log_prob)
+            floor = 1.0
+        return energy, self.zeta * energy.detach().clamp(min=floor).rsqrt()
+
+
+class PlugIn(GuidedDenoiser):
+    r"""Plug-in guidance: p(y | x_t) is taken for :math:`p(y | \hat x_0(x_t))`, for any likelihood.
+
+    .. math:: E[x_0 | x_t, y] \approx \hat x_0
+              + \frac{\sigma^2}{\alpha} \nabla_{x_t} \log p(y | \hat x_0(x_t)),
+
+    the exact gradient of that likelihood, one walk back through program and denoiser. Approximate even for
+    normals: the uncertainty about x_0 is left out, so at the noise end the step overshoots as soon as the
+    reading is more precise than :math:`\hat x_0`. :class:`DPSStep` is the paper's remedy. The posterior keeps
+    the denoiser's variance; the log-twist is :math:`\log p(y|\hat x_0)`, whatever the scale or step.
+
+    Args:
+        denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process.
+        likelihood: any :class:`~pyro_diffusion.guidance.ProgramLikelihood`.
+        scale: factor of the shift.
+        step_size: a :class:`DPSStep` in place of the gradient's own size.
+
+    Raises:
+        ValueError: for a process that is not Gaussian, a likelihood without a gradient, a scale that is not
+            positive, or another step size.
+
+    References:
+        Chung et al., arXiv 2209.14687.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        likelihood: Any,
+        *,
+        scale: float = 1.0,
+        step_size: DPSStep | None = None,
+    ) -> None:
+        check_gaussian(check_denoiser(denoiser))
+        super().__init__(denoiser, likelihood)
+        likelihood.check_gradient()
+        if not scale > 0:
+            raise ValueError(f"scale: got {scale}, expected a number > 0")
+        if not (step_size is None or isinstance(step_size, DPSStep)):
+            raise ValueError(f"step_size: got {step_size!r}, expected DPSStep(zeta, times)")
+        self.scale, self.step_size = float(scale), step_size
+
+    def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
+        """Prior, posterior and log-twist at x_t, detached (one network read)."""
+        level = self.process.level(t, xt)
+        with torch.enable_grad():
+            state = xt.detach().requires_grad_()
+            prior = self.denoiser(state, level, **context)
+            log_twist = self.likelihood.log_prob(prior.mean)
+            if self.step_size is None:
+                # Rows are independent: the gradient of their sum is that of each.
+                (gradient,) = torch.autograd.grad(log_twist.sum(), state)
+                factor = self.scale * level.sigma**2 / level.alpha
+            else:
+                energy, zeta = self.step_size.energy(self.likelihood, prior.mean, log_twist)
+                (gradient,) = torch.autograd.grad(-(zeta * energy).sum(), state)
+                (share,) = level.tabulate(self._shares)
+                factor = self.scale * share
+        prior = detached(prior)
+        return Twisted(prior, moved(prior, factor * gradient), log_twist.detach())
+
+    def _shares(self, level: Level) -> tuple[Tensor]:
+        """1 / k of the step that a read at each level is for, none at the grid's first time."""
+        rule = self.step_size
+        return (torch.ones_like(level.t) if rule is None else rule.shares(self.process, level),)

@@ -1,0 +1,296 @@
+"""The likelihood of a diffusion site, read out of the Pyro program that it stands in."""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_diffusion.guidance.program_run import Message, collapse, log_density, observed
+from pyro_diffusion.guidance.program_sites import first_run
+from pyro_diffusion.guidance.program_trials import choose_way, look, trials
+from pyro_diffusion.guidance.whitening import whitened
+from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.validation import check_event_shape
+
+__all__ = ["ProgramLikelihood", "Whitened"]
+
+
+class Whitened(NamedTuple):
+    """A Normal likelihood: log p(y | x_0) = -\\|residual\\|^2 / 2 + log_normalizer.
+
+    Attributes:
+        residual: sample + batch + (m,).
+        log_normalizer: sample + batch, nats.
+    """
+
+    residual: Tensor
+    log_normalizer: Tensor
+
+
+class ProgramLikelihood:
+    r"""log p(observations | x_0), by running a Pyro program with its diffusion site's value given.
+
+    The program is the forward operator: any number of observed sites and factors, any Pyro likelihood,
+    plates, masks, scales, and transforms of the site. The site's own density, and that of other latents, is
+    not part of it; nor are a mask or a scale on the site itself.
+
+    .. math:: \log p(y | x_0) = \sum_{\text{observed sites } i} \log p(y_i | x_0) .
+
+    If each observed site lies inside all plates of the diffusion site, the likelihood *factorizes*: each
+    datum has its own number. Otherwise all data of the plates are one joint datum, and the batch shape of
+    what is returned is all ones.
+
+    The program is run once per call. A batch of x_0 is put left of all its plates (as
+    ``Predictive(parallel=True)`` does); for a program that is not written for this, single runs are
+    vectorized by ``torch.func.vmap``. Three random x_0, run singly and in both ways, decide which at
+    construction. Handlers and plates around a call are not seen by the program.
+
+    Args:
+        model: a Pyro program with one diffusion site (any view of a denoiser, perhaps transformed).
+        args: its arguments.
+        kwargs: its keyword arguments.
+        site: name of the diffusion site; may be left out if there is one.
+        latents: values of all other latent sites, but for those that no observation depends on (predictions,
+            and what ``obs_mask`` leaves out), which are held at some value. Dimensions beyond the site's own,
+            on the left, broadcast against the sample dimensions of x_0: each particle may have its own noise
+            scale.
+
+    Attributes:
+        site: name of the diffusion site.
+        prior: its diffusion, unwrapped, at its full batch shape.
+        transforms: from x_0 to the site's value, first to last.
+        batch_shape: of x_0, plates included.
+        event_shape: of one x_0.
+        factorized: whether each datum has its own observations.
+        latents: the other latents' values.
+
+    Raises:
+        ValueError: for no diffusion site, several and none named, a named site that is no diffusion or is
+            observed; a latent without a value; a subsampled plate; nothing observed, or values that are not
+            finite; a program that cannot be run on a batch in either way.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_diffusion.denoisers import MixtureDenoiser
+        >>> from pyro_diffusion.distributions import Diffusion
+        >>> from pyro_diffusion.processes import GaussianProcess
+        >>> from pyro_diffusion.schedules import Cosine
+        >>> denoiser = MixtureDenoiser(GaussianProcess(Cosine()), torch.ones(1), torch.zeros(1, 2), 1.0)
+        >>> def model(y):
+        ...     x = pyro.sample("x", Diffusion(denoiser, event_shape=(2,)))
+        ...     pyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
+        >>> likelihood = ProgramLikelihood(model, (torch.ones(2),))
+        >>> likelihood.log_prob(torch.zeros(7, 2)).shape
+        torch.Size([7])
+        >>> likelihood.residual(torch.zeros(2))
+        tensor([2., 2.])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        site: str | None = None,
+        latents: dict[str, Tensor] | None = None,
+    ) -> None:
+        if not callable(model):
+            raise ValueError(f"model: got {type(model).__name__}, expected a Pyro program")
+        if not isinstance(args, tuple | list):
+            raise ValueError(
+                f"args: got {type(args).__name__}, expected a tuple of the model's arguments"
+            )
+        self.model, self.args, self.kwargs = model, tuple(args), dict(kwargs or {})
+        self.latents = {k: torch.as_tensor(v) for k, v in (latents or {}).items()}
+        first = first_run(self._run, site, self.latents, lambda law: trials(law)[0])
+        self._site, self._nesting, self._dims = first.site, first.nesting, first.dims
+        self._idle = first.idle
+        self.site, self.prior, self.transforms = self._site[:3]
+        self.batch_shape, self.event_shape = self.prior.batch_shape, self.prior.event_shape
+        self.factorized = first.factorized
+        # Dimensions of a plate that stay, and the batch shape of what is returned.
+        dims = range(-len(self.batch_shape), 0)
+        self._kept = [d for d in dims if self.batch_shape[d] != 1] if self.factorized else []
+        ones = torch.Size((1,) * len(self.batch_shape))
+        self._batch_out = self.batch_shape if self.factorized else ones
+        self._try()
+
+    def log_prob(self, x0: Tensor) -> Tensor:
+        """log p(all observations | x_0) in nats (exact), differentiable.
+
+        Args:
+            x0: the diffusion's own data (before transforms), sample + batch + event.
+
+        Returns:
+            sample + batch if the likelihood factorizes, otherwise sample and ones. Latents with sample
+            dimensions of their own broadcast into sample.
+
+        Raises:
+            ValueError: for an x_0 of another shape.
+        """
+        return self._read(x0, self._log_prob)[0]
+
+    def whitened(self, x0: Tensor) -> Whitened:
+        """Residual and log-normalizer of a Normal likelihood, from one run.
+
+        Observed sites that do not depend on x_0 are left out of the residual, whatever their law.
+
+        Args:
+            x0: sample + batch + event.
+
+        Raises:
+            ValueError: if an observed site that depends on x_0 is not Normal.
+        """
+        if self._look.not_normal:
+            name, law = self._look.not_normal
+            raise ValueError(
+                f"likelihood: got site {name!r} with a {law}, expected a Normal or MultivariateNormal "
+                "(for any other likelihood use plug-in guidance or twisted SMC)"
+            )
+        return Whitened(*self._read(x0, self._whitened))
+
+    def residual(self, x0: Tensor) -> Tensor:
+        r"""Whitened residual :math:`L^{-1}(y - E[y | x_0])` of all Normal sites, sample + batch + (m,).
+
+        Flattened and concatenated over sites; masked entries are 0, a scale multiplies by its root.
+        Differentiable.
+
+        Args:
+            x0: sample + batch + event.
+
+        Raises:
+            ValueError: if an observed site that depends on x_0 is not Normal.
+        """
+        return self.whitened(x0).residual
+
+    def log_normalizer(self, x0: Tensor) -> Tensor:
+        r""":math:`\log p(y | x_0) + |r|^2/2` in nats, sample + batch, without cancellation.
+
+        Args:
+            x0: sample + batch + event.
+
+        Raises:
+            ValueError: if an observed site that depends on x_0 is not Normal.
+        """
+        return self.whitened(x0).log_normalizer
+
+    def site_value(self, x0: Tensor) -> Tensor:
+        """x_0 as the value of the site: through its transforms.
+
+        Integers of a quantized diffusion are extended to the real line, so that they have a gradient.
+        """
+        return self._site.value(x0)
+
+    def with_latents(self, latents: dict[str, Tensor]) -> Self:
+        """The same likelihood with some other latent values, unchecked and cheap."""
+        new = copy.copy(self)
+        new.latents = {**self.latents, **latents}
+        return new
+
+    def check_gradient(self) -> None:
+        """Refuse a likelihood without a gradient in x_0.
+
+        Raises:
+            ValueError: if x_0 is discrete, or an observed site changes with x_0 but has no gradient.
+        """
+        way = "expected a differentiable one (use twisted SMC with a proposal that asks for no gradient)"
+        if not isinstance(self.prior.denoiser.process, GaussianProcess):
+            raise ValueError(f"site {self.site!r}: got discrete data without gradients, {way}")
+        if self._look.rigid:
+            raise ValueError(
+                f"likelihood: got no gradient in x_0 at site {', '.join(map(repr, self._look.rigid))}, {way}"
+            )
+
+    def _try(self) -> None:
+        """Trial runs: what depends on x_0, and how a batch of them, or of latents too, is to be run."""
+        draws = trials(self.prior)
+        latents = {k: v[(0,) * (v.dim() - self._dims[k][1])] for k, v in self.latents.items()}
+        self._look = look(lambda x0: self._observed(x0, latents), draws)
+        index = torch.arange(self._look.count) % len(draws)
+        single = self.with_latents(latents)
+        expected = torch.stack([single.log_prob(x0) for x0 in draws]).detach()[index]
+        self._vectorized = {}
+        for many in (False, True)[: 1 + bool(latents)]:
+            shape = (len(index),) if many else ()
+            trial = self.with_latents({k: v.expand((*shape, *v.shape)) for k, v in latents.items()})
+            read = functools.partial(trial._read, draws[index], trial._log_prob)
+            self._vectorized[many] = choose_way(lambda way: read(way)[0], expected)  # noqa: B023
+
+    def _run(self) -> Any:
+        return self.model(*self.args, **self.kwargs)
+
+    def _observed(self, x0: Tensor, latents: dict[str, Tensor]) -> list[Message]:
+        return observed(self._run, {self.site: self.site_value(x0), **self._idle, **latents})
+
+    def _log_prob(self, sites: list[Message], lead: int) -> tuple[Tensor, ...]:
+        parts = [self._collapse(log_density(site), lead).sum(-1) for site in sites]
+        return (sum(parts[1:], parts[0]),)
+
+    def _whitened(self, sites: list[Message], lead: int) -> tuple[Tensor, ...]:
+        residuals, parts = [], []
+        for site in sites:
+            normal = whitened(site) if site["name"] in self._look.dependent else None
+            if normal is None:
+                parts.append(self._collapse(log_density(site), lead).sum(-1))
+                continue
+            residual, log_normalizer, event = normal
+            residuals.append(self._collapse(residual, lead, event))
+            parts.append(self._collapse(log_normalizer, lead, event).sum(-1))
+        total = sum(parts[1:], parts[0])
+        if not residuals:
+            return total.new_zeros(*total.shape, 0), total
+        shape = torch.broadcast_shapes(*(r.shape[:-1] for r in residuals))
+        return torch.cat([r.expand(*shape, r.shape[-1]) for r in residuals], -1), total
+
+    def _collapse(self, x: Tensor, lead: int, event: int = 0) -> Tensor:
+        out = collapse(x, lead, self._nesting, event, self._kept)
+        return out.reshape(*out.shape[:lead], *self._batch_out, out.shape[-1])
+
+    def _read(
+        self,
+        x0: Tensor,
+        read: Callable[[list[Message], int], tuple[Tensor, ...]],
+        way: bool | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Run the program on a batch and read its sites: tensors of shape sample + ..."""
+        own = self.batch_shape + self.event_shape
+        check_event_shape("x0", x0, own)
+        shapes = {k: v.shape[: v.dim() - self._dims[k][1]] for k, v in self.latents.items()}
+        sample = torch.broadcast_shapes(x0.shape[: x0.dim() - len(own)], *shapes.values())
+        if not sample:
+            return read(self._observed(x0, self.latents), 0)
+        x0 = x0.expand(sample + own).reshape(-1, *own)
+        many, one = {}, {}
+        for name, value in self.latents.items():
+            if not shapes[name]:
+                one[name] = value
+                continue
+            nominal = value.shape[len(shapes[name]) :]
+            many[name] = value.expand(sample + nominal).reshape(-1, *nominal)
+        if self._vectorized[bool(many)] if way is None else way:
+            out = read(self._vectorized_run(x0, many, one), 1)
+        else:
+            # Looking at values, as validation does, is what vmap cannot do.
+            with pyro.validation_enabled(False):
+                out = torch.func.vmap(
+                    lambda x, some: read(self._observed(x, {**one, **some}), 0), randomness="same"
+                )(x0, many)
+        return tuple(v.expand(len(x0), *v.shape[1:]).reshape(sample + v.shape[1:]) for v in out)
+
+    def _vectorized_run(
+        self, x0: Tensor, many: dict[str, Tensor], one: dict[str, Tensor]
+    ) -> list[Message]:
+        """A run with the sample dimension left of all plates."""
+        value = _pad(self.site_value(x0), self._nesting - self._site.batch_dims)
+        padded = {k: _pad(v, self._nesting - self._dims[k][0]) for k, v in many.items()}
+        return observed(self._run, {self.site: value, **self._idle, **one, **padded})
+
+
+def _pad(x: Tensor, extra: int) -> Tensor:
+    """Singleton dimensions after the first."""
+    return x.reshape(x.shape[:1] + (1,) * extra + x.shape[1:])

@@ -1,0 +1,73 @@
+"""One run of a Pyro program with its latents given, and what its observed sites say."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine import runtime
+from torch import Tensor
+
+__all__ = ["Message", "collapse", "isolated", "log_density", "observations", "observed"]
+
+Message = dict[str, Any]
+
+
+def observed(program: Callable[[], Any], data: dict[str, Tensor]) -> list[Message]:
+    """The observed sites of a run with latent values given."""
+    with isolated(), poutine.trace() as tracer, poutine.condition(data=data):
+        program()
+    nodes: Any = tracer.trace.nodes
+    return observations(nodes, data)
+
+
+def log_density(site: Message) -> Tensor:
+    """The log-probability of an observed site, scaled and masked, of its batch shape."""
+    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    out: Tensor = scale_and_mask(log_prob, site["scale"], site["mask"])
+    return out
+
+
+def collapse(x: Tensor, lead: int, nesting: int, event: int, kept: list[int]) -> Tensor:
+    """Move all but the sample and the kept plates' dimensions to one last dimension.
+
+    Args:
+        x: sample + plates + event; sample dimensions may be missing where nothing depends on them.
+        lead: how many dimensions are sample dimensions.
+        nesting: how many are plates'.
+        event: how many are event dimensions.
+        kept: which of the plates' dimensions stay, from the right.
+    """
+    missing = lead + nesting + event - x.dim()
+    if missing > 0:
+        x = x.reshape((1,) * missing + x.shape)
+    stay = [x.dim() - event + d for d in kept]
+    rest = [d for d in range(lead, x.dim()) if d not in stay]
+    shape = x.shape[:lead] + torch.Size(x.shape[d] for d in stay)
+    return x.permute((*range(lead), *stay, *rest)).reshape(*shape, -1)
+
+
+@contextlib.contextmanager
+def isolated() -> Iterator[None]:
+    """Run a program as if no handler and no plate were around it: the caller may be inside some."""
+    allocator = runtime._DIM_ALLOCATOR
+    around, allocator._stack = allocator._stack, []
+    try:
+        with poutine.block():
+            yield
+    finally:
+        allocator._stack = around
+
+
+def observations(nodes: dict[str, Message], given: dict[str, Tensor]) -> list[Message]:
+    """The observed sites of a trace, factors among them; not what is given and not `pyro.deterministic`."""
+    return [
+        node
+        for name, node in nodes.items()
+        if node["type"] == "sample"
+        and node["is_observed"]
+        and name not in given
+        and not node["infer"].get("_deterministic")
+    ]

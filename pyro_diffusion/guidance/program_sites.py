@@ -1,0 +1,273 @@
+"""Where a Pyro program has its diffusion site, and whether its likelihood can be read."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.distributions import TransformedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_diffusion.distributions import BoundedDistribution, DenoisedDistribution, QuantizedDecoder
+from pyro_diffusion.guidance.program_run import Message, isolated, log_density, observations
+from pyro_diffusion.validation import check_finite
+
+__all__ = ["DiffusionSite", "First", "first_run", "unwrap"]
+
+
+class DiffusionSite(NamedTuple):
+    """A sample site whose law is a diffusion, perhaps transformed.
+
+    Attributes:
+        name: of the site.
+        law: the diffusion, at its full batch shape (plates included).
+        transforms: from x_0's scale to the site's value, first to last.
+        batch_dims: how many dimensions of the site's value are batch; the diffusion may have more.
+        plates: dimension (from the right) of each plate around the site, by name.
+    """
+
+    name: str
+    law: DenoisedDistribution
+    transforms: tuple[Any, ...]
+    batch_dims: int
+    plates: dict[str, int]
+
+    def value(self, x0: Tensor) -> Tensor:
+        """x_0 as the site's value: through the decoder's scale and the transforms."""
+        decoder = getattr(self.law, "decoder", None)
+        if isinstance(decoder, QuantizedDecoder):
+            # The integers' own line: differentiable, and exact where x_0 is one of the levels.
+            x0 = (x0 - decoder.low) / decoder.width
+        for transform in self.transforms:
+            x0 = transform(x0)
+        return x0
+
+
+def unwrap(fn: Any) -> tuple[DenoisedDistribution, tuple[Any, ...]] | None:
+    """The diffusion inside a distribution and the transforms around it, or None."""
+    transforms: tuple[Any, ...] = ()
+    while not isinstance(fn, DenoisedDistribution):
+        if isinstance(fn, ExpandedDistribution):
+            fn = fn.base_dist.expand(fn.batch_shape)
+        elif isinstance(fn, torch.distributions.Independent | MaskedDistribution):
+            fn = fn.base_dist
+        elif isinstance(fn, TransformedDistribution | torch.distributions.TransformedDistribution):
+            transforms = (*fn.transforms, *transforms)
+            fn = fn.base_dist
+        else:
+            return None
+    return fn, transforms
+
+
+class _FirstRun(Messenger):
+    """Gives every diffusion a trial value, so that nothing is sampled from one, and latents theirs."""
+
+    def __init__(
+        self,
+        trial: Callable[[DenoisedDistribution], Tensor],
+        latents: dict[str, Tensor],
+        named: str | None,
+    ) -> None:
+        super().__init__()
+        self.trial, self.latents, self.named = trial, latents, named
+        self.sites: dict[str, DiffusionSite] = {}
+        self.dims: dict[str, tuple[int, int]] = {}
+        self.drawn: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        found = unwrap(fn)
+        if name in self.latents and name != self.named:
+            batch = len(fn.batch_shape)
+            own = batch + len(fn.event_shape)
+            self.dims[name] = batch, own
+            msg["value"] = self.latents[name][(0,) * max(self.latents[name].dim() - own, 0)]
+        elif found is not None:
+            frames = [f for f in msg["cond_indep_stack"] if f.dim is not None]
+            plates = {f.name: f.dim for f in frames}
+            site = DiffusionSite(name, *found, len(fn.batch_shape), plates)
+            self.sites[name] = site
+            msg["value"] = site.value(self.trial(site.law))
+        else:
+            value = fn(*msg["args"], **msg["kwargs"]).detach()
+            msg["value"] = value.requires_grad_() if value.is_floating_point() else value
+            self.drawn[name] = msg["value"]
+
+
+class First(NamedTuple):
+    """What the first run of a program tells.
+
+    Attributes:
+        site: its diffusion site.
+        nesting: how many dimensions plates and the site's batch take, from the right.
+        idle: latents that no observation depends on, and some value of each.
+        dims: how many batch dimensions a given latent has in a single run, and how many in all.
+        observed: the observed sites.
+        factorized: whether each datum of the site has its own observations.
+    """
+
+    site: DiffusionSite
+    nesting: int
+    idle: dict[str, Tensor]
+    dims: dict[str, tuple[int, int]]
+    observed: list[Message]
+    factorized: bool
+
+
+def first_run(
+    program: Callable[[], Any],
+    named: str | None,
+    latents: dict[str, Tensor],
+    trial: Callable[[DenoisedDistribution], Tensor],
+) -> First:
+    """Run a program once and find its sites.
+
+    Raises:
+        ValueError: for no diffusion site, several, an observed one, other latents, subsampled plates, no or
+            non-finite observations.
+    """
+    run = _FirstRun(trial, latents, named)
+    with isolated(), torch.inference_mode(False), torch.enable_grad(), poutine.trace() as tracer:
+        try:
+            run(program)()
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                "model: failed with x_0 drawn from N(0, I), expected a program that runs for any real x_0 "
+                f"(clamp what must be positive, or transform the site): {error}"
+            ) from error
+    nodes: dict[str, Message] = {
+        name: node for name, node in tracer.trace.nodes.items() if node["type"] == "sample"
+    }
+    site = _choose(nodes, run.sites, named)
+    _check_names(nodes, site, latents)
+    reads = observations(nodes, latents)
+    if not reads:
+        raise ValueError(
+            "model: got no observed site and no factor, expected at least one (pass data with `obs=`, or use "
+            "pyro.condition)"
+        )
+    frames = [f for node in (nodes[site.name], *reads) for f in node["cond_indep_stack"]]
+    for frame in frames:
+        if frame.full_size not in (None, frame.size):
+            raise ValueError(
+                f"plate {frame.name!r}: got a subsample of {frame.size} of {frame.full_size}, expected the "
+                "whole plate (log p(y | x_0) needs all observations)"
+            )
+    for node in reads:
+        _check_exact(node)
+        if torch.is_tensor(node["value"]):
+            check_finite(f"site {node['name']!r}", node["value"])
+    idle = _idle(reads, run.drawn)
+    _check_given(nodes, site, {*latents, *idle})
+    batch = site.law.batch_shape
+    nesting = max([site.batch_dims, *(-f.dim for f in frames if f.dim is not None)])
+    return First(site, nesting, idle, run.dims, reads, _factorizes(site, batch, reads))
+
+
+def _choose(
+    nodes: dict[str, Message], sites: dict[str, DiffusionSite], named: str | None
+) -> DiffusionSite:
+    if named is None:
+        if len(sites) == 1:
+            return next(iter(sites.values()))
+        if sites:
+            raise ValueError(
+                f"site: got None and several diffusion sites, {', '.join(sites)}; expected the name of one, "
+                "and values of the others in `latents`"
+            )
+        seen = [name for name, node in nodes.items() if unwrap(node["fn"]) is not None]
+        raise ValueError(
+            "model: got no diffusion site"
+            + (f" that is not observed or given (of {', '.join(seen)})" if seen else "")
+            + ", expected a sample site with a Diffusion, DiffusionSDE or ProbabilityFlow and no `obs`"
+        )
+    if named in sites:
+        return sites[named]
+    if named not in nodes:
+        raise ValueError(
+            f"site: got {named!r}, expected a sample site of the model: "
+            f"{', '.join(nodes) or 'it has none'}"
+        )
+    if nodes[named]["is_observed"]:
+        raise ValueError(
+            f"site: got {named!r}, which is observed, expected a latent one (take its `obs` away: its values "
+            "are what is inferred)"
+        )
+    raise ValueError(
+        f"site: got {named!r} with a {type(nodes[named]['fn']).__name__}, expected a Diffusion, DiffusionSDE "
+        "or ProbabilityFlow, perhaps transformed"
+        + (f" (such as {', '.join(sites)})" if sites else "")
+    )
+
+
+def _check_names(
+    nodes: dict[str, Message], site: DiffusionSite, latents: dict[str, Tensor]
+) -> None:
+    for name in latents:
+        if name == site.name or name not in nodes or nodes[name]["is_observed"]:
+            raise ValueError(
+                f"latents: got {name!r}, expected names of latent sites of the model other than {site.name!r}"
+            )
+
+
+def _idle(reads: list[Message], drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Latents that no observation depends on: predictions, and what `obs_mask` leaves out."""
+    parts = [log_density(node).sum() for node in reads]
+    total = sum(parts[1:], parts[0])
+    values = {name: value for name, value in drawn.items() if value.requires_grad}
+    if not values:
+        return {}
+    slopes: tuple[Tensor | None, ...] = (None,) * len(values)
+    if total.requires_grad:
+        slopes = torch.autograd.grad(total, tuple(values.values()), allow_unused=True)
+    return {
+        name: value.detach()
+        for (name, value), slope in zip(values.items(), slopes, strict=True)
+        if slope is None
+    }
+
+
+def _check_given(nodes: dict[str, Message], site: DiffusionSite, given: set[str]) -> None:
+    left = [
+        name
+        for name, node in nodes.items()
+        if not node["is_observed"]
+        and not site_is_subsample(node)
+        and name not in given
+        and name != site.name
+    ]
+    if left:
+        raise ValueError(
+            f"latents: got no value for {', '.join(left)}, expected one for every latent site but "
+            f"{site.name!r}: pass latents={{{left[0]!r}: value, ...}} (held fixed, or drawn by another "
+            "guide), or condition the model with pyro.condition"
+        )
+
+
+def _check_exact(node: Message) -> None:
+    found = unwrap(node["fn"])
+    if found is not None and isinstance(found[0], BoundedDistribution):
+        law, name = type(found[0]).__name__, node["name"]
+        raise ValueError(
+            f"site {name!r}: got an observed {law}, whose log_prob is a random bound, expected its value as "
+            f"latents={{{name!r}: value}} (which leaves its own density out), or a ProbabilityFlow"
+        )
+
+
+def _factorizes(site: DiffusionSite, batch: torch.Size, reads: list[Message]) -> bool:
+    if batch.numel() == 1:
+        return True
+    if len(batch) != site.batch_dims:
+        return False  # dimensions that `to_event` or a transform made one datum
+    dims = set(site.plates.values())
+    declared = all(
+        size == 1 or d in dims for d, size in zip(range(-len(batch), 0), batch, strict=True)
+    )
+    return declared and all(
+        set(site.plates) <= {f.name for f in node["cond_indep_stack"]} for node in reads
+    )

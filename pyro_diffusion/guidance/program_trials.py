@@ -1,0 +1,123 @@
+"""A few trial runs of a program: what depends on x_0, how smoothly, and how a batch can be run."""
+
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_diffusion.distributions import DenoisedDistribution
+from pyro_diffusion.guidance.program_run import Message, log_density
+from pyro_diffusion.guidance.whitening import whitened
+from pyro_diffusion.processes import CategoricalProcess, GaussianProcess
+
+__all__ = ["Look", "choose_way", "look", "trials"]
+
+TRIALS = 3
+
+
+class Look(NamedTuple):
+    """What trial runs tell of the observed sites.
+
+    Attributes:
+        dependent: names of those that depend on x_0.
+        rigid: names of those that change with x_0 but have no gradient.
+        not_normal: name and law of one that depends on x_0 and is not Normal.
+        count: a number of draws that no dimension of the program has: a wrong broadcast then fails, or shows
+            in the numbers.
+    """
+
+    dependent: frozenset[str]
+    rigid: tuple[str, ...]
+    not_normal: tuple[str, str] | None
+    count: int
+
+
+def trials(law: DenoisedDistribution) -> Tensor:
+    """A few x_0 to try a program on, the same at each call; the global generators are left alone."""
+    process = law.denoiser.process
+    shape = (TRIALS, *law.batch_shape, *law.event_shape)
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(process, CategoricalProcess):
+        return torch.randint(process.states, shape, generator=generator).to(law.device)
+    if isinstance(process, GaussianProcess):
+        return torch.randn(shape, generator=generator, dtype=law.dtype).to(law.device)
+    return law.sample(torch.Size((TRIALS,)))
+
+
+def look(run: Callable[[Tensor], list[Message]], draws: Tensor) -> Look:
+    """Run a program singly on trial draws.
+
+    Raises:
+        ValueError: if a log-density is NaN.
+    """
+    densities: dict[str, list[Tensor]] = {}
+    linked, sloped, sizes = set(), set(), set(draws.shape[1:])
+    with torch.inference_mode(False), torch.enable_grad():
+        for draw in draws:
+            x0 = draw.clone().requires_grad_(draw.is_floating_point())
+            sites = {site["name"]: site for site in run(x0)}
+            for name, site in sites.items():
+                log_prob = log_density(site)
+                if bool(log_prob.isnan().any()):
+                    raise ValueError(
+                        f"site {name!r}: got a log-density of NaN at an x_0 drawn from N(0, I), expected a "
+                        "program that is defined for any x_0"
+                    )
+                slope = None
+                if log_prob.requires_grad and x0.requires_grad:
+                    total = log_prob.sum()
+                    (slope,) = torch.autograd.grad(total, x0, retain_graph=True, allow_unused=True)
+                if slope is not None:
+                    linked.add(name)
+                    if bool((slope != 0).any()):
+                        sloped.add(name)
+                densities.setdefault(name, []).append(log_prob.detach())
+                sizes |= {*log_prob.shape, *site["fn"].event_shape}
+    varying = {k for k, v in densities.items() if not all(torch.equal(v[0], x) for x in v)}
+    dependent = frozenset(linked | varying)
+    others = [name for name in densities if name in dependent and whitened(sites[name]) is None]
+    not_normal = (others[0], _law_name(sites[others[0]])) if others else None
+    count = next(n for n in itertools.count(TRIALS) if n not in sizes)
+    return Look(dependent, tuple(sorted(varying - sloped)), not_normal, count)
+
+
+def choose_way(read: Callable[[bool], Tensor], expected: Tensor) -> bool:
+    """Whether a batch can be put left of a program's plates (True), or must be run under vmap (False).
+
+    Args:
+        read: log-probabilities of trial draws, run in that way.
+        expected: those of single runs.
+
+    Raises:
+        ValueError: if neither gives the same numbers.
+    """
+    finite = expected[expected.isfinite()].abs()
+    tolerance = 1e-3 if expected.dtype.itemsize < 8 else 1e-6
+    slack = tolerance * float(finite.max()) if len(finite) else 0.0
+    said = []
+    for way in (True, False):
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                got = read(way)
+        except Exception as error:  # whatever a program that is not written for batches may raise
+            said.append(f"{type(error).__name__}: {error}".strip().splitlines()[0])
+            continue
+        if got.shape == expected.shape and torch.allclose(got, expected, tolerance, slack):
+            return way
+        said.append("other numbers than single runs")
+    raise ValueError(
+        f"model: got no batch of x_0 through it. With a dimension left of all plates: {said[0]}. Under "
+        f"torch.func.vmap: {said[1]}. Expected a program without randomness of its own that indexes data "
+        "from the right (x[..., 0], sum(-1)), or one that vmap can run (no branch on values)"
+    )
+
+
+def _law_name(site: Message) -> str:
+    fn = site["fn"]
+    while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
+        fn = fn.base_dist
+    return type(fn).__name__

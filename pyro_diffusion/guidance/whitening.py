@@ -1,0 +1,70 @@
+"""The whitened residual of an observed Normal site."""
+
+import math
+from typing import Any
+
+import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from torch import Tensor
+
+from pyro_diffusion.guidance.program_run import Message
+
+__all__ = ["whitened"]
+
+
+def whitened(site: Message) -> tuple[Tensor, Tensor, int] | None:
+    r"""Residual :math:`r = L^{-1}(y - m)` of a Normal site and what is left of its log-density.
+
+    .. math:: \log \mathcal N(y; m, L L^T) = -\tfrac12 |r|^2 + \sum_i n_i, \quad
+              n_i = -\log L_{ii} - \tfrac12 \log 2\pi .
+
+    Scales multiply r by their root; masked entries are 0 in both.
+
+    Returns:
+        r and n, of one shape, sample + batch + event, and their number of event dimensions; None if the site
+        is no Normal and no MultivariateNormal.
+    """
+    fn, value = site["fn"], site["value"]
+    event = fn.event_dim
+    masks: list[tuple[Any, int]] = [(site["mask"], event)]
+    while isinstance(
+        fn, torch.distributions.Independent | MaskedDistribution | ExpandedDistribution
+    ):
+        if isinstance(fn, MaskedDistribution):
+            masks.append((fn._mask, fn.event_dim))
+        wide = isinstance(fn, ExpandedDistribution)
+        fn = fn.base_dist.expand(fn.batch_shape) if wide else fn.base_dist
+    if isinstance(fn, torch.distributions.Normal):
+        residual, log_scale = (value - fn.loc) / fn.scale, fn.scale.log()
+    elif isinstance(
+        fn,
+        torch.distributions.MultivariateNormal | torch.distributions.LowRankMultivariateNormal,
+    ):
+        root: Tensor = fn.scale_tril
+        gap = (value - fn.loc).unsqueeze(-1)
+        residual = torch.linalg.solve_triangular(root, gap, upper=False).squeeze(-1)
+        log_scale = root.diagonal(dim1=-2, dim2=-1).log()
+    else:
+        return None
+    scale = _beside(site["scale"], event)
+    if torch.is_tensor(scale):
+        residual = residual * scale.sqrt()
+    elif scale != 1:
+        residual = residual * math.sqrt(scale)
+    normalizer = (-0.5 * math.log(2 * math.pi) - log_scale) * scale
+    for mask, inner in masks:
+        if mask is None or mask is True:
+            continue
+        shown = _beside(mask, inner)
+        residual, normalizer = (_where(shown, v) for v in (residual, normalizer))
+    residual, normalizer = torch.broadcast_tensors(residual, normalizer)
+    return residual, normalizer, event
+
+
+def _beside(x: Any, event_dim: int) -> Any:
+    """A tensor over a batch shape, with singleton event dimensions."""
+    return x.reshape(x.shape + (1,) * event_dim) if torch.is_tensor(x) else x
+
+
+def _where(mask: Any, x: Tensor) -> Tensor:
+    return torch.zeros_like(x) if mask is False else torch.where(mask, x, x.new_zeros(()))

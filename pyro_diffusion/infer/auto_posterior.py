@@ -1,0 +1,274 @@
+"""What the AutoGuides of a diffusion site share: likelihood, other guides' draws, density."""
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine import runtime
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.reparam_messenger import ReparamHandler
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.distributions import DenoisedDistribution, Diffusion
+from pyro_diffusion.guidance import GuidedDenoiser, ProgramLikelihood
+from pyro_diffusion.guidance.program_run import isolated
+from pyro_diffusion.guidance.program_sites import unwrap
+from pyro_diffusion.infer.posterior_law import PosteriorLaw
+from pyro_diffusion.infer.reparam import ChainReparam
+from pyro_diffusion.samplers import Sampler
+
+__all__ = ["AutoPosterior", "as_chain"]
+
+Guidance = Callable[[Denoiser, Any], GuidedDenoiser]
+Density = Callable[[], Tensor]
+
+
+class AutoPosterior(AutoGuide):
+    r"""Base of the guides of one diffusion site; they need no training and have no parameters.
+
+    A guide reads the likelihood out of its model at every call, so arguments, data and other latents may
+    change from call to call. Its draws are constants for autograd.
+
+    In an ``AutoGuideList`` the other latents are drawn by guides appended *before* this one, and the
+    likelihood is read given their current draws. Give this guide the whole model, not a blocked one.
+
+    **Density.** ELBOs and importance weights ask for log q(x) of the draw, which is
+    :math:`\log \hat p(x) + \log p(y|x) - \log \hat Z`, with :math:`\hat Z` the unbiased estimate of p(y) that
+    the draw came with. So :math:`\log \hat p(x) + \log p(y|x) - \log q(x) = \log \hat Z`: importance weights
+    are properly weighted, and the ELBO is a true bound :math:`E \log \hat Z \le \log p(y)` of the chain's
+    evidence. The noise of :math:`\log \hat p(x)`, the model's own estimate, cancels if model and guide read
+    one ``Diffusion`` *instance*: build it once, outside the model.
+
+    The ELBO's gradient for the parameters of other guides is that of log p(y|x) at the drawn x: exact
+    (Fisher's identity) if x is an exact posterior draw, and consistent in the number of particles.
+
+    Args:
+        model: a Pyro program with one diffusion site (or ``site``) and observed sites.
+        guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one.
+        site: name of the diffusion site; may be left out if there is one.
+        times: the grid to walk; that of the model's ``Diffusion`` by default.
+        create_plates: as in Pyro.
+
+    Raises:
+        ValueError: naming the argument, what it was and what was expected.
+    """
+
+    prototype_trace: Any
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guidance: Guidance,
+        *,
+        site: str | None = None,
+        times: Tensor | None = None,
+        create_plates: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__(model, create_plates=create_plates)
+        if not callable(guidance):
+            raise ValueError(
+                f"guidance: got {type(guidance).__name__}, expected guidance(denoiser, likelihood) such as "
+                "the class MMPS"
+            )
+        program, self._chained = _folded(model)
+        # In tuples, so that neither becomes a submodule.
+        self._program, self._guidance = (program,), (guidance,)
+        self._site, self._times = site, times
+        self._heard: dict[str, Tensor] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw the site given the model's arguments.
+
+        Returns:
+            {site: value}, and the chain's states if ``ChainReparam`` unfolds them in the model.
+
+        Raises:
+            ValueError: if a latent was drawn by no earlier guide; and as ``ProgramLikelihood`` does.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        # The plates around the guide hold samples, those of the model lie to their right.
+        nesting = _outer_nesting()
+        likelihood = self._likelihood(args, kwargs, nesting)
+        site = self.prototype_trace.nodes[likelihood.site]
+        with ExitStack() as stack:
+            for frame in site["cond_indep_stack"]:
+                stack.enter_context(plates[frame.name])
+            return self._emit(likelihood, site["fn"], nesting)
+
+    def median(self, *args: Any, draws: int = 100, **kwargs: Any) -> dict[str, Tensor]:
+        """Median of every coordinate over so many draws."""
+        found = self.quantiles([0.5], *args, draws=draws, **kwargs)
+        return {name: value.squeeze(0) for name, value in found.items()}
+
+    def quantiles(
+        self, quantiles: list[float], *args: Any, draws: int = 100, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Quantiles of every coordinate over so many draws, each (quantiles,) + the site's shape."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        likelihood = self._likelihood(args, kwargs, 0)
+        with torch.no_grad(), isolated():
+            value = self._draw(likelihood, torch.Size([draws]))[0]
+        at = torch.tensor(quantiles, dtype=value.dtype, device=value.device)
+        return {likelihood.site: value.quantile(at, dim=0)}
+
+    def _emit(
+        self, likelihood: ProgramLikelihood, fn: TorchDistribution, nesting: int
+    ) -> dict[str, Tensor]:
+        """Issue the sample statements, inside the site's plates."""
+        draw = functools.partial(self._scored_draw, likelihood)
+        law = PosteriorLaw(draw, fn.batch_shape, fn.event_shape, fn.support, nesting)  # type: ignore[arg-type]
+        return {likelihood.site: pyro.sample(likelihood.site, law)}
+
+    def _draw(self, likelihood: ProgramLikelihood, sample: torch.Size) -> tuple[Tensor, Density]:
+        """Values of the site, sample + batch + event, and what gives log q(x) - log p(x), sample + batch."""
+        raise NotImplementedError
+
+    def _scored_draw(
+        self, likelihood: ProgramLikelihood, sample: torch.Size
+    ) -> tuple[Tensor, Density]:
+        with isolated():
+            value, relative = self._draw(likelihood, sample)
+
+        def density() -> Tensor:
+            with isolated():
+                gap = relative()
+                fn = self._model_law(likelihood, value)
+            return fn.log_prob(value) + _over_batch(gap, len(sample), fn.batch_shape)
+
+        return value, density
+
+    def _model_law(self, likelihood: ProgramLikelihood, value: Tensor) -> Any:
+        """The site's law as the model will score it.
+
+        Raises:
+            ValueError: if the model builds a new instance at every run.
+        """
+        name = likelihood.site
+        given = {name: value, **likelihood.latents}
+        data = {k: v[(0,) * (v.dim() - self._dims(k)[1])] for k, v in given.items()}
+        with poutine.trace() as tracer, poutine.condition(data=data):
+            self._program[0](*likelihood.args, **likelihood.kwargs)
+        fn: Any = tracer.trace.nodes[name]["fn"]
+        base, _ = unwrap(fn) or (None, ())
+        if not isinstance(base, Diffusion) or base._seed != likelihood.prior._seed:
+            raise ValueError(
+                f"site {name!r}: got a {type(base).__name__} built anew at each run of the model, and no "
+                "guide can match its noisy log_prob; expected one Diffusion built outside the model, or "
+                f"AutoGuidance of poutine.reparam(model, config={{{name!r}: ChainReparam()}})"
+            )
+        return fn
+
+    # The other latents.
+
+    def _update_master(self, master_ref: Any) -> None:
+        super()._update_master(master_ref)
+        for part in master_ref().children():
+            if isinstance(part, AutoGuide) and self not in part.modules():
+                part.register_forward_hook(self._hear)
+
+    def _hear(self, part: nn.Module, inputs: Any, drawn: Any) -> None:
+        """Keep what an earlier guide of the list drew."""
+        if isinstance(drawn, dict):
+            self._heard.update(drawn)
+
+    def _likelihood(self, args: Any, kwargs: Any, nesting: int) -> ProgramLikelihood:
+        """The likelihood given the other guides' current draws."""
+        heard, self._heard = self._heard, {}
+        missing = [name for name in self._others if name not in heard]
+        if missing:
+            raise ValueError(
+                f"latents: got no draws of {', '.join(missing)}; expected guides of all other latents in one "
+                "AutoGuideList, appended before this one (a custom guide must return a dict of draws), or a "
+                "model conditioned on them"
+            )
+        latents = {name: self._single(name, heard[name].detach(), nesting) for name in self._others}
+        return ProgramLikelihood(self._program[0], args, kwargs, site=self._name, latents=latents)
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        nodes = self.prototype_trace.nodes
+        latent = [
+            n for n in self.prototype_trace.stochastic_nodes if not site_is_subsample(nodes[n])
+        ]
+        hidden = [n for n in latent if f"{n}_t0" in latent]
+        if hidden and not self._chained:
+            raise ValueError(
+                f"model: got site {hidden[0]!r} unfolded by ChainReparam inside another handler, expected "
+                "poutine.reparam(...) outermost"
+            )
+        named = [self._site] if self._site else self._chained
+        found = named or [n for n in latent if unwrap(nodes[n]["fn"]) is not None]
+        states = {f"{n}_t" for n in found} if self._chained else set()
+        self._others = [
+            n for n in latent if n not in found and n.rstrip("0123456789") not in states
+        ]
+        # None if there is no site or several: ProgramLikelihood says so.
+        self._name = found[0] if len(found) == 1 else None
+
+    def _dims(self, name: str) -> tuple[int, int]:
+        """Batch dimensions, and all dimensions, of a latent in a single run."""
+        fn = self.prototype_trace.nodes[name]["fn"]
+        return len(fn.batch_shape), len(fn.batch_shape) + len(fn.event_shape)
+
+    def _single(self, name: str, value: Tensor, nesting: int) -> Tensor:
+        """A latent's draw as sample + its own shape, without singleton dimensions in between."""
+        batch_dims, dims = self._dims(name)
+        lead = max(value.dim() - (dims - batch_dims) - max(nesting, batch_dims), 0)
+        return value.reshape(value.shape[:lead] + value.shape[max(value.dim() - dims, 0) :])
+
+
+def as_chain(
+    law: DenoisedDistribution,
+    denoiser: Denoiser | None = None,
+    *,
+    times: Tensor | None = None,
+    sampler: Sampler | None = None,
+) -> Diffusion:
+    """The chain of a law of data, through another denoiser, on another grid, by another sampler."""
+    times = getattr(law, "times", None) if times is None else times
+    sampler = getattr(law, "sampler", None) if sampler is None else sampler
+    chain = Diffusion(
+        denoiser or law.denoiser,
+        law.event_shape,
+        times=times,
+        sampler=sampler,
+        decoder=getattr(law, "decoder", None),
+        context=law.context,
+    )
+    return chain.expand(law.batch_shape)
+
+
+def _folded(model: Any) -> tuple[Any, list[str]]:
+    """A program without its outermost ChainReparam, and the sites that it unfolds."""
+    config = model.msngr.config if isinstance(model, ReparamHandler) else None
+    if not isinstance(config, dict):
+        return model, []
+    sites = [name for name, reparam in config.items() if isinstance(reparam, ChainReparam)]
+    rest = {name: reparam for name, reparam in config.items() if name not in sites}
+    return (poutine.reparam(model.fn, config=rest) if rest else model.fn), sites
+
+
+def _outer_nesting() -> int:
+    """How many dimensions lie right of all plates that are entered now; 0 outside of plates."""
+    dims = [m.dim for m in runtime._PYRO_STACK if isinstance(m, IndepMessenger) and m.dim]
+    return -max(dims) - 1 if dims else 0
+
+
+def _over_batch(gap: Tensor, sample_dims: int, batch: torch.Size) -> Tensor:
+    """Numbers of data as numbers of the site's batch; what is joint is spread evenly over it."""
+    sample, rest = gap.shape[:sample_dims], gap.shape[sample_dims:]
+    if rest[: len(batch)] == batch:
+        return gap.reshape(*sample, *batch, -1).sum(-1)
+    joint = gap.reshape(*sample, -1).sum(-1) / batch.numel()
+    return joint.reshape(sample + (1,) * len(batch)).expand(sample + batch)

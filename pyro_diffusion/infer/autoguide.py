@@ -1,0 +1,221 @@
+"""AutoGuides that draw a diffusion site from its posterior: by guidance, or by twisted particles."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.guidance import GuidedDenoiser, ProgramLikelihood
+from pyro_diffusion.infer.auto_posterior import AutoPosterior, Density, Guidance, as_chain
+from pyro_diffusion.infer.reparam import reverse_chain
+from pyro_diffusion.infer.twisted_smc import Particles, TwistedSMC
+from pyro_diffusion.samplers import Ancestral, Sampler, check_sampler
+from pyro_diffusion.validation import check_positive_int
+
+__all__ = ["AutoGuidance", "AutoTwistedSMC"]
+
+
+class AutoGuidance(AutoPosterior):
+    r"""Draws a diffusion site by a guided chain: approximate, one walk per draw.
+
+    Any guidance, any sampler; see :class:`AutoPosterior` for other latents. With the ancestral sampler a draw
+    has the walk's importance weight
+
+    .. math:: \hat Z = p(y|x)\, \frac{p(x, x_{t_0}, \dots, x_{t_K})}{q(x, x_{t_0}, \dots, x_{t_K})},
+
+    hence a density for ELBOs and ``Importance``, computed when asked for by one more walk of the unguided
+    chain over the same states. Other samplers have draws alone, all that ``Predictive`` needs.
+
+    If ``model`` is ``poutine.reparam(model, config={"x": ChainReparam()})``, the guide emits the chain's own
+    sites with exact densities, and does not ask how the model builds its ``Diffusion``.
+
+    Args:
+        model: a Pyro program with one diffusion site (or ``site``) and observed sites.
+        guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one.
+        site: name of the diffusion site; may be left out if there is one.
+        times: the grid to walk; that of the model's ``Diffusion`` by default.
+        sampler: how to walk it; that of the model's ``Diffusion`` by default.
+        create_plates: as in Pyro.
+
+    Raises:
+        ValueError: naming the argument, what it was and what was expected.
+
+    Example:
+        >>> from pyro.distributions import Normal
+        >>> from pyro.infer import Predictive
+        >>> from pyro_diffusion.denoisers import MixtureDenoiser
+        >>> from pyro_diffusion.guidance import MMPS
+        >>> from pyro_diffusion.processes import GaussianProcess
+        >>> from pyro_diffusion.schedules import LogLinear
+        >>> process = GaussianProcess(LogLinear(10, -10))
+        >>> prior = Diffusion(MixtureDenoiser(process, torch.ones(1), torch.zeros(1, 2), 1.0), (2,), steps=20)
+        >>> def model():
+        ...     x = pyro.sample("x", prior)
+        ...     pyro.sample("y", Normal(x.sum(-1), 0.5), obs=torch.tensor(2.0))
+        >>> guide = AutoGuidance(model, MMPS)
+        >>> draws = Predictive(model, guide=guide, num_samples=500, parallel=True)()["x"]
+        >>> draws.mean(0).sum().round().item()  # 2 * 2 / 2.25 in the limit of many steps
+        2.0
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guidance: Guidance,
+        *,
+        site: str | None = None,
+        times: Tensor | None = None,
+        sampler: Sampler | None = None,
+        create_plates: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__(model, guidance, site=site, times=times, create_plates=create_plates)
+        self._sampler = None if sampler is None else check_sampler(sampler)
+        if self._chained and (times is not None or not isinstance(sampler, Ancestral | None)):
+            raise ValueError(
+                f"times, sampler: got {'times' if times is not None else repr(sampler)} for a model unfolded "
+                "by ChainReparam, expected neither (its own grid and kernels are walked)"
+            )
+
+    def _guided(self, likelihood: ProgramLikelihood) -> Diffusion:
+        """The guided chain at the batch shape of the site."""
+        guided = self._guidance[0](likelihood.prior.denoiser, likelihood)
+        if not isinstance(guided, GuidedDenoiser):
+            raise ValueError(
+                f"guidance: got a factory of {type(guided).__name__}, expected one of GuidedDenoiser"
+            )
+        return as_chain(likelihood.prior, guided, times=self._times, sampler=self._sampler)
+
+    def _emit(
+        self, likelihood: ProgramLikelihood, fn: TorchDistribution, nesting: int
+    ) -> dict[str, Tensor]:
+        if not self._chained:
+            return super()._emit(likelihood, fn, nesting)
+        chain = self._guided(likelihood)
+        name, grouped = likelihood.site, fn.event_dim - chain.event_dim
+        with torch.no_grad(), poutine.trace() as tracer:
+            pyro.sample(name, reverse_chain(name, chain.to_event(grouped)))
+        nodes: Any = tracer.trace.nodes
+        return {site: node["value"] for site, node in nodes.items() if node["type"] == "sample"}
+
+    def _draw(self, likelihood: ProgramLikelihood, sample: torch.Size) -> tuple[Tensor, Density]:
+        chain = self._guided(likelihood)
+        chain = chain.expand(sample + chain.batch_shape)
+        if not isinstance(chain.sampler, Ancestral):
+            return _transformed(likelihood, chain.sample()), self._no_density
+        with poutine.trace() as walk:
+            x = pyro.sample("x", reverse_chain("x", chain))
+
+        def relative() -> Tensor:
+            free = as_chain(likelihood.prior, times=self._times).expand(chain.batch_shape)
+            with poutine.trace() as again, poutine.condition(data=walk.trace):
+                pyro.sample("x", reverse_chain("x", free))
+            return _log_joint(walk.trace) - _log_joint(again.trace)
+
+        return _transformed(likelihood, x), relative
+
+    def _no_density(self) -> Tensor:
+        raise ValueError(
+            f"sampler: got {self._sampler!r}, whose walks have no density; expected Ancestral(), or "
+            "AutoTwistedSMC (Predictive draws with any sampler)"
+        )
+
+
+class AutoTwistedSMC(AutoPosterior):
+    r"""Draws a diffusion site by twisted SMC: exact in the limit of many particles, for any guidance.
+
+    Each call runs :class:`~pyro_diffusion.infer.TwistedSMC` and draws from its particles, with its evidence
+    :math:`\hat Z` as what ELBOs and importance weights see (see :class:`AutoPosterior`). Draws of one
+    vectorized call (``Predictive(parallel=True)``, ``vectorize_particles``) share one run with its
+    evidence and ancestors, unless other latents differ between them: then each has a run of its own.
+
+    Args:
+        model: a Pyro program with one diffusion site (or ``site``) and observed sites.
+        guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one.
+        num_particles: number of particles, >= 2.
+        site: name of the diffusion site; may be left out if there is one.
+        times: the grid to walk; that of the model's ``Diffusion`` by default.
+        create_plates: as in Pyro.
+        options: of ``TwistedSMC`` (``ess_threshold``, ``progress``, ...).
+
+    Attributes:
+        particles: the last run's, with evidence and effective sample sizes; None before the first.
+
+    Raises:
+        ValueError: naming the argument, what it was and what was expected.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guidance: Guidance,
+        num_particles: int = 1024,
+        *,
+        site: str | None = None,
+        times: Tensor | None = None,
+        create_plates: Callable[..., Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, guidance, site=site, times=times, create_plates=create_plates)
+        if self._chained:
+            raise ValueError(
+                "model: got one unfolded by ChainReparam, whose states particles do not keep; expected the "
+                "model itself with a Diffusion built outside of it (or AutoGuidance)"
+            )
+        self._num_particles = check_positive_int("num_particles", num_particles, at_least=2)
+        self._options = options
+        self.particles: Particles | None = None
+
+    def _draw(self, likelihood: ProgramLikelihood, sample: torch.Size) -> tuple[Tensor, Density]:
+        own = {k: v.shape[v.dim() - self._dims(k)[1] :] for k, v in likelihood.latents.items()}
+        latents = likelihood.latents
+        if all(v.shape == own[k] for k, v in latents.items()):
+            value, evidence = self._run(likelihood, sample)
+        else:
+            rows = {k: v.expand(sample + own[k]).reshape(-1, *own[k]) for k, v in latents.items()}
+            runs = [
+                self._run(likelihood.with_latents({k: v[i] for k, v in rows.items()}), torch.Size())
+                for i in range(sample.numel())
+            ]
+            value, evidence = (torch.stack(part) for part in zip(*runs, strict=True))
+            value = value.reshape(sample + value.shape[1:])
+            evidence = evidence.reshape(sample + evidence.shape[1:])
+
+        def relative() -> Tensor:
+            x0 = value
+            for transform in reversed(likelihood.transforms):
+                x0 = transform.inv(x0)
+            log_likelihood = likelihood.log_prob(likelihood.prior.encode(x0))
+            return log_likelihood - evidence.to(log_likelihood.dtype)
+
+        return value, relative
+
+    def _run(self, likelihood: ProgramLikelihood, sample: torch.Size) -> tuple[Tensor, Tensor]:
+        """Draws of one run, and its log-evidence in the shape that the likelihood gives."""
+        chain = as_chain(likelihood.prior, times=self._times)
+        smc = TwistedSMC(chain, likelihood, self._guidance[0], self._num_particles, **self._options)
+        self.particles = particles = smc.run()
+        value = particles.sample(sample)
+        if likelihood.prior.support.is_discrete and not likelihood.transforms:  # type: ignore[union-attr]
+            value = value.round().long()
+        terms = particles.log_evidence_terms
+        return value, terms.reshape(terms.shape or (1,) * len(likelihood.batch_shape))
+
+
+def _transformed(likelihood: ProgramLikelihood, x: Tensor) -> Tensor:
+    """Draws of the diffusion as values of the site."""
+    for transform in likelihood.transforms:
+        x = transform(x)
+    return x
+
+
+def _log_joint(trace: Any) -> Tensor:
+    """Log-density of all of a chain's sites, per datum."""
+    trace.compute_log_prob()
+    sites = [node["log_prob"] for node in trace.nodes.values() if node["type"] == "sample"]
+    total: Tensor = sum(sites[1:], sites[0])
+    return total

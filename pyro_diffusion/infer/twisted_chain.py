@@ -1,0 +1,148 @@
+"""A reverse chain under twists, as the model and the guide of a particle filter."""
+
+import functools
+import inspect
+import math
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.infer.smcfilter import SMCFailed
+from torch import Tensor
+
+from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.guidance import GuidedDenoiser
+from pyro_diffusion.processes import coordinates
+from pyro_diffusion.schedules import Grid, table_row
+
+__all__ = ["Proposal", "Target", "TwistedChain"]
+
+# Every twist is raised by this share of the particles' mean: one that a twist misjudges can come back.
+SPARED = 0.01
+
+
+class TwistedChain:
+    """What model and guide share: one guided read of a state gives its twist and the next two kernels."""
+
+    def __init__(self, diffusion: Diffusion, guided: GuidedDenoiser) -> None:
+        self.diffusion, self.guided = diffusion, guided
+        self.process = diffusion.denoiser.process
+        self.likelihood = guided.likelihood
+        self.device = diffusion.device or diffusion.times.device
+        prior = self.process.prior(
+            diffusion.event_shape, dtype=diffusion.dtype, device=diffusion.device
+        )
+        self.prior = prior.expand(diffusion.batch_shape)
+        x = self.prior.sample()
+        self.grid = Grid(*diffusion._levels(x))
+        early, late = (Grid(*(v[part] for v in self.grid)) for part in (slice(-1), slice(1, None)))
+        self.coefficients = self.process.coefficients(early, late)
+        # Data that have observations of their own are filtered side by side.
+        apart = getattr(self.likelihood, "factorized", False)
+        self.filters = diffusion.batch_shape if apart else torch.Size()
+
+    def encoded(self, x: Tensor) -> Tensor:
+        """Data as the likelihood takes them."""
+        own = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+        return self.diffusion.decoder.encode(x, self.diffusion.dtype or own)
+
+    def read(self, state: Any, x: Tensor, stage: int) -> Tensor:
+        """Read a state at t_stage: keep the kernels that leave it, return its log-twist."""
+        level = self.grid.row(stage)
+        twisted = self.guided.twisted(x, level, **self.diffusion.expanded_context(x))
+        for name in ("prior", "posterior"):
+            law = getattr(twisted, name)
+            if stage > 0:
+                law = self.process.combine(x, law, table_row(self.coefficients, stage - 1))
+            else:
+                law = self.diffusion.decoder(law, level, self.process)
+            write_law(state, name, law)
+        return self._spared(twisted.log_twist.to(torch.float64))
+
+    def _spared(self, log_twist: Tensor) -> Tensor:
+        """The twist, raised by a share of what it is on average over the particles of a filter.
+
+        Any positive twist that is a function of the particles leaves the evidence unbiased.
+        """
+        dims = [0, *range(1 + len(self.filters), log_twist.dim())]
+        count = math.prod(log_twist.shape[d] for d in dims)
+        least = log_twist.logsumexp(dims, keepdim=True) + math.log(SPARED / count)
+        return torch.logaddexp(log_twist, least.where(least > -math.inf, 0.0))
+
+    def kernel(self, state: Any, name: str) -> TorchDistribution:
+        """A kernel that :meth:`read` kept, as it was resampled."""
+        law = read_law(state, name)
+        return law.to_event(self.process.event_dim - law.event_dim)
+
+    def join(self, state: Any, x: Tensor) -> Tensor:
+        """Log-density of x after each particle, divided by the particle's twist, (N,) + filters."""
+        shape = (*state._log_weights.shape, -1)
+        log_prob = self.kernel(state, "prior").log_prob(x).reshape(shape).sum(-1)
+        return log_prob - state["log_twist"].reshape(shape).sum(-1)
+
+
+class Proposal:
+    """The guided chain, as the filter's guide."""
+
+    def __init__(self, chain: TwistedChain) -> None:
+        self.chain = chain
+
+    def init(self, state: Any, stage: int) -> None:
+        """Draw from the prior at t_K."""
+        pyro.sample("x", self.chain.prior.expand_by((state._num_particles,)))
+
+    def step(self, state: Any, stage: int) -> None:
+        """Draw from the guided kernel, or at the end from the guided decoder."""
+        pyro.sample("x", self.chain.kernel(state, "posterior"))
+
+
+class Target:
+    """The chain itself under twists, as the filter's model."""
+
+    def __init__(self, chain: TwistedChain) -> None:
+        self.chain = chain
+
+    def init(self, state: Any, stage: int) -> None:
+        """The prior at t_K, and its twist."""
+        x = pyro.sample("x", self.chain.prior.expand_by((state._num_particles,)))
+        self._weigh(state, x, self.chain.read(state, x, stage))
+
+    def step(self, state: Any, stage: int) -> None:
+        """The chain's own kernel to t_stage and the twist there; below 0, the data and their likelihood."""
+        x = pyro.sample("x", self.chain.kernel(state, "prior"))
+        if stage >= 0:
+            self._weigh(state, x, self.chain.read(state, x, stage))
+        else:
+            self._weigh(state, x, self.chain.likelihood.log_prob(self.chain.encoded(x)))
+
+    def _weigh(self, state: Any, x: Tensor, log_twist: Tensor) -> None:
+        """The new twist in place of the old."""
+        factor = log_twist - state.get("log_twist", 0.0)
+        if not bool((factor < math.inf).all()):
+            raise SMCFailed("NaN or an infinite density")
+        pyro.factor("twist", factor)
+        state["x"], state["log_twist"] = x, log_twist
+
+
+def write_law(state: Any, name: str, law: TorchDistribution) -> None:
+    """Keep the parameters of a law as tensors that a filter can resample."""
+    base = coordinates(law)
+    parameters = [key for key in base.arg_constraints if key in vars(base)]
+    # Either names a categorical; the other may be there because somebody asked for it.
+    parameters = ["logits"] if "logits" in parameters else parameters
+    signature = {*inspect.signature(type(base)).parameters} - {"validate_args"}
+    rest = {k: getattr(base, k) for k in signature - {*base.arg_constraints} if hasattr(base, k)}
+    build = functools.partial(type(base), **rest, validate_args=False)
+    for key in [k for k in state if k[0] == name]:
+        del state[key]
+    for parameter in parameters:
+        state[name, build, parameter] = vars(base)[parameter].contiguous()
+
+
+def read_law(state: Any, name: str) -> TorchDistribution:
+    """A law from what :func:`write_law` kept."""
+    kept = {k: v for k, v in state.items() if k[0] == name}
+    build = next(iter(kept))[1]
+    law: TorchDistribution = build(**{parameter: v for (_, _, parameter), v in kept.items()})
+    return law

@@ -1,0 +1,435 @@
+"""Guidance that takes p(x_0 | x_t) for a normal or for a point: against conjugate posteriors."""
+
+import functools
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.testing import assert_close
+
+from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
+from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.guidance import (
+    MMPS,
+    TMPD,
+    DiffPIR,
+    DPSStep,
+    GuidedDenoiser,
+    PiGDM,
+    PlugIn,
+    ProgramLikelihood,
+    conjugate_gradients,
+    gmres,
+)
+from pyro_diffusion.guidance.linearization import solve
+from pyro_diffusion.processes import GaussianProcess, coordinates
+from pyro_diffusion.samplers import AdamsMoulton, Ancestral, DPMSolverPP, ancestral, heun, simulate
+from pyro_diffusion.schedules import Cosine, LogLinear, uniform_log_snr
+from tests.exact import mixture
+from tests.laws import Tiny
+from tests.linear_gaussian import F64, NormalDenoiser, Reading, affine_map, isotropic, problem
+from tests.sampler_table import DETERMINISTIC, STOCHASTIC
+
+METHODS = {
+    "PiGDM": PiGDM,
+    "MMPS": MMPS,
+    "MMPS cg": functools.partial(MMPS, solver="cg", iterations=3),
+    "MMPS gmres": functools.partial(MMPS, solver="gmres", iterations=3),
+    "PiGDM cg": functools.partial(PiGDM, solver="cg", iterations=2),
+    "TMPD": TMPD,
+    "DiffPIR": DiffPIR,
+    "plug-in": PlugIn,
+}
+each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+TIME = torch.tensor(0.55, dtype=F64)
+
+
+def plain(reading):
+    """A reading of two numbers as the program of a vector."""
+
+    def model(denoiser, d):
+        x = pyro.sample("x", Diffusion(denoiser, (d,), steps=2))
+        pyro.sample("y", dist.Normal(x[..., :2].sinh(), 0.5).to_event(1), obs=reading)
+
+    return model
+
+
+def curved(denoiser, d, reading=(0.3, -1.0)):
+    """The likelihood of a non-linear program."""
+    return ProgramLikelihood(plain(torch.tensor(reading, dtype=F64)), (denoiser, d))
+
+
+# Normal priors: the exact posterior.
+
+
+@pytest.mark.parametrize("options", [{}, {"solver": "cg"}, {"solver": "gmres"}], ids=str)
+@pytest.mark.parametrize("method", [PiGDM, MMPS])
+@pytest.mark.parametrize(("d", "m"), [(8, 1), (8, 4)])
+def test_walk_gives_the_conjugate_posterior(method, options, d, m):
+    """Mean and covariance of the walk's end to 1e-3, without a draw: it is affine in its start."""
+    mean, _, reading = problem(d, m)
+    covariance = 0.7 * torch.eye(d, dtype=F64)
+    denoiser = isotropic(mean, 0.7)
+    guided = method(denoiser, reading.likelihood(denoiser), **options)
+    times = uniform_log_snr(denoiser.process.schedule, 60, F64)
+    offset, matrix = affine_map(lambda x: simulate(guided, times, x, AdamsMoulton()), d)
+    exact_mean, exact = reading.posterior(mean, covariance)
+    # The walk starts from the law of x_1 given y.
+    end = denoiser.process.level(times[-1])
+    start = end.alpha**2 * exact + end.sigma**2 * torch.eye(d, dtype=F64)
+    assert_close(offset + matrix @ (end.alpha * exact_mean), exact_mean, atol=1e-3, rtol=0)
+    assert_close(matrix @ start @ matrix.mT, exact, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("point_mass", [False, True])
+@pytest.mark.parametrize("time", [0.1, 0.55, 0.95])
+def test_mmps_reads_any_normal_exactly(time, point_mass):
+    """Correlated prior: E[x_0 | x_t, y] and log p(y | x_t) to rounding."""
+    mean, covariance, reading = problem(5, 3)
+    denoiser = NormalDenoiser(mean, covariance, point_mass)
+    level = denoiser.process.level(torch.tensor(time, dtype=F64))
+    xt = torch.randn(7, 5, dtype=F64)
+    found = MMPS(denoiser, reading.likelihood(denoiser)).twisted(xt, level)
+    prior, given = denoiser(xt, level), denoiser.given(level)[1]
+    assert_close(found.posterior.mean, reading.posterior(prior.mean, given)[0])
+    assert_close(found.log_twist, reading.log_evidence(prior.mean, given))
+    assert_close(found.prior.mean, prior.mean)
+    assert not (found.prior.mean.requires_grad or found.posterior.mean.requires_grad)
+
+
+@pytest.mark.parametrize("variance", [1.0, 0.3])
+@pytest.mark.parametrize("time", [0.1, 0.55, 0.95])
+def test_pigdm_reads_isotropic_normals_exactly(time, variance):
+    """With the denoiser's variance for any, and with a point mass for unit variance."""
+    mean, _, reading = problem(5, 3)
+    exact = isotropic(mean, variance)
+    level = exact.process.level(torch.tensor(time, dtype=F64))
+    xt = torch.randn(7, 5, dtype=F64)
+    prior = exact(xt, level)
+    given = prior.variance[0].diag()
+    for denoiser in (exact, NormalDenoiser(mean, torch.eye(5, dtype=F64), point_mass=True)):
+        if denoiser is not exact and variance != 1:
+            continue
+        found = PiGDM(denoiser, reading.likelihood(denoiser)).twisted(xt, level)
+        assert_close(found.posterior.mean, reading.posterior(prior.mean, given)[0])
+        assert_close(found.log_twist, reading.log_evidence(prior.mean, given))
+
+
+def test_tmpd_is_exact_for_coordinates_and_sums_rows_otherwise():
+    mean, covariance, reading = problem(4, 2)
+    level = isotropic(mean, 1.0).process.level(TIME)
+    xt = torch.randn(7, 4, dtype=F64)
+    picks = Reading(torch.eye(4, dtype=F64)[[2, 0]], reading.y, reading.scale)
+    denoiser = NormalDenoiser(mean, covariance.diagonal().diag())
+    found = TMPD(denoiser, picks.likelihood(denoiser)).twisted(xt, level)
+    prior, given = denoiser(xt, level), denoiser.given(level)[1]
+    assert_close(found.posterior.mean, picks.posterior(prior.mean, given)[0])
+    assert_close(found.log_twist, picks.log_evidence(prior.mean, given))
+
+    denoiser = NormalDenoiser(mean, covariance)
+    shift = TMPD(denoiser, reading.likelihood(denoiser))(xt, level).mean - denoiser(xt, level).mean
+    b = reading.matrix / reading.scale[:, None]
+    given = denoiser.given(level)[1]
+    r = (reading.y - denoiser(xt, level).mean @ reading.matrix.mT) / reading.scale
+    sums = (1 + (b @ given @ b.mT).sum(-1)).clamp(min=1)
+    assert_close(shift, (r / sums) @ b @ given)
+
+
+def test_diffpir_solves_its_proximal_problem_without_a_gradient():
+    """The minimum of |r|^2 + lam (alpha/sigma)^2 |x - x0_hat|^2; the denoiser is read without a graph."""
+    mean, covariance, reading = problem(5, 3)
+    denoiser = NormalDenoiser(mean, covariance)
+    level, xt = denoiser.process.level(TIME), torch.randn(7, 5, dtype=F64)
+    seen = []
+    denoiser.register_forward_pre_hook(lambda _, args: seen.append(torch.is_grad_enabled()))
+    found = DiffPIR(denoiser, reading.likelihood(denoiser), lam=2.5)(xt, level).mean
+    assert seen[-1] is False
+    x0 = denoiser(xt, level).mean
+    b = reading.matrix / reading.scale[:, None]
+    pull = 2.5 * level.alpha**2 / level.sigma**2
+    target = (reading.y / reading.scale) @ b + pull * x0
+    assert_close(found, target @ torch.linalg.inv(b.mT @ b + pull * torch.eye(5, dtype=F64)))
+
+
+def test_program_of_a_whole_plate_is_one_row():
+    """A sum over the plate: all data of a sample move together, as the joint posterior says."""
+    mean, covariance, _ = problem(3, 1)
+    denoiser = NormalDenoiser(mean, covariance)
+    y, weights = torch.tensor(1.3, dtype=F64), torch.tensor([1.0, -2.0, 0.5], dtype=F64)
+
+    def model():
+        with pyro.plate("data", 4):
+            x = pyro.sample("x", Diffusion(denoiser, (3,), steps=2))
+        total = (x * weights).sum(-1).sum(-1)
+        pyro.sample("y", dist.Normal(total, torch.tensor(0.4, dtype=F64)), obs=y)
+
+    level, xt = denoiser.process.level(TIME), torch.randn(6, 4, 3, dtype=F64)
+    prior, given = denoiser(xt, level), denoiser.given(level)[1]
+    joint = Reading(weights.repeat(4)[None], y[None], 0.4)
+    block = torch.block_diag(*[given] * 4)
+    for solver in ("direct", "cg"):
+        guided = MMPS(denoiser, ProgramLikelihood(model), solver=solver)
+        exact = joint.posterior(prior.mean.flatten(-2), block)[0]
+        assert_close(guided(xt, level).mean.flatten(-2), exact)
+    log_twist = guided.twisted(xt, level).log_twist
+    assert log_twist.shape == (6, 1)
+    assert_close(log_twist[:, 0], joint.log_evidence(prior.mean.flatten(-2), block))
+
+
+# The plug-in likelihood.
+
+
+def test_plug_in_gradient_is_that_of_the_program():
+    """Against central differences of log p(y | x0_hat(x_t)), on a mixture and a non-linear program."""
+    denoiser = mixture(LogLinear(10.0, -10.0))
+    likelihood = curved(denoiser, 2)
+    level, xt = denoiser.process.level(TIME), torch.randn(5, 2, dtype=F64)
+    found = PlugIn(denoiser, likelihood, scale=0.7).twisted(xt, level)
+
+    def value(x):
+        return likelihood.log_prob(denoiser(x, level).mean)
+
+    h = 1e-6
+    steps = h * torch.eye(2, dtype=F64)
+    gradient = torch.stack([(value(xt + e) - value(xt - e)) / (2 * h) for e in steps], -1)
+    shift = found.posterior.mean - denoiser(xt, level).mean
+    assert_close(shift, 0.7 * level.sigma**2 / level.alpha * gradient, atol=1e-6, rtol=1e-5)
+    assert_close(found.log_twist, value(xt))
+
+
+@pytest.mark.parametrize("squared_norm", [True, False])
+def test_dps_step_is_the_papers(monkeypatch, squared_norm):
+    """x_s differs from the unguided one by -zeta grad E / sqrt(E), at every step of the grid."""
+    monkeypatch.setattr(ancestral, "draw", lambda kernel: coordinates(kernel).mean)
+    denoiser = mixture(LogLinear(10.0, -10.0))
+    likelihood = curved(denoiser, 2)
+    times = uniform_log_snr(denoiser.process.schedule, 4, F64)
+    rule = DPSStep(0.2, times, squared_norm=squared_norm)
+    guided = PlugIn(denoiser, likelihood, step_size=rule)
+    for j in (1, 3, 4):
+        xt = torch.randn(5, 2, dtype=F64).requires_grad_()
+        step = times[j - 1 : j + 1]
+        x0 = denoiser(xt, times[j]).mean
+        r = likelihood.residual(x0)
+        energy = r.square().sum(-1) if squared_norm else -likelihood.log_prob(x0)
+        (slope,) = torch.autograd.grad(energy.sum(), xt)
+        scaled = 0.2 * slope / (energy if squared_norm else energy.clamp(min=1)).sqrt()[:, None]
+        xt = xt.detach()
+        expected = simulate(denoiser, step, xt, Ancestral()) - scaled.detach()
+        assert_close(simulate(guided, step, xt, Ancestral()), expected)
+    assert_close(guided(xt, times[0]).mean, denoiser(xt, times[0]).mean)
+
+
+def test_plug_in_takes_any_likelihood():
+    denoiser = mixture(LogLinear(10.0, -10.0))
+
+    def model():
+        x = pyro.sample("x", Diffusion(denoiser, (2,), steps=2))
+        pyro.sample("counts", dist.Poisson(x.exp()).to_event(1), obs=torch.tensor([3.0, 0.0]))
+
+    likelihood = ProgramLikelihood(model)
+    law = Diffusion(PlugIn(denoiser, likelihood), (2,), steps=5)
+    assert torch.isfinite(law.sample((4,))).all()
+    with pytest.raises(ValueError, match=r"counts.*Normal.*plug-in"):
+        MMPS(denoiser, likelihood)(torch.zeros(2, dtype=F64), TIME)
+
+
+# What every wrapper keeps.
+
+
+@each_method
+def test_row_alone_equals_row_in_a_batch(method):
+    """One read and a whole walk; the other rows are wild."""
+    denoiser = mixture(LogLinear(10.0, -10.0))
+    guided = method(denoiser, curved(denoiser, 2))
+    xt = torch.randn(5, 2, dtype=F64) * torch.tensor([1.0, 30, 3, 100, 0.1], dtype=F64)[:, None]
+    alone, together = guided.twisted(xt[:1], TIME), guided.twisted(xt, TIME)
+    assert_close(alone.posterior.mean, together.posterior.mean[:1])
+    assert_close(alone.log_twist, together.log_twist[:1])
+    assert_close(guided(xt[:1], TIME).mean, guided(xt, TIME).mean[:1])
+    times = uniform_log_snr(denoiser.process.schedule, 6, F64)
+    xt = torch.randn(5, 2, dtype=F64)
+    if not isinstance(guided, PlugIn):
+        assert_close(
+            simulate(guided, times, xt[:1], DPMSolverPP()),
+            simulate(guided, times, xt, DPMSolverPP())[:1],
+        )
+
+
+@pytest.mark.parametrize("sampler", [*DETERMINISTIC, *STOCHASTIC], ids=repr)
+def test_row_alone_under_every_sampler(monkeypatch, sampler):
+    """Four steps of MMPS, on the same noise."""
+    denoiser = mixture(LogLinear(6.0, -6.0))
+    guided = MMPS(denoiser, curved(denoiser, 2))
+    times = uniform_log_snr(denoiser.process.schedule, 4, F64)
+    x, noises = torch.randn(5, 2, dtype=F64), torch.randn(20, 5, 2, dtype=F64)
+
+    def walk(rows):
+        feed = iter(noises[:, :rows])
+
+        def draw(kernel):
+            base = coordinates(kernel)
+            return base.mean + base.stddev * next(feed)
+
+        for module in (ancestral, heun):
+            monkeypatch.setattr(module, "draw", draw)
+        return simulate(guided, times, x[:rows], sampler)
+
+    assert_close(walk(1)[0], walk(5)[0])
+
+
+@each_method
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)], ids=str)
+def test_images_shapes_and_dtypes(method, dtype, batch):
+    """A network over images inside a plate, each datum with a time of its own."""
+    denoiser = GaussianDenoiser(Tiny((1, 2, 2)), GaussianProcess(Cosine(), event_dim=3)).to(dtype)
+    y = torch.randn(3, 2, dtype=dtype)
+
+    def model():
+        with pyro.plate("images", 3):
+            x = pyro.sample("x", Diffusion(denoiser, (1, 2, 2), steps=3))
+            pyro.sample("y", dist.Normal(x.mean(-2).squeeze(-2), 0.5).to_event(1), obs=y)
+
+    likelihood = ProgramLikelihood(model)
+    guided = method(denoiser, likelihood)
+    xt = torch.randn(*batch, 3, 1, 2, 2, dtype=dtype)
+    found = guided.twisted(xt, torch.rand(*batch, 3, dtype=dtype))
+    assert found.posterior.batch_shape == (*batch, 3)
+    assert found.posterior.event_shape == (1, 2, 2)
+    assert found.log_twist.shape == (*batch, 3)
+    assert found.posterior.mean.dtype == found.log_twist.dtype == dtype
+    assert not found.posterior.mean.requires_grad
+    assert all(p.grad is None for p in denoiser.parameters())
+    law = Diffusion(guided, (1, 2, 2), steps=3).expand((3,))
+    assert law.sample(batch).shape == xt.shape
+
+
+@pytest.mark.parametrize(
+    ("method", "walks"),
+    [
+        (MMPS, 3),
+        (functools.partial(MMPS, solver="cg", iterations=2), 2),
+        (functools.partial(MMPS, solver="gmres", iterations=2), 2),
+        (PiGDM, 1),
+        (TMPD, 2),
+        (PlugIn, 1),
+    ],
+)
+def test_cost(method, walks):
+    """One run of program and denoiser; no walk back through the denoiser more than said."""
+    mean, covariance, reading = problem(5, 3)
+    denoiser = NormalDenoiser(mean, covariance)
+    likelihood = reading.likelihood(denoiser)
+    guided = method(denoiser, likelihood)
+    counts = {"run": 0, "read": 0, "walk": 0}
+
+    def counted(*_):
+        counts["walk"] += 1
+
+    def watch(_, __, out):
+        counts["read"] += 1
+        coordinates(out).loc.register_hook(counted)
+
+    def run(*_):
+        counts["run"] += 1
+        return program()
+
+    denoiser.register_forward_hook(watch)
+    program, likelihood.model = likelihood.model, run
+    guided(torch.randn(7, 5, dtype=F64), TIME)
+    assert counts == {"run": 1, "read": 1, "walk": walks}
+
+
+# Solvers.
+
+
+@pytest.mark.parametrize("solver", [conjugate_gradients, gmres])
+def test_krylov_solvers(solver):
+    """Exact in m iterations and unharmed by more of them, by zeros and by wild batch-mates."""
+    torch.manual_seed(0)
+    root = torch.randn(2, 4, 6, 6, dtype=F64)
+    matrix = torch.eye(6, dtype=F64) + root @ root.mT
+    if solver is gmres:
+        matrix = matrix + torch.randn(6, 6, dtype=F64)
+    b = torch.randn(2, 4, 6, dtype=F64)
+    b[0, 1] = 0
+    b[1, 2] *= 1e8
+    half = torch.randn(5, 6, dtype=F64)
+
+    def over(matrix):
+        def apply(p):
+            return (matrix @ p.unsqueeze(-1)).squeeze(-1), (p @ half.mT,)
+
+        return apply
+
+    exact = torch.linalg.solve(matrix, b)
+    for iterations in (6, 40):
+        u, (image,) = solver(over(matrix), b, iterations)
+        assert_close(u, exact, rtol=1e-6, atol=1e-8)
+        assert_close(image, u @ half.mT)
+    few = solver(over(matrix), b, 3).u
+    assert_close(few[1, 0], solver(over(matrix[1, 0]), b[1, 0], 3).u)
+    assert not torch.allclose(few, exact, rtol=1e-3)
+
+
+def test_bad_jacobian_cannot_enlarge_the_residual():
+    """A denoiser that runs backwards: S keeps its eigenvalues at 1 or more."""
+
+    class Backwards(NormalDenoiser):
+        def given(self, level):
+            gain, covariance = super().given(level)
+            return -3 * gain, covariance
+
+    mean, covariance, reading = problem(5, 3)
+    denoiser = Backwards(mean, covariance)
+    guided = MMPS(denoiser, reading.likelihood(denoiser))
+    found = guided.twisted(torch.randn(7, 5, dtype=F64), TIME)
+    assert torch.isfinite(found.posterior.mean).all()
+    r, log_normalizer = guided.likelihood.whitened(found.prior.mean)
+    assert_close(found.log_twist, log_normalizer - 0.5 * r.square().sum(-1))
+
+
+def test_rows_that_are_not_finite_stay_alone():
+    gap, r = torch.eye(2, dtype=F64).repeat(3, 1, 1), torch.ones(3, 2, dtype=F64)
+    gap[1, 0, 1] = torch.inf
+    u, log_evidence = solve(gap, r)
+    assert u[1].isnan().all() and log_evidence[1].isnan()
+    assert_close(u[[0, 2]], torch.full((2, 2), 0.5, dtype=F64))
+
+
+# At the door.
+
+
+def test_bad_arguments():
+    denoiser = mixture(LogLinear(10.0, -10.0))
+    likelihood = curved(denoiser, 2)
+    times = torch.linspace(0, 1, 5)
+    with pytest.raises(ValueError, match="denoiser: got str"):
+        MMPS("denoiser", likelihood)
+    with pytest.raises(ValueError, match="solver: got 'lu', expected 'direct', 'cg' or 'gmres'"):
+        MMPS(denoiser, likelihood, solver="lu")
+    with pytest.raises(ValueError, match="iterations: got 0"):
+        MMPS(denoiser, likelihood, iterations=0)
+    with pytest.raises(ValueError, match="lam: got 0"):
+        DiffPIR(denoiser, likelihood, lam=0)
+    with pytest.raises(ValueError, match="scale: got -1"):
+        PlugIn(denoiser, likelihood, scale=-1)
+    with pytest.raises(ValueError, match=r"step_size: got 0.5, expected DPSStep"):
+        PlugIn(denoiser, likelihood, step_size=0.5)
+    with pytest.raises(ValueError, match="zeta: got 0"):
+        DPSStep(0, times)
+    with pytest.raises(ValueError, match=r"times: .*increase"):
+        DPSStep(1, times.flip(0))
+    with pytest.raises(ValueError, match="eta: got 2"):
+        DPSStep(1, times, eta=2)
+
+    class Blind(MixtureDenoiser):
+        def forward(self, xt, t, **context):
+            return super().forward(xt.detach(), t, **context)
+
+    blind = Blind(denoiser.process, denoiser.weights, denoiser.means, denoiser.variances)
+    with pytest.raises(ValueError, match=r"Blind whose mean has no gradient.*DiffPIR"):
+        MMPS(blind, likelihood)(torch.zeros(2, dtype=F64), TIME)
+    assert isinstance(MMPS(denoiser, likelihood), GuidedDenoiser)
