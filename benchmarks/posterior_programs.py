@@ -4,8 +4,10 @@ Run: python benchmarks/posterior_programs.py [--only nuts | sbc]
 
 First a 10-dimensional program whose prior is a mixture of normals and whose observations are Poisson counts
 and Student-t readings of a saturated signal. Reference: NUTS through the ProbabilityFlow view of the same
-denoiser. Beside it twisted SMC with plug-in guidance, importance sampling from the closed-form prior (a
-third, independent road), and three approximate methods. Then rank statistics over simulated data.
+denoiser. Beside it twisted SMC, importance sampling from the closed-form prior (a
+third, independent road), and three approximate methods. Then rank statistics over simulated data. No
+observation is Normal, so the particles are guided by MMPS on a Normal surrogate of the program; their weights
+correct what the surrogate gets wrong.
 Everything is in float64. False-alarm rates are stated where something is tested.
 """
 
@@ -33,12 +35,12 @@ from pyro_diffusion import plotting
 from pyro_diffusion.denoisers import MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
 from pyro_diffusion.distributions.red_diff import RedDiff
-from pyro_diffusion.evaluate import RankStatistics, c2st, sbc, sliced_wasserstein
-from pyro_diffusion.guidance import DAPS, PlugIn, ProgramLikelihood
+from pyro_diffusion.evaluate import RankStatistics, sbc, sliced_wasserstein
+from pyro_diffusion.guidance import DAPS, MMPS, GuidedDenoiser, PlugIn, ProgramLikelihood, Twisted
 from pyro_diffusion.infer import AutoGuidance, TwistedSMC
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.samplers import simulate
-from pyro_diffusion.schedules import LogLinear
+from pyro_diffusion.schedules import Level, LogLinear
 
 RESULTS = Path(__file__).parents[1] / "results" / "posterior_programs"
 D = 10
@@ -102,6 +104,33 @@ def program(prior: dist.TorchDistribution) -> Callable[[], None]:
     return model
 
 
+def surrogate(prior: Diffusion) -> Callable[[], None]:
+    """The program with Normal observations instead: of the log-counts, and of the readings."""
+    (a, b), seen = operators(), data()
+    counts = seen["counts"] + 0.5
+
+    def model() -> None:
+        x = pyro.sample("x", prior)
+        spread = counts.rsqrt()
+        pyro.sample("counts", dist.Normal(1.0 + x @ a.mT, spread).to_event(1), obs=counts.log())
+        law = dist.Normal(2.0 * torch.tanh(x @ b.mT), 0.4 * math.sqrt(2.0))
+        pyro.sample("readings", law.to_event(1), obs=seen["readings"])
+
+    return model
+
+
+class Surrogate(GuidedDenoiser):
+    """MMPS under another likelihood than that of the target."""
+
+    def __init__(self, prior: Diffusion, denoiser: MixtureDenoiser, likelihood: object) -> None:
+        super().__init__(denoiser, likelihood)
+        self.guided = MMPS(denoiser, ProgramLikelihood(surrogate(prior)))
+
+    def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
+        """That of the surrogate."""
+        return self.guided.twisted(xt, t, **context)
+
+
 # --- claim 4 --------------------------------------------------------------------------------------
 
 
@@ -129,12 +158,12 @@ def by_importance(count: int) -> tuple[Moments, Tensor, float]:
 
 def by_nuts(chains: int, samples: int) -> tuple[Moments, Tensor]:
     """Chains of NUTS in the noise of the flow, one after another."""
-    flow = ProbabilityFlow(denoiser(), (D,), method="rk4", steps=6, validate_args=False)
+    flow = ProbabilityFlow(denoiser(), (D,), method="rk4", steps=5, validate_args=False)
     white = poutine.reparam(program(flow), config={"x": TransformReparam()})
     rows = []
     for chain in range(chains):
         pyro.set_rng_seed(100 + chain)
-        kernel = NUTS(white, max_tree_depth=4)
+        kernel = NUTS(white, max_tree_depth=3)
         mcmc = MCMC(kernel, samples, warmup_steps=100, disable_progbar=True)
         mcmc.run()
         noise = mcmc.get_samples()["x_base"].reshape(-1, D)
@@ -157,7 +186,8 @@ def by_particles(runs: int, particles: int, steps: int) -> tuple[Moments, Tensor
     pyro.set_rng_seed(13)
     prior = Diffusion(denoiser(), (D,), steps=steps)
     likelihood = ProgramLikelihood(program(prior))
-    smc = TwistedSMC(prior, likelihood, PlugIn, num_particles=particles)
+    guidance = functools.partial(Surrogate, prior)
+    smc = TwistedSMC(prior, likelihood, guidance, num_particles=particles)
     means, squares, draws, evidence, least = [], [], [], [], []
     for _ in range(runs):
         run = smc.run()
@@ -278,20 +308,14 @@ def distances(drawn: dict[str, Tensor], count: int) -> None:
     print(
         f"\nDistance from importance sampling's draws, coordinates in posterior sds; {count} draws each"
     )
-    print(
-        f"{'method':<20} {'rms mean':>9} {'rms sd ratio - 1':>17} {'sliced W2':>10} {'c2st (0.5 alike)':>20}"
-    )
+    print(f"{'method':<20} {'rms mean':>9} {'rms sd ratio - 1':>17} {'sliced W2':>10}")
     reference = (half[count : 2 * count] - mean) / sd
     for name, x in drawn.items():
-        x = x[torch.randperm(len(x))[:count]]
-        scaled = (x - mean) / sd
+        scaled = (x[torch.randint(len(x), (count,))] - mean) / sd
         gap = float(scaled.mean(0).square().mean().sqrt())
         ratio = float((scaled.std(0) - 1).square().mean().sqrt())
-        size = len(scaled)
-        distance = sliced_wasserstein(scaled, reference[:size])
-        test = c2st(scaled[:2000], reference[:2000], iterations=150)
-        row = f"{name:<20} {gap:>9.3f} {ratio:>17.3f} {distance:>10.3f}"
-        print(f"{row} {f'{test.accuracy:.3f} +- {test.standard_error:.3f}':>20}")
+        distance = sliced_wasserstein(scaled, reference)
+        print(f"{name:<20} {gap:>9.3f} {ratio:>17.3f} {distance:>10.3f}")
 
 
 # --- claim 6 --------------------------------------------------------------------------------------
@@ -300,6 +324,7 @@ def distances(drawn: dict[str, Tensor], count: int) -> None:
 def calibration(args: argparse.Namespace) -> bool:
     """Ranks over simulated data: twisted SMC and plug-in guidance, the same program and quantities."""
     print(f"\nCalibration over {args.simulations} simulations; x in 2 dimensions, mixture of 3;")
+    print("twisted SMC is guided by MMPS, plug-in guidance stands alone;")
     print(
         "y ~ Normal(x_1^2 / 2 + x_2, 0.3); quantities x_1, x_2 and the log-likelihood; 63 draws each"
     )
@@ -318,7 +343,7 @@ def calibration(args: argparse.Namespace) -> bool:
 
     def particles(seen: dict[str, Tensor]) -> dict[str, Tensor]:
         likelihood = ProgramLikelihood(pyro.condition(model, data=seen))
-        run = TwistedSMC(prior, likelihood, PlugIn, num_particles=args.sbc_particles).run()
+        run = TwistedSMC(prior, likelihood, MMPS, num_particles=args.sbc_particles).run()
         # Independent draws by weight, as the ranks suppose.
         return {"x": run.value[torch.multinomial(run.log_weights.exp(), 63, replacement=True)]}
 
@@ -344,8 +369,8 @@ def calibration(args: argparse.Namespace) -> bool:
         curves = {key: table[name].ecdf(key) for key in quantities}
         inside = sum(bool(((c >= low) & (c <= high)).all()) for c in curves.values())
         print(
-            f"{name:<12} p = {table[name].p_value():.2g} (Bonferroni over three); {values}; curves inside the "
-            f"95% envelope: {inside} of 3; {time.perf_counter() - start:.0f} s"
+            f"{name:<12} p = {table[name].p_value():.2g} (Bonferroni over three); {values}; curves in "
+            f"the 95% envelope: {inside} of 3; {time.perf_counter() - start:.0f} s"
         )
     print(f"picture: {picture(table)}")
     fine = table["twisted SMC"].p_value() > 0.01 and table["plug-in"].p_value() < 0.01
@@ -373,8 +398,8 @@ def picture(table: dict[str, RankStatistics]) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prior-draws", type=int, default=4_000_000, help="of importance sampling")
-    parser.add_argument("--chains", type=int, default=3, help="of NUTS")
-    parser.add_argument("--samples", type=int, default=400, help="of each chain")
+    parser.add_argument("--chains", type=int, default=4, help="of NUTS")
+    parser.add_argument("--samples", type=int, default=500, help="of each chain")
     parser.add_argument("--runs", type=int, default=16, help="of twisted SMC")
     parser.add_argument("--particles", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=200, help="of the 10-dimensional chain")

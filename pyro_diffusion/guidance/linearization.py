@@ -1,9 +1,10 @@
 r"""One read of a program, and of a denoiser before it, with products of their Jacobians."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import Delta, TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser, Quantized
@@ -12,6 +13,8 @@ from pyro_diffusion.processes import coordinates
 from pyro_diffusion.schedules import Level
 
 __all__ = ["LinearizedChain", "LinearizedProgram", "detached", "solve"]
+
+LEAST_PIVOT = 0.9  # of S, whose eigenvalues are at least 1 for an exact denoiser
 
 
 class LinearizedProgram:
@@ -24,27 +27,30 @@ class LinearizedProgram:
     Args:
         likelihood: what has ``whitened(x_0)``.
         x0: where, batch + event.
+        graph: whether all of it stays differentiable in what x_0 came from; detached otherwise.
 
     Attributes:
-        mean: x_0, detached.
-        residual: r there, detached.
-        log_normalizer: :math:`\log p(y|x_0) + |r|^2/2` there, rows, detached.
+        mean: x_0.
+        residual: r there.
+        log_normalizer: :math:`\log p(y|x_0) + |r|^2/2` there, rows.
 
     Raises:
         ValueError: if the residual has no gradient.
     """
 
-    def __init__(self, likelihood: Any, x0: Tensor) -> None:
+    def __init__(self, likelihood: Any, x0: Tensor, graph: bool = False) -> None:
+        self.graph = graph
         with torch.enable_grad():
-            self._x0 = x0.detach().requires_grad_()
+            self._x0 = x0 if graph else x0.detach().requires_grad_()
             self._residual, log_normalizer = likelihood.whitened(self._x0)
         if not self._residual.requires_grad:
             raise ValueError(
                 "likelihood: got a residual without a gradient in x_0, expected a program that can be "
                 "differentiated in the site's value (twisted SMC on the bare denoiser needs no gradient)"
             )
-        self.mean, self.residual = self._x0.detach(), self._residual.detach()
-        self.log_normalizer = log_normalizer.detach()
+        keep: Callable[[Tensor], Tensor] = (lambda v: v) if graph else Tensor.detach
+        self.mean, self.residual = keep(self._x0), keep(self._residual)
+        self.log_normalizer = keep(log_normalizer)
         self._dual: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -54,8 +60,7 @@ class LinearizedProgram:
 
     def pull(self, u: Tensor) -> Tensor:
         """B^T u: from residual space to data space."""
-        (product,) = torch.autograd.grad(self._residual, self._x0, -u, retain_graph=True)
-        return product
+        return self._walk(self._residual, self._x0, -u)
 
     def push(self, v: Tensor) -> Tensor:
         """B v: from data space to residual space."""
@@ -67,6 +72,12 @@ class LinearizedProgram:
             self._dual = (u, pulled)
         u, pulled = self._dual
         (product,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
+        return product
+
+    def _walk(self, end: Tensor, start: Tensor, weights: Tensor) -> Tensor:
+        (product,) = torch.autograd.grad(
+            end, start, weights, retain_graph=True, create_graph=self.graph
+        )
         return product
 
     def rows(self) -> Tensor:
@@ -96,9 +107,11 @@ class LinearizedChain(LinearizedProgram):
         level: where it is.
         context: the denoiser's.
         through: whether products with J will be asked for; if not, the denoiser is read without a graph.
+        graph: whether all of it stays differentiable in x_t.
 
     Attributes:
         prior: the denoiser's posterior, detached.
+        variance: its variance, or None for a point mass.
 
     Raises:
         ValueError: if the residual or the posterior mean has no gradient.
@@ -112,6 +125,7 @@ class LinearizedChain(LinearizedProgram):
         level: Level,
         context: dict[str, Tensor],
         through: bool = True,
+        graph: bool = False,
     ) -> None:
         with torch.set_grad_enabled(through):
             self._xt = xt.detach().requires_grad_(through)
@@ -123,16 +137,22 @@ class LinearizedChain(LinearizedProgram):
                 "differentiable one (DiffPIR asks for none)"
             )
         self.prior = detached(prior)
-        super().__init__(likelihood, self._mean)
+        point_mass = isinstance(coordinates(prior), Delta)
+        self.variance = None if point_mass else (prior if graph else self.prior).variance
+        super().__init__(likelihood, self._mean, graph)
 
     def back(self, v: Tensor) -> Tensor:
         """J^T v: data space to itself, through the denoiser."""
-        (product,) = torch.autograd.grad(self._mean, self._xt, v, retain_graph=True)
-        return product
+        return self._walk(self._mean, self._xt, v)
+
+    def score(self, log_twist: Tensor) -> Tensor:
+        """The gradient in x_t of a log-twist that was computed with the graph, detached."""
+        (gradient,) = torch.autograd.grad(log_twist, self._xt, torch.ones_like(log_twist))
+        return gradient
 
 
 def solve(gap: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve S u = r by the eigenvectors of S - I, whose eigenvalues are kept at 0 or more.
+    """Solve S u = r for S = I + gap, whose eigenvalues are kept at 1 or more where a pivot falls below.
 
     So a bad Jacobian cannot enlarge the residual. Rows that are not finite become NaN, and those alone.
 
@@ -141,15 +161,29 @@ def solve(gap: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         r: right-hand sides, rows + (m,).
 
     Returns:
-        u, of r's shape, and -(r^T u + log det S) / 2, of the rows' shape.
+        u, of r's shape, and -(r^T u + log det S) / 2, of the rows' shape; differentiable but where
+        eigenvalues were changed.
     """
-    broken = ~torch.isfinite(gap).all(-1).all(-1)
-    symmetric = torch.where(broken[..., None, None], 0.0, 0.5 * (gap + gap.mT))
-    values, vectors = torch.linalg.eigh(symmetric)
-    values = 1 + torch.where(broken.unsqueeze(-1), torch.nan, values.clamp(min=0))
-    turned = (r.unsqueeze(-2) @ vectors).squeeze(-2)
-    u = (vectors @ (turned / values).unsqueeze(-1)).squeeze(-1)
-    return u, -0.5 * (turned.square() / values + values.log()).sum(-1)
+    eye = torch.eye(gap.shape[-1], dtype=gap.dtype, device=gap.device)
+    system = eye + 0.5 * (gap + gap.mT)
+    trial, failed = torch.linalg.cholesky_ex(system.detach())
+    pivots = trial.diagonal(dim1=-1, dim2=-2).square()
+    bad = (failed != 0) | ~(pivots >= LEAST_PIVOT).all(-1)
+    if bool(bad.any()):
+        system = torch.where(bad[..., None, None], _clamped(system.detach()), system)
+    factor = torch.linalg.cholesky_ex(system).L
+    half = torch.linalg.solve_triangular(factor, r.unsqueeze(-1), upper=False)
+    u = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
+    log_root = factor.diagonal(dim1=-1, dim2=-2).log().sum(-1)
+    return u, -0.5 * half.square().sum((-1, -2)) - log_root
+
+
+def _clamped(system: Tensor) -> Tensor:
+    """Symmetric matrices with eigenvalues below 1 raised to 1; those that are not finite become NaN."""
+    broken = ~torch.isfinite(system).all(-1).all(-1)[..., None, None]
+    values, vectors = torch.linalg.eigh(torch.where(broken, 0.0, system))
+    raised = (vectors * values.clamp(min=1).unsqueeze(-2)) @ vectors.mT
+    return torch.where(broken, torch.nan, raised)
 
 
 def detached(posterior: TorchDistribution) -> TorchDistribution:
