@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.distributions import (
+    Categorical,
     LogNormal,
     Normal,
     TransformedDistribution,
@@ -19,13 +20,13 @@ from pyro.infer.importance import vectorized_importance_weights
 from pyro.optim import Adam
 from scipy import stats
 
-from pyro_diffusion.denoisers import MixtureDenoiser
+from pyro_diffusion.denoisers import MixtureDenoiser, TableDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
-from pyro_diffusion.guidance import MMPS
+from pyro_diffusion.guidance import MMPS, SampledGuidance
 from pyro_diffusion.infer import AutoGuidance, AutoTwistedSMC, ChainReparam
-from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.samplers import DDIM
-from pyro_diffusion.schedules import LogLinear
+from pyro_diffusion.schedules import LogLinear, Rectified
 
 STEPS = 8
 A = torch.tensor([[1.0, 0.5]], dtype=torch.float64)
@@ -65,7 +66,7 @@ def conjugate(y=Y):
 def guide_of(kind, model=program, **options):
     if kind == "guidance":
         return AutoGuidance(model, MMPS, **options)
-    return AutoTwistedSMC(model, MMPS, **{"num_particles": 64, **options})
+    return AutoTwistedSMC(model, **{"num_particles": 64, **options})
 
 
 KINDS = ["guidance", "smc"]
@@ -73,7 +74,7 @@ KINDS = ["guidance", "smc"]
 
 def check_evidence(model, kind, exact, *args, nesting=0):
     """The mean weight is exp(log p(y)) within 4.5 of its own errors (7e-6); weights and draws."""
-    guide = AutoGuidance(model, MMPS) if kind == "guidance" else guide_of(kind, model)
+    guide = AutoGuidance(model) if kind == "guidance" else guide_of(kind, model)
     if kind == "guidance":  # walks are independent, so that one call will do
         log_weights, trace, _ = vectorized_importance_weights(
             model, guide, *args, num_samples=1000, max_plate_nesting=nesting
@@ -85,7 +86,7 @@ def check_evidence(model, kind, exact, *args, nesting=0):
         log_weights = torch.stack(list(importance.log_weights))
         x = torch.stack([trace.nodes["x"]["value"] for trace in importance.exec_traces])
     ratio = (log_weights - exact).exp()
-    assert len(ratio.unique()) == len(ratio)
+    assert len(ratio.unique()) > 0.9 * len(ratio)
     assert abs(ratio.mean() - 1) < 4.5 * ratio.std() / math.sqrt(len(ratio))
     return log_weights, x
 
@@ -423,6 +424,41 @@ def test_flow_as_prior():
         guide()
     with pytest.raises(ValueError, match="expected one Diffusion built outside"):
         tracer.trace.compute_log_prob()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_categorical_site(kind):
+    """Two symbols seen through noise: exact posterior by enumeration (4.5 errors, chain of 16 steps)."""
+    joint = torch.tensor([[0.3, 0.1], [0.2, 0.4]], dtype=torch.float64)
+    law = Diffusion(TableDenoiser(Absorbing(Rectified.full(), 2), joint), (2,), steps=16)
+    noise = torch.tensor([[0.8, 0.2], [0.3, 0.7]], dtype=torch.float64)
+
+    def model():
+        x = pyro.sample("x", law)
+        pyro.sample("y", Categorical(noise[x.long()]).to_event(1), obs=torch.tensor([1, 0]))
+
+    guide = guide_of("smc", model, num_particles=500)
+    if kind == "guidance":
+        guide = AutoGuidance(model, functools.partial(SampledGuidance, draws=16))
+    runs = [Predictive(model, guide=guide, num_samples=400, parallel=True)() for _ in range(4)]
+    x = torch.cat([run["x"] for run in runs])
+    assert x.shape == (1600, 2)
+    assert not x.is_floating_point()
+    if kind == "guidance":
+        log_weights, _ = check_evidence(model, kind, chain_joint(joint, noise).sum().log())
+        assert log_weights.isfinite().all()
+        return
+    posterior = chain_joint(joint, noise)
+    posterior = posterior / posterior.sum()
+    shares = (2 * x[:, 0] + x[:, 1]).bincount(minlength=4) / 1600
+    error = (posterior * (1 - posterior) * (1 / 1600 + 1 / 500)).sqrt().flatten()
+    assert ((shares - posterior.flatten()).abs() < 4.5 * error).all()
+
+
+def chain_joint(joint, noise):
+    """p(x, y) under the chain: pairs revealed in one step (one in 16) are drawn apart."""
+    apart = joint.sum(1, keepdim=True) * joint.sum(0)
+    return (joint + (apart - joint) / 16) * noise[:, 1, None] * noise[None, :, 0]
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -123,7 +123,8 @@ def sbc(
 
     It tests *independent* draws. Those of a Markov chain must be thinned (``thin``) until their effective
     sample size is about L, and draws that one run of SMC resampled share their ancestors: take many more
-    particles than draws. Otherwise the ends of the histogram rise though the posterior is right. A uniform
+    particles than draws, and draw by ``torch.multinomial``, as ``Particles.sample`` spreads its draws evenly.
+    Otherwise the ends of the histogram rise (or fall) though the posterior is right. A uniform
     rank is necessary, not sufficient: the prior passes where a quantity depends on the latents alone, so
     include one that reads the data (its log-likelihood, say).
 

@@ -1,5 +1,6 @@
 r"""Conditioning as if p(x_0 | x_t) were a normal: one mechanism, and the covariances of four methods."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -176,19 +177,45 @@ class PiGDM(GaussianConditioning):
 
     .. math:: \text{shift} = \frac{\sigma^2}{\alpha} J^T B^T S^{-1} r .
 
-    A point mass counts as the variance that unit-variance data have given x_t, the paper's
-    :math:`\sigma^2/(\alpha^2+\sigma^2)`. One walk back through the denoiser, whatever the observations.
-    Arguments, errors and log-twist: :class:`GaussianConditioning`.
+    With a ``data_variance`` :math:`s^2` V is that of normal data given x_t instead,
+    :math:`s^2\sigma^2/(\alpha^2 s^2 + \sigma^2)`, as it is with the paper's :math:`s^2 = 1` for a denoiser
+    that is a point mass. One walk back through the denoiser, whatever the observations. Other arguments,
+    errors and log-twist: :class:`GaussianConditioning`.
+
+    Args:
+        denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process.
+        likelihood: as there.
+        data_variance: of a coordinate of the data, > 0; None for the denoiser's own variance.
+        options: ``solver``, ``iterations`` and ``exact_gradient``.
+
+    Raises:
+        ValueError: if ``data_variance`` is not positive, and as there.
 
     References:
         Song et al., Pseudoinverse-guided diffusion models, ICLR 2023, equations 7 to 9.
     """
 
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        likelihood: Any,
+        *,
+        data_variance: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(denoiser, likelihood, **options)
+        if data_variance is not None and not 0 < data_variance < math.inf:
+            raise ValueError(
+                f"data_variance: got {data_variance}, expected a finite number > 0 or None"
+            )
+        self.data_variance = data_variance
+
     def covariance(self, at: LinearizedChain, level: Level, v: Tensor) -> Tensor:
-        """The denoiser's variance, coordinate by coordinate."""
-        if at.variance is None:
-            return v * (level.sigma**2 / (level.alpha**2 + level.sigma**2))
-        return v * at.variance
+        """A variance by coordinate: the denoiser's, or that of normal data."""
+        if self.data_variance is None and at.variance is not None:
+            return v * at.variance
+        s2 = 1.0 if self.data_variance is None else self.data_variance
+        return v * (s2 * level.sigma**2 / (s2 * level.alpha**2 + level.sigma**2))
 
     def shift(self, at: LinearizedChain, level: Level, solved: Solved) -> Tensor:
         """Through the denoiser."""

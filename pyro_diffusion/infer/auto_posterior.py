@@ -23,6 +23,7 @@ from pyro_diffusion.guidance.program_run import isolated
 from pyro_diffusion.guidance.program_sites import unwrap
 from pyro_diffusion.infer.posterior_law import PosteriorLaw
 from pyro_diffusion.infer.reparam import ChainReparam
+from pyro_diffusion.infer.twisted_smc import default_guidance
 from pyro_diffusion.samplers import Sampler
 
 __all__ = ["AutoPosterior", "as_chain"]
@@ -52,7 +53,8 @@ class AutoPosterior(AutoGuide):
 
     Args:
         model: a Pyro program with one diffusion site (or ``site``) and observed sites.
-        guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one.
+        guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one; what
+            suits the likelihood by default, as in :class:`~pyro_diffusion.infer.TwistedSMC`.
         site: name of the diffusion site; may be left out if there is one.
         times: the grid to walk; that of the model's ``Diffusion`` by default.
         create_plates: as in Pyro.
@@ -66,21 +68,21 @@ class AutoPosterior(AutoGuide):
     def __init__(
         self,
         model: Callable[..., Any],
-        guidance: Guidance,
+        guidance: Guidance | None = None,
         *,
         site: str | None = None,
         times: Tensor | None = None,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
-        if not callable(guidance):
+        if not (guidance is None or callable(guidance)):
             raise ValueError(
                 f"guidance: got {type(guidance).__name__}, expected guidance(denoiser, likelihood) such as "
                 "the class MMPS"
             )
         program, self._chained = _folded(model)
         # In tuples, so that neither becomes a submodule.
-        self._program, self._guidance = (program,), (guidance,)
+        self._program, self._guidance = (program,), (guidance or default_guidance,)
         self._site, self._times = site, times
         self._heard: dict[str, Tensor] = {}
 

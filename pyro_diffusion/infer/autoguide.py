@@ -36,7 +36,8 @@ class AutoGuidance(AutoPosterior):
 
     Args:
         model: a Pyro program with one diffusion site (or ``site``) and observed sites.
-        guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one.
+        guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one; what
+            suits the likelihood by default, as in :class:`~pyro_diffusion.infer.TwistedSMC`.
         site: name of the diffusion site; may be left out if there is one.
         times: the grid to walk; that of the model's ``Diffusion`` by default.
         sampler: how to walk it; that of the model's ``Diffusion`` by default.
@@ -66,7 +67,7 @@ class AutoGuidance(AutoPosterior):
     def __init__(
         self,
         model: Callable[..., Any],
-        guidance: Guidance,
+        guidance: Guidance | None = None,
         *,
         site: str | None = None,
         times: Tensor | None = None,
@@ -135,7 +136,8 @@ class AutoTwistedSMC(AutoPosterior):
 
     Args:
         model: a Pyro program with one diffusion site (or ``site``) and observed sites.
-        guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one.
+        guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one; what
+            suits the likelihood by default, as in :class:`~pyro_diffusion.infer.TwistedSMC`.
         num_particles: number of particles, >= 2.
         site: name of the diffusion site; may be left out if there is one.
         times: the grid to walk; that of the model's ``Diffusion`` by default.
@@ -152,7 +154,7 @@ class AutoTwistedSMC(AutoPosterior):
     def __init__(
         self,
         model: Callable[..., Any],
-        guidance: Guidance,
+        guidance: Guidance | None = None,
         num_particles: int = 1024,
         *,
         site: str | None = None,
