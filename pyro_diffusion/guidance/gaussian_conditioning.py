@@ -28,12 +28,10 @@ class Solved(NamedTuple):
     Attributes:
         pulled: B^T S^{-1} r, data space.
         image: V B^T S^{-1} r, data space.
-        log_evidence: -(r^T S^{-1} r + log det S) / 2, or None where S is not formed.
     """
 
     pulled: Tensor
     image: Tensor
-    log_evidence: Tensor | None
 
 
 class GaussianConditioning(GuidedDenoiser):
@@ -67,19 +65,21 @@ class GaussianConditioning(GuidedDenoiser):
     ``"gmres"`` take ``iterations`` products with S instead. log det S wants S itself, so :meth:`twisted` is
     always direct.
 
-    The shift above takes S for a constant of x_t, as the papers do. For priors of many modes S is not, and
-    ``exact_gradient=True`` gives Tweedie's shift for the whole log-twist,
-    :math:`(\sigma^2/\alpha) \nabla_{x_t} \log p(y|x_t)`, at about twice the cost of a read.
+    The shift above takes S for a constant of x_t, as the papers do. For a prior of many modes S is none, and
+    ``full_gradient=True`` follows the whole log-twist,
+    :math:`(\sigma^2/\alpha) \nabla_{x_t} \log p(y|x_t)`, at about twice the cost of a read. What that adds is
+    cut, datum by datum, at the length of the papers' shift and :math:`\sqrt d\,\sigma/\alpha` together:
+    between far modes the gradient of S can be steeper than any step.
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process.
         likelihood: a :class:`~pyro_diffusion.guidance.ProgramLikelihood` of Normal sites.
         solver: ``"direct"``, ``"cg"`` or ``"gmres"``; by default direct up to 64 residuals in a row, else cg.
         iterations: of a Krylov solver.
-        exact_gradient: whether the shift is the gradient of the whole log-twist (always direct).
+        full_gradient: whether the shift follows the whole log-twist (always direct).
 
     Raises:
-        ValueError: for a process that is not Gaussian, an unknown solver or iterations < 1, or an exact
+        ValueError: for a process that is not Gaussian, an unknown solver or iterations < 1, or a full
             gradient with a Krylov solver; when called, for
             observations that are not Normal or have no gradient.
     """
@@ -93,20 +93,20 @@ class GaussianConditioning(GuidedDenoiser):
         *,
         solver: str | None = None,
         iterations: int = 8,
-        exact_gradient: bool = False,
+        full_gradient: bool = False,
     ) -> None:
         check_gaussian(check_denoiser(denoiser))
         super().__init__(denoiser, likelihood)
         likelihood.check_gradient()
         if solver not in (None, "direct", *KRYLOV):
             raise ValueError(f"solver: got {solver!r}, expected 'direct', 'cg' or 'gmres'")
-        if exact_gradient and (solver in KRYLOV or not self.through):
+        if full_gradient and (solver in KRYLOV or not self.through):
             raise ValueError(
-                f"exact_gradient: got True for {type(self).__name__}, solver={solver!r}, expected a method "
+                f"full_gradient: got True for {type(self).__name__}, solver={solver!r}, expected a method "
                 "through the denoiser and solver='direct'"
             )
         self.solver, self.iterations = solver, check_positive_int("iterations", iterations)
-        self.exact_gradient = bool(exact_gradient)
+        self.full_gradient = bool(full_gradient)
 
     def covariance(self, at: LinearizedChain, level: Level, v: Tensor) -> Tensor:
         """V v in data space."""
@@ -123,26 +123,38 @@ class GaussianConditioning(GuidedDenoiser):
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
         """Prior, posterior and log-twist at x_t, detached (one network read; S is formed)."""
         at, level = self._linearized(xt, t, context)
-        if self.exact_gradient:
-            with torch.enable_grad():
-                log_twist = self._direct(at, level).log_evidence + at.log_normalizer
-            shift = level.sigma**2 / level.alpha * at.score(log_twist)
-            return Twisted(at.prior, moved(at.prior, shift), log_twist.detach())
-        solved = self._direct(at, level)
+        if self.full_gradient:
+            return self._full(at, level)
+        solved, log_twist = self._direct(at, level)
         with torch.no_grad():
-            log_twist = solved.log_evidence + at.log_normalizer
             return Twisted(at.prior, self.posterior(at, level, solved), log_twist)
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The posterior over x_0 given x_t and y, batch and event shape of xt, detached."""
-        if self.exact_gradient:
+        if self.full_gradient:
             return self.twisted(xt, t, **context).posterior
         at, level = self._linearized(xt, t, context)
         solver = self.solver or ("direct" if at.size <= MOST_DIRECT else "cg")
         direct = solver == "direct"
-        solved = self._direct(at, level) if direct else self._iterated(at, level, KRYLOV[solver])
+        solved = self._direct(at, level)[0] if direct else self._iterated(at, level, KRYLOV[solver])
         with torch.no_grad():
             return self.posterior(at, level, solved)
+
+    def _full(self, at: LinearizedChain, level: Level) -> Twisted:
+        """The shift by the whole gradient; what it adds to the papers' is limited row by row."""
+        with torch.enable_grad():
+            solved, log_twist = self._direct(at, level)
+        partial = self.shift(at, level, solved).detach()
+        shift = level.sigma**2 / level.alpha * at.score(log_twist)
+        with torch.no_grad():
+            added, kept = (at.per_row(v) for v in (shift - partial, partial))
+            noise = (level.sigma / level.alpha).square().expand_as(shift)
+            limit = kept.norm(dim=-1) + at.per_row(noise).sum(-1).sqrt()
+            factor = (limit / added.norm(dim=-1).clamp(min=torch.finfo(added.dtype).tiny)).clamp(
+                max=1
+            )
+            limited = (factor.unsqueeze(-1) * added).reshape(shift.shape)
+            return Twisted(at.prior, moved(at.prior, partial + limited), log_twist.detach())
 
     def _linearized(
         self, xt: Tensor, t: Tensor | Level, context: dict[str, Tensor]
@@ -151,15 +163,17 @@ class GaussianConditioning(GuidedDenoiser):
         at = LinearizedChain(
             *(self.denoiser, self.likelihood, xt, level, context),
             through=self.through,
-            graph=self.exact_gradient,
+            graph=self.full_gradient,
         )
         return at, level
 
-    def _direct(self, at: LinearizedChain, level: Level) -> Solved:
+    def _direct(self, at: LinearizedChain, level: Level) -> tuple[Solved, Tensor]:
+        """The system solved, and the log-twist."""
         rows = at.rows()
         images = torch.stack([self.covariance(at, level, row) for row in rows])
         u, log_evidence = solve(at.flat(images) @ at.flat(rows).mT, at.residual)
-        return Solved(at.combined(rows, u), at.combined(images, u), log_evidence)
+        solved = Solved(at.combined(rows, u), at.combined(images, u))
+        return solved, log_evidence + at.log_normalizer
 
     def _iterated(self, at: LinearizedChain, level: Level, solver: Callable[..., Any]) -> Solved:
         def apply(p: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -169,7 +183,7 @@ class GaussianConditioning(GuidedDenoiser):
             return p + at.push(image), (pulled.reshape(*lead, -1), image.reshape(*lead, -1))
 
         pulled, image = solver(apply, at.residual, self.iterations).images
-        return Solved(pulled.reshape(at.mean.shape), image.reshape(at.mean.shape), None)
+        return Solved(pulled.reshape(at.mean.shape), image.reshape(at.mean.shape))
 
 
 class PiGDM(GaussianConditioning):
@@ -186,7 +200,7 @@ class PiGDM(GaussianConditioning):
         denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process.
         likelihood: as there.
         data_variance: of a coordinate of the data, > 0; None for the denoiser's own variance.
-        options: ``solver``, ``iterations`` and ``exact_gradient``.
+        options: ``solver``, ``iterations`` and ``full_gradient``.
 
     Raises:
         ValueError: if ``data_variance`` is not positive, and as there.
@@ -266,15 +280,16 @@ class TMPD(MMPS):
         Boys et al., arXiv 2310.06721, section 3 (the row sums here are of the whitened system).
     """
 
-    def _direct(self, at: LinearizedChain, level: Level) -> Solved:
+    def _direct(self, at: LinearizedChain, level: Level) -> tuple[Solved, Tensor]:
         ones = torch.ones_like(at.residual)
         row_sums = 1 + at.push(self.covariance(at, level, at.pull(ones))).clamp(min=0)
         pulled = at.pull(at.residual / row_sums)
         log_evidence = -0.5 * (at.residual.square() / row_sums + row_sums.log()).sum(-1)
-        return Solved(pulled, self.covariance(at, level, pulled), log_evidence)
+        solved = Solved(pulled, self.covariance(at, level, pulled))
+        return solved, log_evidence + at.log_normalizer
 
     def _iterated(self, at: LinearizedChain, level: Level, solver: Callable[..., Any]) -> Solved:
-        return self._direct(at, level)
+        return self._direct(at, level)[0]
 
 
 class DiffPIR(GaussianConditioning):

@@ -90,6 +90,10 @@ class LinearizedProgram:
         lead = self.residual.shape[:-1]
         return rows.reshape(self.size, *lead, -1).movedim(0, -2)
 
+    def per_row(self, v: Tensor) -> Tensor:
+        """Data space as one vector for each row, rows + (n,)."""
+        return v.reshape(*self.residual.shape[:-1], -1)
+
     def combined(self, rows: Tensor, u: Tensor) -> Tensor:
         """Sum of (m,) + data space under weights of residual space."""
         return (u.unsqueeze(-2) @ self.flat(rows)).reshape(self.mean.shape)
