@@ -3,6 +3,8 @@
 import math
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
@@ -25,7 +27,17 @@ from pyro_diffusion.distributions import (
     NormalDecoder,
     QuantizedDecoder,
 )
-from pyro_diffusion.infer import DDPM
+from pyro_diffusion.guidance import (
+    DAPS,
+    MMPS,
+    TMPD,
+    DiffPIR,
+    PiGDM,
+    PlugIn,
+    ProgramLikelihood,
+    SampledGuidance,
+)
+from pyro_diffusion.infer import DDPM, TwistedSMC
 from pyro_diffusion.processes import Absorbing, CategoricalProcess, GaussianProcess, Uniform
 from pyro_diffusion.samplers import DDIM
 from pyro_diffusion.schedules import (
@@ -45,6 +57,7 @@ from tests.laws import Tiny, conditional
 
 NAN, INF = math.nan, math.inf
 PROCESS = GaussianProcess(Cosine())
+SEEN = torch.ones(3)
 MASKING = Absorbing(Rectified.full(), 3)
 
 
@@ -79,6 +92,42 @@ def symbols(**arguments) -> Diffusion:
 
 def counts() -> Diffusion:
     return gaussian(decoder=QuantizedDecoder(5))
+
+
+def mixture(event: int = 3) -> MixtureDenoiser:
+    return MixtureDenoiser(PROCESS, torch.ones(1), torch.zeros(1, event), 1.0)
+
+
+def read(law: dist.Distribution | None = None, sites: int = 1, **arguments) -> ProgramLikelihood:
+    """The likelihood of a program of diffusion sites; a Normal reading of them unless there is a law."""
+    prior = Diffusion(mixture(), (3,), steps=2)
+
+    def model(obs=None):
+        x = [pyro.sample(f"x_{i}", prior, obs=obs) for i in range(sites)]
+        total = sum(x, torch.zeros(3))
+        pyro.sample("y", law(total) if law else dist.Normal(total, 1.0).to_event(1), obs=SEEN)
+
+    return ProgramLikelihood(model, **arguments)
+
+
+def rounded(x: torch.Tensor) -> dist.Distribution:
+    return dist.Normal(x.round(), 1.0).to_event(1)
+
+
+def rates(x: torch.Tensor) -> dist.Distribution:
+    return dist.Poisson(x.exp()).to_event(1)
+
+
+def gammas(x: torch.Tensor) -> dist.Distribution:
+    return dist.Gamma(2.0, x.exp()).to_event(1)
+
+
+def never(x: torch.Tensor) -> dist.Distribution:
+    return dist.Uniform(x.abs() + 2, x.abs() + 3, validate_args=False).to_event(1)
+
+
+def particles(likelihood: ProgramLikelihood, guidance=None, **arguments) -> TwistedSMC:
+    return TwistedSMC(Diffusion(mixture(), (3,), steps=2), likelihood, guidance, **arguments)
 
 
 def at(index: int, bad: float) -> torch.Tensor:
@@ -302,6 +351,77 @@ TABLE = {
     "chain of nan": (
         lambda: DDPM(gaussian().denoiser, (3,), 2).guide(at(0, NAN)),
         "value: got 1 NaN",
+    ),
+    # a likelihood out of a program
+    "no diffusion site": (
+        lambda: read(sites=0),
+        "model: got no diffusion site, expected .*Diffusion",
+    ),
+    "several diffusion sites": (
+        lambda: read(sites=2),
+        "site: got None and several diffusion sites, x_0, x_1; expected the name of one",
+    ),
+    "another of several": (lambda: read(sites=2, site="x_0"), "latents: got no value for x_1"),
+    "unknown site": (lambda: read(site="z"), "site: got 'z', expected a sample site .*x_0, y"),
+    "site of another law": (lambda: read(site="y"), "site: got 'y', which is observed"),
+    "observed diffusion site": (
+        lambda: read(kwargs={"obs": SEEN}),
+        "model: got no diffusion site that is not observed .*x_0",
+    ),
+    "observed and named": (
+        lambda: read(kwargs={"obs": SEEN}, site="x_0"),
+        "site: got 'x_0', which is observed.*take its `obs` away",
+    ),
+    "nothing observed": (
+        lambda: ProgramLikelihood(lambda: pyro.sample("x", gaussian())),
+        "model: got no observed site and no factor.*obs=",
+    ),
+    "observations of nan": (
+        lambda: ProgramLikelihood(
+            lambda: pyro.sample(
+                "y", dist.Normal(pyro.sample("x", gaussian()), 1), obs=at(0, NAN)[1]
+            )
+        ),
+        "site 'y': got 1 NaN",
+    ),
+    "program for a likelihood": (lambda: ProgramLikelihood(None), "model: got NoneType"),
+    "residuals": (lambda: read(residuals="pearson"), "residuals: got 'pearson', expected 'normal'"),
+    # guidance
+    **{
+        f"rounded data under {guidance.__name__}": (
+            lambda guidance=guidance: guidance(mixture(), read(rounded)),
+            "likelihood: got no gradient in x_0 at site 'y'.*twisted SMC",
+        )
+        for guidance in (PlugIn, MMPS, PiGDM, TMPD, DiffPIR)
+    },
+    "rounded data under DAPS": (lambda: DAPS(read(rounded)), "likelihood: got no gradient in x_0"),
+    **{
+        f"counts under {guidance.__name__}": (
+            lambda guidance=guidance: guidance(mixture(), read(rates))(SEEN, torch.tensor(0.5)),
+            r"site 'y' with a Poisson, expected a Normal.*residuals=\"deviance\".*PlugIn.*TwistedSMC",
+        )
+        for guidance in (MMPS, PiGDM, TMPD, DiffPIR)
+    },
+    "no deviance": (
+        lambda: MMPS(mixture(), read(gammas, residuals="deviance"))(SEEN, torch.tensor(0.5)),
+        "site 'y' with a Gamma, expected a Normal.*discrete law.*PlugIn.*TwistedSMC",
+    ),
+    "network for a guided denoiser": (lambda: PlugIn(Tiny((3,)), read()), "denoiser: got Tiny"),
+    "solver by another name": (lambda: MMPS(mixture(), read(), solver="lu"), "solver: got 'lu'"),
+    "no iterations": (lambda: MMPS(mixture(), read(), iterations=0), "iterations: got 0"),
+    "negative scale": (lambda: PlugIn(mixture(), read(), scale=-1.0), "scale: got -1.0"),
+    # particles
+    "one particle": (lambda: particles(read(), num_particles=1), "num_particles: got 1, .*>= 2"),
+    "no particle": (lambda: particles(read(), num_particles=0), "num_particles: got 0, .*>= 2"),
+    "half a particle": (lambda: particles(read(), num_particles=2.5), "num_particles: got 2.5"),
+    "threshold": (lambda: particles(read(), ess_threshold=0.0), "ess_threshold: got 0.0"),
+    "all weights zero": (
+        lambda: particles(read(never), SampledGuidance, num_particles=4).run(),
+        "likelihood: got none that is positive .*4 particles.*more noise, use more particles",
+    ),
+    "guidance that is none": (
+        lambda: particles(read(), lambda denoiser, _: denoiser),
+        "guidance: got a factory of MixtureDenoiser",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The programs printed in the README and in the first page of the documentation run as they stand."""
+"""The programs printed in the README and in the documentation run as they stand, but for fewer iterations."""
 
 import re
 from pathlib import Path
@@ -10,14 +10,57 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/getting_started.md"])
-def test_the_first_program_of_a_page_trains_and_samples(page: str) -> None:
-    program = re.search(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    assert program is not None
-    source, shortened = re.subn(r"range\(2000\)", "range(3)", program[1])
-    assert shortened == 1
+def programs(page: str) -> list[str]:
+    """The Python blocks of a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def run(page: str, shorter: dict[str, str]) -> dict:
+    """All blocks of a page, one after another, with some iterations left out."""
+    source = "\n".join(programs(page))
+    for pattern, replacement in shorter.items():
+        source, found = re.subn(pattern, replacement, source)
+        assert found == 1, f"{pattern}: {found} times on {page}"
     namespace: dict[str, object] = {}
     exec(source, namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/getting_started.md"])
+def test_the_programs_of_a_first_page_train_and_sample(page: str) -> None:
+    namespace = run(page, {r"range\(2000\)": "range(3)"})
     assert namespace["samples"].shape == (500, 2)
     assert bool(torch.isfinite(namespace["samples"]).all())
     assert any(name.startswith("denoiser") for name in list(pyro.get_param_store()))
+    if page == "README.md":
+        assert namespace["posterior"].shape == (500, 2)
+
+
+def test_the_tutorial_on_conditioning_runs_and_finds_what_it_says() -> None:
+    shorter = {
+        r"range\(100\)": "range(2)",
+        r"simulations=100": "simulations=10",
+        r"losses\[-50:\]": "losses",
+    }
+    page = run("docs/tutorial_conditioning.md", shorter)
+    exact = page["log_joint"](0.8)
+    # Seven standard errors of a share of a thousand draws by weight, and what fifty steps leave.
+    assert abs(page["shares"](page["x"]) - exact.softmax(0)).max() < 0.12
+    evidence = page["particles"].log_evidence
+    assert abs(evidence.value - exact.logsumexp(0)) < 6 * evidence.standard_error + 0.06
+    guided = page["shares"](page["guided"](page["y"])["x"])  # MMPS, the last one
+    assert abs(guided - exact.softmax(0)).max() > 0.15
+
+
+def test_the_page_on_conditioning_runs() -> None:
+    shorter = {
+        r"range\(1000\)": "range(2)",
+        r"num_samples=500, warmup_steps=200": "num_samples=3, warmup_steps=2",
+    }
+    page = run("docs/condition_anything.md", shorter)
+    assert page["draws"].shape == (100, 2)
+    assert page["samples"].shape == (100, 2)
+    assert bool(torch.isfinite(page["samples"]).all())
+    assert page["evidence"].standard_error > 0
+    assert page["run"].ess.min() > 1
+    assert page["mcmc"].get_samples()["x_base"].shape == (3, 2)

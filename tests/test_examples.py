@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+# What stands on the digits model trains a small one, inside its own folder.
+PRIOR = "--prior prior --prior-settings='--steps 3 --batch 8 --width 8'"
 TINY = {
     "digits": "--steps 3 --batch 8 --width 8 --chain 6 --draws 2 --weighted-images 2"
     " --weighted-steps 3 --weighted-samples 2 --samples 4",
@@ -19,6 +22,14 @@ TINY = {
     " --check-every 2 --samples 4",
     "text": "--steps 3 --batch 4 --width 8 --depth 1 --chain 6 --draws 2 --check-every 3"
     " --sample-steps 2 --characters 40",
+    "restoration": f"{PRIOR} --images 2 --steps 3 --particles 3 --draws 2 --shown 2",
+    "counts": f"{PRIOR} --images 2 --steps 3 --particles 3 --shown 2",
+    "noise_scale": f"{PRIOR} --steps 3 --grid 3 --particles 3 --svi-steps 4 --guide-particles 2 --sweeps 2"
+    " --warmup 1 --gibbs-particles 2",
+    "conditional_digits": "--steps 3 --classifier-steps 3 --batch 8 --width 8 --chain 3 --samples 2"
+    " --scales 1 2",
+    "model_comparison": "--prior prior --prior-settings='--steps 3 --classifier-steps 3 --batch 8 --width 8'"
+    " --images 2 --chain 3 --particles 2",
 }
 # Warnings are errors there too, but for the one by which ArviZ 0.23 announces its 1.x series.
 STRICT = ["-W", "error", "-W", "ignore::FutureWarning:arviz"]
@@ -26,10 +37,10 @@ STRICT = ["-W", "error", "-W", "ignore::FutureWarning:arviz"]
 
 def run(name: str, out: Path, *more: str) -> dict:
     """Start the script as a user would; returns its metrics.json."""
-    command = [sys.executable, *STRICT, str(EXAMPLES / f"{name}.py"), *TINY[name].split(), *more]
+    command = [sys.executable, *STRICT, str(EXAMPLES / f"{name}.py"), *shlex.split(TINY[name])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     done = subprocess.run(
-        [*command, "--no-progress", "--out", str(out)],
+        [*command, *more, "--no-progress", "--out", str(out)],
         env=environment,
         cwd=out,
         capture_output=True,

@@ -39,6 +39,8 @@ METHODS = {
     "PiGDM cg": functools.partial(PiGDM, solver="cg", iterations=2),
     "TMPD": TMPD,
     "DiffPIR": DiffPIR,
+    "MMPS full": functools.partial(MMPS, full_gradient=True),
+    "PiGDM full": functools.partial(PiGDM, full_gradient=True),
     "plug-in": PlugIn,
 }
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -231,7 +233,7 @@ def test_plug_in_takes_any_likelihood():
     likelihood = ProgramLikelihood(model)
     law = Diffusion(PlugIn(denoiser, likelihood), (2,), steps=5)
     assert torch.isfinite(law.sample((4,))).all()
-    with pytest.raises(ValueError, match=r"counts.*Normal.*plug-in"):
+    with pytest.raises(ValueError, match=r"counts.*Normal.*deviance.*PlugIn"):
         MMPS(denoiser, likelihood)(torch.zeros(2, dtype=F64), TIME)
 
 
@@ -391,6 +393,13 @@ def test_bad_jacobian_cannot_enlarge_the_residual():
     assert_close(found.log_twist, log_normalizer - 0.5 * r.square().sum(-1))
 
 
+def test_small_eigenvalues_hide_behind_fair_pivots():
+    """S = [[1, 10], [10, 101]] has pivots 1 and 1, and an eigenvalue of 0.0098."""
+    gap = torch.tensor([[0.0, 10.0], [10.0, 100.0]], dtype=F64)
+    u, _ = solve(gap.repeat(2, 1, 1), torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=F64))
+    assert (u.norm(dim=-1) <= 1 + 1e-9).all()
+
+
 def test_rows_that_are_not_finite_stay_alone():
     gap, r = torch.eye(2, dtype=F64).repeat(3, 1, 1), torch.ones(3, 2, dtype=F64)
     gap[1, 0, 1] = torch.inf
@@ -400,6 +409,68 @@ def test_rows_that_are_not_finite_stay_alone():
 
 
 # At the door.
+
+
+@pytest.mark.parametrize("method", [MMPS, PiGDM, TMPD])
+def test_full_gradient_is_that_of_the_log_twist(method):
+    """Against central differences of the log-twist, under a mixture and a program that bends."""
+    denoiser = mixture(LogLinear(10.0, -10.0))
+    guided = method(denoiser, curved(denoiser, 2), full_gradient=True)
+    level = guided.process.level(TIME)
+    x = torch.tensor([[0.3, -0.4], [-0.8, 0.9], [0.1, 0.2]], dtype=F64)
+    found = guided.twisted(x, TIME)
+    slopes = []
+    for step in 1e-5 * torch.eye(2, dtype=F64):
+        up, down = (guided.twisted(x + sign * step, TIME).log_twist for sign in (1, -1))
+        slopes.append((up - down) / 2e-5)
+    shift = level.sigma**2 / level.alpha * torch.stack(slopes, -1)
+    assert_close(found.posterior.mean - found.prior.mean, shift, rtol=1e-5, atol=1e-7)
+    assert_close(found.log_twist, method(denoiser, guided.likelihood).twisted(x, TIME).log_twist)
+    assert_close(guided(x, TIME).mean, found.posterior.mean)
+
+
+def test_full_gradient_of_a_normal_prior_is_the_papers():
+    mean, covariance, reading = problem(5, 3)
+    denoiser = NormalDenoiser(mean, covariance)
+    x = torch.randn(7, 5, dtype=F64)
+    likelihood = reading.likelihood(denoiser)
+    plain, full = (MMPS(denoiser, likelihood, full_gradient=f)(x, TIME) for f in (False, True))
+    assert_close(full.mean, plain.mean)
+
+
+def test_what_the_full_gradient_adds_is_limited():
+    """Far modes, a sharp reading and a state between them: the gradient of S alone would throw it away."""
+    schedule = LogLinear(10.0, -10.0)
+    means = torch.tensor([[-40.0], [0.0], [41.0]], dtype=F64)
+    denoiser = MixtureDenoiser(
+        GaussianProcess(schedule), torch.ones(3, dtype=F64), means, torch.tensor(1e-4, dtype=F64)
+    )
+    reading = Reading(torch.ones(1, 1, dtype=F64), torch.tensor([41.0], dtype=F64), 1e-2)
+    likelihood, time = reading.likelihood(denoiser), torch.tensor(0.85, dtype=F64)
+    level = denoiser.process.level(time)
+    x = torch.linspace(-50, 50, 801, dtype=F64).unsqueeze(-1) * level.alpha
+    plain, full = (MMPS(denoiser, likelihood, full_gradient=f)(x, time) for f in (False, True))
+    kept = (plain.mean - denoiser(x, time).mean).abs()
+    added = (full.mean - plain.mean).abs()
+    limit = kept + level.sigma / level.alpha
+    assert (added <= limit * (1 + 1e-9)).all()
+    assert (added > 0.999 * limit).any()
+
+
+def test_data_variance_stands_in_for_the_denoisers():
+    mean, _, reading = problem(5, 3)
+    denoiser = isotropic(mean, 0.7)
+    likelihood, x = reading.likelihood(denoiser), torch.randn(7, 5, dtype=F64)
+    own = PiGDM(denoiser, likelihood).twisted(x, TIME)
+    same = PiGDM(denoiser, likelihood, data_variance=0.7).twisted(x, TIME)
+    assert_close(same.posterior.mean, own.posterior.mean)
+    assert_close(same.log_twist, own.log_twist)
+    other = PiGDM(denoiser, likelihood, data_variance=2.0).twisted(x, TIME)
+    assert (other.log_twist - own.log_twist).abs().min() > 1e-3
+    with pytest.raises(ValueError, match="data_variance: got -1"):
+        PiGDM(denoiser, likelihood, data_variance=-1.0)
+    with pytest.raises(ValueError, match="full_gradient: got True for MMPS, solver='cg'"):
+        MMPS(denoiser, likelihood, solver="cg", full_gradient=True)
 
 
 def test_bad_arguments():

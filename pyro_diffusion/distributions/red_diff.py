@@ -27,7 +27,9 @@ class RedDiff(Objective):
 
     in expectation, the network left out of differentiation. The value reported is
     :math:`\tfrac12 w \|\hat\epsilon - \epsilon\|^2`, averaged likewise; it is no bound, and not what is
-    descended. The network is not trained.
+    descended. The network is not trained. The site adds the chain's own
+    :math:`KL(q(x_{t_K}|x_0) \| p(x_{t_K}))`, whose gradient is about :math:`\alpha_K^2 x_0`: nothing, on a
+    grid that ends in noise.
 
     The default :math:`w = \text{weight}\cdot\sigma/\alpha`, the paper's, makes the gradient
     :math:`\text{weight}\cdot(x_0 - \hat x_0)`. With weight 2 and a grid even in log-SNR between

@@ -229,6 +229,7 @@ def _ranks(
     values = latents if quantities is None else {k: f(sites) for k, f in quantities.items()}
     ranks: dict[str, Tensor] = {}
     for name, value in values.items():
+        check_finite(f"quantities[{name!r}]", value.detach())
         rows = value.detach().reshape(size, -1)
         smaller, equal = ((rows[1:] < rows[0]).sum(0), (rows[1:] == rows[0]).sum(0))
         rank = smaller + (torch.rand(equal.shape, device=equal.device) * (equal + 1)).long()

@@ -8,6 +8,7 @@ from pyro_diffusion.guidance.classifier import (
 )
 from pyro_diffusion.guidance.classifier_free import ClassifierFreeGuidance
 from pyro_diffusion.guidance.daps import DAPS, DAPSCoefficients
+from pyro_diffusion.guidance.deviance import deviance_residual
 from pyro_diffusion.guidance.gaussian_conditioning import (
     MMPS,
     TMPD,
@@ -48,5 +49,6 @@ __all__ = [
     "Twisted",
     "Whitened",
     "conjugate_gradients",
+    "deviance_residual",
     "gmres",
 ]

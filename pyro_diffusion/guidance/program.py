@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_diffusion.guidance.program_run import Message, collapse, log_density, observed
 from pyro_diffusion.guidance.program_sites import first_run
 from pyro_diffusion.guidance.program_trials import choose_way, look, trials
-from pyro_diffusion.guidance.whitening import whitened
+from pyro_diffusion.guidance.whitening import RESIDUALS, whitened
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.validation import check_event_shape
 
@@ -20,7 +20,7 @@ __all__ = ["ProgramLikelihood", "Whitened"]
 
 
 class Whitened(NamedTuple):
-    """A Normal likelihood: log p(y | x_0) = -\\|residual\\|^2 / 2 + log_normalizer.
+    """A likelihood as a sum of squares: log p(y | x_0) = -\\|residual\\|^2 / 2 + log_normalizer.
 
     Attributes:
         residual: sample + batch + (m,).
@@ -58,6 +58,9 @@ class ProgramLikelihood:
             and what ``obs_mask`` leaves out), which are held at some value. Dimensions beyond the site's own,
             on the left, broadcast against the sample dimensions of x_0: each particle may have its own noise
             scale.
+        residuals: ``"normal"`` for those of Normal sites only; ``"deviance"`` for signed deviance residuals
+            of other sites (:func:`~pyro_diffusion.guidance.deviance_residual`), which are no linear
+            function of x_0 but make the same sum of squares. ``log_prob`` is the same for both.
 
     Attributes:
         site: name of the diffusion site.
@@ -71,7 +74,7 @@ class ProgramLikelihood:
     Raises:
         ValueError: for no diffusion site, several and none named, a named site that is no diffusion or is
             observed; a latent without a value; a subsampled plate; nothing observed, or values that are not
-            finite; a program that cannot be run on a batch in either way.
+            finite; a program that cannot be run on a batch in either way; unknown ``residuals``.
 
     Example:
         >>> import pyro.distributions as dist
@@ -98,7 +101,9 @@ class ProgramLikelihood:
         *,
         site: str | None = None,
         latents: dict[str, Tensor] | None = None,
+        residuals: str = "normal",
     ) -> None:
+        self._residuals = _check_residuals(residuals)
         if not callable(model):
             raise ValueError(f"model: got {type(model).__name__}, expected a Pyro program")
         if not isinstance(args, tuple | list):
@@ -136,7 +141,7 @@ class ProgramLikelihood:
         return self._read(x0, self._log_prob)[0]
 
     def whitened(self, x0: Tensor) -> Whitened:
-        """Residual and log-normalizer of a Normal likelihood, from one run.
+        """Residual and log-normalizer, from one run, in the dtype of x_0.
 
         Observed sites that do not depend on x_0 are left out of the residual, whatever their law.
 
@@ -144,27 +149,25 @@ class ProgramLikelihood:
             x0: sample + batch + event.
 
         Raises:
-            ValueError: if an observed site that depends on x_0 is not Normal.
+            ValueError: if an observed site that depends on x_0 is not Normal; with
+                ``residuals="deviance"``, if it is no location family and not discrete.
         """
-        if self._look.not_normal:
-            name, law = self._look.not_normal
-            raise ValueError(
-                f"likelihood: got site {name!r} with a {law}, expected a Normal or MultivariateNormal "
-                "(for any other likelihood use plug-in guidance or twisted SMC)"
-            )
-        return Whitened(*self._read(x0, self._whitened))
+        if self._residuals in self._look.unfit:
+            raise ValueError(self._refusal())
+        # Observations may be finer than the prior: walks back are in the prior's dtype.
+        return Whitened(*(v.to(x0.dtype) for v in self._read(x0, self._whitened)))
 
     def residual(self, x0: Tensor) -> Tensor:
         r"""Whitened residual :math:`L^{-1}(y - E[y | x_0])` of all Normal sites, sample + batch + (m,).
 
         Flattened and concatenated over sites; masked entries are 0, a scale multiplies by its root.
-        Differentiable.
+        Differentiable. Other sites have their signed deviance residuals if they were asked for.
 
         Args:
             x0: sample + batch + event.
 
         Raises:
-            ValueError: if an observed site that depends on x_0 is not Normal.
+            ValueError: as :meth:`whitened`.
         """
         return self.whitened(x0).residual
 
@@ -175,9 +178,25 @@ class ProgramLikelihood:
             x0: sample + batch + event.
 
         Raises:
-            ValueError: if an observed site that depends on x_0 is not Normal.
+            ValueError: as :meth:`whitened`.
         """
         return self.whitened(x0).log_normalizer
+
+    def with_residuals(self, residuals: str) -> Self:
+        """The same likelihood with residuals of another kind, unchecked and cheap.
+
+        Linearizing deviance residuals makes Gaussian guidance (MMPS, PiGDM, TMPD, DiffPIR) a generalized
+        Gauss-Newton approximation for likelihoods that are not Normal. Twisted SMC corrects it.
+
+        Args:
+            residuals: ``"normal"`` or ``"deviance"``.
+
+        Raises:
+            ValueError: for another kind.
+        """
+        new = copy.copy(self)
+        new._residuals = _check_residuals(residuals)
+        return new
 
     def site_value(self, x0: Tensor) -> Tensor:
         """x_0 as the value of the site: through its transforms.
@@ -206,12 +225,28 @@ class ProgramLikelihood:
                 f"likelihood: got no gradient in x_0 at site {', '.join(map(repr, self._look.rigid))}, {way}"
             )
 
+    def _refusal(self) -> str:
+        """Why there is no residual, and what does without."""
+        name, law = self._look.unfit[self._residuals]
+        expected = "a Normal or MultivariateNormal"
+        if self._residuals == "deviance":
+            expected += ", a location family (StudentT, Laplace, Logistic, ...) or a discrete law"
+        gauss_newton = (
+            'residuals="deviance" for a Gauss-Newton approximation, or '
+            if "deviance" not in self._look.unfit
+            else ""
+        )
+        return (
+            f"likelihood: got site {name!r} with a {law}, expected {expected} (use {gauss_newton}PlugIn "
+            "guidance or TwistedSMC, which take any likelihood)"
+        )
+
     def _try(self) -> None:
         """Trial runs: what depends on x_0, and how a batch of them, or of latents too, is to be run."""
         draws = trials(self.prior)
         latents = {k: v[(0,) * (v.dim() - self._dims[k][1])] for k, v in self.latents.items()}
         self._look = look(lambda x0: self._observed(x0, latents), draws)
-        index = torch.arange(self._look.count) % len(draws)
+        index = torch.arange(self._look.batch) % len(draws)
         single = self.with_latents(latents)
         expected = torch.stack([single.log_prob(x0) for x0 in draws]).detach()[index]
         self._vectorized = {}
@@ -234,7 +269,8 @@ class ProgramLikelihood:
     def _whitened(self, sites: list[Message], lead: int) -> tuple[Tensor, ...]:
         residuals, parts = [], []
         for site in sites:
-            normal = whitened(site) if site["name"] in self._look.dependent else None
+            dependent = site["name"] in self._look.dependent
+            normal = whitened(site, self._residuals) if dependent else None
             if normal is None:
                 parts.append(self._collapse(log_density(site), lead).sum(-1))
                 continue
@@ -289,6 +325,12 @@ class ProgramLikelihood:
         value = _pad(self.site_value(x0), self._nesting - self._site.batch_dims)
         padded = {k: _pad(v, self._nesting - self._dims[k][0]) for k, v in many.items()}
         return observed(self._run, {self.site: value, **self._idle, **one, **padded})
+
+
+def _check_residuals(residuals: str) -> str:
+    if residuals not in RESIDUALS:
+        raise ValueError(f"residuals: got {residuals!r}, expected 'normal' or 'deviance'")
+    return residuals
 
 
 def _pad(x: Tensor, extra: int) -> Tensor:

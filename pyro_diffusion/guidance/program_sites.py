@@ -1,7 +1,8 @@
 """Where a Pyro program has its diffusion site, and whether its likelihood can be read."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 from pyro import poutine
@@ -62,6 +63,9 @@ def unwrap(fn: Any) -> tuple[DenoisedDistribution, tuple[Any, ...]] | None:
     return fn, transforms
 
 
+REDRAWS = 5  # of latents that seem to matter to no observation
+
+
 class _FirstRun(Messenger):
     """Gives every diffusion a trial value, so that nothing is sampled from one, and latents theirs."""
 
@@ -74,6 +78,7 @@ class _FirstRun(Messenger):
         super().__init__()
         self.trial, self.latents, self.named = trial, latents, named
         self.sites: dict[str, DiffusionSite] = {}
+        self.trials: list[Tensor] = []
         self.dims: dict[str, tuple[int, int]] = {}
         self.drawn: dict[str, Tensor] = {}
 
@@ -92,7 +97,8 @@ class _FirstRun(Messenger):
             plates = {f.name: f.dim for f in frames}
             site = DiffusionSite(name, *found, len(fn.batch_shape), plates)
             self.sites[name] = site
-            msg["value"] = site.value(self.trial(site.law))
+            self.trials.append(self.trial(site.law))
+            msg["value"] = site.value(self.trials[-1])
         else:
             value = fn(*msg["args"], **msg["kwargs"]).detach()
             msg["value"] = value.requires_grad_() if value.is_floating_point() else value
@@ -132,17 +138,7 @@ def first_run(
             non-finite observations.
     """
     run = _FirstRun(trial, latents, named)
-    with isolated(), torch.inference_mode(False), torch.enable_grad(), poutine.trace() as tracer:
-        try:
-            run(program)()
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(
-                "model: failed with x_0 drawn from N(0, I), expected a program that runs for any real x_0 "
-                f"(clamp what must be positive, or transform the site): {error}"
-            ) from error
-    nodes: dict[str, Message] = {
-        name: node for name, node in tracer.trace.nodes.items() if node["type"] == "sample"
-    }
+    nodes = _traced(run, program)
     site = _choose(nodes, run.sites, named)
     _check_names(nodes, site, latents)
     reads = observations(nodes, latents)
@@ -162,7 +158,15 @@ def first_run(
         _check_exact(node)
         if torch.is_tensor(node["value"]):
             check_finite(f"site {node['name']!r}", node["value"])
-    idle = _idle(reads, run.drawn)
+    idle = _idle(reads, run.drawn, [nodes[site.name]["value"], *_tensors(site.law)])
+    for _ in range(REDRAWS if idle else 0):
+        # What no gradient shows, a comparison or a rounding: the same x_0 with other values of them.
+        kept = iter(run.trials)
+        again = _FirstRun(functools.partial(_next, kept), latents, named)
+        others = observations(_traced(again, program), latents)
+        if not torch.equal(_total(reads).detach(), _total(others).detach()):
+            idle = {}
+            break
     _check_given(nodes, site, {*latents, *idle})
     batch = site.law.batch_shape
     nesting = max([site.batch_dims, *(-f.dim for f in frames if f.dim is not None)])
@@ -215,10 +219,39 @@ def _check_names(
             )
 
 
-def _idle(reads: list[Message], drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Latents that no observation depends on: predictions, and what `obs_mask` leaves out."""
+def _next(values: Iterator[Tensor], law: DenoisedDistribution) -> Tensor:
+    del law
+    return next(values)
+
+
+def _traced(run: _FirstRun, program: Callable[[], Any]) -> dict[str, Message]:
+    """The sample sites of a run."""
+    with isolated(), torch.inference_mode(False), torch.enable_grad(), poutine.trace() as tracer:
+        try:
+            run(program)()
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                "model: failed with x_0 drawn from N(0, I), expected a program that runs for any real x_0 "
+                f"(clamp what must be positive, or transform the site): {error}"
+            ) from error
+    traced: Any = tracer.trace.nodes
+    return {k: node for k, node in traced.items() if node["type"] == "sample"}
+
+
+def _total(reads: list[Message]) -> Tensor:
     parts = [log_density(node).sum() for node in reads]
-    total = sum(parts[1:], parts[0])
+    return sum(parts[1:], parts[0])
+
+
+def _tensors(law: DenoisedDistribution) -> list[Tensor]:
+    """What the prior itself is made of."""
+    return [*law.context.values(), *law.denoiser.buffers(), *law.denoiser.parameters()]
+
+
+def _idle(reads: list[Message], drawn: dict[str, Tensor], prior: list[Tensor]) -> dict[str, Tensor]:
+    """Latents that neither observations nor the prior depend on: predictions, what `obs_mask` leaves out."""
+    total = _total(reads)
+    total = sum((v.sum() for v in prior if v.grad_fn is not None), total)
     values = {name: value for name, value in drawn.items() if value.requires_grad}
     if not values:
         return {}
@@ -237,7 +270,7 @@ def _check_given(nodes: dict[str, Message], site: DiffusionSite, given: set[str]
         name
         for name, node in nodes.items()
         if not node["is_observed"]
-        and not site_is_subsample(node)
+        and not site_is_subsample(cast(Any, node))
         and name not in given
         and name != site.name
     ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_diffusion.distributions import DenoisedDistribution
 from pyro_diffusion.guidance.program_run import Message, log_density
-from pyro_diffusion.guidance.whitening import whitened
+from pyro_diffusion.guidance.whitening import RESIDUALS, whitened
 from pyro_diffusion.processes import CategoricalProcess, GaussianProcess
 
 __all__ = ["Look", "choose_way", "look", "trials"]
@@ -24,15 +24,16 @@ class Look(NamedTuple):
     Attributes:
         dependent: names of those that depend on x_0.
         rigid: names of those that change with x_0 but have no gradient.
-        not_normal: name and law of one that depends on x_0 and is not Normal.
-        count: a number of draws that no dimension of the program has: a wrong broadcast then fails, or shows
+        unfit: name and law of a site that depends on x_0 and has no residual, for each kind of residual that
+            some site lacks.
+        batch: a number of draws that no dimension of the program has: a wrong broadcast then fails, or shows
             in the numbers.
     """
 
     dependent: frozenset[str]
     rigid: tuple[str, ...]
-    not_normal: tuple[str, str] | None
-    count: int
+    unfit: dict[str, tuple[str, str]]
+    batch: int
 
 
 def trials(law: DenoisedDistribution) -> Tensor:
@@ -78,10 +79,13 @@ def look(run: Callable[[Tensor], list[Message]], draws: Tensor) -> Look:
                 sizes |= {*log_prob.shape, *site["fn"].event_shape}
     varying = {k for k, v in densities.items() if not all(torch.equal(v[0], x) for x in v)}
     dependent = frozenset(linked | varying)
-    others = [name for name in densities if name in dependent and whitened(sites[name]) is None]
-    not_normal = (others[0], _law_name(sites[others[0]])) if others else None
-    count = next(n for n in itertools.count(TRIALS) if n not in sizes)
-    return Look(dependent, tuple(sorted(varying - sloped)), not_normal, count)
+    unfit = {}
+    for kind in RESIDUALS:
+        others = [k for k in densities if k in dependent and whitened(sites[k], kind) is None]
+        if others:
+            unfit[kind] = others[0], _law_name(sites[others[0]])
+    batch = next(n for n in itertools.count(TRIALS) if n not in sizes)
+    return Look(dependent, tuple(sorted(varying - sloped)), unfit, batch)
 
 
 def choose_way(read: Callable[[bool], Tensor], expected: Tensor) -> bool:

@@ -25,9 +25,12 @@ class SubstitutionGuidance(GuidedDenoiser):
         p(x_{0,i} = k | x_t, y) \approx \frac{p_{ik} e^{\ell_{ik}}}{\sum_j p_{ij} e^{\ell_{ij}}}, \qquad
         \log \psi_t = \hat\ell + \sum_i \log \sum_k p_{ik}\, e^{\ell_{ik} - \hat\ell},
 
-    the plug-in rule of categorical data: finite differences in place of a gradient. Exact, for the posterior
-    as the denoiser states it, when :math:`\log p(y | x_0)` is a sum of functions of one symbol each (a noisy
-    reading, symbol by symbol); otherwise a first-order approximation, which twisted SMC corrects.
+    the plug-in rule of categorical data: finite differences in place of a gradient. A share ``floor`` of the
+    denoiser's own probabilities is kept: where the likelihood ties symbols together, two substitutions may
+    be possible that each alone is not, and a proposal must not deny them. With ``floor=0`` it is exact, for
+    the posterior as the denoiser states it, when :math:`\log p(y | x_0)` is a sum of functions of one symbol
+    each (a noisy reading, symbol by symbol); otherwise a first-order approximation, which twisted SMC
+    corrects as long as the floor is positive.
 
     Cost: one network read, and one batch of (length) * (symbols - 1) + 1 runs of the program. Where the mode
     itself is impossible, substitutions say nothing and the prior stands; then see
@@ -36,13 +39,17 @@ class SubstitutionGuidance(GuidedDenoiser):
     Args:
         denoiser: posterior p(x_0 | x_t) under a categorical process.
         likelihood: log p(y | x_0), which must factorize over the plates around the diffusion site.
+        floor: share of the prior in every symbol's probabilities, in [0, 1).
 
     Raises:
-        ValueError: for another process.
+        ValueError: for another process, or a floor outside [0, 1).
     """
 
-    def __init__(self, denoiser: Denoiser, likelihood: Any) -> None:
+    def __init__(self, denoiser: Denoiser, likelihood: Any, floor: float = 0.05) -> None:
         super().__init__(denoiser, likelihood)
+        if not 0 <= floor < 1:
+            raise ValueError(f"floor: got {floor}, expected a number in [0, 1)")
+        self.floor = float(floor)
         if not isinstance(self.process, CategoricalProcess):
             raise ValueError(
                 f"denoiser: got one under a {type(self.process).__name__}, expected a categorical process "
@@ -85,5 +92,6 @@ class SubstitutionGuidance(GuidedDenoiser):
             tilt = gaps.gather(-1, order).reshape(log_probs.shape).to(log_probs.dtype)
             tilted = log_probs + tilt
             log_twist = best + tilted.logsumexp(-1).reshape(*batch, -1).sum(-1)
-            posterior = Categorical(logits=tilted, validate_args=False)
+            probs = (1 - self.floor) * tilted.softmax(-1) + self.floor * log_probs.exp()
+            posterior = Categorical(probs=probs, validate_args=False)
             return Twisted(prior, posterior.to_event(len(event)), log_twist)

@@ -1,4 +1,4 @@
-"""The whitened residual of an observed Normal site."""
+"""The whitened residual of an observed site."""
 
 import math
 from typing import Any
@@ -7,12 +7,15 @@ import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 
+from pyro_diffusion.guidance.deviance import deviance_residual
 from pyro_diffusion.guidance.program_run import Message
 
-__all__ = ["whitened"]
+__all__ = ["RESIDUALS", "whitened"]
+
+RESIDUALS = ("normal", "deviance")
 
 
-def whitened(site: Message) -> tuple[Tensor, Tensor, int] | None:
+def whitened(site: Message, residuals: str = "normal") -> tuple[Tensor, Tensor, int] | None:
     r"""Residual :math:`r = L^{-1}(y - m)` of a Normal site and what is left of its log-density.
 
     .. math:: \log \mathcal N(y; m, L L^T) = -\tfrac12 |r|^2 + \sum_i n_i, \quad
@@ -20,9 +23,14 @@ def whitened(site: Message) -> tuple[Tensor, Tensor, int] | None:
 
     Scales multiply r by their root; masked entries are 0 in both.
 
+    Args:
+        site: an observed site.
+        residuals: ``"deviance"`` for :func:`~pyro_diffusion.guidance.deviance_residual` of sites
+            that are not Normal.
+
     Returns:
         r and n, of one shape, sample + batch + event, and their number of event dimensions; None if the site
-        is no Normal and no MultivariateNormal.
+        has no such residual.
     """
     fn, value = site["fn"], site["value"]
     event = fn.event_dim
@@ -34,6 +42,29 @@ def whitened(site: Message) -> tuple[Tensor, Tensor, int] | None:
             masks.append((fn._mask, fn.event_dim))
         wide = isinstance(fn, ExpandedDistribution)
         fn = fn.base_dist.expand(fn.batch_shape) if wide else fn.base_dist
+    found = _normal(fn, value)
+    if found is None and residuals == "deviance":
+        found = deviance_residual(fn, value)
+    if found is None:
+        return None
+    residual, normalizer = found
+    scale = _beside(site["scale"], event)
+    if torch.is_tensor(scale):
+        residual = residual * scale.sqrt()
+    elif scale != 1:
+        residual = residual * math.sqrt(scale)
+    normalizer = normalizer * scale
+    for mask, inner in masks:
+        if mask is None or mask is True:
+            continue
+        shown = _beside(mask, inner)
+        residual, normalizer = (_where(shown, v) for v in (residual, normalizer))
+    residual, normalizer = torch.broadcast_tensors(residual, normalizer)
+    return residual, normalizer, event
+
+
+def _normal(fn: Any, value: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Whitened residual and normalizer of every coordinate of a normal."""
     if isinstance(fn, torch.distributions.Normal):
         residual, log_scale = (value - fn.loc) / fn.scale, fn.scale.log()
     elif isinstance(
@@ -43,22 +74,10 @@ def whitened(site: Message) -> tuple[Tensor, Tensor, int] | None:
         root: Tensor = fn.scale_tril
         gap = (value - fn.loc).unsqueeze(-1)
         residual = torch.linalg.solve_triangular(root, gap, upper=False).squeeze(-1)
-        log_scale = root.diagonal(dim1=-2, dim2=-1).log()
+        log_scale = root.diagonal(dim1=-1, dim2=-2).log()
     else:
         return None
-    scale = _beside(site["scale"], event)
-    if torch.is_tensor(scale):
-        residual = residual * scale.sqrt()
-    elif scale != 1:
-        residual = residual * math.sqrt(scale)
-    normalizer = (-0.5 * math.log(2 * math.pi) - log_scale) * scale
-    for mask, inner in masks:
-        if mask is None or mask is True:
-            continue
-        shown = _beside(mask, inner)
-        residual, normalizer = (_where(shown, v) for v in (residual, normalizer))
-    residual, normalizer = torch.broadcast_tensors(residual, normalizer)
-    return residual, normalizer, event
+    return residual, -0.5 * math.log(2 * math.pi) - log_scale
 
 
 def _beside(x: Any, event_dim: int) -> Any:

@@ -90,7 +90,7 @@ class AutoPosterior(AutoGuide):
         """Draw the site given the model's arguments.
 
         Returns:
-            {site: value}, and the chain's states if ``ChainReparam`` unfolds them in the model.
+            Values by site name, and the chain's states if ``ChainReparam`` unfolds them in the model.
 
         Raises:
             ValueError: if a latent was drawn by no earlier guide; and as ``ProgramLikelihood`` does.

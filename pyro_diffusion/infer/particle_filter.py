@@ -35,8 +35,8 @@ class ParticleFilter(SMCFilter):
               \Big(1 - \sum_r \big(\textstyle\sum_{i: r_i = r} W_i\big)^2\Big) .
 
     Multinomial resampling, R times: m = R + 1, and the estimate is unbiased after multiplication by
-    :math:`\hat Z^2` (asymptotically so when resampling is adaptive). Systematic resampling: two children of
-    one parent are no accident there, so m = 1. That is the sample variance of the roots' shares; it takes
+    :math:`\hat Z^2` (before it is cut at 0, and asymptotically when resampling is adaptive). Systematic
+    resampling: two children of one parent are no accident there, so m = 1. That is the sample variance of the roots' shares; it takes
     them as independent, where the scheme makes them vary against each other, and so errs on the safe side
     (a little: by the rounding of the number of children).
 
@@ -107,7 +107,7 @@ class ParticleFilter(SMCFilter):
 
     @property
     def correction(self) -> Tensor:
-        """(batch_shape), the factor of accidental descent in :func:`genealogical_variance`."""
+        """(batch_shape), the factor of accidental descent in ``genealogical_variance``."""
         factor = torch.full_like(self.log_evidence, self.num_particles / (self.num_particles - 1))
         return factor if self.systematic else factor ** (self.resamplings + 1)
 

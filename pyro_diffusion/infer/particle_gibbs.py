@@ -150,7 +150,9 @@ class ParticleGibbs(MCMCKernel):
     def diagnostics(self) -> dict[str, Any]:
         """The other kernel's, and the share of sweeps in which the site moved."""
         own = {"moved": self._moved / max(self._sweeps, 1)}
-        return {**(self.others.diagnostics() if self.others else {}), **own}
+        # Pyro's kernels forget theirs once they are cleaned up.
+        others = {} if self.others is None or self._reference is None else self.others.diagnostics()
+        return {**others, **own}
 
     def cleanup(self) -> None:
         """Forget the path."""

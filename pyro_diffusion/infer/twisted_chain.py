@@ -23,12 +23,14 @@ SPARED = 0.01
 
 
 class TwistedChain:
-    """What model and guide share: one guided read of a state gives its twist and the next two kernels."""
+    """What model and guide share: one guided read of a state gives its twist and the next two kernels.
 
-    def __init__(self, diffusion: Diffusion, guided: GuidedDenoiser) -> None:
-        self.diffusion, self.guided = diffusion, guided
+    The likelihood is the target's; the guided denoiser may know another, which makes its twist.
+    """
+
+    def __init__(self, diffusion: Diffusion, guided: GuidedDenoiser, likelihood: Any) -> None:
+        self.diffusion, self.guided, self.likelihood = diffusion, guided, likelihood
         self.process = diffusion.denoiser.process
-        self.likelihood = guided.likelihood
         self.device = diffusion.device or diffusion.times.device
         prior = self.process.prior(
             diffusion.event_shape, dtype=diffusion.dtype, device=diffusion.device
