@@ -21,7 +21,7 @@ import digits
 import pyro
 import pyro.distributions as dist
 import torch
-from restoration import HIGH, CovarianceConditioning, coverage, panels, prior, rmse
+from restoration import HIGH, by_covariance, coverage, panels, prior, rmse
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
@@ -51,7 +51,7 @@ def program(law: Diffusion, args: argparse.Namespace) -> Callable[[Tensor], None
 
 def infer(law: Diffusion, y: Tensor, train: Tensor, args: argparse.Namespace) -> Particles:
     """Particles of the posterior, guided by deviance residuals and weighed by the Poisson law."""
-    conditioning = CovarianceConditioning.of(train)
+    conditioning = by_covariance(train)
 
     def guidance(denoiser: Denoiser, likelihood: ProgramLikelihood) -> GuidedDenoiser:
         return conditioning(denoiser, likelihood.with_residuals("deviance"))

@@ -22,7 +22,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
-from restoration import HIGH, CovarianceConditioning, inpainting, reading, visible_half
+from restoration import HIGH, by_covariance, inpainting, reading, visible_half
 from torch import Tensor
 
 from pyro_diffusion import plotting
@@ -54,7 +54,7 @@ def evidences(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log p(y | class), standard errors and least effective sample sizes, each (classes, images)."""
     likelihood = ProgramLikelihood(program(denoiser, y, args))
-    guidance = CovarianceConditioning.of(train)
+    guidance = by_covariance(train)
     smc = TwistedSMC(likelihood.prior, likelihood, guidance, args.particles, progress=args.progress)
     values, variances, least = [], [], []
     for _ in range(args.runs):

@@ -28,7 +28,7 @@ from pyro.infer import MCMC, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from pyro.ops.stats import effective_sample_size
 from pyro.optim import Adam
-from restoration import HIGH, CovarianceConditioning, blurring, panels, prior
+from restoration import HIGH, blurring, by_covariance, panels, prior
 from torch import Tensor
 from tqdm import trange
 
@@ -57,7 +57,9 @@ def program(law: Diffusion) -> Callable[[Tensor], None]:
     return model
 
 
-def on_a_grid(law: Diffusion, y: Tensor, guidance: type, args: Any) -> tuple[Tensor, Particles]:
+def on_a_grid(
+    law: Diffusion, y: Tensor, guidance: Callable[..., Any], args: Any
+) -> tuple[Tensor, Particles]:
     """Scales, and particles of p(x | y, s) for each of them: a plate with a filter for every scale."""
     scales = torch.linspace(math.log(0.5), math.log(8.0), args.grid).exp()
 
@@ -87,7 +89,7 @@ def quadrature(scales: Tensor, particles: Particles) -> dict[str, Any]:
     return {**{k: float(v) for k, v in found.items()}, "weights": weights, "image": image}
 
 
-def by_svi(law: Diffusion, y: Tensor, guidance: type, args: Any) -> dict[str, Any]:
+def by_svi(law: Diffusion, y: Tensor, guidance: Callable[..., Any], args: Any) -> dict[str, Any]:
     """The normal approximation of log s that maximizes a true ELBO; averages over the last half."""
     model = program(law)
     guide = AutoGuideList(model)
@@ -111,7 +113,7 @@ def by_svi(law: Diffusion, y: Tensor, guidance: type, args: Any) -> dict[str, An
     }
 
 
-def by_gibbs(law: Diffusion, y: Tensor, guidance: type, args: Any) -> dict[str, Any]:
+def by_gibbs(law: Diffusion, y: Tensor, guidance: Callable[..., Any], args: Any) -> dict[str, Any]:
     """Draws of the joint posterior by particle Gibbs."""
     kernel = ParticleGibbs(
         program(law), guidance=guidance, num_particles=args.gibbs_particles, others_steps=2
@@ -209,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     law = digits.law(prior(args), args.steps)
     pyro.set_rng_seed(args.seed)
     data = digits.load()
-    x, guidance = data["test"][args.image], CovarianceConditioning.of(data["train"])
+    x, guidance = data["test"][args.image], by_covariance(data["train"])
     y = observe(x)
     y = y + args.sd * torch.randn_like(y)
     scales, particles = on_a_grid(law, y, guidance, args)

@@ -11,6 +11,7 @@ Run: python examples/restoration.py
 """
 
 import argparse
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -28,40 +29,18 @@ from torch import Tensor
 from pyro_diffusion import plotting
 from pyro_diffusion.denoisers import LevelsDenoiser
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.guidance import GaussianConditioning, LinearizedChain, ProgramLikelihood
+from pyro_diffusion.guidance import DataCovariance, ProgramLikelihood
 from pyro_diffusion.infer import AutoGuidance, Particles, TwistedSMC
-from pyro_diffusion.schedules import Level
 
 HIGH = digits.LEVELS - 1
 Operator = Callable[[Tensor], Tensor]
 
 
-class CovarianceConditioning(GaussianConditioning):
-    r"""Gaussian conditioning with the covariance that x_0 had given x_t if images were normal.
-
-    MMPS and PiGDM walk back through the network and multiply by sigma^2 / alpha, which is near a hundred
-    where x_t is noise: what a trained network gets wrong there becomes the guidance. The covariance C of the
-    training images gives V = (C^-1 + alpha^2 / sigma^2)^-1 instead, with no walk through the network at all.
-    """
-
-    through = False
-    values: Tensor
-    vectors: Tensor
-
-    @classmethod
-    def of(cls, images: Tensor) -> type["CovarianceConditioning"]:
-        """The guidance for images like these, integers (n, 1, 8, 8)."""
-        scaled = images.flatten(1).float() / 8 - 1
-        covariance = scaled.mT.cov() + 1e-3 * torch.eye(scaled.shape[1])
-        values, vectors = torch.linalg.eigh(covariance)
-        return type("Conditioning", (cls,), {"values": values, "vectors": vectors})
-
-    def covariance(self, at: LinearizedChain, level: Level, v: Tensor) -> Tensor:
-        """V v, diagonal in the principal components of the images."""
-        snr = (level.alpha / level.sigma).square()
-        snr = snr.flatten(-3) if snr.dim() else snr
-        components = (v.flatten(-3) @ self.vectors) / (1 / self.values + snr)
-        return (components @ self.vectors.mT).reshape(v.shape)
+def by_covariance(images: Tensor) -> Callable[..., DataCovariance]:
+    """Guidance by the covariance of images like these, integers (n, 1, 8, 8)."""
+    scaled = images.flatten(1).float() / 8 - 1
+    covariance = scaled.mT.cov() + 1e-3 * torch.eye(scaled.shape[1])
+    return functools.partial(DataCovariance, covariance=covariance)
 
 
 def prior(args: argparse.Namespace) -> LevelsDenoiser:
@@ -110,7 +89,11 @@ def program(law: Diffusion, operator: Operator, sd: float) -> Callable[[Tensor],
 
 
 def restore(
-    law: Diffusion, operator: Operator, y: Tensor, guidance: type, args: argparse.Namespace
+    law: Diffusion,
+    operator: Operator,
+    y: Tensor,
+    guidance: Callable[..., Any],
+    args: argparse.Namespace,
 ) -> tuple[Particles, Tensor]:
     """Particles of the posterior, and draws of guidance alone."""
     model = program(law, operator, args.sd)
@@ -230,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     pyro.set_rng_seed(args.seed)
     data, keep = digits.load(), visible_half()
     x, mean = data["test"][: args.images], data["train"].double().mean(0)
-    guidance = CovarianceConditioning.of(data["train"])
+    guidance = by_covariance(data["train"])
     tasks = {
         "inpainting": (inpainting(), keep, ~keep),
         "deblurring": (blurring(), None, torch.ones_like(keep)),

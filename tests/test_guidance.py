@@ -13,6 +13,7 @@ from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import (
     MMPS,
     TMPD,
+    DataCovariance,
     DiffPIR,
     DPSStep,
     GuidedDenoiser,
@@ -98,6 +99,36 @@ def test_mmps_reads_any_normal_exactly(time, point_mass):
     assert_close(found.log_twist, reading.log_evidence(prior.mean, given))
     assert_close(found.prior.mean, prior.mean)
     assert not (found.prior.mean.requires_grad or found.posterior.mean.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "times", [TIME, torch.linspace(0.2, 0.8, 7, dtype=F64)], ids=["one", "rows"]
+)
+@pytest.mark.parametrize("solver", ["direct", "cg"])
+def test_data_covariance_reads_normals_exactly(times, solver):
+    """Correlated prior, its covariance given: no derivative of the denoiser, whose mean has none here."""
+    mean, covariance, reading = problem(5, 3)
+    denoiser = NormalDenoiser(mean, covariance)
+    xt = torch.randn(7, 5, dtype=F64)
+    exact = [
+        reading.posterior(denoiser(x, t).mean, denoiser.given(denoiser.process.level(t))[1])[0]
+        for x, t in zip(xt, times.expand(7), strict=True)
+    ]
+    priors = [denoiser(x, t).mean for x, t in zip(xt, times.expand(7), strict=True)]
+
+    class Plain(NormalDenoiser):
+        def forward(self, x, t, **context):
+            return dist.Delta(torch.stack(priors).detach(), event_dim=1)
+
+    plain = Plain(mean, covariance)
+    guided = DataCovariance(
+        plain, reading.likelihood(denoiser), covariance=covariance, solver=solver, iterations=3
+    )
+    assert_close(guided(xt, times).mean, torch.stack(exact))
+    with pytest.raises(ValueError, match=r"covariance: got shape \(4, 4\), expected \(5, 5\)"):
+        DataCovariance(plain, guided.likelihood, covariance=torch.eye(4))
+    with pytest.raises(ValueError, match="covariance: got a least eigenvalue of -1"):
+        DataCovariance(plain, guided.likelihood, covariance=-torch.eye(5))
 
 
 @pytest.mark.parametrize("variance", [1.0, 0.3])

@@ -8,6 +8,7 @@ from pyro_diffusion.guidance.classifier import (
 )
 from pyro_diffusion.guidance.classifier_free import ClassifierFreeGuidance
 from pyro_diffusion.guidance.daps import DAPS, DAPSCoefficients
+from pyro_diffusion.guidance.data_covariance import DataCovariance
 from pyro_diffusion.guidance.deviance import deviance_residual
 from pyro_diffusion.guidance.gaussian_conditioning import (
     MMPS,
@@ -32,6 +33,7 @@ __all__ = [
     "ClassifierGuidance",
     "DAPSCoefficients",
     "DPSStep",
+    "DataCovariance",
     "DiffPIR",
     "GaussianConditioning",
     "GuidedDenoiser",

@@ -36,9 +36,9 @@ class ParticleFilter(SMCFilter):
 
     Multinomial resampling, R times: m = R + 1, and the estimate is unbiased after multiplication by
     :math:`\hat Z^2` (before it is cut at 0, and asymptotically when resampling is adaptive). Systematic
-    resampling: two children of one parent are no accident there, so m = 1. That is the sample variance of the roots' shares; it takes
-    them as independent, where the scheme makes them vary against each other, and so errs on the safe side
-    (a little: by the rounding of the number of children).
+    resampling: two children of one parent are no accident there, so m = 1. That is the sample variance of
+    the roots' shares; it takes them as independent, where the scheme makes them vary against each other, and
+    so errs on the safe side (a little: by the rounding of the number of children).
 
     Args:
         model: object with ``init`` and ``step``.
