@@ -154,7 +154,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=4, help="test images")
     parser.add_argument("--sd", type=float, default=3.0, help="of the noise, in grey levels")
     parser.add_argument("--chain", type=int, default=40, help="steps of the chain")
-    parser.add_argument("--particles", type=int, default=16, help="of each class, image and run")
+    parser.add_argument("--particles", type=int, default=64, help="of each class, image and run")
     parser.add_argument("--runs", type=int, default=2, help="of the particles, averaged")
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(argv)
