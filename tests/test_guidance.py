@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
+from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import (
     MMPS,
@@ -129,6 +129,30 @@ def test_data_covariance_reads_normals_exactly(times, solver):
         DataCovariance(plain, guided.likelihood, covariance=torch.eye(4))
     with pytest.raises(ValueError, match="covariance: got a least eigenvalue of -1"):
         DataCovariance(plain, guided.likelihood, covariance=-torch.eye(5))
+
+
+def test_data_covariance_of_images_is_that_of_vectors():
+    """Rows at times of their own, as vectors of four and as images of one by two by two."""
+    _, covariance, _ = problem(4, 2)
+    xt, times = torch.randn(3, 4, dtype=F64), torch.tensor([0.2, 0.5, 0.8], dtype=F64)
+    means = []
+    for event in ((4,), (1, 2, 2)):
+        n = len(event)
+
+        class Half(Denoiser):
+            def forward(self, x, t, n=n, **context):
+                return dist.Delta(x / 2, event_dim=n)
+
+        denoiser = Half(GaussianProcess(LogLinear(10.0, -10.0), n))
+
+        def model(denoiser=denoiser, event=event, n=n):
+            x = pyro.sample("x", Diffusion(denoiser, event, steps=2))
+            pyro.sample("y", dist.Normal(x.flatten(-n)[..., :2], 0.1).to_event(1), obs=xt[0, :2])
+
+        guided = DataCovariance(denoiser, ProgramLikelihood(model), covariance=covariance)
+        means.append(guided(xt.reshape(3, *event), times).mean.reshape(3, 4))
+    assert_close(means[1], means[0])
+    assert (means[0] - xt / 2).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("variance", [1.0, 0.3])
