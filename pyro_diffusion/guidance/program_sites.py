@@ -6,17 +6,16 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from pyro import poutine
-from pyro.distributions import TransformedDistribution
-from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_diffusion.distributions import BoundedDistribution, DenoisedDistribution, QuantizedDecoder
+from pyro_diffusion.distributions.wrappers import unwrap_diffusion
 from pyro_diffusion.guidance.program_run import Message, isolated, log_density, observations
 from pyro_diffusion.validation import check_finite
 
-__all__ = ["DiffusionSite", "First", "first_run", "unwrap"]
+__all__ = ["DiffusionSite", "First", "first_run"]
 
 
 class DiffusionSite(NamedTuple):
@@ -47,22 +46,6 @@ class DiffusionSite(NamedTuple):
         return x0
 
 
-def unwrap(fn: Any) -> tuple[DenoisedDistribution, tuple[Any, ...]] | None:
-    """The diffusion inside a distribution and the transforms around it, or None."""
-    transforms: tuple[Any, ...] = ()
-    while not isinstance(fn, DenoisedDistribution):
-        if isinstance(fn, ExpandedDistribution):
-            fn = fn.base_dist.expand(fn.batch_shape)
-        elif isinstance(fn, torch.distributions.Independent | MaskedDistribution):
-            fn = fn.base_dist
-        elif isinstance(fn, TransformedDistribution | torch.distributions.TransformedDistribution):
-            transforms = (*fn.transforms, *transforms)
-            fn = fn.base_dist
-        else:
-            return None
-    return fn, transforms
-
-
 REDRAWS = 5  # of latents that seem to matter to no observation
 
 
@@ -86,7 +69,7 @@ class _FirstRun(Messenger):
         name, fn = msg["name"], msg["fn"]
         if msg["is_observed"] or site_is_subsample(msg):
             return
-        found = unwrap(fn)
+        found = unwrap_diffusion(fn)
         if name in self.latents and name != self.named:
             batch = len(fn.batch_shape)
             own = batch + len(fn.event_shape)
@@ -95,7 +78,7 @@ class _FirstRun(Messenger):
         elif found is not None:
             frames = [f for f in msg["cond_indep_stack"] if f.dim is not None]
             plates = {f.name: f.dim for f in frames}
-            site = DiffusionSite(name, *found, len(fn.batch_shape), plates)
+            site = DiffusionSite(name, found.base, found.transforms, len(fn.batch_shape), plates)
             self.sites[name] = site
             self.trials.append(self.trial(site.law))
             msg["value"] = site.value(self.trials[-1])
@@ -184,7 +167,7 @@ def _choose(
                 f"site: got None and several diffusion sites, {', '.join(sites)}; expected the name of one, "
                 "and values of the others in `latents`"
             )
-        seen = [name for name, node in nodes.items() if unwrap(node["fn"]) is not None]
+        seen = [name for name, node in nodes.items() if unwrap_diffusion(node["fn"]) is not None]
         raise ValueError(
             "model: got no diffusion site"
             + (f" that is not observed or given (of {', '.join(seen)})" if seen else "")
@@ -283,9 +266,9 @@ def _check_given(nodes: dict[str, Message], site: DiffusionSite, given: set[str]
 
 
 def _check_exact(node: Message) -> None:
-    found = unwrap(node["fn"])
-    if found is not None and isinstance(found[0], BoundedDistribution):
-        law, name = type(found[0]).__name__, node["name"]
+    found = unwrap_diffusion(node["fn"])
+    if found is not None and isinstance(found.base, BoundedDistribution):
+        law, name = type(found.base).__name__, node["name"]
         raise ValueError(
             f"site {name!r}: got an observed {law}, whose log_prob is a random bound, expected its value as "
             f"latents={{{name!r}: value}} (which leaves its own density out), or a ProbabilityFlow"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.distributions import DenoisedDistribution
+from pyro_diffusion.distributions.wrappers import unwrap
 from pyro_diffusion.guidance.program_run import Message, log_density
 from pyro_diffusion.guidance.whitening import RESIDUALS, whitened
 from pyro_diffusion.processes import CategoricalProcess, GaussianProcess
@@ -121,7 +122,4 @@ def choose_way(read: Callable[[bool], Tensor], expected: Tensor) -> bool:
 
 
 def _law_name(site: Message) -> str:
-    fn = site["fn"]
-    while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
-        fn = fn.base_dist
-    return type(fn).__name__
+    return type(unwrap(site["fn"], torch.distributions.TransformedDistribution).base).__name__

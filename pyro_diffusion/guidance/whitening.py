@@ -4,9 +4,9 @@ import math
 from typing import Any
 
 import torch
-from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 
+from pyro_diffusion.distributions.wrappers import unwrap
 from pyro_diffusion.guidance.deviance import deviance_residual
 from pyro_diffusion.guidance.program_run import Message
 
@@ -35,13 +35,8 @@ def whitened(site: Message, residuals: str = "normal") -> tuple[Tensor, Tensor, 
     fn, value = site["fn"], site["value"]
     event = fn.event_dim
     masks: list[tuple[Any, int]] = [(site["mask"], event)]
-    while isinstance(
-        fn, torch.distributions.Independent | MaskedDistribution | ExpandedDistribution
-    ):
-        if isinstance(fn, MaskedDistribution):
-            masks.append((fn._mask, fn.event_dim))
-        wide = isinstance(fn, ExpandedDistribution)
-        fn = fn.base_dist.expand(fn.batch_shape) if wide else fn.base_dist
+    inside = unwrap(fn, torch.distributions.TransformedDistribution)
+    fn, masks = inside.base, [*masks, *inside.masks]
     found = _normal(fn, value)
     if found is None and residuals == "deviance":
         found = deviance_residual(fn, value)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions import DenoisedDistribution, Diffusion
+from pyro_diffusion.distributions.wrappers import unwrap_diffusion
 from pyro_diffusion.guidance import GuidedDenoiser, ProgramLikelihood
 from pyro_diffusion.guidance.program_run import isolated
-from pyro_diffusion.guidance.program_sites import unwrap
 from pyro_diffusion.infer.posterior_law import PosteriorLaw
 from pyro_diffusion.infer.reparam import ChainReparam
 from pyro_diffusion.infer.twisted_smc import default_guidance
@@ -162,7 +162,8 @@ class AutoPosterior(AutoGuide):
         with poutine.trace() as tracer, poutine.condition(data=data):
             self._program[0](*likelihood.args, **likelihood.kwargs)
         fn: Any = tracer.trace.nodes[name]["fn"]
-        base, _ = unwrap(fn) or (None, ())
+        found = unwrap_diffusion(fn)
+        base = found.base if found else fn
         if not isinstance(base, Diffusion) or base._seed != likelihood.prior._seed:
             raise ValueError(
                 f"site {name!r}: got a {type(base).__name__} built anew at each run of the model, and no "
@@ -210,7 +211,7 @@ class AutoPosterior(AutoGuide):
                 "poutine.reparam(...) outermost"
             )
         named = [self._site] if self._site else self._chained
-        found = named or [n for n in latent if unwrap(nodes[n]["fn"]) is not None]
+        found = named or [n for n in latent if unwrap_diffusion(nodes[n]["fn"]) is not None]
         states = {f"{n}_t" for n in found} if self._chained else set()
         self._others = [
             n for n in latent if n not in found and n.rstrip("0123456789") not in states

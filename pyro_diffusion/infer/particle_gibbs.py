@@ -12,8 +12,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_diffusion.distributions.wrappers import unwrap_diffusion
 from pyro_diffusion.guidance import ProgramLikelihood
-from pyro_diffusion.guidance.program_sites import unwrap
 from pyro_diffusion.infer.conditional_filter import ConditionalFilter
 from pyro_diffusion.infer.twisted_smc import Guidance, TwistedSMC
 from pyro_diffusion.validation import check_positive_int
@@ -181,7 +181,7 @@ class ParticleGibbs(MCMCKernel):
         with torch.no_grad(), poutine.block():
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
         free = {k: v for k, v in trace.nodes.items() if _is_latent(v)}
-        sites = [k for k, v in free.items() if unwrap(v["fn"]) is not None]
+        sites = [k for k, v in free.items() if unwrap_diffusion(v["fn"]) is not None]
         name = self.site if self.site is not None else sites[0] if len(sites) == 1 else None
         if name is None or name not in sites or len(sites) > 1:
             raise ValueError(
@@ -205,11 +205,12 @@ class ParticleGibbs(MCMCKernel):
             poutine.condition(data=leaves),
         ):
             self.model(*args, **kwargs)
-        law, transforms = unwrap(hold.law) or (None, ())
+        found = unwrap_diffusion(hold.law)
+        assert found is not None
         value = torch.zeros(self._likelihood.event_shape, dtype=self._likelihood.prior.dtype)
-        for transform in transforms:
+        for transform in found.transforms:
             value = transform(value)
-        parts = [value, *getattr(law, "context", {}).values()]
+        parts = [value, *found.base.context.values()]
         roots = [v for v in leaves.values() if v.requires_grad]
         graphs = [part.sum() for part in parts if part.requires_grad]
         reached = [torch.autograd.grad(g, roots, allow_unused=True) for g in graphs if roots]

@@ -10,6 +10,7 @@ from pyro.poutine.runtime import InferDict
 from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.processes import coordinates
 
 __all__ = ["ChainReparam", "forward_chain", "reverse_chain"]
 
@@ -27,9 +28,7 @@ def _levels(diffusion: Diffusion, device: torch.device | None, dtype: torch.dtyp
 
 def _split(diffusion: TorchDistribution) -> tuple[Diffusion, int]:
     """A Diffusion, and the number of its batch dimensions that ``to_event`` has taken."""
-    base: Any = diffusion
-    while isinstance(base, torch.distributions.Independent):
-        base = base.base_dist
+    base = coordinates(diffusion)
     if not isinstance(base, Diffusion):
         raise ValueError(f"diffusion: got {type(base).__name__}, expected a Diffusion")
     return base, diffusion.event_dim - base.event_dim
