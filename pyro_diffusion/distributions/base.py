@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.processes import draw
-from pyro_diffusion.schedules import uniform
+from pyro_diffusion.schedules import Level, uniform
 from pyro_diffusion.validation import Shape
 
 __all__ = ["DenoisedDistribution"]
@@ -84,10 +84,14 @@ class DenoisedDistribution(TorchDistribution):
         arguments = {"validate_args": self._validate_args, **arguments, **changes}
         return type(self)(self.denoiser, self.event_shape, **arguments)
 
-    def expanded_context(self, xt: Tensor) -> dict[str, Tensor]:
-        """The context at the batch shape of a state, batch + event."""
-        batch = xt.shape[: xt.dim() - len(self.event_shape)]
-        return {k: self._expand_context(k, batch) for k in self.context}
+    def posterior(self, xt: Tensor, t: Tensor | Level) -> TorchDistribution:
+        """The denoiser's p(x_0 | x_t) under this context; the batch shapes of both broadcast."""
+        xt, context = self.with_context(xt)
+        return self.denoiser(xt, t, **context)
+
+    def with_context(self, xt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A state, batch + event, and the context, at the batch shape that both broadcast to."""
+        return broadcast_context(self.denoiser, xt, self.context)
 
     def _prior_draw(self, sample_shape: Shape) -> Tensor:
         """States at t = 1, sample + batch + event."""
@@ -123,6 +127,27 @@ class DenoisedDistribution(TorchDistribution):
 
     def _expand_context(self, name: str, batch_shape: torch.Size) -> Tensor:
         return self.context[name].expand(batch_shape + self._context_event(name))
+
+
+def broadcast_context(
+    denoiser: Denoiser, xt: Tensor, context: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A state and its context at one batch shape.
+
+    A latent that is enumerated in a model makes the context larger than the states that a guide drew
+    without it; particles make the states larger than the context.
+
+    Raises:
+        ValueError: if the batch shapes do not broadcast, naming each.
+    """
+    if not context:
+        return xt, {}
+    event_dims = {k: denoiser.context_event_dim(k, v) for k, v in context.items()}
+    split = xt.dim() - denoiser.process.event_dim
+    batches = {k: v.shape[: v.dim() - event_dims[k]] for k, v in context.items()}
+    batch = broadcast("context", {"states": xt.shape[:split], **batches})
+    expanded = {k: v.expand(batch + v.shape[v.dim() - event_dims[k] :]) for k, v in context.items()}
+    return xt.expand(batch + xt.shape[split:]), expanded
 
 
 @functools.lru_cache(maxsize=64)

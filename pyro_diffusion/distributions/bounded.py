@@ -125,7 +125,7 @@ class BoundedDistribution(DenoisedDistribution):
         """The law of data given the path's last state x_{t_0}, batch + event (one network read)."""
         process = self.denoiser.process
         start = self._levels(x).at(0)
-        posterior = self.denoiser(x, start, **self.expanded_context(x))
+        posterior = self.posterior(x, start)
         return self.decoder(posterior, start, process)
 
     @property

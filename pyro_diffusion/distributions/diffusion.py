@@ -120,7 +120,7 @@ class Diffusion(BoundedDistribution):
         """Data from the model, sample + batch + event, through the sampler and the decoder."""
         with torch.no_grad():
             x = self._prior_draw(sample_shape)
-            context = self.expanded_context(x)
+            x, context = self.with_context(x)
             times = self.times.to(self._time_dtype(x))
             x = simulate(self.denoiser, times, x, self.sampler, context, self.progress)
             return self.decode(x).sample()
@@ -176,7 +176,7 @@ class Diffusion(BoundedDistribution):
         t, late, early = map(Level._make, zip(*(v.unbind() for v in levels), strict=True))
         q = process.marginal(x0, t)
         xt = draw(q)
-        posterior = self.denoiser(xt, t, **self.expanded_context(xt))
+        posterior = self.posterior(xt, t)
         decoding = self.objective.decoding(self.decoder, value, posterior, t, process, self.steps)
         step = self.objective(process, xt, x0, posterior, early, late, self.steps)
         return decoding, step

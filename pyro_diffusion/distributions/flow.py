@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.distributions.base import DenoisedDistribution, broadcast
+from pyro_diffusion.distributions.base import DenoisedDistribution, broadcast, broadcast_context
 from pyro_diffusion.dynamics import (
     ExactTrace,
     Passage,
@@ -112,7 +112,7 @@ class FlowTransform(TransformModule):
         # Data are read at the scale of x_0.
         scale = math.cos(data) if inverse else 1 / math.cos(data)
         z = scale * x if inverse else x
-        context = self._context_for(x)
+        z, context = broadcast_context(self.denoiser, z, self.context)
         seed = self.seed if self.trace.seed is None else self.trace.seed
         out = transport(self.denoiser, z, start, stop, self.solver, context, trace, seed)
         if not inverse:
@@ -138,14 +138,6 @@ class FlowTransform(TransformModule):
 
     def _inverse(self, y: Tensor) -> Tensor:
         return self.transport(y, inverse=True, log_det=False).z
-
-    def _context_for(self, x: Tensor) -> dict[str, Tensor]:
-        batch = x.shape[: x.dim() - self.domain.event_dim]
-        out = {}
-        for name, value in self.context.items():
-            event_dim = self.denoiser.context_event_dim(name, value)
-            out[name] = value.expand(batch + value.shape[value.dim() - event_dim :])
-        return out
 
 
 class _Pushforward(TransformedDistribution):

@@ -116,7 +116,7 @@ class DiffusionSDE(BoundedDistribution):
             count = batch.numel()
             context = {
                 name: value.reshape(count, *value.shape[len(batch) :])
-                for name, value in self.expanded_context(x).items()
+                for name, value in self.with_context(x)[1].items()
             }
             sde = ReverseSDE(self.denoiser, self.event_shape, self.eta, context=context)
             return self.decode(self.solver(sde, x.reshape(count, -1)).reshape(x.shape)).sample()
@@ -150,7 +150,7 @@ class DiffusionSDE(BoundedDistribution):
         scale = _twice_the_cost(flat.log_snr, slope) if learns else None
         level: Level = flat.unsqueeze(event_dim)
         xt = draw(process.marginal(x0, level))
-        posterior = self.denoiser(xt, level, **self.expanded_context(xt))
+        posterior = self.posterior(xt, level)
         decoding = self.objective.decoding(self.decoder, value, posterior, level, process, 1)
         error = sum_rightmost((x0 - posterior.mean).square(), event_dim)
         cost = -0.5 * slope * flat.log_snr.exp() * error

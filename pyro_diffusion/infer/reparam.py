@@ -45,13 +45,13 @@ def reverse_chain(name: str, diffusion: TorchDistribution) -> TorchDistribution:
         p(x | x_{t_0}), of the diffusion's batch and event shape.
     """
     diffusion, grouped = _split(diffusion)
-    denoiser, process = diffusion.denoiser, diffusion.denoiser.process
+    process = diffusion.denoiser.process
     levels = _levels(diffusion, diffusion.device, diffusion.dtype)
     prior = process.prior(diffusion.event_shape, dtype=diffusion.dtype, device=diffusion.device)
     prior = prior.expand(diffusion.batch_shape).to_event(grouped)
     x = pyro.sample(site_name(name, diffusion.steps), prior)
     for j in range(diffusion.steps, 0, -1):
-        posterior = denoiser(x, levels[j], **diffusion.expanded_context(x))
+        posterior = diffusion.posterior(x, levels[j])
         kernel = process.reverse(x, posterior, levels[j - 1], levels[j])
         x = pyro.sample(site_name(name, j - 1), kernel.to_event(grouped))
     return diffusion.decode(x).to_event(grouped)

@@ -52,7 +52,8 @@ class TwistedChain:
     def read(self, state: Any, x: Tensor, stage: int) -> Tensor:
         """Read a state at t_stage: keep the kernels that leave it, return its log-twist."""
         level = self.grid.row(stage)
-        twisted = self.guided.twisted(x, level, **self.diffusion.expanded_context(x))
+        x, context = self.diffusion.with_context(x)
+        twisted = self.guided.twisted(x, level, **context)
         for name in ("prior", "posterior"):
             law = getattr(twisted, name)
             if stage > 0:
