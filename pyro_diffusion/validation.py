@@ -1,23 +1,97 @@
 """Checks at the door: each error names the argument, what it was and what was expected."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Shape", "check_event_shape", "check_finite", "check_positive_int", "check_times"]
+__all__ = [
+    "Shape",
+    "check_event_shape",
+    "check_finite",
+    "check_number",
+    "check_positive_int",
+    "check_sizes",
+    "check_tensor",
+    "check_times",
+]
 
 Shape = torch.Size | list[int] | tuple[int, ...]
+
+# Counts and sizes beyond it are slips of the keyboard: what they ask for would never end, or fit.
+LARGEST_COUNT = 2**31 - 1
+
+
+def check_tensor(name: str, x: object) -> Tensor:
+    """Refuse anything but a dense tensor of real numbers or integers that has values.
+
+    Looks at the tensor's kind alone, so it costs no wait for a device.
+
+    Raises:
+        ValueError: for another object, a sparse tensor, one on the device ``meta``, and for booleans and
+            complex numbers.
+    """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: got {type(x).__name__}, expected a tensor")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name}: got a sparse tensor ({x.layout}), expected a dense one")
+    if x.is_meta:
+        raise ValueError(f"{name}: got a tensor on the device 'meta', expected one with values")
+    if x.dtype == torch.bool or x.is_complex():
+        raise ValueError(f"{name}: got dtype {x.dtype}, expected real numbers or integers")
+    return x
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+) -> float:
+    """Refuse anything but a finite number within limits.
+
+    Raises:
+        ValueError: for another object, NaN, infinity, and numbers outside.
+    """
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    number = float(value) if real else math.nan  # type: ignore[arg-type]
+    if not (math.isfinite(number) and number > above and at_least <= number <= at_most):
+        limits = [
+            *([f"> {above:g}"] if above > -math.inf else []),
+            *([f">= {at_least:g}"] if at_least > -math.inf else []),
+            *([f"<= {at_most:g}"] if at_most < math.inf else []),
+        ]
+        wanted = " and ".join(limits)
+        raise ValueError(f"{name}: got {value!r}, expected a finite number {wanted}".rstrip())
+    return number
+
+
+def check_sizes(name: str, shape: object) -> torch.Size:
+    """Refuse anything but the sizes of a tensor that has elements.
+
+    Raises:
+        ValueError: for other objects, sizes below 1, and more elements than a tensor can have.
+    """
+    if isinstance(shape, tuple | list):
+        positive = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
+        if positive and math.prod(shape) <= LARGEST_COUNT:
+            return torch.Size(shape)
+    raise ValueError(
+        f"{name}: got {shape!r}, expected a tuple of sizes >= 1, at most {LARGEST_COUNT} together"
+    )
 
 
 def check_finite(name: str, x: Tensor) -> None:
     """Refuse NaN and infinite values.
 
     Raises:
-        ValueError: if any entry of ``x`` is NaN or infinite.
+        ValueError: if any entry of ``x`` is NaN or infinite; and as :func:`check_tensor`.
     """
-    finite = torch.isfinite(x)
+    finite = torch.isfinite(check_tensor(name, x))
     if not bool(finite.all()):
         bad = int((~finite).sum())
         raise ValueError(
@@ -30,11 +104,13 @@ def check_positive_int(name: str, value: object, at_least: int = 1) -> int:
     """Refuse anything but an integer of at least ``at_least``.
 
     Raises:
-        ValueError: if ``value`` is not an ``int`` or is too small.
+        ValueError: if ``value`` is not an ``int``, is too small, or no count of anything (2**31 and more).
     """
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or int(value) < at_least:  # type: ignore[call-overload]
         raise ValueError(f"{name}: got {value!r}, expected an integer >= {at_least}")
+    if int(value) > LARGEST_COUNT:  # type: ignore[call-overload]
+        raise ValueError(f"{name}: got {value!r}, expected an integer <= {LARGEST_COUNT}")
     return int(value)  # type: ignore[call-overload]
 
 
@@ -44,6 +120,7 @@ def check_times(name: str, t: Tensor) -> None:
     Raises:
         ValueError: if any time is outside [0, 1].
     """
+    check_tensor(name, t)
     if not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(
             f"{name}: got times from {float(t.min()):g} to {float(t.max()):g}, "
@@ -55,8 +132,9 @@ def check_event_shape(name: str, x: Tensor, event_shape: Sequence[int]) -> None:
     """Refuse a tensor whose rightmost dimensions are not ``event_shape``, or that is empty.
 
     Raises:
-        ValueError: on a wrong event shape or a tensor without elements.
+        ValueError: on a wrong event shape or a tensor without elements; and as :func:`check_tensor`.
     """
+    check_tensor(name, x)
     n, shape = len(event_shape), tuple(x.shape)
     if len(shape) < n or shape[len(shape) - n :] != tuple(event_shape):
         raise ValueError(

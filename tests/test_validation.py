@@ -6,7 +6,10 @@ import torch
 from pyro_diffusion.validation import (
     check_event_shape,
     check_finite,
+    check_number,
     check_positive_int,
+    check_sizes,
+    check_tensor,
     check_times,
 )
 
@@ -67,3 +70,53 @@ def test_event_shape_refuses(shape, event):
 def test_event_shape_refuses_an_empty_batch():
     with pytest.raises(ValueError, match=r"^value: got an empty batch of shape \(0, 3\)"):
         check_event_shape("value", torch.zeros(0, 3), (3,))
+
+
+@pytest.mark.parametrize(
+    ("bad", "got"),
+    [
+        (torch.zeros(2, 3).to_sparse(), "a sparse tensor"),
+        (torch.zeros(2, device="meta"), "a tensor on the device 'meta'"),
+        (torch.zeros(2) > 0, "dtype torch.bool"),
+        (torch.zeros(2, dtype=torch.complex64), "dtype torch.complex64"),
+        ([0.0, 1.0], "list"),
+        (None, "NoneType"),
+    ],
+)
+def test_tensor_refuses(bad, got):
+    with pytest.raises(ValueError, match=f"^x: got {got}.*, expected"):
+        check_tensor("x", bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bfloat16, torch.float64])
+def test_tensor(dtype):
+    x = torch.zeros(2, dtype=dtype)
+    assert check_tensor("x", x) is x
+
+
+def test_number():
+    assert check_number("eta", 1, at_least=0, at_most=1) == 1.0
+    assert check_number("scale", 0.5, above=0) == 0.5
+    for bad in (0, -1.0, torch.nan, torch.inf, None, "1", True, 1j):
+        with pytest.raises(ValueError, match=r"^scale: got .*, expected a finite number > 0$"):
+            check_number("scale", bad, above=0)
+    with pytest.raises(ValueError, match=r"^eta: got 2, expected a finite number >= 0 and <= 1$"):
+        check_number("eta", 2, at_least=0, at_most=1)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), [2, 3], torch.Size([1])])
+def test_sizes(shape):
+    assert check_sizes("sample_shape", shape) == torch.Size(shape)
+
+
+@pytest.mark.parametrize("shape", [(0,), (-1,), (2, 0), (10**20,), (2.0,), 3, None, "ab", (True,)])
+def test_sizes_refuse(shape):
+    with pytest.raises(ValueError, match=r"^sample_shape: got .*, expected a tuple of sizes >= 1"):
+        check_sizes("sample_shape", shape)
+
+
+def test_no_count_is_endless():
+    with pytest.raises(
+        ValueError, match=r"^draws: got 100000000000000000000, expected an integer <="
+    ):
+        check_positive_int("draws", 10**20)
