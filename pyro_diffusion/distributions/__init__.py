@@ -1,5 +1,6 @@
 """Diffusion models as Pyro distributions, and the densities at their data end."""
 
+from pyro_diffusion.distributions import kl as _kl  # noqa: F401 (registers divergences)
 from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.distributions.bounded import BoundedDistribution
 from pyro_diffusion.distributions.decoders import (

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.distributions.no_closed_forms import NoClosedForms
 from pyro_diffusion.processes import draw
 from pyro_diffusion.schedules import Level, uniform
 from pyro_diffusion.validation import Shape
@@ -19,7 +20,7 @@ from pyro_diffusion.validation import Shape
 __all__ = ["DenoisedDistribution"]
 
 
-class DenoisedDistribution(TorchDistribution):
+class DenoisedDistribution(NoClosedForms, TorchDistribution):
     """A law of data read from a denoiser; the chain, the SDE and the ODE are three of them.
 
     It holds the denoiser, the dtype and device that its tensors say, the context and the batch shape that
@@ -47,6 +48,9 @@ class DenoisedDistribution(TorchDistribution):
     # Keyword arguments that `replace` hands on; each is an attribute of the same name.
     _arguments: ClassVar[tuple[str, ...]] = ("context",)
 
+    # Attributes that `repr` shows beside the denoiser and the shapes.
+    _shown: ClassVar[tuple[str, ...]] = ()
+
     def __init__(
         self,
         denoiser: Denoiser,
@@ -63,6 +67,13 @@ class DenoisedDistribution(TorchDistribution):
         self._seed = int(torch.randint(2**62, (), device="cpu"))
         batch_shape = broadcast("context", {k: self._context_batch(k) for k in self.context})
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
+
+    def __repr__(self) -> str:
+        parts = [_brief(self.denoiser), f"event_shape={tuple(self.event_shape)}"]
+        if self.batch_shape:
+            parts.append(f"batch_shape={tuple(self.batch_shape)}")
+        parts += [f"{name}={getattr(self, name)!r}" for name in self._shown]
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> Self:
         """The same distribution, with the same randomness, at a larger batch shape."""
@@ -148,6 +159,13 @@ def broadcast_context(
     batch = broadcast("context", {"states": xt.shape[:split], **batches})
     expanded = {k: v.expand(batch + v.shape[v.dim() - event_dims[k] :]) for k, v in context.items()}
     return xt.expand(batch + xt.shape[split:]), expanded
+
+
+def _brief(module: Any) -> str:
+    """A denoiser by the names of its class and of what it reads, not by all of its layers."""
+    inner = getattr(module, "denoiser", None) or getattr(module, "network", None)
+    name = type(module).__name__
+    return f"{name}({_brief(inner)})" if isinstance(inner, torch.nn.Module) else name
 
 
 @functools.lru_cache(maxsize=64)

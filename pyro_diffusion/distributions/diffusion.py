@@ -76,6 +76,7 @@ class Diffusion(BoundedDistribution):
         *BoundedDistribution._arguments,
         *("times", "sampler", "progress"),
     )
+    _shown: ClassVar[tuple[str, ...]] = ("steps",)
 
     def __init__(
         self,

@@ -8,12 +8,13 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_diffusion.distributions.no_closed_forms import NoClosedForms
 from pyro_diffusion.validation import Shape
 
 __all__ = ["DiscretizedNormal"]
 
 
-class DiscretizedNormal(TorchDistribution):
+class DiscretizedNormal(NoClosedForms, TorchDistribution):
     r"""Integers k = 0 ... levels - 1 with :math:`P(k) = \Phi(k + \tfrac12) - \Phi(k - \tfrac12)`.
 
     :math:`\Phi` is the cdf of :math:`\mathcal N(\text{loc}, \text{scale}^2)`; the end bins reach to
@@ -41,6 +42,7 @@ class DiscretizedNormal(TorchDistribution):
         "scale": constraints.nonnegative,
     }
     has_rsample = False
+    has_enumerate_support = True
 
     def __init__(
         self, loc: Tensor, scale: Tensor, levels: int, validate_args: bool | None = None
@@ -72,6 +74,30 @@ class DiscretizedNormal(TorchDistribution):
             shape = self._extended_shape(sample_shape)
             x = torch.normal(self.loc.expand(shape), self.scale.expand(shape))
             return x.round().clamp(0, self.levels - 1).long()
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """All integers, (levels,) + batch, or (levels,) and ones."""
+        values = torch.arange(self.levels, device=self.loc.device)
+        values = values.reshape(-1, *(1,) * len(self.batch_shape))
+        return values.expand(self.levels, *self.batch_shape) if expand else values
+
+    @property
+    def mean(self) -> Tensor:
+        """Exact, by the sum over all integers (so is the variance): memory grows with their number."""
+        return self._expectation(self.enumerate_support(expand=False))
+
+    @property
+    def variance(self) -> Tensor:
+        """Exact, around the mean."""
+        return self._expectation((self.enumerate_support(expand=False) - self.mean).square())
+
+    def entropy(self) -> Tensor:
+        """Exact, nats."""
+        log_probs = self.log_prob(self.enumerate_support(expand=False))
+        return -(log_probs.exp() * log_probs).sum(0)
+
+    def _expectation(self, of: Tensor) -> Tensor:
+        return (self.log_prob(self.enumerate_support(expand=False)).exp() * of).sum(0)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of integers."""

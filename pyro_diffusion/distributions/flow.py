@@ -208,6 +208,7 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
     _arguments: ClassVar[tuple[str, ...]] = (
         *("trace", "method", "rtol", "atol", "steps", "adjoint", "context"),
     )
+    _shown: ClassVar[tuple[str, ...]] = ("method", "trace")
 
     def __init__(
         self,
@@ -281,6 +282,10 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
         passage = self.transform.transport(self._checked(value), inverse=True)
         assert passage.log_det is not None
         return self._density(passage.z, passage.log_det, passage.evaluations)
+
+    def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:
+        """Reparameterized data from one pass of the ODE, sample + batch + event."""
+        return self.transform(self.base_dist.rsample(torch.Size(sample_shape)))
 
     def rsample_and_log_prob(self, sample_shape: Shape = torch.Size()) -> tuple[Tensor, Tensor]:
         """Reparameterized data and their log-density, from one pass of the ODE."""

@@ -73,6 +73,7 @@ class DiffusionSDE(BoundedDistribution):
     _arguments: ClassVar[tuple[str, ...]] = (
         *("steps", "eta", "method", "adaptive", "rtol", "atol", "decoder", "context"),
     )
+    _shown: ClassVar[tuple[str, ...]] = ("steps", "method")
 
     def __init__(
         self,

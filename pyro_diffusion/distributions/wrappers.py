@@ -4,11 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import TransformedDistribution
-from pyro.distributions.torch_distribution import (
-    ExpandedDistribution,
-    MaskedDistribution,
-    TorchDistributionMixin,
-)
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 
 from pyro_diffusion.distributions.base import DenoisedDistribution
@@ -91,8 +87,7 @@ def unwrap_diffusion(fn: Any) -> Unwrapped | None:
 
 def _expanded(fn: Any, batch: torch.Size) -> Any:
     """A distribution at a batch shape; as it is if it can only be wrapped for that."""
-    own = getattr(type(fn), "expand", None)
-    if fn.batch_shape == batch or own is None or own is TorchDistributionMixin.expand:
+    if fn.batch_shape == batch:
         return fn
     try:
         new = fn.expand(batch)

@@ -8,6 +8,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_diffusion.distributions.no_closed_forms import NoClosedForms
 from pyro_diffusion.validation import Shape
 
 __all__ = ["Draw", "PosteriorLaw"]
@@ -16,7 +17,7 @@ __all__ = ["Draw", "PosteriorLaw"]
 Draw = Callable[[torch.Size], tuple[Tensor, Callable[[], Tensor]]]
 
 
-class PosteriorLaw(TorchDistribution):
+class PosteriorLaw(NoClosedForms, TorchDistribution):
     """What a guide's site is distributed as when its value is the outcome of an algorithm.
 
     The density belongs to the draw: :meth:`log_prob` answers for the value that :meth:`sample` returned last,
@@ -33,6 +34,7 @@ class PosteriorLaw(TorchDistribution):
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = False
+    _instead = "take the {} of draws of the guide, such as Predictive's"
 
     def __init__(
         self,
