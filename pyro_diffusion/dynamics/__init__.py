@@ -1,5 +1,6 @@
 """Drifts and their integration: the SDEs, the probability-flow ODE and the traces its density needs."""
 
+from pyro_diffusion.dynamics.attention import twice_differentiable_attention
 from pyro_diffusion.dynamics.brownian import IndependentIncrements, brownian_interval
 from pyro_diffusion.dynamics.ode import Passage, Solver, end_angles, level_at, transport
 from pyro_diffusion.dynamics.sde import (
@@ -47,4 +48,5 @@ __all__ = [
     "rademacher",
     "sphere",
     "transport",
+    "twice_differentiable_attention",
 ]

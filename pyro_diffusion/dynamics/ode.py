@@ -1,5 +1,6 @@
 r"""The probability-flow ODE of any Gaussian process, in the angle between signal and noise."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
 from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.dynamics.attention import twice_differentiable_attention
 from pyro_diffusion.dynamics.trace import Trace
 from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.validation import check_positive_int
@@ -213,7 +215,8 @@ class _Field:
         if self.trace is None:
             return self._velocity(angle, rows)
         differentiable = torch.is_grad_enabled()
-        with torch.enable_grad():
+        twice = twice_differentiable_attention() if differentiable else contextlib.nullcontext()
+        with torch.enable_grad(), twice:
             if not (differentiable and rows.requires_grad):
                 rows = rows.detach().requires_grad_()
             velocity = self._velocity(angle, rows)
@@ -226,6 +229,11 @@ class _Field:
         z = rows.reshape(self.shape)
         xt = torch.hypot(level.alpha, level.sigma) * z
         mean: Tensor = self.denoiser(xt, level, **self.context).mean
+        if rows.requires_grad and not mean.requires_grad:
+            raise ValueError(
+                f"denoiser: got a {type(self.denoiser).__name__} whose mean has no gradient in x_t, expected "
+                "a differentiable one (guidance by observations gives samples; for densities use the prior's)"
+            )
         return (torch.cos(angle) * rows - mean.reshape(rows.shape)) / torch.sin(angle)
 
 

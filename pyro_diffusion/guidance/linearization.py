@@ -1,5 +1,6 @@
 r"""One read of a program, and of a denoiser before it, with products of their Jacobians."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ from pyro.distributions import Delta, TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser, Quantized
+from pyro_diffusion.dynamics import twice_differentiable_attention
 from pyro_diffusion.guidance.base import moved
 from pyro_diffusion.processes import coordinates
 from pyro_diffusion.schedules import Level
@@ -40,7 +42,8 @@ class LinearizedProgram:
 
     def __init__(self, likelihood: Any, x0: Tensor, graph: bool = False) -> None:
         self.graph = graph
-        with torch.enable_grad():
+        # `push` differentiates the program twice.
+        with torch.enable_grad(), twice_differentiable_attention():
             self._x0 = x0 if graph else x0.detach().requires_grad_()
             self._residual, log_normalizer = likelihood.whitened(self._x0)
         if not self._residual.requires_grad:
@@ -130,7 +133,8 @@ class LinearizedChain(LinearizedProgram):
         through: bool = True,
         graph: bool = False,
     ) -> None:
-        with torch.set_grad_enabled(through):
+        twice = twice_differentiable_attention() if graph else contextlib.nullcontext()
+        with torch.set_grad_enabled(through), twice:
             self._xt = xt.detach().requires_grad_(through)
             prior = denoiser(self._xt, level, **context)
             self._mean = prior.mean
