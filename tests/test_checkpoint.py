@@ -1,13 +1,17 @@
 """Checkpoints: round trips, damage, other models, kills."""
 
+import fcntl
 import json
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +25,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
 from pyro_diffusion import checkpoint
-from pyro_diffusion.checkpoint import CheckpointError
+from pyro_diffusion.checkpoint import CheckpointError, files
 from pyro_diffusion.optim import EMA
 
 
@@ -313,7 +317,7 @@ def test_hostile_headers(tmp_path, header):
 def test_hostile_states(tmp_path, state):
     path = tmp_path / "a.safetensors"
     header = {"version": 1, "description": {}, "state": state}
-    header["checksum"] = checkpoint._checksum(header, {})
+    header["checksum"] = files.checksum(header, {})
     safetensors.torch.save_file({}, path, metadata={"pyro_diffusion": json.dumps(header)})
     with pytest.raises(CheckpointError, match="damaged, the stored state does not fit"):
         checkpoint.load(path)
@@ -322,15 +326,176 @@ def test_hostile_states(tmp_path, state):
 def test_later_version(tmp_path):
     path = tmp_path / "a.safetensors"
     header = {"version": 2, "description": {}, "state": {"dict": []}}
-    header["checksum"] = checkpoint._checksum(header, {})
+    header["checksum"] = files.checksum(header, {})
     safetensors.torch.save_file({}, path, metadata={"pyro_diffusion": json.dumps(header)})
     with pytest.raises(CheckpointError, match="got format version 2, expected 1"):
         checkpoint.load(path)
 
 
 def test_no_such_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="no such file") as caught:
         checkpoint.load(tmp_path / "none")
+    assert caught.value.filename == str(tmp_path / "none")
+
+
+def test_what_cannot_be_opened_is_no_missing_file(tmp_path, monkeypatch):
+    with pytest.raises(IsADirectoryError):
+        checkpoint.load(tmp_path)
+    os.mkfifo(tmp_path / "pipe")  # reading from it would wait for a writer
+    with pytest.raises(CheckpointError, match="pipe: not a regular file"):
+        checkpoint.load(tmp_path / "pipe")
+
+    def refuse(path, flags):
+        raise PermissionError(13, "Permission denied", path)
+
+    path, _ = saved(tmp_path)
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(PermissionError, match="denied"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    "text, error",
+    [
+        (b"[],", "header of 60000000 bytes, expected at most 33554432"),
+        (b'{"a": {}},', "got 12000000 lists and mappings, expected at most 500000"),
+    ],
+)
+def test_huge_headers_are_refused_before_they_are_parsed(tmp_path, monkeypatch, text, error):
+    if b"a" in text:
+        monkeypatch.setattr(files, "MAX_HEADER_BYTES", 2**30)
+    path = tmp_path / "a.safetensors"
+    inner = text * (60_000_000 // len(text))
+    path.write_bytes(len(inner).to_bytes(8, "little") + inner)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=error):
+            checkpoint.load(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < (1 if b"a" not in text else 61) * 2**20
+
+
+def test_a_tensor_that_is_not_there_is_not_waited_for(tmp_path):
+    """The size of the file is compared with the header before the tensors are read."""
+    path, _ = saved(tmp_path)
+    with open(path, "r+b") as file:
+        file.truncate(2**40)  # sparse: a terabyte of zeros that takes no space
+    with pytest.raises(CheckpointError, match="truncated, damaged"):
+        checkpoint.load(path)
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    losses = {"losses": [0.123456789] * 100_000}
+    checkpoint.save(path, losses)
+    assert checkpoint.load(path) == losses
+    monkeypatch.setattr(files, "MAX_HEADER_BYTES", 1_000_000)
+    monkeypatch.setattr(files, "MAX_HEADER_BRACKETS", 10_000)
+    with pytest.raises(ValueError, match=r"state: got a header of 1\d* bytes, expected at most"):
+        checkpoint.save(path, losses)
+    with pytest.raises(ValueError, match=r"state: got 1\d* lists and mappings, expected at most"):
+        checkpoint.save(path, {"a": [{} for _ in range(5_000)]})
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+# --- several processes
+
+
+WRITE = """
+import sys, torch
+from pyro_diffusion import checkpoint
+path, me, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+for n in range(count):
+    checkpoint.save(path, {"by": me, "n": n, "x": torch.full((30_000,), float(n))})
+"""
+
+
+def test_two_writers_and_a_reader(tmp_path):
+    """Every save succeeds, every load sees one whole checkpoint, and nothing is left over."""
+    path = tmp_path / "a.safetensors"
+    checkpoint.save(path, {"by": 0, "n": 0, "x": torch.zeros(30_000)})
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITE, str(path), str(me), "60"]) for me in (1, 2)
+    ]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        state = checkpoint.load(path)
+        assert (state["x"] == state["n"]).all()
+        seen.add((state["by"], state["n"]))
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert len(seen) > 20
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_threads_of_one_process(tmp_path):
+    path = tmp_path / "a.safetensors"
+
+    def write(n):
+        checkpoint.save(path, {"n": n, "x": torch.full((3000,), float(n))})
+        state = checkpoint.load(path)
+        return bool((state["x"] == state["n"]).all())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(write, range(200)))
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_header_and_tensors_are_of_one_file(tmp_path, monkeypatch):
+    """A checkpoint that is replaced while it is being read is read to its end."""
+    path = tmp_path / "a.safetensors"
+    checkpoint.save(path, {"n": 1, "x": torch.ones(5)})
+    read_metadata = files._read_metadata
+
+    def replaced_meanwhile(*args):
+        found = read_metadata(*args)
+        checkpoint.save(path, {"n": 2, "more": 0, "x": torch.full((9,), 2.0)})
+        return found
+
+    monkeypatch.setattr(files, "_read_metadata", replaced_meanwhile)
+    assert_same(checkpoint.load(path), {"n": 1, "x": torch.ones(5)})
+    assert checkpoint.load(path)["n"] == 2
+
+
+def test_planted_links_are_not_followed(tmp_path, monkeypatch):
+    path, other = tmp_path / "a.safetensors", tmp_path / "other"
+    other.write_text("precious")
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "0" * 2 * size)
+    for name in (".a.safetensors.tmp", ".a.safetensors.0000000000000000.tmp"):
+        (tmp_path / name).symlink_to(other)
+    with pytest.raises(FileExistsError):
+        checkpoint.save(path, {"n": 1})
+    monkeypatch.undo()
+    checkpoint.save(path, {"n": 1})
+    assert checkpoint.load(path) == {"n": 1} and other.read_text() == "precious"
+
+
+def test_mode_is_that_of_the_umask(tmp_path):
+    previous = os.umask(0o027)
+    try:
+        checkpoint.save(tmp_path / "a.safetensors", {})
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_files_of_other_writers_stay(tmp_path):
+    """One that is being written is locked; one of another name is none of ours."""
+    path = tmp_path / "a.safetensors"
+    names = [
+        ".a.safetensors.notes.tmp",
+        ".b.safetensors.tmp",
+        ".a.safetensors.0000000000000000.tmp",
+    ]
+    for name in names:
+        (tmp_path / name).write_text("x")
+    with open(tmp_path / names[-1]) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        checkpoint.save(path, {})
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, "a.safetensors"])
+    checkpoint.save(path, {})
+    assert sorted(os.listdir(tmp_path)) == sorted([*names[:-1], "a.safetensors"])
 
 
 # --- kills
@@ -383,6 +548,8 @@ def test_killed_writer_leaves_a_whole_checkpoint(tmp_path):
             process.send_signal(signal.SIGKILL)
         state = checkpoint.load(path)
         assert (state["x"] == state["n"]).all()
+    checkpoint.save(path, {})
+    assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
 # --- modules

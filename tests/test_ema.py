@@ -148,15 +148,40 @@ def test_resume_is_exact():
 
 def test_wrong_states():
     ema = EMA(nn.Linear(2, 2))
+    good = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
     before = {name: value.clone() for name, value in ema.average.items()}
-    with pytest.raises(ValueError, match=r"state\['average'\].*misses \['bias'\]"):
-        ema.load_state_dict({"updates": 1, "average": {"weight": torch.zeros(2, 2)}})
-    with pytest.raises(ValueError, match=r"'weight'\]: got shape \(3, 2\), expected \(2, 2\)"):
-        ema.load_state_dict(EMA(nn.Linear(2, 3)).state_dict())
-    with pytest.raises(ValueError, match=r"state: .*misses"):
-        ema.load_state_dict({"updates": 1})
-    assert ema.updates == 0
+    for state, error in [
+        (
+            {"updates": 1, "average": {"weight": torch.zeros(2, 2)}},
+            r"average'\].*misses \['bias'\]",
+        ),
+        (EMA(nn.Linear(2, 3)).state_dict(), r"'weight'\]: got shape \(3, 2\), expected \(2, 2\)"),
+        ({"updates": 1}, "state: .*misses"),
+        ([1], "state: got list, expected a mapping"),
+        ({"updates": 1, "average": None}, r"state\['average'\]: got NoneType, expected a mapping"),
+        (
+            {"updates": 1, "average": good | {"bias": [1.0, 1.0]}},
+            r"'bias'\]: got list, expected a te",
+        ),
+        (
+            {"updates": 1, "average": good | {"bias": torch.ones(2) * 1j}},
+            "got torch.complex64, exp",
+        ),
+        ({"updates": "many", "average": good}, r"state\['updates'\]: got 'many', expected an int"),
+        ({"updates": -1, "average": good}, r"state\['updates'\]: got -1"),
+        ({"updates": None, "average": good}, r"state\['updates'\]: got None"),
+    ]:
+        with pytest.raises(ValueError, match=error):
+            ema.load_state_dict(state)
+        assert ema.updates == 0
+        assert all(torch.equal(before[name], ema.average[name]) for name in before)
+    with pytest.raises(NotImplementedError):  # a tensor without numbers, found while converting
+        ema.load_state_dict(
+            {"updates": 1, "average": good | {"bias": torch.ones(2, device="meta")}}
+        )
     assert all(torch.equal(before[name], ema.average[name]) for name in before)
+    ema.load_state_dict({"updates": 1, "average": good})
+    assert ema.updates == 1 and all(torch.equal(good[name], ema.average[name]) for name in good)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])

@@ -100,3 +100,66 @@ def test_refuses_bad_arguments():
     optim.set_state({"names": ["other"], "optimizer": {}, "scheduler": None})
     with pytest.raises(ValueError, match=r"state: got parameters \['other'\]"):
         run(optim, 1)
+    with pytest.raises(
+        ValueError, match=r"state: got \['names'\], and misses \['optimizer', 'sched"
+    ):
+        optim.set_state({"names": []})
+
+
+def joined():
+    """An optimizer that met two parameters one after the other, and its model."""
+    optim, which = JointOptim(torch.optim.Adam, {"lr": 0.1}), ["a"]
+
+    def model():
+        for name in which:
+            pyro.factor(f"loss_{name}", -pyro.param(name, torch.ones(2)).square().sum())
+
+    svi = SVI(model, lambda: None, optim, Trace_ELBO())
+    svi.step()
+    which.insert(0, "b")
+    svi.step()
+    return optim, model
+
+
+def test_resumes_with_parameters_that_joined_late(tmp_path):
+    first, model = joined()
+    first.save(str(tmp_path / "a.safetensors"))
+    start = {name: pyro.param(name).detach().clone() for name in "ab"}
+    SVI(model, lambda: None, first, Trace_ELBO()).step()
+    whole = {name: pyro.param(name).detach().clone() for name in "ab"}
+    pyro.clear_param_store()
+    for name, value in start.items():
+        pyro.param(name, value)
+    second = JointOptim(torch.optim.Adam, {"lr": 0.1})
+    second.load(str(tmp_path / "a.safetensors"))
+    SVI(model, lambda: None, second, Trace_ELBO()).step()
+    assert all(torch.equal(pyro.param(name), whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "other, shape, error",
+    [
+        (
+            lambda: JointOptim(torch.optim.Adam, {"lr": 0.1}),
+            (3,),
+            r"a of shape \(2,\), expected \(3,\)",
+        ),
+        (
+            lambda: JointOptim(torch.optim.SGD, {"lr": 0.1}),
+            (2,),
+            "state of Adam, expected that of SGD",
+        ),
+        (make, (2,), "state of Adam, expected that of AdamW with ExponentialLR"),
+    ],
+)
+def test_a_state_of_something_else_is_refused_whole(other, shape, error):
+    state = joined()[0].get_state()
+    pyro.clear_param_store()
+    optim = other()
+    optim.set_state(state)
+    model = lambda: [pyro.param(name, torch.ones(shape)) for name in "ab"]  # noqa: E731
+    parameters = {p.unconstrained() for p in model()}
+    with pytest.raises(ValueError, match=error):
+        optim(parameters)
+    assert optim._optimizer is None and optim._names == {} and optim.get_state() == state
+    assert all(bool((p == 1).all()) for p in parameters)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_diffusion.validation import check_positive_int
+
 
 class EMA:
     r"""Exponential moving average of the weights of a module.
@@ -120,19 +122,19 @@ class EMA:
         """Restores what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: if entries are missing, unexpected or of another shape; nothing is changed.
+            ValueError: if entries are missing, unexpected, of another shape or of a dtype that does not
+                convert, or ``updates`` is no number of updates; nothing is changed.
         """
         _check_entries("state", state, {"updates", "average"})
         average = state["average"]
+        updates = check_positive_int("state['updates']", state["updates"], at_least=0)
         _check_entries("state['average']", average, set(self.average))
-        for name, value in self.average.items():
-            if average[name].shape != value.shape:
-                raise ValueError(
-                    f"state['average'][{name!r}]: got shape {tuple(average[name].shape)}, "
-                    f"expected {tuple(value.shape)}"
-                )
-        _copy(average, self.average)
-        self.updates = int(state["updates"])
+        for name, own in self.average.items():
+            _check_like(f"state['average'][{name!r}]", average[name], own)
+        # converted before the first is copied, so that whatever fails fails before
+        new = {name: average[name].detach().to(own) for name, own in self.average.items()}
+        _copy(new, self.average)
+        self.updates = updates
 
     def _current(self) -> dict[str, Tensor]:
         current = _tensors(self.module)
@@ -160,7 +162,18 @@ def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
         value.copy_(source[name])
 
 
-def _check_entries(name: str, found: Mapping[str, Any], expected: set[str]) -> None:
-    missing, extra = sorted(expected - set(found)), sorted(set(found) - expected)
+def _check_entries(name: str, found: object, expected: set[str]) -> None:
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{name}: got {type(found).__name__}, expected a mapping")
+    missing, extra = sorted(expected - set(found)), sorted(set(found) - expected, key=str)
     if missing or extra:
         raise ValueError(f"{name}: got unexpected entries {extra}, and misses {missing}")
+
+
+def _check_like(name: str, found: object, own: Tensor) -> None:
+    if not isinstance(found, Tensor):
+        raise ValueError(f"{name}: got {type(found).__name__}, expected a tensor")
+    if found.shape != own.shape:
+        raise ValueError(f"{name}: got shape {tuple(found.shape)}, expected {tuple(own.shape)}")
+    if not torch.can_cast(found.dtype, own.dtype):
+        raise ValueError(f"{name}: got {found.dtype}, expected {own.dtype}")

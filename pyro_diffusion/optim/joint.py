@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import pyro
@@ -83,17 +84,29 @@ class JointOptim(PyroOptim):
             self._scheduler.step(*args)
 
     def get_state(self) -> dict[str, Any]:
-        """The optimizer's and scheduler's state, with the parameters' names in the optimizer's order."""
+        """The optimizer's and scheduler's state, with what tells whether it fits: the parameters' names and
+        shapes in the optimizer's order, and the two classes."""
         if self._optimizer is None:
             return dict(self._waiting or {})
         return {
             "names": list(self._names.values()),
+            "shapes": [tuple(p.shape) for p in self._names],
+            "classes": self._classes(self._optimizer, self._scheduler),
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict() if self._scheduler else None,
         }
 
     def set_state(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state of :meth:`get_state`; it is taken up when the parameters are next seen."""
+        """Go on from a state of :meth:`get_state`; it is taken up when the parameters are next seen.
+
+        Raises:
+            ValueError: if it is no such state. One of other parameters or classes is refused when the
+                parameters are seen. Nothing is changed in either case.
+        """
+        if state_dict:
+            missing = sorted({"names", "optimizer", "scheduler"} - set(state_dict))
+            if missing:
+                raise ValueError(f"state: got {sorted(state_dict)}, and misses {missing}")
         self._names, self._optimizer, self._scheduler = {}, None, None
         self._waiting = dict(state_dict) or None
 
@@ -113,24 +126,60 @@ class JointOptim(PyroOptim):
         store = pyro.get_param_store()
         # By name: sets have no order, and a state must find its parameters again.
         named = sorted((str(store.param_name(p)), p) for p in new)
-        if self._waiting is not None:
-            place = {name: i for i, name in enumerate(self._waiting["names"])}
-            missing = place.keys() - {name for name, _ in named}
-            if missing:
-                raise ValueError(
-                    f"state: got parameters {sorted(missing)}, expected those of the model"
-                )
-            named.sort(key=lambda pair: place.get(pair[0], len(place)))
-        tensors = [p for _, p in named]
-        self._names.update({p: name for name, p in named})
         if self._optimizer is not None:
-            self._optimizer.add_param_group({"params": tensors})
-            return
-        self._optimizer = self._build(tensors)
-        if self._scheduler_type is not None:
-            self._scheduler = self._scheduler_type(self._optimizer, **self._scheduler_args)
-        if self._waiting is not None:
-            self._optimizer.load_state_dict(self._waiting["optimizer"])
-            if self._scheduler is not None and self._waiting["scheduler"] is not None:
-                self._scheduler.load_state_dict(self._waiting["scheduler"])
-            self._waiting = None
+            self._optimizer.add_param_group({"params": [p for _, p in named]})
+        elif self._waiting is not None:
+            named = self._go_on(named, self._waiting)
+        else:
+            self._optimizer = self._build([p for _, p in named])
+            self._scheduler = self._schedule(self._optimizer)
+        self._names.update({p: name for name, p in named})
+
+    def _go_on(
+        self, named: list[tuple[str, Tensor]], state: dict[str, Any]
+    ) -> list[tuple[str, Tensor]]:
+        """Take up a state that was waiting, if it fits; the parameters in its order, new ones last."""
+        known = dict(named)
+        missing = set(state["names"]) - known.keys()
+        if missing:
+            raise ValueError(
+                f"state: got parameters {sorted(missing)}, expected those of the model"
+            )
+        shapes = [tuple(known[name].shape) for name in state["names"]]
+        for name, found, own in zip(
+            state["names"], state.get("shapes", shapes), shapes, strict=True
+        ):
+            if tuple(found) != own:
+                raise ValueError(f"state: got {name} of shape {tuple(found)}, expected {own}")
+        # Groups as they were made: a parameter that joined late has one of its own.
+        counts = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+        tensors = iter([known[name] for name in state["names"]])
+        first, *others = [list(islice(tensors, count)) for count in counts]
+        optimizer = self._build(first)
+        for group in others:
+            optimizer.add_param_group({"params": group})
+        scheduler = self._schedule(optimizer)
+        classes = self._classes(optimizer, scheduler)
+        found = state.get("classes", classes)
+        if found != classes:
+            raise ValueError(f"state: got the state of {found}, expected that of {classes}")
+        optimizer.load_state_dict(state["optimizer"])
+        if scheduler is not None and state["scheduler"] is not None:
+            scheduler.load_state_dict(state["scheduler"])
+        later = [(name, p) for name, p in named if name not in set(state["names"])]
+        if later:
+            optimizer.add_param_group({"params": [p for _, p in later]})
+        self._optimizer, self._scheduler, self._waiting = optimizer, scheduler, None
+        return [(name, known[name]) for name in state["names"]] + later
+
+    def _schedule(
+        self, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.LRScheduler | None:
+        if self._scheduler_type is None:
+            return None
+        return self._scheduler_type(optimizer, **self._scheduler_args)
+
+    @staticmethod
+    def _classes(optimizer: object, scheduler: object) -> str:
+        names = [type(part).__name__ for part in (optimizer, scheduler) if part is not None]
+        return " with ".join(names)

@@ -1,0 +1,27 @@
+"""Checkpoints: nested states and modules in one safetensors file.
+
+A checkpoint holds everything in a single file that is replaced in one step, so that tensors,
+numbers and description belong together whenever the process is killed, however many processes read
+and write. Tensors are stored the safetensors way; the rest is JSON in the metadata of the file.
+Loading runs no code from the file.
+"""
+
+from pyro_diffusion.checkpoint.files import CheckpointError
+from pyro_diffusion.checkpoint.saving import (
+    load,
+    load_module,
+    read_description,
+    restore_module,
+    save,
+    save_module,
+)
+
+__all__ = [
+    "CheckpointError",
+    "load",
+    "load_module",
+    "read_description",
+    "restore_module",
+    "save",
+    "save_module",
+]
