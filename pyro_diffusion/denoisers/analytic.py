@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyro_diffusion.denoisers.base import Denoiser
+from pyro_diffusion.denoisers.base import Denoiser, check_context
 from pyro_diffusion.denoisers.variances import TimeVariance
 from pyro_diffusion.processes import GaussianProcess, draw
 from pyro_diffusion.schedules import Level
@@ -95,7 +96,8 @@ def analytic_variance(
         The variance, with ``standard_error`` at its knots (over data).
 
     Raises:
-        ValueError: for a process that is not Gaussian, bad data, or fewer than two knots.
+        ValueError: for a process that is not Gaussian, bad data, a context without exactly one row per datum,
+            or fewer than two knots.
 
     Example:
         >>> from pyro_diffusion.denoisers import MixtureDenoiser, VarianceDenoiser
@@ -146,7 +148,8 @@ def residual_variance(
         The variance, with ``standard_error`` at its knots (over data).
 
     Raises:
-        ValueError: for a process that is not Gaussian, bad data, or fewer than two knots.
+        ValueError: for a process that is not Gaussian, bad data, a context without exactly one row per datum,
+            or fewer than two knots.
 
     References:
         Bao et al., Extended-Analytic-DPM, arXiv 2206.07309, section 3.2 (imperfect means).
@@ -213,13 +216,29 @@ def reads(
     batch_size: int,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches of x_0, x_t and x0_hat at one level, draw after draw over the data."""
+    context = check_context(denoiser, context, len(data))
     for _ in range(draws):
         for start in range(0, len(data), batch_size):
             rows = slice(start, start + batch_size)
             x0 = data[rows]
             xt = draw(denoiser.process.marginal(x0, level))
-            mean = denoiser(xt, level, **{k: v[rows] for k, v in (context or {}).items()}).mean
-            yield x0, xt, mean
+            posterior = denoiser(xt, level, **{k: v[rows] for k, v in context.items()})
+            yield x0, xt, check_mean(posterior, x0)
+
+
+def check_mean(posterior: TorchDistribution, x0: Tensor) -> Tensor:
+    """The mean of a posterior, refused where it is not of its data's shape (it would broadcast).
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    mean: Tensor = posterior.mean
+    if mean.shape != x0.shape:
+        raise ValueError(
+            f"denoiser: got a posterior mean of shape {tuple(mean.shape)}, expected {tuple(x0.shape)}, that "
+            "of the data"
+        )
+    return mean
 
 
 def check_gaussian(denoiser: Denoiser) -> GaussianProcess:

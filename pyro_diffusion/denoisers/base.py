@@ -114,6 +114,30 @@ class NetworkDenoiser(Denoiser):
             ) from error
 
 
+def check_context(
+    denoiser: Denoiser, context: dict[str, Tensor] | None, count: int
+) -> dict[str, Tensor]:
+    """Refuse a context that has not exactly one row for each of ``count`` data.
+
+    Where data are averaged or scored one by one, a context that merely broadcasts pairs every datum with
+    every row, or all of them with one.
+
+    Raises:
+        ValueError: naming the entry, its shape and what was expected.
+    """
+    checked = {name: value for name, value in (context or {}).items() if value is not None}
+    for name, value in checked.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"context: got {name!r} as {type(value).__name__}, expected a tensor")
+        event_dim = denoiser.context_event_dim(name, value)
+        if value.dim() != 1 + event_dim or len(value) != count:
+            raise ValueError(
+                f"context: got {name!r} of shape {tuple(value.shape)}, expected ({count},) and {event_dim} "
+                "event dimension(s), one row per datum"
+            )
+    return checked
+
+
 def check_outputs(out: Tensor, xt: Tensor, outputs: int) -> Tensor:
     """Give a network's answer a last dimension of ``outputs``, or refuse it.
 

@@ -3,13 +3,14 @@
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import TransformedDistribution
+from pyro.distributions import ImproperUniform, TransformedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_diffusion.distributions.base import DenoisedDistribution
 
-__all__ = ["Unwrapped", "unwrap", "unwrap_diffusion"]
+__all__ = ["Unwrapped", "check_wrappers", "unwrap", "unwrap_diffusion"]
 
 WRAPPERS = (
     torch.distributions.Independent,
@@ -42,6 +43,18 @@ class Unwrapped(NamedTuple):
         masked = (w for w in self.wrappers if isinstance(w, MaskedDistribution))
         return tuple((w._mask, w.event_dim) for w in masked)
 
+    def inverse(self, value: Tensor) -> Tensor:
+        """The base's value behind a value of the whole."""
+        for transform in reversed(self.transforms):
+            value = transform.inv(value)
+        return value
+
+    def log_det(self, value: Tensor) -> Tensor:
+        r""":math:`\log |\partial x / \partial y|` of the base's x by a value y of the whole."""
+        flat = ImproperUniform(constraints.real, self.base.batch_shape, self.base.event_shape)
+        out: Tensor = self.around(flat).log_prob(value)
+        return out
+
     def around(self, law: Any) -> Any:
         """The same wrappers around another law of the base's batch and event shape."""
         for wrapper in reversed(self.wrappers):
@@ -53,6 +66,24 @@ class Unwrapped(NamedTuple):
                 law = TransformedDistribution(law, wrapper.transforms)
             # Nothing for an expansion: the base has its full batch shape.
         return law
+
+
+def check_wrappers(name: str, found: Unwrapped) -> None:
+    """Refuse what has no density of its own: a mask around a law, and transforms of discrete data.
+
+    Raises:
+        ValueError: naming what was found and the way out.
+    """
+    if found.masks:
+        raise ValueError(
+            f"{name}: got a {type(found.base).__name__} under `.mask()`, expected one without (poutine.mask "
+            "masks a site, and rows to be left out are left out of the data)"
+        )
+    if found.transforms and found.base.support.is_discrete:
+        raise ValueError(
+            f"{name}: got a {type(found.base).__name__} of discrete data under transforms, expected real "
+            "data: probabilities have no Jacobian (QuantizedDecoder spreads integers over a range itself)"
+        )
 
 
 def unwrap(fn: Any, until: type | tuple[type, ...] = ()) -> Unwrapped:

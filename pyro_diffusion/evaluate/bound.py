@@ -1,29 +1,23 @@
 """The evidence lower bound of held-out data, per datum and per term."""
 
-from collections.abc import Iterator
-from typing import TypeVar
-
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
-from tqdm import tqdm
 
-from pyro_diffusion.distributions import Bound, Diffusion
-from pyro_diffusion.distributions.base import DenoisedDistribution
-from pyro_diffusion.distributions.bounded import BoundedDistribution
+from pyro_diffusion.distributions import Bound, BoundedDistribution, Diffusion
 from pyro_diffusion.estimate import LOWER_BOUND, Likelihood, Terms, concatenate
+from pyro_diffusion.evaluate.rows import batches, check_model, check_rows
 from pyro_diffusion.schedules import uniform
-from pyro_diffusion.validation import check_event_shape, check_positive_int
+from pyro_diffusion.validation import check_positive_int
 
-__all__ = ["batches", "log_likelihood"]
+__all__ = ["log_likelihood"]
 
 # Reads of a datum along a path without steps.
 DRAWS = 128
 
-View = TypeVar("View", bound=DenoisedDistribution)
-
 
 def log_likelihood(
-    diffusion: BoundedDistribution,
+    diffusion: TorchDistribution,
     data: Tensor,
     *,
     draws: int | None = None,
@@ -39,10 +33,12 @@ def log_likelihood(
     each weighted by K / M (the decoder's term is always estimated, ``samples`` times). Both are unbiased.
 
     A :class:`~pyro_diffusion.distributions.DiffusionSDE` has no steps: it is always read at M positions, and
-    its terms are the integrals over M equal slices of time.
+    its terms are the integrals over M equal slices of time. Under transforms, the log-determinant of their
+    Jacobian is in the values and in the decoder's term, which is then that of the data themselves.
 
     Args:
-        diffusion: the model, a chain or an SDE, batch shape (); networks should be in ``eval()`` mode.
+        diffusion: the model, a chain or an SDE, batch shape (), perhaps under Pyro's transforms; networks
+            should be in ``eval()`` mode.
         data: (n,) + event.
         draws: number M of reverse reads per datum, >= 2; when None, all steps of a chain, 128 of an SDE.
         samples: noise draws per term, >= 2.
@@ -55,25 +51,27 @@ def log_likelihood(
         spaced ones scatter less, so with ``draws`` it is conservative.
 
     Raises:
-        ValueError: for fewer than two draws or samples, or bad data.
+        ValueError: for fewer than two draws or samples, bad data, a model with a batch shape or a context
+            without exactly one row per datum.
     """
     check_positive_int("samples", samples, at_least=2)
-    chain = isinstance(diffusion, Diffusion)
+    model = check_model("diffusion", diffusion, BoundedDistribution)
+    view, chain = model.base, isinstance(model.base, Diffusion)
     if draws is None and not chain:
         draws = DRAWS
     if draws is not None:
         check_positive_int("draws", draws, at_least=2)
-    check_event_shape("data", data, diffusion.event_shape)
+    check_rows("data", data, diffusion.event_shape)
     if chain:  # a weighted objective trains; only the bound is reported
-        diffusion = diffusion.replace(objective=Bound())
-    times = diffusion.times if isinstance(diffusion, Diffusion) else uniform(draws or DRAWS)
+        view = view.replace(objective=Bound())
+    times = view.times if chain else uniform(draws or DRAWS)
     slices = len(times) - 1
     value, variance, tally = [], [], _Tally(slices)
     with torch.no_grad():
-        for rows, model in batches(diffusion, data, context, batch_size, progress):
-            prior = model.prior_terms(rows)
-            decoder = torch.stack([model.decoder_terms(rows) for _ in range(samples)])
-            place, cost = _reverse_costs(model, rows, slices, draws, samples)
+        for (x, log_det), law in batches(model, view, data, context, batch_size, progress):
+            prior = law.prior_terms(x)
+            decoder = torch.stack([law.decoder_terms(x) - log_det for _ in range(samples)])
+            place, cost = _reverse_costs(law, x, slices, draws, samples)
             if draws is None:  # (samples, K, n): sum over steps, independent samples
                 reverse = cost.mean(0).mean(0)
                 reverse_variance = (cost / slices).var(0).sum(0) / samples
@@ -88,23 +86,8 @@ def log_likelihood(
         kind=LOWER_BOUND,
         evaluations=samples + (samples * slices if draws is None else draws),
         dimensions=diffusion.event_shape.numel(),
-        terms=tally.terms(diffusion.denoiser.process.schedule.log_snr(times[1:]).detach().cpu()),
+        terms=tally.terms(view.denoiser.process.schedule.log_snr(times[1:]).detach().cpu()),
     )
-
-
-def batches(
-    diffusion: View,
-    data: Tensor,
-    context: dict[str, Tensor] | None,
-    batch_size: int,
-    progress: bool,
-) -> Iterator[tuple[Tensor, View]]:
-    """Rows of data with the model conditioned on their rows of the context."""
-    check_positive_int("batch_size", batch_size)
-    starts = range(0, len(data), batch_size)
-    for start in tqdm(starts, desc="scoring", disable=not progress):
-        rows = slice(start, start + batch_size)
-        yield data[rows], diffusion.condition(**{k: v[rows] for k, v in (context or {}).items()})
 
 
 def _reverse_costs(

@@ -6,7 +6,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.denoisers.analytic import check_data, check_gaussian
+from pyro_diffusion.denoisers.analytic import check_data, check_gaussian, check_mean
+from pyro_diffusion.denoisers.base import check_context
 from pyro_diffusion.processes import coordinates
 from pyro_diffusion.schedules import Level, check_grid, step_costs
 from pyro_diffusion.validation import check_positive_int
@@ -46,7 +47,8 @@ def chain_costs(
         on and below the diagonal.
 
     Raises:
-        ValueError: for a process that is not Gaussian, bad data or a bad grid.
+        ValueError: for a process that is not Gaussian, bad data, a context without exactly one row per
+            datum, or a bad grid.
 
     References:
         Watson et al., arXiv 2106.03802, section 4; there the variance is fixed, here it is the posterior's.
@@ -54,6 +56,7 @@ def chain_costs(
     process = check_gaussian(denoiser)
     check_data(data, process.event_dim)
     check_positive_int("draws", draws)
+    context = check_context(denoiser, context, len(data))
     levels = process.schedule.level(times.to(data), check=False)
     check_grid(times, process.schedule)
     snr = levels.log_snr.double().exp()
@@ -63,7 +66,7 @@ def chain_costs(
     with torch.no_grad():
         for j in tqdm(range(1, len(times)), desc="pricing steps", disable=not progress):
             gain = snr[:j] - snr[j]
-            prices = [_prices(denoiser, data, e, levels.at(j), gain, context or {}) for e in noise]
+            prices = [_prices(denoiser, data, e, levels.at(j), gain, context) for e in noise]
             costs[:j, j] = torch.stack(prices).sum(0) / (draws * len(data))
     return costs
 
@@ -79,7 +82,7 @@ def _prices(
     """Costs of going from one level to each earlier one, summed over data and coordinates."""
     q = coordinates(denoiser.process.marginal(data, level))
     posterior = coordinates(denoiser(q.mean + q.stddev * noise, level, **context))
-    residual = (data - posterior.mean).square().reshape(-1).double()
+    residual = (data - check_mean(posterior, data)).square().reshape(-1).double()
     if isinstance(posterior, Delta):
         return step_costs(gain, torch.zeros_like(gain), residual.mean()) * residual.numel()
     variance = posterior.variance.reshape(-1).double()

@@ -78,7 +78,8 @@ def continuity_residual(
         Residuals with standard errors and z-scores.
 
     Raises:
-        ValueError: for a process that is not Gaussian, bad data or counts.
+        ValueError: for a process that is not Gaussian, bad data or counts, or a context without exactly one
+            row per datum.
 
     Example:
         >>> from pyro_diffusion.denoisers import MixtureDenoiser

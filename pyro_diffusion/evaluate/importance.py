@@ -6,6 +6,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import TorchDistribution
 from pyro.infer.enum import get_importance_trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -13,15 +14,15 @@ from torch import Tensor
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.estimate import IMPORTANCE_WEIGHTED, Likelihood, concatenate
 from pyro_diffusion.evaluate.arviz_versions import pareto_khat
-from pyro_diffusion.evaluate.bound import batches
+from pyro_diffusion.evaluate.rows import Rows, batches, check_model, check_rows
 from pyro_diffusion.infer import ChainReparam, forward_chain
-from pyro_diffusion.validation import check_event_shape, check_positive_int
+from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["from_log_weights", "importance_weighted", "log_weights"]
 
 
 def importance_weighted(
-    diffusion: Diffusion,
+    diffusion: TorchDistribution,
     data: Tensor,
     *,
     samples: int = 64,
@@ -37,8 +38,9 @@ def importance_weighted(
     Weights are those of Pyro's traces of the chain and its guide (see :class:`~pyro_diffusion.infer.DDPM`).
 
     Args:
-        diffusion: the model, batch shape (); a chain of few steps keeps the weights' variance and the cost
-            (samples * (K + 1) network reads per datum) low.
+        diffusion: the model, batch shape (), perhaps under Pyro's transforms, whose Jacobian is counted; a
+            chain of few steps keeps the weights' variance and the cost (samples * (K + 1) network reads per
+            datum) low.
         data: (n,) + event.
         samples: number S of chains per datum, >= 2. Below about 25 there is no tail to fit and every k-hat is
             infinite.
@@ -51,12 +53,14 @@ def importance_weighted(
         sizes and the Pareto k-hat of every datum's weights.
 
     Raises:
-        ValueError: for fewer than two samples, or bad data.
+        ValueError: for fewer than two samples, bad data, a model with a batch shape or a context without
+            exactly one row per datum.
 
     References:
         Burda et al., arXiv 1509.00519; Vehtari et al., Pareto smoothed importance sampling, arXiv 1507.02646.
     """
     check_positive_int("samples", samples, at_least=2)
+    model = check_model("diffusion", diffusion, Diffusion)
     weights = log_weights(
         diffusion,
         data,
@@ -67,13 +71,13 @@ def importance_weighted(
     )
     return from_log_weights(
         weights,
-        evaluations=samples * (diffusion.steps + 1),
+        evaluations=samples * (model.base.steps + 1),
         dimensions=diffusion.event_shape.numel(),
     )
 
 
 def log_weights(
-    diffusion: Diffusion,
+    diffusion: TorchDistribution,
     data: Tensor,
     *,
     samples: int = 1,
@@ -87,7 +91,7 @@ def log_weights(
     reverse kernel is the true one.
 
     Args:
-        diffusion: the model, batch shape ().
+        diffusion: the model, batch shape (), perhaps under Pyro's transforms, whose Jacobian is counted.
         data: (n,) + event.
         samples: chains per datum.
         context: the denoiser's context, one row per datum.
@@ -98,14 +102,16 @@ def log_weights(
         (samples, n), in nats, float64 on the host.
 
     Raises:
-        ValueError: for bad data or ``samples < 1``.
+        ValueError: for bad data, ``samples < 1``, a model with a batch shape or a context without exactly one
+            row per datum.
     """
     check_positive_int("samples", samples)
-    check_event_shape("data", data, diffusion.event_shape)
+    model = check_model("diffusion", diffusion, Diffusion)
+    check_rows("data", data, diffusion.event_shape)
     columns = []
     with torch.no_grad():
-        for rows, model in batches(diffusion, data, context, batch_size, progress):
-            columns.append(torch.stack([_log_weights(model, rows) for _ in range(samples)]))
+        for rows, chain in batches(model, model.base, data, context, batch_size, progress):
+            columns.append(torch.stack([_log_weights(chain, rows) for _ in range(samples)]))
     return torch.cat(columns, -1)
 
 
@@ -132,24 +138,24 @@ def from_log_weights(log_weights: Tensor, evaluations: float, dimensions: int) -
     )
 
 
-def _log_weights(diffusion: Diffusion, rows: Tensor) -> Tensor:
-    """One chain per datum: log p(x, z) - log q(z | x), shape (n,)."""
-    plate = pyro.plate("x_plate", len(rows))
+def _log_weights(diffusion: Diffusion, rows: Rows) -> Tensor:
+    """One chain per datum: log p(y, z) - log q(z | y), shape (n,)."""
+    plate = pyro.plate("x_plate", len(rows.x))
 
     def model() -> None:
         with plate, poutine.reparam(config={"x": ChainReparam()}):
-            pyro.sample("x", diffusion, obs=rows)
+            pyro.sample("x", diffusion, obs=rows.x)
 
     def guide() -> None:
         with plate:
-            forward_chain("x", diffusion, rows)
+            forward_chain("x", diffusion, rows.x)
 
     traces = get_importance_trace("flat", 1, model, guide, (), {})
     p, q = (
         sum(site["log_prob"] for site in trace.nodes.values() if _is_datum_site(site))
         for trace in traces
     )
-    return concatenate([p - q])
+    return concatenate([p - q + rows.log_det])
 
 
 def _is_datum_site(site: Any) -> bool:

@@ -1,18 +1,18 @@
 """Likelihoods by the probability-flow ODE."""
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.distributions import ProbabilityFlow
 from pyro_diffusion.estimate import EXACT, UNBIASED, Likelihood, concatenate
-from pyro_diffusion.evaluate.bound import batches
-from pyro_diffusion.validation import check_event_shape
+from pyro_diffusion.evaluate.rows import batches, check_model, check_rows
 
 __all__ = ["flow_log_likelihood"]
 
 
 def flow_log_likelihood(
-    flow: ProbabilityFlow,
+    flow: TorchDistribution,
     data: Tensor,
     *,
     context: dict[str, Tensor] | None = None,
@@ -22,7 +22,8 @@ def flow_log_likelihood(
     r"""Log p(x) by the ODE, one per datum, with standard errors over probes.
 
     Args:
-        flow: the model, batch shape (); networks should be in ``eval()`` mode.
+        flow: the model, batch shape (), perhaps under Pyro's transforms, whose Jacobian is counted; networks
+            should be in ``eval()`` mode.
         data: (n,) + event.
         context: the denoiser's context, one row per datum.
         batch_size: data integrated together. Adaptive steps fit the hardest of them.
@@ -35,20 +36,21 @@ def flow_log_likelihood(
         takes as many vector-Jacobian products as the trace has probes (the exact one: d).
 
     Raises:
-        ValueError: for bad data.
+        ValueError: for bad data, a model with a batch shape or a context without exactly one row per datum.
     """
-    check_event_shape("data", data, flow.event_shape)
+    model = check_model("flow", flow, ProbabilityFlow)
+    check_rows("data", data, flow.event_shape)
     value, error, evaluations = [], [], 0
     with torch.no_grad():
-        for rows, model in batches(flow, data, context, batch_size, progress):
-            density = model.score(rows)
-            value.append(density.value)
+        for (x, log_det), law in batches(model, model.base, data, context, batch_size, progress):
+            density = law.score(x)
+            value.append(density.value + log_det)
             error.append(density.standard_error)
-            evaluations += density.evaluations * len(rows)
+            evaluations += density.evaluations * len(x)
     return Likelihood(
         value=concatenate(value),
         standard_error=concatenate(error),
-        kind=UNBIASED if flow.trace.stochastic else EXACT,
+        kind=UNBIASED if model.base.trace.stochastic else EXACT,
         evaluations=evaluations / len(data),
         dimensions=flow.event_shape.numel(),
     )

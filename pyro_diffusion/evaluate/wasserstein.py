@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.denoisers.analytic import check_data, check_gaussian
+from pyro_diffusion.denoisers.analytic import check_data, check_gaussian, check_mean
 from pyro_diffusion.processes import GaussianProcess, coordinates, draw
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_finite, check_positive_int
@@ -144,8 +144,8 @@ def wasserstein_bound(
     for level in map(levels.at, range(points)):
         xt = draw(process.marginal(data, level)).detach()
         with torch.no_grad():
-            target = data if reference is None else reference(xt, level).mean
-            gap = target - denoiser(xt, level).mean
+            target = data if reference is None else check_mean(reference(xt, level), data)
+            gap = target - check_mean(denoiser(xt, level), data)
         error.append(gap.flatten(1).square().sum(1).mean().sqrt())
         if lipschitz is None:
             constant.append(_one_sided_constant(denoiser, xt, level))

@@ -1,0 +1,110 @@
+"""Held-out rows beside the model that scores them, each with its own row of the context."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_diffusion.denoisers.base import check_context
+from pyro_diffusion.distributions.base import DenoisedDistribution
+from pyro_diffusion.distributions.wrappers import Unwrapped, check_wrappers, unwrap
+from pyro_diffusion.validation import check_event_shape, check_positive_int
+
+__all__ = ["Rows", "batches", "check_model", "check_rows"]
+
+View = TypeVar("View", bound=DenoisedDistribution)
+
+
+class Rows(NamedTuple):
+    r"""Data y that are scored together, as the view inside the model sees them.
+
+    Attributes:
+        x: their values at the scale of the view, before the model's transforms, (n,) + the view's event.
+        log_det: :math:`\log |\partial x / \partial y|`, (n,): what log p(y) is above log p(x).
+    """
+
+    x: Tensor
+    log_det: Tensor
+
+
+def check_model(name: str, model: Any, kinds: type[View] | tuple[type[View], ...]) -> Unwrapped:
+    """A view of some kinds at batch shape (), perhaps under transforms, taken apart.
+
+    A model with a batch shape would pair its rows with those of the data by chance: the context of every
+    datum is an argument of its own.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    found = unwrap(model, kinds) if isinstance(model, torch.distributions.Distribution) else None
+    if found is None or not isinstance(found.base, kinds):
+        inner = type(model if found is None else found.base).__name__
+        raise ValueError(f"{name}: got {inner}, expected {wanted}, perhaps under transforms")
+    if model.batch_shape or found.base.batch_shape:
+        raise ValueError(
+            f"{name}: got a {type(found.base).__name__} of batch shape "
+            f"{tuple(found.base.batch_shape)}, expected (): build it without a context of that "
+            "shape, which is the argument `context=`, one row per datum"
+        )
+    check_wrappers(name, found)
+    for transform in found.transforms:
+        if not transform.bijective:
+            raise ValueError(
+                f"{name}: got the transform {type(transform).__name__}, expected bijective ones (score "
+                "integers with noise of your own added, without Dequantization)"
+            )
+    return found
+
+
+def check_rows(name: str, data: Tensor, event_shape: torch.Size) -> None:
+    """Refuse anything but (n,) + event.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    check_event_shape(name, data, event_shape)
+    if data.dim() != 1 + len(event_shape):
+        raise ValueError(
+            f"{name}: got shape {tuple(data.shape)}, expected (n,) + {tuple(event_shape)}, one row per datum"
+        )
+
+
+def batches(
+    model: Unwrapped,
+    view: View,
+    data: Tensor,
+    context: dict[str, Tensor] | None,
+    batch_size: int,
+    progress: bool,
+) -> Iterator[tuple[Rows, View]]:
+    """Rows of data with the view conditioned on their rows of the context.
+
+    Args:
+        model: as :func:`check_model` gives it; its transforms are undone.
+        view: what scores: the model's own base, or a variant of it.
+        data: (n,) + event.
+        context: the denoiser's context, one row per datum.
+        batch_size: data scored together.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: for a batch size below 1, or a context without exactly one row per datum.
+    """
+    check_positive_int("batch_size", batch_size)
+    context = check_context(view.denoiser, context, len(data))
+    starts = range(0, len(data), batch_size)
+    for start in tqdm(starts, desc="scoring", disable=not progress):
+        rows = slice(start, start + batch_size)
+        conditioned = view.condition(**{k: v[rows] for k, v in context.items()})
+        yield _rows(model, data[rows]), conditioned
+
+
+def _rows(model: Unwrapped, y: Tensor) -> Rows:
+    if not model.transforms:
+        return Rows(y, torch.zeros(len(y), device=y.device))
+    y = y if y.is_floating_point() else y.to(model.base.dtype or torch.get_default_dtype())
+    return Rows(model.inverse(y), model.log_det(y))
