@@ -1,9 +1,7 @@
 """What every view of a denoiser shares: its checks, home, context and own randomness."""
 
-import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,7 +11,7 @@ from torch.distributions import constraints
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.no_closed_forms import NoClosedForms
-from pyro_diffusion.processes import draw
+from pyro_diffusion.processes import draw, fresh_seed
 from pyro_diffusion.schedules import Level, uniform
 from pyro_diffusion.validation import Shape
 
@@ -63,8 +61,7 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
         self.dtype, self.device = home(denoiser)
         self.denoiser = denoiser
         self.context = {k: v for k, v in (context or {}).items() if v is not None}
-        # From the host's generator, without touching the device.
-        self._seed = int(torch.randint(2**62, (), device="cpu"))
+        self._seed = fresh_seed()
         batch_shape = broadcast("context", {k: self._context_batch(k) for k in self.context})
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
@@ -109,24 +106,6 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
         shape = self._extended_shape(torch.Size(sample_shape))
         prior = self.denoiser.process.prior(self.event_shape, dtype=self.dtype, device=self.device)
         return draw(prior.expand(shape[: len(shape) - len(self.event_shape)]))
-
-    @contextlib.contextmanager
-    def _own_randomness(self, device: torch.device) -> Iterator[None]:
-        """Draw from this instance's seed and leave the global generators as they were."""
-        generators = [torch.default_generator]
-        if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-            generators.append(torch.cuda.default_generators[index])
-        elif device.type == "mps":
-            generators.append(torch.mps._get_default_mps_generator())
-        states = [generator.get_state() for generator in generators]
-        for generator in generators:
-            generator.manual_seed(self._seed)
-        try:
-            yield
-        finally:
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
 
     def _context_event(self, name: str) -> torch.Size:
         value = self.context[name]

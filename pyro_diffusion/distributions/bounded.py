@@ -11,7 +11,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.base import DenoisedDistribution, broadcast
 from pyro_diffusion.distributions.decoders import Decoder, check_decoder, default_decoder
 from pyro_diffusion.distributions.objectives import Bound, Objective, check_objective, divergence
-from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.processes import GaussianProcess, SeededNoise, drawing_from
 from pyro_diffusion.schedules import Level, check_grid
 from pyro_diffusion.validation import Shape, check_event_shape
 
@@ -84,8 +84,10 @@ class BoundedDistribution(DenoisedDistribution):
         x0, batch = self._encoded(value)
         count = batch.numel()
         share = max(self._fair_share, self.objective.decoder_share)
-        with self._own_randomness(x0.device):
-            offset = torch.rand((), dtype=self._time_dtype(x0), device=x0.device)
+        noise = SeededNoise(self._seed)
+        with drawing_from(noise):
+            like = torch.empty((), dtype=self._time_dtype(x0), device=x0.device)
+            offset = noise.uniform((), like)
             place = (offset + torch.arange(count, device=x0.device) / count) % 1
             position = ((place - share) / (1 - share)).reshape(batch)
             decoding, reverse = self._read(value, x0, position)

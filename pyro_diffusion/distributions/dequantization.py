@@ -5,6 +5,8 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_diffusion.processes import fresh_seed
+
 __all__ = ["Dequantization"]
 
 
@@ -38,7 +40,7 @@ class Dequantization(TransformModule):
         self._event_dim = event_dim
         # Integers, too, are held in a float tensor.
         self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
-        self._seed = int(torch.randint(2**62, ()))
+        self._seed = fresh_seed()
 
     def _call(self, x: Tensor) -> Tensor:
         return x.floor()

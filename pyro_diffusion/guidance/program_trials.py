@@ -12,7 +12,12 @@ from pyro_diffusion.distributions import DenoisedDistribution
 from pyro_diffusion.distributions.wrappers import unwrap
 from pyro_diffusion.guidance.program_run import Message, log_density
 from pyro_diffusion.guidance.whitening import RESIDUALS, whitened
-from pyro_diffusion.processes import CategoricalProcess, GaussianProcess
+from pyro_diffusion.processes import (
+    CategoricalProcess,
+    GaussianProcess,
+    SeededNoise,
+    drawing_from,
+)
 
 __all__ = ["Look", "choose_way", "look", "trials"]
 
@@ -46,7 +51,8 @@ def trials(law: DenoisedDistribution) -> Tensor:
         return torch.randint(process.states, shape, generator=generator).to(law.device)
     if isinstance(process, GaussianProcess):
         return torch.randn(shape, generator=generator, dtype=law.dtype).to(law.device)
-    return law.sample(torch.Size((TRIALS,)))
+    with drawing_from(SeededNoise(0)):
+        return law.sample(torch.Size((TRIALS,)))
 
 
 def look(run: Callable[[Tensor], list[Message]], draws: Tensor) -> Look:

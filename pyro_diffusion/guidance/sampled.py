@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, moved
-from pyro_diffusion.processes import CategoricalProcess, coordinates
+from pyro_diffusion.processes import CategoricalProcess, coordinates, draw
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_positive_int
 
@@ -63,7 +63,7 @@ class SampledGuidance(GuidedDenoiser):
         """Prior, posterior and the log of an estimated twist (one network read)."""
         with torch.no_grad():
             prior = self.denoiser(xt, t, **context)
-            x0 = prior.sample((self.draws,))
+            x0 = draw(prior, (self.draws,))
             log_likelihood = self.likelihood.log_prob(x0)
             log_twist = log_likelihood.logsumexp(0) - math.log(self.draws)
             # Draws that all are impossible say nothing.

@@ -1,6 +1,6 @@
 """Forward processes q: how data is destroyed, and the bridges back."""
 
-from pyro_diffusion.processes.base import ForwardProcess, coordinates, draw
+from pyro_diffusion.processes.base import ForwardProcess, coordinates
 from pyro_diffusion.processes.categorical import (
     Absorbing,
     CategoricalCoefficients,
@@ -8,6 +8,14 @@ from pyro_diffusion.processes.categorical import (
     Uniform,
 )
 from pyro_diffusion.processes.gaussian import GaussianCoefficients, GaussianProcess
+from pyro_diffusion.processes.noise import (
+    Noise,
+    RowNoise,
+    SeededNoise,
+    draw,
+    drawing_from,
+    fresh_seed,
+)
 
 __all__ = [
     "Absorbing",
@@ -16,7 +24,12 @@ __all__ = [
     "ForwardProcess",
     "GaussianCoefficients",
     "GaussianProcess",
+    "Noise",
+    "RowNoise",
+    "SeededNoise",
     "Uniform",
     "coordinates",
     "draw",
+    "drawing_from",
+    "fresh_seed",
 ]

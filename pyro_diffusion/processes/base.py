@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.validation import Shape, check_positive_int
 
-__all__ = ["ForwardProcess", "check_order", "coordinates", "draw"]
+__all__ = ["ForwardProcess", "check_order", "coordinates"]
 
 
 class ForwardProcess(nn.Module):
@@ -135,15 +135,6 @@ def coordinates(distribution: TorchDistribution) -> TorchDistribution:
     while isinstance(distribution, torch.distributions.Independent):
         distribution = distribution.base_dist
     return distribution
-
-
-def draw(distribution: TorchDistribution) -> Tensor:
-    """One draw, reparameterized where that is possible.
-
-    That carries gradients; and it is the cheaper one, as ``Normal.sample`` looks at the scales first (on a
-    GPU, a round trip to the host).
-    """
-    return distribution.rsample() if distribution.has_rsample else distribution.sample()
 
 
 def check_order(s: Level, t: Level) -> None:
