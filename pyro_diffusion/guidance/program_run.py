@@ -1,6 +1,7 @@
 """One run of a Pyro program with its latents given, and what its observed sites say."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 __all__ = ["Message", "collapse", "isolated", "log_density", "observations", "observed"]
 
 Message = dict[str, Any]
+
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def observed(program: Callable[[], Any], data: dict[str, Tensor]) -> list[Message]:
@@ -51,14 +54,18 @@ def collapse(x: Tensor, lead: int, nesting: int, event: int, kept: list[int]) ->
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """Run a program as if no handler and no plate were around it: the caller may be inside some."""
+    """Run a program as if no handler and no plate were around it: the caller may be inside some.
+
+    Pyro's handlers are one stack for all threads, so runs wait for one another.
+    """
     allocator = runtime._DIM_ALLOCATOR
-    around, allocator._stack = allocator._stack, []
-    try:
-        with poutine.block():
-            yield
-    finally:
-        allocator._stack = around
+    with _ONE_AT_A_TIME:
+        around, allocator._stack = allocator._stack, []
+        try:
+            with poutine.block():
+                yield
+        finally:
+            allocator._stack = around
 
 
 def observations(nodes: dict[str, Message], given: dict[str, Tensor]) -> list[Message]:
