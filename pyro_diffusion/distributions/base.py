@@ -147,10 +147,19 @@ def _brief(module: Any) -> str:
     return f"{name}({_brief(inner)})" if isinstance(inner, torch.nn.Module) else name
 
 
-@functools.lru_cache(maxsize=64)
 def kept_uniform(steps: int, dtype: torch.dtype) -> Tensor:
     """One tensor for one number of steps: a model builds its distribution anew at every run."""
-    return uniform(steps, dtype)
+    times = _uniform(steps, dtype)
+    if times._version:  # someone wrote into it
+        _uniform.cache_clear()
+        times = _uniform(steps, dtype)
+    return times
+
+
+@functools.lru_cache(maxsize=64)
+def _uniform(steps: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False), torch.device("cpu"):
+        return uniform(steps, dtype)
 
 
 def check_event(denoiser: object, event_shape: object) -> torch.Size:

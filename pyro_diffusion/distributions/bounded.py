@@ -178,7 +178,8 @@ class BoundedDistribution(DenoisedDistribution):
         schedule = self.denoiser.process.schedule
         if not isinstance(self.times, Tensor):
             raise ValueError(f"times: got {type(self.times).__name__}, expected a tensor of times")
-        if getattr(schedule, "_checked_grid", None) is self.times:
+        sources = schedule.sources(self.times)
+        if sources is not None and schedule.__dict__.get("_checked") == sources:
             return  # the grid of the run before
         # Beside the schedule's own tensors if it has any, else where they are: no wait for a device.
         times = self.times.to([*schedule.buffers(), *schedule.parameters(), self.times][0].device)
@@ -190,5 +191,4 @@ class BoundedDistribution(DenoisedDistribution):
                     f"schedule: got log-SNR {log_snr.tolist()} at the ends of the grid, expected finite "
                     "values (cut the schedule with log_snr_max and log_snr_min)"
                 )
-        if next(schedule.parameters(), None) is None:
-            object.__setattr__(schedule, "_checked_grid", self.times)
+        schedule.__dict__["_checked"] = sources

@@ -92,8 +92,15 @@ class FlowTransform(TransformModule):
         self.trace = ExactTrace() if trace is None else check_trace(trace)
         self.solver = Solver() if solver is None else solver
         self.context, self.seed = dict(context or {}), seed
-        self.angles = end_angles(process.schedule)
+        end_angles(process.schedule)
         self.domain = self.codomain = constraints.independent(constraints.real, process.event_dim)
+
+    @property
+    def angles(self) -> tuple[float, float]:
+        """Where data and noise are, as the schedule has it now."""
+        process = self.denoiser.process
+        assert isinstance(process, GaussianProcess)
+        return end_angles(process.schedule)
 
     def transport(self, x: Tensor, inverse: bool = False, log_det: bool = True) -> Passage:
         """Noise to data, or back, with log-determinants from the same pass.

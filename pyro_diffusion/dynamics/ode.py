@@ -170,6 +170,11 @@ def transport(
         appendix D (the angle).
     """
     context = context or {}
+    if trace is not None and torch.is_inference_mode_enabled():
+        # Autograd records nothing there, not even the divergence.
+        with torch.inference_mode(False), torch.no_grad():
+            context = {name: value.clone() for name, value in context.items()}
+            return transport(denoiser, z.clone(), start, stop, solver, context, trace, seed)
     leaves = [*denoiser.parameters(), *context.values()]
     parameters = [p for p in leaves if p.requires_grad]
     field = _Field(denoiser, z.shape, context, trace, seed)

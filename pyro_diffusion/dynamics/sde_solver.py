@@ -159,22 +159,10 @@ class SDESolver:
             keywords = {"rtol": self.rtol, "atol": self.atol, "dt": 1e-2}
             brownian: torchsde.BaseBrownian = brownian_interval(y.shape, y.dtype, y.device)
             return self._integrate(sde, y, times, brownian, adaptive=True, **keywords)
-        walk = self._walk(sde, y)
+        walk = Walk(sde, self.steps, self.order, y)
         times = torch.tensor([0.0, self.steps], dtype=torch.promote_types(y.dtype, torch.float32))
         brownian = IndependentIncrements(y.shape, y.dtype, y.device)
         return self._integrate(walk, y, times, brownian, dt=torch.ones_like(times[0]))
-
-    def _walk(self, sde: GaussianSDE, y: Tensor) -> Walk:
-        """The SDE's table for these steps, kept with it unless its schedule can change."""
-        key = (self.method, self.steps, y.dtype, y.device)
-        kept = sde.__dict__.get("_kept")
-        if kept is not None and kept[0] == key:
-            walk: Walk = kept[1]
-            return walk
-        walk = Walk(sde, self.steps, self.order, y)
-        if next(sde.process.schedule.parameters(), None) is None:
-            sde.__dict__["_kept"] = (key, walk)
-        return walk
 
     def _integrate(
         self,

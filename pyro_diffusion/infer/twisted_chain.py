@@ -36,13 +36,20 @@ class TwistedChain:
             diffusion.event_shape, dtype=diffusion.dtype, device=diffusion.device
         )
         self.prior = prior.expand(diffusion.batch_shape)
-        x = self.prior.sample()
-        self.grid = Grid(*diffusion._levels(x))
-        early, late = (Grid(*(v[part] for v in self.grid)) for part in (slice(-1), slice(1, None)))
-        self.coefficients = self.process.coefficients(early, late)
+        self._like = self.prior.sample()
+        self.renew()
         # Data that have observations of their own are filtered side by side.
         apart = getattr(self.likelihood, "factorized", False)
         self.filters = diffusion.batch_shape if apart else torch.Size()
+
+    def renew(self) -> None:
+        """Evaluate the schedule as it is now: it may have been trained or loaded since."""
+        with torch.inference_mode(False), torch.no_grad():
+            self.grid = Grid(*self.diffusion._levels(self._like))
+            early, late = (
+                Grid(*(v[part] for v in self.grid)) for part in (slice(-1), slice(1, None))
+            )
+            self.coefficients = self.process.coefficients(early, late)
 
     def encoded(self, x: Tensor) -> Tensor:
         """Data as the likelihood takes them."""

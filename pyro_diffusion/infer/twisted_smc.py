@@ -126,6 +126,7 @@ class TwistedSMC:
     def filter(self, kind: type[Filter] = ParticleFilter, **options: Any) -> Filter:  # type: ignore[assignment]
         """A fresh filter over the chain; drive it with :meth:`drive`, or by hand."""
         chain = self.chain
+        chain.renew()
         return kind(
             Target(chain),
             Proposal(chain),

@@ -79,6 +79,21 @@ def table_row(table: tuple[Any, ...], index: int) -> tuple[Any, ...]:
     return row
 
 
+class Sources:
+    """Tensors as they are now; equal to later ones if these are the same tensors and were not changed."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.tensors = tensors
+        self.versions = tuple(v._version for v in tensors)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sources) or self.versions != other.versions:
+            return False
+        return all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class Schedule(nn.Module):
     r"""Signal and noise scales :math:`\alpha(t), \sigma(t)` over t in [0, 1] (0 = data, 1 = noise).
 
@@ -206,22 +221,46 @@ class Schedule(nn.Module):
     ) -> Level:
         """The levels of a whole grid, unchecked; those of the last grid are kept.
 
-        A model walks one grid again and again. A schedule with parameters is evaluated every time.
+        A model walks one grid again and again. A schedule with parameters is evaluated every time, and so is
+        any schedule on times that require a gradient; a grid changed in place is another grid.
 
         Args:
-            times: the grid; known by identity, so not to be changed in place.
+            times: the grid.
             dtype: of the result, that of the times by default.
             device: of the result, that of the times by default.
         """
-        key = (dtype or times.dtype, device or times.device)
+        place = (dtype or times.dtype, device or times.device)
+        sources = self.sources(times)
         kept = self.__dict__.get("_kept")
-        if kept is not None and kept[0] is times and kept[1] == key:
+        if kept is not None and kept[:2] == (sources, place):
             level: Level = kept[2]
             return level
-        level = self.level(times.to(dtype=key[0], device=key[1]), check=False)
-        if next(self.parameters(), None) is None and not torch.is_inference_mode_enabled():
-            self.__dict__["_kept"] = (times, key, level)
+        if times.is_inference() and not torch.is_inference_mode_enabled():
+            times = times.clone()  # autograd can save a copy
+        level = self.level(times.to(dtype=place[0], device=place[1]), check=False)
+        if sources is not None and not torch.is_inference_mode_enabled():
+            self.__dict__["_kept"] = (sources, place, level)
         return level
+
+    def sources(self, times: Tensor) -> "Sources | None":
+        """The tensors that a grid's levels come from, or None if these must be computed every time.
+
+        That is where they need a gradient, or where torch does not count changes (inference tensors).
+        """
+        if times.requires_grad or next(self.parameters(), None) is not None:
+            return None
+        tensors = (times, *self.buffers())
+        return None if any(v.is_inference() for v in tensors) else Sources(tensors)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, and forget what was kept: it may have come from the old one."""
+        self.__dict__.pop("_kept", None)
+        self.__dict__.pop("_checked", None)
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: all but what is kept."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_kept", "_checked")}
 
     def extra_repr(self) -> str:
         """Ends of the curve, for ``repr``."""

@@ -147,4 +147,3 @@ class TabulatedBetas(VariancePreserving):
 def _read_ends(table: TabulatedBetas, _: object) -> None:
     """The ends of a table that was just loaded."""
     table.log_snr_max, table.log_snr_min = float(table.knots[0]), float(table.knots[-1])
-    table.__dict__.pop("_kept", None)
