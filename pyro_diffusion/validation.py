@@ -9,6 +9,7 @@ from torch import Tensor
 
 __all__ = [
     "Shape",
+    "check_broadcast",
     "check_event_shape",
     "check_finite",
     "check_number",
@@ -42,6 +43,19 @@ def check_tensor(name: str, x: object) -> Tensor:
     if x.dtype == torch.bool or x.is_complex():
         raise ValueError(f"{name}: got dtype {x.dtype}, expected real numbers or integers")
     return x
+
+
+def check_broadcast(name: str, shape: Sequence[int], batch: Sequence[int]) -> None:
+    """Refuse a shape that does not broadcast with another.
+
+    Raises:
+        ValueError: naming both.
+    """
+    pairs = zip(reversed(tuple(shape)), reversed(tuple(batch)), strict=False)
+    if not all(m == n or 1 in (m, n) for m, n in pairs):
+        raise ValueError(
+            f"{name}: got shape {tuple(shape)}, expected one that broadcasts with {tuple(batch)}"
+        )
 
 
 def check_number(

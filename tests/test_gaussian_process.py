@@ -392,7 +392,7 @@ def test_times_outside(bad):
     for call in calls:
         for t in (bad, torch.tensor([0.5, bad])):
             with pytest.raises(
-                ValueError, match=r"^t: got times from .*expected times in \[0, 1\]"
+                ValueError, match=r"^[st]: got times from .*expected times in \[0, 1\]"
             ):
                 call(t)
 

@@ -10,7 +10,7 @@ from pyro_diffusion.denoisers.base import Denoiser, check_context
 from pyro_diffusion.denoisers.variances import TimeVariance
 from pyro_diffusion.processes import GaussianProcess, draw
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.validation import check_finite, check_positive_int
+from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
 
 __all__ = ["EstimatedVariance", "analytic_variance", "residual_variance"]
 
@@ -42,6 +42,13 @@ class EstimatedVariance(TimeVariance):
         self, log_snr: Tensor, variance: Tensor | None = None, standard_error: Tensor | None = None
     ) -> None:
         ratio = None
+        check_tensor("log_snr", log_snr)
+        for name, value in (("variance", variance), ("standard_error", standard_error)):
+            if value is not None and check_tensor(name, value).shape != log_snr.shape:
+                raise ValueError(
+                    f"{name}: got shape {tuple(value.shape)}, expected {tuple(log_snr.shape)}, that "
+                    "of the knots"
+                )
         if variance is not None:
             check_finite("variance", variance)
             if bool((variance < 0).any()):
@@ -262,7 +269,7 @@ def check_data(data: Tensor, event_dim: int) -> None:
     Raises:
         ValueError: naming what was found.
     """
-    if not data.is_floating_point():
+    if not check_tensor("data", data).is_floating_point():
         raise ValueError(
             f"data: got {data.dtype}, expected real x_0 (Diffusion.encode makes it from integers)"
         )

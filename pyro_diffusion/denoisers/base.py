@@ -95,7 +95,16 @@ class NetworkDenoiser(Denoiser):
             if value is not None
         }
         rows = x.reshape(-1, *event)
-        out: Tensor = self.network(rows, log_snr.expand(batch).reshape(-1), **flat)
+        try:
+            out: Tensor = self.network(rows, log_snr.expand(batch).reshape(-1), **flat)
+        except Exception as error:
+            # The network is the user's, so is its error; where it came from is ours to say.
+            given = "".join(f", {name} {tuple(value.shape)}" for name, value in flat.items())
+            error.add_note(
+                f"network: got x of shape {tuple(rows.shape)} ({rows.dtype}){given}, expected a module that "
+                "takes them"
+            )
+            raise
         if out.shape[:1] != rows.shape[:1]:
             raise ValueError(
                 f"network: got an output of shape {tuple(out.shape)}, expected a first dimension of "

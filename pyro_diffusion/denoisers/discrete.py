@@ -11,13 +11,26 @@ from torch.distributions.utils import lazy_property
 from pyro_diffusion.denoisers.base import NetworkDenoiser, check_outputs
 from pyro_diffusion.processes import CategoricalProcess, GaussianProcess
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.validation import Shape
+from pyro_diffusion.validation import (
+    Shape,
+    check_broadcast,
+    check_finite,
+    check_number,
+    check_positive_int,
+    check_tensor,
+)
 
 __all__ = ["CategoricalDenoiser", "LevelsDenoiser", "Quantized", "uniform_levels"]
 
 
 def uniform_levels(levels: int, low: float = -1.0, high: float = 1.0) -> Tensor:
-    """The real values of the integers 0 ... levels - 1, evenly spaced from ``low`` to ``high``."""
+    """The real values of the integers 0 ... levels - 1, evenly spaced from ``low`` to ``high``.
+
+    Raises:
+        ValueError: for fewer than two levels, or ends that are not finite and increasing.
+    """
+    check_positive_int("levels", levels, at_least=2)
+    check_number("high", high, above=check_number("low", low))
     return torch.linspace(low, high, levels)
 
 
@@ -28,6 +41,9 @@ class Quantized(TorchDistribution):
         logits: unnormalized log-probabilities, batch + (n,).
         values: the n real values.
         validate_args: whether to check arguments.
+
+    Raises:
+        ValueError: for logits that do not fit the values, or that are NaN.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
@@ -37,6 +53,12 @@ class Quantized(TorchDistribution):
     has_rsample = False
 
     def __init__(self, logits: Tensor, values: Tensor, validate_args: bool | None = None) -> None:
+        count = check_tensor("logits", logits).shape[-1:]
+        if check_tensor("values", values).dim() != 1 or count != values.shape:
+            raise ValueError(
+                f"logits, values: got shapes {tuple(logits.shape)}, {tuple(values.shape)}, expected batch + "
+                "(n,) and (n,)"
+            )
         self._unnormalized = logits
         self.values = values
         super().__init__(logits.shape[:-1], torch.Size(), validate_args=validate_args)
@@ -83,7 +105,12 @@ class Quantized(TorchDistribution):
             return self.values[self.index.sample(sample_shape)]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-probability of the nearest of the values; -inf if none is within float error."""
+        """Log-probability of the nearest of the values; -inf if none is within float error.
+
+        Raises:
+            ValueError: for values of a shape that does not broadcast with the batch.
+        """
+        check_broadcast("value", check_tensor("value", value).shape, self.batch_shape)
         gap = (value.unsqueeze(-1) - self.values).abs()
         distance, index = gap.min(-1)
         logits = self.logits.expand(torch.broadcast_shapes(gap.shape, self.logits.shape))
@@ -135,15 +162,17 @@ class LevelsDenoiser(_EvidenceDenoiser):
         super().__init__(network, process, context_event_dims)
         if not isinstance(process, GaussianProcess):
             raise ValueError(f"process: got {type(process).__name__}, expected a GaussianProcess")
+        check_tensor("values", values)
         if values.dim() != 1 or len(values) < 2 or not bool((values.diff() > 0).all()):
             raise ValueError(
                 f"values: got shape {tuple(values.shape)}, expected at least two increasing numbers"
             )
+        check_finite("values", values)
         self.register_buffer("values", values)
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The posterior over x_0, batch and event shape of xt."""
-        level = self.process.level(t, xt)
+        level = self.process.level(t, xt, state="xt")
         x = xt / torch.hypot(level.alpha, level.sigma)
         values = self.values.to(xt.dtype)
         logits = self._logits(x, xt, values, level, context)
@@ -187,6 +216,6 @@ class CategoricalDenoiser(_EvidenceDenoiser):
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The posterior over x_0, batch and event shape of xt."""
-        level = self.process.level(t, xt)
+        level = self.process.level(t, xt, state="xt")
         logits = self._logits(xt, xt, self.values, level, context)
         return Categorical(logits=logits, validate_args=False).to_event(self.process.event_dim)

@@ -9,7 +9,7 @@ from torch import Tensor
 from pyro_diffusion.denoisers.base import Denoiser
 from pyro_diffusion.processes import CategoricalProcess, GaussianProcess
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.validation import check_finite
+from pyro_diffusion.validation import check_finite, check_tensor
 
 __all__ = ["MixtureDenoiser", "TableDenoiser"]
 
@@ -53,6 +53,8 @@ class MixtureDenoiser(Denoiser):
         super().__init__(process)
         if not isinstance(process, GaussianProcess) or process.event_dim != 1:
             raise ValueError("process: expected a GaussianProcess with event_dim=1")
+        for name, value in (("weights", weights), ("means", means)):
+            check_tensor(name, value)
         if means.dim() != 2 or weights.shape != means.shape[:1]:
             raise ValueError(
                 f"weights, means: got shapes {tuple(weights.shape)}, {tuple(means.shape)}, expected "
@@ -80,6 +82,8 @@ class MixtureDenoiser(Denoiser):
 
     def marginal(self, t: Tensor | Level) -> TorchDistribution:
         """The exact law of x_t, one scalar time."""
+        if isinstance(t, Tensor) and t.dim():
+            raise ValueError(f"t: got shape {tuple(t.shape)}, expected one time")
         level = self.process.level(t, self.means)
         scale = (level.alpha**2 * self.variances + level.sigma**2).sqrt().unsqueeze(-1)
         parts = Normal(level.alpha * self.means, scale, validate_args=False).to_event(1)
@@ -89,7 +93,12 @@ class MixtureDenoiser(Denoiser):
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The posterior over x_0, batch and event shape of xt."""
-        level = self.process.level(t, xt)
+        level = self.process.level(t, xt, state="xt")
+        if xt.shape[-1:] != self.means.shape[-1:]:
+            raise ValueError(
+                f"xt: got shape {tuple(xt.shape)}, expected a last dimension of {self.means.shape[-1]}, that "
+                "of the means"
+            )
         alpha, sigma = (v.unsqueeze(-1) if v.dim() else v for v in (level.alpha, level.sigma))
         s2 = self.variances.unsqueeze(-1)  # (k, 1), against batch + (k, d)
         total = alpha**2 * s2 + sigma**2
@@ -123,6 +132,7 @@ class TableDenoiser(Denoiser):
 
     def __init__(self, process: CategoricalProcess, joint: Tensor) -> None:
         super().__init__(process)
+        check_tensor("joint", joint)
         if not isinstance(process, CategoricalProcess) or set(joint.shape) != {process.states}:
             raise ValueError(
                 f"joint: got shape {tuple(joint.shape)}, expected every dimension to be the number "
@@ -140,6 +150,11 @@ class TableDenoiser(Denoiser):
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The posterior over x_0, batch and event shape of xt."""
+        if xt.shape[-1:] != self.sequences.shape[-1:]:
+            raise ValueError(
+                f"xt: got shape {tuple(xt.shape)}, expected a last dimension of {self.sequences.shape[-1]}, "
+                "the positions of the table"
+            )
         states = torch.arange(self.states, device=xt.device)
         evidence = self.process.log_evidence(xt, states, t)  # batch + (length, states)
         hot = torch.nn.functional.one_hot(self.sequences, len(states)).to(evidence.dtype)

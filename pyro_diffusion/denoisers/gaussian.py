@@ -50,7 +50,7 @@ class GaussianDenoiser(NetworkDenoiser):
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The posterior over x_0, batch and event shape of xt."""
-        level, event_dim = self.process.level(t, xt), self.process.event_dim
+        level, event_dim = self.process.level(t, xt, state="xt"), self.process.event_dim
         c = level.tabulate(self._coefficients)
         outputs = 1 + (self.variance.outputs if self.variance is not None else 0)
         out = check_outputs(self.read(c.c_in * xt, level.log_snr, context), xt, outputs)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_diffusion.validation import check_number
+
 __all__ = [
     "Coefficients",
     "Data",
@@ -113,7 +115,10 @@ class EDMPreconditioning(Parameterization):
     c_out = :math:`\sigma\sigma_d/n`. Input and regression target have unit variance at every t.
 
     Args:
-        sigma_data: standard deviation of the data, > 0.
+        sigma_data: standard deviation of the data, in [1e-6, 1e6].
+
+    Raises:
+        ValueError: for another.
 
     References:
         Karras et al., arXiv 2206.00364, table 1 (there alpha = 1).
@@ -122,8 +127,7 @@ class EDMPreconditioning(Parameterization):
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        if not self.sigma_data > 0:
-            raise ValueError(f"sigma_data: got {self.sigma_data}, expected a number > 0")
+        check_number("sigma_data", self.sigma_data, at_least=1e-6, at_most=1e6)
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> Coefficients:
         """The three coefficients at given scales."""

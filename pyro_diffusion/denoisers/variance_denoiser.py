@@ -96,7 +96,7 @@ class VarianceDenoiser(NetworkDenoiser):
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The posterior over x_0, batch and event shape of xt."""
-        level, event_dim = self.process.level(t, xt), self.process.event_dim
+        level, event_dim = self.process.level(t, xt, state="xt"), self.process.event_dim
         mean = self.denoiser(xt, level, **context).mean
         if self.variance is None:
             return Delta(mean, event_dim=event_dim, validate_args=False)

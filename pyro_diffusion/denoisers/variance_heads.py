@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_diffusion.denoisers.analytic import LEAST_LOG_RATIO
 from pyro_diffusion.denoisers.variances import Variance, unit_variance
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.validation import Shape
+from pyro_diffusion.validation import Shape, check_number
 
 __all__ = ["NPR", "SN", "HeadNormal", "NoiseHead"]
 
@@ -23,14 +23,17 @@ class NoiseHead(Variance):
     (F = 0) is a sensible one.
 
     Args:
-        limit: bound on the absolute value of F.
+        limit: bound on the absolute value of F, in (0, 80].
+
+    Raises:
+        ValueError: for a limit outside.
     """
 
     outputs = 1
 
     def __init__(self, limit: float = 15.0) -> None:
         super().__init__()
-        self.limit = float(limit)
+        self.limit = check_number("limit", limit, above=0, at_most=80)
 
     def moment(self, head: Tensor, level: Level, noise: Tensor) -> Tensor:
         """h, positive, of the head's shape.
@@ -130,8 +133,8 @@ class SN(NoiseHead):
     ) -> None:
         super().__init__(limit)
         self.skip = bool(skip)
-        if largest is not None and not largest > 0:
-            raise ValueError(f"largest: got {largest}, expected a number > 0")
+        if largest is not None:
+            check_number("largest", largest, above=0)
         self.largest = largest
 
     def moment(self, head: Tensor, level: Level, noise: Tensor) -> Tensor:

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.validation import check_finite
+from pyro_diffusion.validation import check_finite, check_number, check_tensor
 
 __all__ = ["LearnedVariance", "TimeVariance", "Variance", "unit_variance"]
+
+# Of a variance to that of unit data; its exponential is a number in single precision.
+LARGEST_LOG_RATIO = 80.0
 
 
 def unit_variance(level: Level) -> Tensor:
@@ -46,7 +49,10 @@ class LearnedVariance(Variance):
     [-``limit``, ``limit``].
 
     Args:
-        limit: bound on the absolute log-ratio.
+        limit: bound on the absolute log-ratio, in (0, 80].
+
+    Raises:
+        ValueError: for a limit outside.
 
     References:
         Nichol & Dhariwal, arXiv 2102.09672 (which interpolates the reverse variance instead of the
@@ -57,7 +63,7 @@ class LearnedVariance(Variance):
 
     def __init__(self, limit: float = 15.0) -> None:
         super().__init__()
-        self.limit = float(limit)
+        self.limit = check_number("limit", limit, above=0, at_most=80)
 
     def forward(self, head: Tensor | None, level: Level) -> Tensor:
         """Per-coordinate variance."""
@@ -91,15 +97,24 @@ class TimeVariance(Variance):
         trainable: bool = True,
     ) -> None:
         super().__init__()
+        if isinstance(log_snr, Tensor):
+            check_tensor("log_snr", log_snr)
         knots = torch.as_tensor(log_snr, dtype=torch.get_default_dtype())
         check_finite("log_snr", knots)
         if knots.dim() != 1 or len(knots) < 2 or not bool((knots.diff() > 0).all()):
             raise ValueError(
                 f"log_snr: got {knots.tolist()}, expected at least two increasing knots"
             )
-        ratio = (
-            torch.zeros_like(knots) if log_ratio is None else torch.as_tensor(log_ratio).to(knots)
-        )
+        ratio = torch.zeros_like(knots)
+        if log_ratio is not None:
+            if isinstance(log_ratio, Tensor):
+                check_tensor("log_ratio", log_ratio)
+            ratio = torch.as_tensor(log_ratio).to(knots)
+        check_finite("log_ratio", ratio)
+        if bool((ratio > LARGEST_LOG_RATIO).any()):
+            raise ValueError(
+                f"log_ratio: got {float(ratio.max()):g}, expected logarithms <= {LARGEST_LOG_RATIO}"
+            )
         if ratio.shape != knots.shape:
             raise ValueError(
                 f"log_ratio: got shape {tuple(ratio.shape)}, expected {tuple(knots.shape)}"

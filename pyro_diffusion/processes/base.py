@@ -7,7 +7,14 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_diffusion.schedules import Level, Schedule
-from pyro_diffusion.validation import Shape, check_positive_int
+from pyro_diffusion.validation import (
+    Shape,
+    check_broadcast,
+    check_positive_int,
+    check_sizes,
+    check_tensor,
+    check_times,
+)
 
 __all__ = ["ForwardProcess", "check_order", "coordinates"]
 
@@ -44,6 +51,32 @@ class ForwardProcess(nn.Module):
             raise ValueError(f"schedule: got {type(schedule).__name__}, expected a Schedule")
         self.schedule = schedule
         self.event_dim = check_positive_int("event_dim", event_dim, at_least=0)
+
+    def check_state(self, name: str, x: Tensor) -> None:
+        """Refuse what cannot be a state: fewer dimensions than a datum has, or the wrong kind of numbers.
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        if check_tensor(name, x).dim() < self.event_dim:
+            raise ValueError(
+                f"{name}: got shape {tuple(x.shape)}, expected batch dimensions followed by "
+                f"{self.event_dim} event dimension(s)"
+            )
+
+    def check_event(self, event_shape: Shape) -> torch.Size:
+        """The shape of one datum, or a refusal.
+
+        Raises:
+            ValueError: for sizes below 1, or another number of dimensions than ``event_dim``.
+        """
+        sizes = check_sizes("event_shape", event_shape)
+        if len(sizes) != self.event_dim:
+            raise ValueError(
+                f"event_shape: got {tuple(event_shape)}, expected {self.event_dim} "
+                "dimension(s), the event_dim of the denoiser's process"
+            )
+        return sizes
 
     def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
         """The law of x_t given x_0."""
@@ -101,7 +134,7 @@ class ForwardProcess(nn.Module):
         Raises:
             ValueError: for times outside [0, 1], s after t, or eta outside [0, 1].
         """
-        early, late = self.level(s, xt), self.level(t, xt)
+        early, late = self.level(s, xt, "s", "xt"), self.level(t, xt)
         if eta != 0 and not (isinstance(s, Level) or isinstance(t, Level)):
             check_order(early, late)
         return self.combine(xt, posterior, self.coefficients(early, late, eta))
@@ -112,22 +145,40 @@ class ForwardProcess(nn.Module):
         """The law of x_s given x_t and x_0, s < t: the reverse kernel of a point mass at x_0."""
         return self.reverse(xt, self.point_mass(x0), s, t, eta)
 
-    def level(self, t: Tensor | Level | float, like: Tensor | None = None) -> Level:
+    def level(
+        self,
+        t: Tensor | Level | float,
+        like: Tensor | None = None,
+        name: str = "t",
+        state: str | None = None,
+    ) -> Level:
         """The schedule at t, with singleton dimensions where events are.
 
         Args:
             t: time(s); a Level is handed back as it is, so one of batch shape must come from here.
             like: a state whose device, and dtype if it is real, the level takes.
+            name: of the argument t, for errors.
+            state: name of the argument ``like`` if it is to be checked as a state.
 
         Raises:
-            ValueError: for times outside [0, 1]; a Level is taken as checked.
+            ValueError: for times outside [0, 1] or of a shape that does not broadcast with the state's batch,
+                and for what is no state. With a Level both are taken as checked.
         """
         if isinstance(t, Level):
             return t
+        if isinstance(t, Tensor):
+            check_tensor(name, t)
         if like is not None:
+            if state is not None:
+                self.check_state(state, like)
+            batch = like.shape[: like.dim() - self.event_dim]
+            if isinstance(t, Tensor):
+                check_broadcast(name, t.shape, batch)
             dtype = like.dtype if like.is_floating_point() else None
             t = torch.as_tensor(t, dtype=dtype, device=like.device)
-        return self.schedule.level(t).unsqueeze(self.event_dim)
+        t = torch.as_tensor(t)
+        check_times(name, t)
+        return self.schedule.level(t, check=False).unsqueeze(self.event_dim)
 
 
 def coordinates(distribution: TorchDistribution) -> TorchDistribution:

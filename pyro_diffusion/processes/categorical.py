@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_diffusion.processes.base import ForwardProcess, check_order, coordinates
 from pyro_diffusion.schedules import Level, Schedule
-from pyro_diffusion.validation import Shape, check_finite, check_positive_int
+from pyro_diffusion.validation import Shape, check_finite, check_positive_int, check_tensor
 
 __all__ = ["Absorbing", "CategoricalCoefficients", "CategoricalProcess", "Uniform"]
 
@@ -61,6 +61,8 @@ class CategoricalProcess(ForwardProcess):
     def __init__(self, schedule: Schedule, states: int, noise: Tensor, event_dim: int = 1) -> None:
         super().__init__(schedule, event_dim)
         self.states = check_positive_int("states", states, at_least=2)
+        if isinstance(noise, Tensor):
+            check_tensor("noise", noise)
         noise = torch.as_tensor(noise, dtype=torch.float64)
         check_finite("noise", noise)
         if noise.dim() != 1 or len(noise) < states or bool((noise < 0).any()):
@@ -72,13 +74,28 @@ class CategoricalProcess(ForwardProcess):
             raise ValueError(f"noise: got a sum of {float(noise.sum()):g}, expected 1")
         self.register_buffer("noise", noise)
 
+    def check_state(self, name: str, x: Tensor) -> None:
+        """Refuse what cannot be a state: as the base does, and anything but symbols of the noise's alphabet.
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        super().check_state(name, x)
+        count = len(self.noise)
+        if x.dtype != torch.int64:
+            raise ValueError(f"{name}: got dtype {x.dtype}, expected symbols as torch.int64")
+        if not bool(((x >= 0) & (x < count)).all()):
+            raise ValueError(
+                f"{name}: got symbols from {int(x.min())} to {int(x.max())}, expected 0 to {count - 1}"
+            )
+
     def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
         """The law of x_t given x_0 (exact)."""
-        return self._replace(x0, self.level(t, x0).alpha)
+        return self._replace(x0, self.level(t, x0, state="x0").alpha)
 
     def transition(self, xs: Tensor, s: Tensor | Level, t: Tensor | Level) -> TorchDistribution:
         """The law of x_t given x_s (exact)."""
-        early, late = self.level(s, xs), self.level(t, xs)
+        early, late = self.level(s, xs, "s", "xs"), self.level(t, xs)
         if not (isinstance(s, Level) or isinstance(t, Level)):
             check_order(early, late)
         return self._replace(xs, late.alpha / early.alpha)
@@ -95,10 +112,12 @@ class CategoricalProcess(ForwardProcess):
         uniform = torch.zeros_like(noise)
         uniform[: self.states] = 1 / self.states
         probs = alpha * uniform + (1 - alpha) * noise
-        return self._categorical(probs.expand(*event_shape, -1))
+        return self._categorical(probs.expand(*self.check_event(event_shape), -1))
 
     def point_mass(self, x0: Tensor) -> TorchDistribution:
         """Certainty of x_0, symbol by symbol."""
+        if x0.device.type != "cuda":  # there a look at the symbols would cost a wait
+            self.check_state("x0", x0)
         probs = torch.nn.functional.one_hot(x0, len(self.noise)).to(self.noise.dtype)
         return Categorical(probs=probs, validate_args=False).to_event(self.event_dim)
 
@@ -134,7 +153,7 @@ class CategoricalProcess(ForwardProcess):
 
     def log_evidence(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
         """Log-probability of every symbol of x_t, had its x_0 been each of the values."""
-        alpha = self.level(t, xt).alpha.unsqueeze(-1)
+        alpha = self.level(t, xt, state="xt").alpha.unsqueeze(-1)
         same = xt.unsqueeze(-1) == values
         probs = alpha * same + (1 - alpha) * self.noise.to(alpha.dtype)[xt].unsqueeze(-1)
         return probs.clamp(min=_tiny(probs)).log()
@@ -174,9 +193,9 @@ class Absorbing(CategoricalProcess):
     def __init__(self, schedule: Schedule, states: int, event_dim: int = 1) -> None:
         check_positive_int("states", states, at_least=2)
         self.mask = states
-        super().__init__(
-            schedule, states, torch.eye(states + 1, dtype=torch.float64)[states], event_dim
-        )
+        noise = torch.zeros(states + 1, dtype=torch.float64)
+        noise[states] = 1.0
+        super().__init__(schedule, states, noise, event_dim)
 
 
 class Uniform(CategoricalProcess):

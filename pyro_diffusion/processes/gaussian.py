@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_diffusion.processes.base import ForwardProcess, check_order, coordinates
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.validation import Shape
+from pyro_diffusion.validation import Shape, check_tensor
 
 __all__ = ["GaussianCoefficients", "GaussianProcess"]
 
@@ -62,12 +62,12 @@ class GaussianProcess(ForwardProcess):
 
     def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
         """The law of x_t given x_0 (exact)."""
-        level = self.level(t, x0)
+        level = self.level(t, x0, state="x0")
         return self._normal(level.alpha * x0, level.sigma)
 
     def transition(self, xs: Tensor, s: Tensor | Level, t: Tensor | Level) -> TorchDistribution:
         """The law of x_t given x_s (exact)."""
-        early, late = self.level(s, xs), self.level(t, xs)
+        early, late = self.level(s, xs, "s", "xs"), self.level(t, xs)
         if not (isinstance(s, Level) or isinstance(t, Level)):
             check_order(early, late)
         fresh = -torch.expm1(late.log_snr - early.log_snr)
@@ -80,13 +80,13 @@ class GaussianProcess(ForwardProcess):
         device: torch.device | None = None,
     ) -> TorchDistribution:
         """Normal of the variance that unit-variance data has at t = 1."""
-        zeros = torch.zeros(event_shape, dtype=dtype, device=device)
+        zeros = torch.zeros(self.check_event(event_shape), dtype=dtype, device=device)
         end = self.schedule.level(torch.ones((), dtype=zeros.dtype, device=device), check=False)
         return self._normal(zeros, torch.hypot(end.alpha, end.sigma))
 
     def point_mass(self, x0: Tensor) -> TorchDistribution:
         """Delta at x_0."""
-        return Delta(x0, event_dim=self.event_dim, validate_args=False)
+        return Delta(check_tensor("x0", x0), event_dim=self.event_dim, validate_args=False)
 
     def coefficients(self, s: Level, t: Level, eta: float = 1.0) -> GaussianCoefficients:
         """Weights and variance of the bridge; differences of nearby times do not cancel.
@@ -117,7 +117,8 @@ class GaussianProcess(ForwardProcess):
 
     def log_evidence(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
         """Log-density of every coordinate of x_t, were its x_0 each of the values, up to a constant."""
-        level = self.level(t, xt)
+        check_tensor("values", values)
+        level = self.level(t, xt, state="xt")
         z = (xt.unsqueeze(-1) - level.alpha.unsqueeze(-1) * values) / level.sigma.unsqueeze(-1)
         return -0.5 * z.square()
 

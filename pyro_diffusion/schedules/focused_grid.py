@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.schedules.base import Schedule
-from pyro_diffusion.validation import check_positive_int
+from pyro_diffusion.validation import check_number, check_positive_int
 
 __all__ = ["focused_log_snr"]
 
@@ -28,11 +28,11 @@ def focused_log_snr(
         schedule: with finite ends.
         steps: number of steps.
         centre: log-SNR where steps are smallest; 0 is where unit-variance data and noise are of one size.
-        width: of the even part, > 0.
+        width: of the even part, >= 0.001.
         dtype: of the times, torch's default by default.
 
     Raises:
-        ValueError: if ``steps < 1``, ``width <= 0``, or an end or the centre is not finite.
+        ValueError: if ``steps < 1``, ``width < 0.001``, or an end or the centre is not finite.
 
     Example:
         >>> from pyro_diffusion.schedules import LogLinear
@@ -41,8 +41,7 @@ def focused_log_snr(
         [9.0, 1.93, -1.93, -9.0]
     """
     count = check_positive_int("steps", steps)
-    if not 0 < width < math.inf:
-        raise ValueError(f"width: got {width}, expected a finite number > 0")
+    check_number("width", width, at_least=1e-3)
     ends = (schedule.log_snr_max, schedule.log_snr_min)
     if not all(map(math.isfinite, (*ends, centre))):
         raise ValueError(

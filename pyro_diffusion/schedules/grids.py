@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.schedules.base import Schedule
-from pyro_diffusion.validation import check_positive_int
+from pyro_diffusion.validation import check_number, check_positive_int, check_tensor
 
 __all__ = ["check_grid", "karras", "quadratic", "uniform", "uniform_log_snr"]
 
@@ -44,10 +44,9 @@ def karras(
     r"""Times at which :math:`(\sigma/\alpha)^{1/\rho}` is evenly spaced (arXiv 2206.00364, equation 5).
 
     Raises:
-        ValueError: if ``steps < 1``, ``rho <= 0`` or the schedule has an infinite end.
+        ValueError: if ``steps < 1``, ``rho < 0.1`` or the schedule has an infinite end.
     """
-    if not rho > 0:
-        raise ValueError(f"rho: got {rho}, expected a number > 0")
+    check_number("rho", rho, at_least=0.1)
     _check_finite_ends(schedule)
     low, high = (torch.exp(-end / (2 * rho)) for end in _ends(schedule))
     log_snr = -2 * rho * torch.log(torch.lerp(low, high, uniform(steps, torch.float64)))
@@ -61,7 +60,7 @@ def check_grid(times: Tensor, schedule: Schedule) -> None:
         ValueError: fewer than two times, times outside [0, 1] or not increasing, or a schedule whose
             log-SNR does not decrease along them.
     """
-    if times.dim() != 1 or len(times) < 2:
+    if check_tensor("times", times).dim() != 1 or len(times) < 2:
         raise ValueError(
             f"times: got shape {tuple(times.shape)}, expected at least two times (steps >= 1)"
         )

@@ -1,5 +1,7 @@
 r"""Schedules whose signal decays at a rate :math:`\beta(u)` that grows linearly."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ class _LinearRate(Schedule):
     def __init__(
         self, beta_min: float = 0.1, beta_max: float = 20.0, log_snr_max: float = 10.0
     ) -> None:
-        if not 0 < beta_min < beta_max:
+        if not 0 < beta_min < beta_max < math.inf:
             raise ValueError(
                 f"beta_min, beta_max: got {beta_min}, {beta_max}, expected 0 < beta_min < beta_max"
             )

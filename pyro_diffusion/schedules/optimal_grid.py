@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_diffusion.validation import check_positive_int
+from pyro_diffusion.validation import check_positive_int, check_tensor
 
 __all__ = ["optimal_grid", "optimal_grids", "step_costs"]
 
@@ -27,9 +27,15 @@ def step_costs(gain: Tensor, variance: Tensor, residual: Tensor) -> Tensor:
     Returns:
         L, of the arguments' broadcast shape.
 
+    Raises:
+        ValueError: for negative numbers.
+
     References:
         Derived from the Gaussian kernels; compare Kingma et al., arXiv 2107.00630, equation 12 (v = 0).
     """
+    for name, value in (("gain", gain), ("variance", variance), ("residual", residual)):
+        if bool((check_tensor(name, value) < 0).any()):
+            raise ValueError(f"{name}: got {float(value.min()):g}, expected numbers >= 0")
     wide = gain * variance
     return 0.5 * (torch.log1p(wide) + (gain * residual - wide) / (1 + wide))
 
@@ -65,8 +71,10 @@ def optimal_grid(times: Tensor, costs: Tensor, steps: int) -> Tensor:
 
 def optimal_grids(times: Tensor, costs: Tensor, steps: Sequence[int]) -> dict[int, Tensor]:
     """:func:`optimal_grid` for several numbers of steps, in one pass."""
-    count = len(times) - 1
     _check(times, costs)
+    count = len(times) - 1
+    if not steps:
+        raise ValueError(f"steps: got {steps!r}, expected at least one number of steps")
     for each in steps:
         if check_positive_int("steps", each) > count:
             raise ValueError(f"steps: got {each}, expected at most {count}, the candidate steps")
@@ -90,6 +98,8 @@ def optimal_grids(times: Tensor, costs: Tensor, steps: Sequence[int]) -> dict[in
 
 
 def _check(times: Tensor, costs: Tensor) -> None:
+    check_tensor("times", times)
+    check_tensor("costs", costs)
     if times.dim() != 1 or len(times) < 2 or not bool((times.diff() > 0).all()):
         raise ValueError(
             f"times: got shape {tuple(times.shape)}, expected two or more increasing times"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.schedules.base import Schedule
+from pyro_diffusion.validation import check_number
 
 __all__ = ["EDM", "VarianceExploding"]
 
@@ -64,19 +65,17 @@ class EDM(VarianceExploding):
     Args:
         sigma_min: noise scale at t = 0, > 0.
         sigma_max: noise scale at t = 1.
-        rho: exponent, > 0; larger spends more steps near the data.
+        rho: exponent, >= 0.1; larger spends more steps near the data.
 
     Raises:
-        ValueError: if not ``0 < sigma_min < sigma_max`` or ``rho <= 0``.
+        ValueError: if not ``0 < sigma_min < sigma_max`` or ``rho < 0.1``.
 
     References:
         Karras et al., Elucidating the design space, arXiv 2206.00364, equation 5.
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
-        if not rho > 0:
-            raise ValueError(f"rho: got {rho}, expected a number > 0")
-        self.rho = float(rho)
+        self.rho = check_number("rho", rho, at_least=0.1)
         super().__init__(sigma_min, sigma_max)
 
     def _curve(self, u: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.schedules.base import Schedule, log_expm1
-from pyro_diffusion.validation import check_finite
+from pyro_diffusion.validation import check_finite, check_number, check_tensor
 
 __all__ = ["Cosine", "LogLinear", "TabulatedBetas", "VariancePreserving"]
 
@@ -34,7 +34,7 @@ class Cosine(VariancePreserving):
         shift: moves the whole curve, for high-resolution images (log of base over actual resolution).
 
     Raises:
-        ValueError: if ``log_snr_max <= log_snr_min``.
+        ValueError: if ``log_snr_max <= log_snr_min``, or the shift is not within 40 of zero.
 
     Example:
         >>> schedule = Cosine()
@@ -48,7 +48,7 @@ class Cosine(VariancePreserving):
     def __init__(
         self, log_snr_max: float = 10.0, log_snr_min: float = -10.0, shift: float = 0.0
     ) -> None:
-        self.shift = float(shift)
+        self.shift = check_number("shift", shift, at_least=-40, at_most=40)
         super().__init__(log_snr_max, log_snr_min)
 
     def _curve(self, u: Tensor) -> Tensor:
@@ -108,6 +108,8 @@ class TabulatedBetas(VariancePreserving):
     knots: Tensor
 
     def __init__(self, betas: Tensor | Sequence[float]) -> None:
+        if isinstance(betas, Tensor):
+            check_tensor("betas", betas)
         table = torch.as_tensor(betas, dtype=torch.float64)
         if table.dim() != 1 or len(table) < 2:
             raise ValueError(
