@@ -18,7 +18,7 @@ from pyro_diffusion.schedules import LogLinear, uniform
 
 F64 = torch.float64
 VARIANCE = 0.5
-TIMES = uniform(6, F64)
+TIMES = uniform(4, F64)
 
 
 class Shifted(Denoiser):
@@ -41,11 +41,11 @@ def chain(**options):
 
 VIEWS = {
     "log_likelihood": (
-        lambda law, data, **options: evaluate.log_likelihood(law, data, samples=20, **options),
+        lambda law, data, **options: evaluate.log_likelihood(law, data, samples=8, **options),
         chain,
     ),
     "log_likelihood of an SDE": (
-        lambda law, data, **options: evaluate.log_likelihood(law, data, draws=400, **options),
+        lambda law, data, **options: evaluate.log_likelihood(law, data, draws=200, **options),
         lambda **options: DiffusionSDE(Shifted(), (2,), **options),
     ),
     "importance_weighted": (

@@ -76,8 +76,8 @@ def check_wrappers(name: str, found: Unwrapped) -> None:
     """
     if found.masks:
         raise ValueError(
-            f"{name}: got a {type(found.base).__name__} under `.mask()`, expected one without (poutine.mask "
-            "masks a site, and rows to be left out are left out of the data)"
+            f"{name}: got a MaskedDistribution around {type(found.base).__name__}, expected none "
+            "(poutine.mask masks a site, and rows to be left out are left out of the data)"
         )
     if found.transforms and found.base.support.is_discrete:
         raise ValueError(

@@ -10,6 +10,7 @@ from pyro.poutine.runtime import InferDict
 from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.distributions.wrappers import Unwrapped, check_wrappers, unwrap_diffusion
 from pyro_diffusion.processes import coordinates
 
 __all__ = ["ChainReparam", "forward_chain", "reverse_chain"]
@@ -26,12 +27,18 @@ def _levels(diffusion: Diffusion, device: torch.device | None, dtype: torch.dtyp
     return [levels.at(j) for j in range(len(diffusion.times))]
 
 
-def _split(diffusion: TorchDistribution) -> tuple[Diffusion, int]:
-    """A Diffusion, and the number of its batch dimensions that ``to_event`` has taken."""
-    base = coordinates(diffusion)
-    if not isinstance(base, Diffusion):
-        raise ValueError(f"diffusion: got {type(base).__name__}, expected a Diffusion")
-    return base, diffusion.event_dim - base.event_dim
+def _chain(fn: Any, where: str) -> Unwrapped:
+    """A Diffusion and what stands around it.
+
+    Raises:
+        ValueError: for another distribution, one under ``.mask()``, and discrete data under transforms.
+    """
+    found = unwrap_diffusion(fn)
+    if found is None or found.masks or not isinstance(found.base, Diffusion):
+        inner = coordinates(fn) if found is None or found.masks else found.base
+        raise ValueError(f"{where} {type(inner).__name__}, expected a Diffusion")
+    check_wrappers("diffusion", found)
+    return found
 
 
 def reverse_chain(name: str, diffusion: TorchDistribution) -> TorchDistribution:
@@ -39,22 +46,29 @@ def reverse_chain(name: str, diffusion: TorchDistribution) -> TorchDistribution:
 
     Args:
         name: prefix; the site at the grid's j-th time is ``f"{name}_t{j}"``.
-        diffusion: the chain, or ``to_event`` of one; its batch shape is that of the enclosing plates.
+        diffusion: the chain, perhaps under ``to_event`` and transforms; its batch shape is that of the
+            enclosing plates.
 
     Returns:
-        p(x | x_{t_0}), of the diffusion's batch and event shape.
+        p(x | x_{t_0}), of the diffusion's batch and event shape; under transforms it is the decoder's law
+        under the same ones, whose log_prob has their Jacobian.
+
+    Raises:
+        ValueError: for another distribution, one under ``.mask()``, and discrete data under transforms.
     """
-    diffusion, grouped = _split(diffusion)
-    process = diffusion.denoiser.process
-    levels = _levels(diffusion, diffusion.device, diffusion.dtype)
-    prior = process.prior(diffusion.event_shape, dtype=diffusion.dtype, device=diffusion.device)
-    prior = prior.expand(diffusion.batch_shape).to_event(grouped)
-    x = pyro.sample(site_name(name, diffusion.steps), prior)
-    for j in range(diffusion.steps, 0, -1):
-        posterior = diffusion.posterior(x, levels[j])
-        kernel = process.reverse(x, posterior, levels[j - 1], levels[j])
+    found = _chain(diffusion, "diffusion: got")
+    chain: Diffusion = found.base
+    grouped = len(chain.batch_shape) - len(diffusion.batch_shape)
+    process = chain.denoiser.process
+    levels = _levels(chain, chain.device, chain.dtype)
+    prior = process.prior(chain.event_shape, dtype=chain.dtype, device=chain.device)
+    prior = prior.expand(chain.batch_shape).to_event(grouped)
+    x = pyro.sample(site_name(name, chain.steps), prior)
+    for j in range(chain.steps, 0, -1):
+        kernel = process.reverse(x, chain.posterior(x, levels[j]), levels[j - 1], levels[j])
         x = pyro.sample(site_name(name, j - 1), kernel.to_event(grouped))
-    return diffusion.decode(x).to_event(grouped)
+    out: TorchDistribution = found.around(chain.decode(x))
+    return out
 
 
 def forward_chain(
@@ -68,18 +82,23 @@ def forward_chain(
 
     Args:
         name: prefix of the sites.
-        diffusion: the chain, or ``to_event`` of one.
+        diffusion: the chain, perhaps under ``to_event`` and transforms.
         value: data, batch + event.
         auxiliary: whether the sites are marked auxiliary.
+
+    Raises:
+        ValueError: as :func:`reverse_chain`; for data of a wrong shape or outside the support.
     """
-    diffusion, grouped = _split(diffusion)
-    process = diffusion.denoiser.process
+    found = _chain(diffusion, "diffusion: got")
+    chain: Diffusion = found.base
+    grouped = len(chain.batch_shape) - len(diffusion.batch_shape)
+    process = chain.denoiser.process
     infer = InferDict(is_auxiliary=auxiliary)
-    x0 = diffusion.encode(value)
-    levels = _levels(diffusion, x0.device, x0.dtype if x0.is_floating_point() else diffusion.dtype)
+    x0 = chain.encode(found.inverse(value))
+    levels = _levels(chain, x0.device, x0.dtype if x0.is_floating_point() else chain.dtype)
     end = process.marginal(x0, levels[-1]).to_event(grouped)
-    x = pyro.sample(site_name(name, diffusion.steps), end, infer=infer)
-    for j in range(diffusion.steps, 0, -1):
+    x = pyro.sample(site_name(name, chain.steps), end, infer=infer)
+    for j in range(chain.steps, 0, -1):
         bridge = process.bridge(x, x0, levels[j - 1], levels[j])
         x = pyro.sample(site_name(name, j - 1), bridge.to_event(grouped), infer=infer)
 
@@ -89,7 +108,9 @@ class ChainReparam(Reparam):
 
     The site ``x`` becomes ``x_t{K} ... x_t0`` (the latents) and ``x`` itself, now distributed as the
     decoder's p(x | x_{t_0}): an exact joint density in place of an estimated bound. Pair it with
-    :func:`forward_chain` as the guide. Not available under ``.mask()`` wrappers; use ``poutine.mask``.
+    :func:`forward_chain` as the guide. Transforms around the Diffusion stay around the decoder, so that the
+    density of an observed site has their Jacobian (Pyro's ``TransformReparam`` leaves it out); the latents
+    are at the scale before them. Not available under ``.mask()`` wrappers; use ``poutine.mask``.
 
     Example:
         >>> from pyro import poutine
@@ -112,13 +133,9 @@ class ChainReparam(Reparam):
         """Issue the chain's sites and hand back the decoder as the site's distribution.
 
         Raises:
-            ValueError: if the site's distribution is not a Diffusion.
+            ValueError: as :func:`reverse_chain`.
         """
-        fn, _ = self._unwrap(msg["fn"])
-        if not isinstance(fn, Diffusion):
-            raise ValueError(
-                f"ChainReparam: site {msg['name']!r} has a {type(fn).__name__}, expected a Diffusion"
-            )
+        _chain(msg["fn"], f"ChainReparam: site {msg['name']!r} has a")
         return {
             "fn": reverse_chain(msg["name"], msg["fn"]),
             "value": msg["value"],
