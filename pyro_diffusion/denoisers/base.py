@@ -5,6 +5,7 @@ from typing import Any
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_diffusion.precision import PreciseModule, at_least_single
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import Level
 
@@ -14,7 +15,7 @@ __all__ = ["Denoiser", "NetworkDenoiser"]
 MAX_LOG_SNR = 30.0
 
 
-class Denoiser(nn.Module):
+class Denoiser(PreciseModule):
     """A posterior p(x_0 | x_t) under a forward process.
 
     Subclasses implement ``forward(xt, t, **context)``: xt has shape batch + event, t is a time (scalar or
@@ -52,6 +53,10 @@ class NetworkDenoiser(Denoiser):
     before the call and restored after. It is conditioned on the log-SNR, never on time, so the schedule can
     be changed after training. It returns x's shape, or x's shape and a last dimension of several numbers
     per coordinate.
+
+    A network may be cast, ``denoiser.to(torch.bfloat16)``, or run under autocast. It then gets x in the dtype
+    of its parameters, but the log-SNR in at least float32 (embed it first, then round), and what it returns
+    is raised to float32: times, levels and the algebra around the network are never in half precision.
 
     Args:
         network: any module with that signature.
@@ -94,7 +99,7 @@ class NetworkDenoiser(Denoiser):
             for name, value in context.items()
             if value is not None
         }
-        rows = x.reshape(-1, *event)
+        rows = _as_parameters(x, self.network).reshape(-1, *event)
         try:
             out: Tensor = self.network(rows, log_snr.expand(batch).reshape(-1), **flat)
         except Exception as error:
@@ -110,7 +115,7 @@ class NetworkDenoiser(Denoiser):
                 f"network: got an output of shape {tuple(out.shape)}, expected a first dimension of "
                 f"{len(rows)}, the batch"
             )
-        return out.reshape(batch + out.shape[1:])
+        return out.reshape(batch + out.shape[1:]).to(at_least_single(out.dtype))
 
     def _flatten(self, name: str, value: Tensor, batch: tuple[int, ...]) -> Tensor:
         event = value.shape[value.dim() - self.context_event_dim(name, value) :]
@@ -145,6 +150,14 @@ def check_context(
                 "event dimension(s), one row per datum"
             )
     return checked
+
+
+def _as_parameters(x: Tensor, network: nn.Module) -> Tensor:
+    """Real states in the dtype that a network of half precision computes in."""
+    if not x.is_floating_point():
+        return x
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), x.dtype)
+    return x.to(dtype) if dtype.itemsize < at_least_single(dtype).itemsize else x
 
 
 def check_outputs(out: Tensor, xt: Tensor, outputs: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
 
 from pyro_diffusion.denoisers.base import NetworkDenoiser, check_outputs
+from pyro_diffusion.precision import at_least_single, matmul
 from pyro_diffusion.processes import CategoricalProcess, GaussianProcess
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import (
@@ -82,7 +83,7 @@ class Quantized(TorchDistribution):
     @lazy_property
     def mean(self) -> Tensor:
         """Expected value."""
-        return self.probs @ self.values
+        return matmul(self.probs, self.values)
 
     @lazy_property
     def variance(self) -> Tensor:
@@ -174,7 +175,7 @@ class LevelsDenoiser(_EvidenceDenoiser):
         """The posterior over x_0, batch and event shape of xt."""
         level = self.process.level(t, xt, state="xt")
         x = xt / torch.hypot(level.alpha, level.sigma)
-        values = self.values.to(xt.dtype)
+        values = self.values.to(at_least_single(xt.dtype))
         logits = self._logits(x, xt, values, level, context)
         return Quantized(logits, values, validate_args=False).to_event(self.process.event_dim)
 

@@ -7,6 +7,7 @@ from pyro.distributions import Categorical, Delta, MixtureSameFamily, Normal, To
 from torch import Tensor
 
 from pyro_diffusion.denoisers.base import Denoiser
+from pyro_diffusion.precision import full_precision
 from pyro_diffusion.processes import CategoricalProcess, GaussianProcess
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_finite, check_tensor
@@ -158,8 +159,9 @@ class TableDenoiser(Denoiser):
         states = torch.arange(self.states, device=xt.device)
         evidence = self.process.log_evidence(xt, states, t)  # batch + (length, states)
         hot = torch.nn.functional.one_hot(self.sequences, len(states)).to(evidence.dtype)
-        log_weights = self.log_joint.to(evidence.dtype) + torch.einsum(
-            "...lk,nlk->...n", evidence, hot
-        )
-        probs = torch.einsum("...n,nlk->...lk", log_weights.softmax(-1), hot)
+        with full_precision(evidence):
+            log_weights = self.log_joint.to(evidence.dtype) + torch.einsum(
+                "...lk,nlk->...n", evidence, hot
+            )
+            probs = torch.einsum("...n,nlk->...lk", log_weights.softmax(-1), hot)
         return Categorical(probs=probs, validate_args=False).to_event(1)

@@ -4,11 +4,12 @@ import math
 
 import torch
 from pyro.distributions import Delta, Normal, TorchDistribution
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_diffusion.denoisers import Quantized
 from pyro_diffusion.distributions.discretized import DiscretizedNormal
+from pyro_diffusion.precision import PreciseModule
 from pyro_diffusion.processes import (
     CategoricalProcess,
     ForwardProcess,
@@ -21,7 +22,7 @@ from pyro_diffusion.validation import check_finite, check_positive_int
 __all__ = ["CategoricalDecoder", "Decoder", "NormalDecoder", "QuantizedDecoder", "default_decoder"]
 
 
-class Decoder(nn.Module):
+class Decoder(PreciseModule):
     """Turns the last posterior into a distribution over data, and data into x_0.
 
     A decoder never looks at a network: it widens the denoiser's posterior at t_0 until it has a density

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyro_diffusion.precision import full_precision
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = [
@@ -178,8 +179,9 @@ class HutchPlusPlus(Hutchinson):
         with torch.no_grad():
             image = pull_back(output, rows, sketch, differentiable=False, keep=True)
             basis = torch.linalg.qr(image.permute(1, 2, 0)).Q.permute(2, 0, 1)  # (k, n, d)
-            inside = torch.einsum("knd,jnd->jkn", basis, rest)
-            rest = rest - torch.einsum("jkn,knd->jnd", inside, basis)
+            with full_precision(rest):
+                inside = torch.einsum("knd,jnd->jkn", basis, rest)
+                rest = rest - torch.einsum("jkn,knd->jnd", inside, basis)
         vectors = torch.cat([basis, rest])
         products = (vectors * pull_back(output, rows, vectors, differentiable)).sum(-1)
         return products[: len(basis)].sum(0) + products[len(basis) :]

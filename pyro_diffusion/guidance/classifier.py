@@ -10,6 +10,7 @@ from torch.nn import functional
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser, moved
 from pyro_diffusion.guidance.classifier_free import Scale, check_scale
+from pyro_diffusion.precision import at_least_single
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Level
 
@@ -188,6 +189,7 @@ class SimilarityGuidance(NoiseAwareGuidance):
     def log_twist(self, xt: Tensor, log_snr: Tensor) -> Tensor:
         """The similarity, of the batch shape of xt."""
         found = self.likelihood(xt, log_snr)
+        found = found.to(at_least_single(found.dtype))
         target = self.target.to(found)
         if found.shape[-1:] != target.shape[-1:]:
             raise ValueError(

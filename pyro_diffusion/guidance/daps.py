@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.guidance.linearization import LinearizedProgram, solve
+from pyro_diffusion.precision import matmul
 from pyro_diffusion.processes import ForwardProcess, GaussianCoefficients, draw
 from pyro_diffusion.samplers import DDIM, Sampler, State
 from pyro_diffusion.samplers.base import Read
@@ -122,9 +123,9 @@ class DAPS(Sampler):
         rows = at.rows()
         flat = at.flat(rows)
         lead = at.residual.shape[:-1]
-        read = (flat @ drawn.reshape(*lead, -1, 1)).squeeze(-1)
+        read = matmul(flat, drawn.reshape(*lead, -1, 1)).squeeze(-1)
         gap = at.residual - read + torch.randn_like(at.residual)
-        u = solve(variance * (flat @ flat.mT), gap)[0]
+        u = solve(variance * matmul(flat, flat.mT), gap)[0]
         return center + drawn + variance * at.combined(rows, u)
 
     def _moved(self, center: Tensor, variance: Tensor, moves: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance.gaussian_conditioning import GaussianConditioning
 from pyro_diffusion.guidance.linearization import LinearizedChain
+from pyro_diffusion.precision import matmul
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_finite
 
@@ -74,5 +75,5 @@ class DataCovariance(GaussianConditioning):
         if snr.dim():
             snr = snr.reshape(*snr.shape[: snr.dim() - len(event)], 1)
         vectors, values = self.vectors.to(v), self.values.to(v)
-        parts = v.reshape(*v.shape[: v.dim() - len(event)], -1) @ vectors
-        return (parts / (1 / values + snr) @ vectors.mT).reshape(v.shape)
+        parts = matmul(v.reshape(*v.shape[: v.dim() - len(event)], -1), vectors)
+        return matmul(parts / (1 / values + snr), vectors.mT).reshape(v.shape)

@@ -13,6 +13,7 @@ from pyro_diffusion.denoisers.analytic import check_gaussian
 from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser, moved
 from pyro_diffusion.guidance.krylov import conjugate_gradients, gmres
 from pyro_diffusion.guidance.linearization import LinearizedChain, solve
+from pyro_diffusion.precision import matmul
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_positive_int
 
@@ -171,7 +172,7 @@ class GaussianConditioning(GuidedDenoiser):
         """The system solved, and the log-twist."""
         rows = at.rows()
         images = torch.stack([self.covariance(at, level, row) for row in rows])
-        u, log_evidence = solve(at.flat(images) @ at.flat(rows).mT, at.residual)
+        u, log_evidence = solve(matmul(at.flat(images), at.flat(rows).mT), at.residual)
         solved = Solved(at.combined(rows, u), at.combined(images, u))
         return solved, log_evidence + at.log_normalizer
 

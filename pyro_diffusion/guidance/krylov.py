@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_diffusion.precision import matmul
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["KrylovSolution", "conjugate_gradients", "gmres"]
@@ -98,7 +99,7 @@ def gmres(apply: Apply, b: Tensor, iterations: int) -> KrylovSolution:
         basis.append(_unit(product, rest, size))
     target = torch.cat([norm, b.new_zeros((*b.shape[:-1], iterations))], -1).unsqueeze(-1)
     # Directions after a breakdown are zero, and so are their columns: the pseudoinverse leaves them out.
-    weights = (torch.linalg.pinv(table) @ target).squeeze(-1)
+    weights = matmul(torch.linalg.pinv(table), target).squeeze(-1)
     u = torch.zeros_like(b)
     images: tuple[Tensor, ...] = ()
     for j, found in enumerate(kept):

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_diffusion.denoisers import Denoiser, Quantized
 from pyro_diffusion.dynamics import twice_differentiable_attention
 from pyro_diffusion.guidance.base import moved
+from pyro_diffusion.precision import matmul
 from pyro_diffusion.processes import coordinates
 from pyro_diffusion.schedules import Level
 
@@ -98,7 +99,7 @@ class LinearizedProgram:
 
     def combined(self, rows: Tensor, u: Tensor) -> Tensor:
         """Sum of (m,) + data space under weights of residual space."""
-        return (u.unsqueeze(-2) @ self.flat(rows)).reshape(self.mean.shape)
+        return matmul(u.unsqueeze(-2), self.flat(rows)).reshape(self.mean.shape)
 
 
 class LinearizedChain(LinearizedProgram):
@@ -190,7 +191,7 @@ def _clamped(system: Tensor) -> Tensor:
     """Symmetric matrices with eigenvalues below 1 raised to 1; those that are not finite become NaN."""
     broken = ~torch.isfinite(system).all(-1).all(-1)[..., None, None]
     values, vectors = torch.linalg.eigh(torch.where(broken, 0.0, system))
-    raised = (vectors * values.clamp(min=1).unsqueeze(-2)) @ vectors.mT
+    raised = matmul(vectors * values.clamp(min=1).unsqueeze(-2), vectors.mT)
     return torch.where(broken, torch.nan, raised)
 
 

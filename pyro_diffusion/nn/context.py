@@ -187,7 +187,8 @@ class Conditioning(nn.Module):
         hidden = nn.functional.silu(self.level_in(waves.to(self.level_in.weight.dtype)))
         total = self.level_out(hidden)
         for name, module, linear in zip(self.names, self.contexts, self.maps, strict=True):
-            total = total + linear(self._encode(name, module, context.get(name), count))
+            encoded = self._encode(name, module, context.get(name), count)
+            total = total + linear(encoded.to(self.level_in.weight.dtype))
         return nn.functional.silu(total)
 
     @staticmethod

@@ -26,7 +26,8 @@ def fourier_embedding(log_snr: Tensor, features: int) -> Tensor:
         features: number F of features, even and positive.
 
     Returns:
-        A tensor of shape ``log_snr.shape + (features,)``, of the dtype and device of ``log_snr``.
+        A tensor of shape ``log_snr.shape + (features,)``, of the device and dtype of ``log_snr``, in at least
+        float32: in half precision neighbouring levels would look the same.
 
     Raises:
         ValueError: if ``features`` is odd or not positive.
@@ -36,6 +37,7 @@ def fourier_embedding(log_snr: Tensor, features: int) -> Tensor:
     """
     if features < 2 or features % 2:
         raise ValueError(f"features: got {features}, expected a positive even integer")
+    log_snr = log_snr.to(torch.promote_types(log_snr.dtype, torch.float32))
     slow, fast = 2 * math.pi / LONGEST_PERIOD, 2 * math.pi / SHORTEST_PERIOD
     exponent = torch.linspace(0, 1, features // 2, dtype=log_snr.dtype, device=log_snr.device)
     frequency = slow * (fast / slow) ** exponent

@@ -30,7 +30,8 @@ class MLP(nn.Module):
         embedding: width of :math:`c`.
 
     Shapes:
-        x ``(N, d)``, log_snr ``(N,)`` -> ``(N, d)``, or ``(N, d, outputs)`` if ``outputs > 1``.
+        x ``(N, d)``, log_snr ``(N,)`` -> ``(N, d)``, or ``(N, d, outputs)`` if ``outputs > 1``, in the
+        dtype of the parameters.
 
     Raises:
         ValueError: for sizes below 1, or when called with a shape that does not fit.
@@ -78,7 +79,7 @@ class MLP(nn.Module):
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected (N, {self.event_size})")
         condition = self.conditioning(log_snr, x.shape[0], context)
         modulations = self.modulation(condition).split(self.widths, dim=1)
-        hidden = x
+        hidden = x.to(self.last.weight.dtype)
         for layer, modulation in zip(self.layers, modulations, strict=True):
             scale, shift = modulation.chunk(2, dim=1)
             update = torch.addcmul(shift, layer(hidden), 1 + scale)

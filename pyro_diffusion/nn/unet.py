@@ -172,7 +172,7 @@ class UNet(nn.Module):
         self._check(x)
         condition = self.conditioning(log_snr, x.shape[0], context)
         skips: list[Tensor] = []
-        hidden = self.first(x)
+        hidden = self.first(x.to(self.first.weight.dtype))
         for index, level in enumerate(self.down):
             if index:
                 hidden = self.shrink[index - 1](hidden)

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyro_diffusion.precision import PreciseModule, at_least_single
 from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.validation import (
     Shape,
@@ -19,7 +20,7 @@ from pyro_diffusion.validation import (
 __all__ = ["ForwardProcess", "check_order", "coordinates"]
 
 
-class ForwardProcess(nn.Module):
+class ForwardProcess(PreciseModule):
     r"""A Markov process :math:`q` that destroys data, t = 0 (data) to t = 1 (noise).
 
     Five conditionals define it; each method returns a Pyro distribution whose batch shape is that of the
@@ -174,7 +175,7 @@ class ForwardProcess(nn.Module):
             batch = like.shape[: like.dim() - self.event_dim]
             if isinstance(t, Tensor):
                 check_broadcast(name, t.shape, batch)
-            dtype = like.dtype if like.is_floating_point() else None
+            dtype = at_least_single(like.dtype) if like.is_floating_point() else None
             t = torch.as_tensor(t, dtype=dtype, device=like.device)
         t = torch.as_tensor(t)
         check_times(name, t)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Parameterization
+from pyro_diffusion.precision import matmul
 
 __all__ = ["StepRule", "average_weights", "canonical", "step_rule"]
 
@@ -86,7 +87,7 @@ def step_rule(
     kappa = weight * out * decay * (z / -torch.expm1(-z)).unsqueeze(-1)
     powers = theta ** torch.arange(count, device=h.device).unsqueeze(-1)
     state = torch.expm1(whole[:, 0]) * torch.exp(-late - h) / -torch.expm1(-h)
-    return StepRule(state, kappa @ powers.mT)
+    return StepRule(state, matmul(kappa, powers.mT))
 
 
 def average_weights(nodes: Tensor, moments: Tensor) -> Tensor:

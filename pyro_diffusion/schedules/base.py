@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyro_diffusion.precision import PreciseModule, at_least_single
 from pyro_diffusion.validation import check_times
 
 __all__ = ["Grid", "Level", "Schedule", "table_row"]
@@ -94,7 +95,7 @@ class Sources:
     __hash__ = None  # type: ignore[assignment]
 
 
-class Schedule(nn.Module):
+class Schedule(PreciseModule):
     r"""Signal and noise scales :math:`\alpha(t), \sigma(t)` over t in [0, 1] (0 = data, 1 = noise).
 
     A schedule is two independent choices. The *curve* :math:`\lambda(t)` (``_curve`` and its inverse
@@ -202,15 +203,14 @@ class Schedule(nn.Module):
         """Time, log-SNR, alpha and sigma together.
 
         Args:
-            t: times of any shape.
+            t: times of any shape; those in less than float32 are raised to it.
             check: whether to look at the values (a host round trip on GPU).
 
         Raises:
             ValueError: for times outside [0, 1].
         """
         t = torch.as_tensor(t)
-        if not t.is_floating_point():
-            t = t.to(torch.get_default_dtype())
+        t = t.to(at_least_single(t.dtype if t.is_floating_point() else torch.get_default_dtype()))
         if check:
             check_times("t", t)
         log_snr = self.log_snr(t)
@@ -226,10 +226,10 @@ class Schedule(nn.Module):
 
         Args:
             times: the grid.
-            dtype: of the result, that of the times by default.
+            dtype: of the result, that of the times by default; float32 in place of shorter ones.
             device: of the result, that of the times by default.
         """
-        place = (dtype or times.dtype, device or times.device)
+        place = (at_least_single(dtype or times.dtype), device or times.device)
         sources = self.sources(times)
         kept = self.__dict__.get("_kept")
         if kept is not None and kept[:2] == (sources, place):
