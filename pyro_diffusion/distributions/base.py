@@ -200,6 +200,8 @@ def broadcast(name: str, shapes: dict[str, torch.Size]) -> torch.Size:
     Raises:
         ValueError: if they do not, naming each.
     """
+    if not shapes:
+        return torch.Size()  # where torch.jit traces, torch has no answer to this
     try:
         return torch.broadcast_shapes(*shapes.values())
     except RuntimeError as error:

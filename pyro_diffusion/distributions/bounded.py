@@ -10,6 +10,7 @@ from torch.distributions import constraints
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.base import DenoisedDistribution, broadcast
 from pyro_diffusion.distributions.decoders import Decoder, check_decoder, default_decoder
+from pyro_diffusion.distributions.linear_use import check_linear_use
 from pyro_diffusion.distributions.objectives import Bound, Objective, check_objective, divergence
 from pyro_diffusion.processes import GaussianProcess, SeededNoise, drawing_from
 from pyro_diffusion.schedules import Level, check_grid
@@ -79,8 +80,10 @@ class BoundedDistribution(DenoisedDistribution):
             One number per datum, deterministic for this instance and differentiable in value.
 
         Raises:
-            ValueError: for data of a wrong shape or outside the support.
+            ValueError: for data of a wrong shape or outside the support, and where Pyro would exponentiate
+                the estimate: a latent enumerated in the model, particle weights, a Markov chain, a mixture.
         """
+        check_linear_use(self)
         x0, batch = self._encoded(value)
         count = batch.numel()
         share = max(self._fair_share, self.objective.decoder_share)

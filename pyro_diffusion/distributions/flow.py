@@ -1,8 +1,6 @@
 """The probability-flow ODE as a transform and as a Pyro distribution over data."""
 
 import math
-import sys
-from types import FrameType
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -13,6 +11,7 @@ from torch.distributions import constraints
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.base import DenoisedDistribution, broadcast, broadcast_context
+from pyro_diffusion.distributions.linear_use import check_linear_use, inside_markov_chain
 from pyro_diffusion.dynamics import (
     ExactTrace,
     Passage,
@@ -126,7 +125,7 @@ class FlowTransform(TransformModule):
             out = out._replace(z=scale * out.z)
         if out.log_det is None:
             return out
-        size = x.shape[x.dim() - self.domain.event_dim :].numel()
+        size = math.prod(x.shape[x.dim() - self.domain.event_dim :])
         return out._replace(log_det=out.log_det + size * math.log(scale))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
@@ -242,7 +241,9 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         noise = Normal(zero, zero + 1, validate_args=False).expand(self.event_shape)
         self.base_dist = noise.to_event(len(self.event_shape)).expand(self.batch_shape)
-        self._noisy_chain = self.trace.stochastic and self.trace.seed is None and _inside_mcmc()
+        self._noisy_chain = (
+            self.trace.stochastic and self.trace.seed is None and inside_markov_chain()
+        )
 
     @property
     def transform(self) -> FlowTransform:
@@ -286,6 +287,8 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
                 "the density would change from step to step. Expected ExactTrace(), or fixed probes such as "
                 "Hutchinson(..., seed=0)"
             )
+        if self.trace.stochastic and self.trace.seed is None:
+            check_linear_use(self, chains=False)
         passage = self.transform.transport(self._checked(value), inverse=True)
         assert passage.log_det is not None
         return self._density(passage.z, passage.log_det, passage.evaluations)
@@ -318,13 +321,3 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
         )
         own = value.dtype if value.is_floating_point() else torch.get_default_dtype()
         return value.to(self.dtype or own).expand(shape)
-
-
-def _inside_mcmc() -> bool:
-    """Whether a kernel of ``pyro.infer.mcmc`` is among the callers."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith("pyro.infer.mcmc"):
-            return True
-        frame = frame.f_back
-    return False

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
@@ -165,16 +166,32 @@ def transport(
         trace: how to find the divergence; None for the states alone.
         seed: of the trace's probes.
 
+    Raises:
+        ValueError: under ``torch.jit.trace``, for a divergence or an adaptive method: the trace would keep
+            derivatives, and numbers of steps, of its first call.
+
     References:
         Song et al., arXiv 2011.13456, section 4.3 and appendix D; Salimans & Ho, arXiv 2202.00512,
         appendix D (the angle).
     """
-    context = context or {}
     if trace is not None and torch.is_inference_mode_enabled():
         # Autograd records nothing there, not even the divergence.
         with torch.inference_mode(False), torch.no_grad():
-            context = {name: value.clone() for name, value in context.items()}
+            context = {name: value.clone() for name, value in (context or {}).items()}
             return transport(denoiser, z.clone(), start, stop, solver, context, trace, seed)
+    if torch.jit.is_tracing() and (  # type: ignore[attr-defined]
+        trace is not None or solver.method in ADAPTIVE
+    ):
+        what = "a density" if trace is not None else f"the adaptive method {solver.method!r}"
+        raise ValueError(
+            f"flow: got {what} under torch.jit.trace, which would keep what its first call found; expected "
+            f"an ELBO or kernel without Jit (or draws by a fixed method, {', '.join(FIXED)})"
+        )
+    # Pyro's provenance (``render_model``) is lost where a solver writes into tensors of its own.
+    inputs: Any = [z, context or {}]
+    sources = get_provenance(inputs)
+    z, context = detach_provenance(inputs)
+    assert context is not None
     leaves = [*denoiser.parameters(), *context.values()]
     parameters = [p for p in leaves if p.requires_grad]
     field = _Field(denoiser, z.shape, context, trace, seed)
@@ -185,7 +202,8 @@ def transport(
     d = field.size
     batch = z.shape[: z.dim() - denoiser.process.event_dim]
     log_det = None if trace is None else (d * y[:, d:]).T.reshape(-1, *batch)
-    return Passage(y[:, :d].reshape(z.shape), log_det, field.evaluations)
+    out, log_det = track_provenance((y[:, :d].reshape(z.shape), log_det), sources)
+    return Passage(out, log_det, field.evaluations)
 
 
 class _Field:
@@ -201,7 +219,7 @@ class _Field:
     ) -> None:
         self.denoiser, self.shape, self.context = denoiser, shape, context
         self.trace, self.seed = trace, seed
-        self.size = shape[len(shape) - denoiser.process.event_dim :].numel()
+        self.size = math.prod(shape[len(shape) - denoiser.process.event_dim :])
         self.evaluations = 0
 
     def rows(self, z: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class PosteriorLaw(NoClosedForms, TorchDistribution):
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = False
     _instead = "take the {} of draws of the guide, such as Predictive's"
+    # The density is relative to the model's own estimate, so that weights of particles are free of it.
+    holds_prior = True
 
     def __init__(
         self,

@@ -1,0 +1,185 @@
+"""Refuse to be exponentiated: what Pyro does with an estimate of log p, told from who asks for it.
+
+An unbiased estimate L of a bound obeys E[L] <= log p wherever it enters linearly, as in an ELBO. But E[exp L]
+and E[log sum exp L] depend on the estimate's variance, and are no bounds. Pyro asks for ``log_prob`` after
+the program has run, when none of its handlers is left on the stack; what it will do with the numbers is known
+to the frames that ask, and which latents it enumerates to the trace that they hold.
+"""
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from pyro.infer import (
+    RenyiELBO,
+    ReweightedWakeSleep,
+    TraceEnum_ELBO,
+    TraceTailAdaptive_ELBO,
+    TraceTMC_ELBO,
+)
+
+from pyro_diffusion.distributions.wrappers import unwrap_diffusion
+
+__all__ = ["check_linear_use", "inside_markov_chain"]
+
+TRACE = "pyro.poutine.trace_struct"
+IMPORTANCE_TRACE = "pyro.infer.enum"
+
+# Distributions whose density is a sum of exponentials of their parts', by module.
+MIXTURES = {
+    "torch.distributions.mixture_same_family": "MixtureSameFamily",
+    "pyro.distributions.zero_inflated": "ZeroInflatedDistribution",
+    "pyro.distributions.folded": "FoldedDistribution",
+}
+
+# Weights of particles, by the module that computes them.
+WEIGHTS = {
+    "pyro.infer.importance": "importance weights",
+    "pyro.infer.predictive": "WeighedPredictive",
+    "pyro.infer.resampler": "Resampler",
+    "pyro.infer.smcfilter": "SMCFilter",
+}
+
+CHAIN = "the unfolded chain (ChainReparam and forward_chain)"
+WAYS_OUT = f"{CHAIN} or ProbabilityFlow"
+
+
+def check_linear_use(law: Any, chains: bool = True) -> None:
+    """Refuse callers that exponentiate the estimate which a law is about to make.
+
+    Args:
+        law: whose ``log_prob`` is asked for.
+        chains: whether a Markov chain is refused as well.
+
+    Raises:
+        ValueError: naming what was going to use the estimate, and what to use instead.
+    """
+    found = _mixture_or_trace(sys._getframe(2))
+    refused = None
+    if chains and inside_markov_chain():
+        refused = (
+            "a Markov chain, which needs one exact density",
+            f"{WAYS_OUT}, or for a latent diffusion ParticleGibbs",
+        )
+    elif isinstance(found, str):
+        refused = found, f"components of ProbabilityFlow, or the component as a latent of {CHAIN}"
+    elif found is not None:
+        refused = _use_of_trace(found)
+    if refused is None:
+        return
+    raise ValueError(
+        f"log_prob: got {refused[0]}, expected {refused[1]}: {type(law).__name__}.log_prob is an unbiased "
+        "estimate, which is no bound once it is exponentiated"
+    )
+
+
+def inside_markov_chain() -> bool:
+    """Whether a kernel of ``pyro.infer.mcmc`` is among the callers (the hook of its ``MCMC`` is not one)."""
+    for module, _ in _callers(sys._getframe(1)):
+        if module.startswith("pyro.infer.mcmc"):
+            return module != "pyro.infer.mcmc.api"
+    return False
+
+
+def _callers(frame: FrameType | None) -> Iterator[tuple[str, FrameType]]:
+    while frame is not None:
+        yield frame.f_globals.get("__name__", ""), frame
+        frame = frame.f_back
+
+
+def _mixture_or_trace(frame: FrameType) -> str | FrameType | None:
+    """Whichever is nearest: a mixture (its name), or the trace that scores its sites (its frame)."""
+    for module, caller in _callers(frame):
+        if module in MIXTURES:
+            return MIXTURES[module]
+        if module == TRACE:
+            return caller
+    return None
+
+
+def _use_of_trace(frame: FrameType) -> tuple[str, str] | None:
+    """What is wrong with scoring a trace's site there, and the ways out; None if nothing is."""
+    asked = frame.f_locals
+    trace, name = asked["self"], asked["name"]
+    traces: dict[str, Any] = {}
+    for module, caller in _callers(frame):
+        if module == TRACE or caller.f_code.co_name == "<listcomp>":
+            continue
+        if module == IMPORTANCE_TRACE or (module in WEIGHTS and not traces):
+            traces = _traces(caller.f_locals)
+        if module != IMPORTANCE_TRACE:
+            break
+    elbo = caller.f_locals.get("self")
+    weights = _weights(module, elbo, bool(traces))
+    if weights is not None:
+        if _cancels(name, **traces):
+            return None
+        return weights, f"Trace_ELBO, {WAYS_OUT}"
+    enumerated = _enumerated(module, elbo, trace, traces.get("guide_trace"))
+    touching = [k for k, id_ in enumerated.items() if id_ in _ids(trace.nodes[name])]
+    if not touching:
+        return None
+    names = ", ".join(map(repr, touching))
+    if isinstance(elbo, TraceTMC_ELBO):
+        return f"TraceTMC_ELBO over {names}", f"TraceEnum_ELBO, {WAYS_OUT}"
+    if module == "pyro.infer.discrete":
+        return f"infer_discrete over {names}", WAYS_OUT
+    return f"{names} enumerated in the model", f"{WAYS_OUT}, or {names} enumerated in the guide"
+
+
+def _traces(names: dict[str, Any]) -> dict[str, Any]:
+    """The model's trace and the guide's among the names of a frame of Pyro's."""
+    if "model_predictive" in names:  # of WeighedPredictive, one by one if it is not vectorized
+        found = names["model_predictive"].trace, names["guide_predictive"].trace
+        p, q = (trace[0] if isinstance(trace, list) else trace for trace in found)
+    else:
+        p, q = names.get("model_trace"), names.get("guide_trace")
+    return {"model_trace": p, "guide_trace": q}
+
+
+def _weights(module: str, elbo: Any, particles: bool) -> str | None:
+    """The name of what turns log-probabilities into weights of particles, if that is what asks."""
+    if module in WEIGHTS:
+        return WEIGHTS[module]
+    # Sleep updates score the guide alone, linearly.
+    if isinstance(elbo, ReweightedWakeSleep) and particles:
+        return "ReweightedWakeSleep"
+    if isinstance(elbo, RenyiELBO | TraceTailAdaptive_ELBO) and elbo.num_particles > 1:
+        return f"{type(elbo).__name__}(num_particles={elbo.num_particles})"
+    return None
+
+
+def _cancels(name: str, model_trace: Any = None, guide_trace: Any = None) -> bool:
+    """Whether model and guide hold one and the same estimate, so that their difference is free of it."""
+    if model_trace is None or guide_trace is None:
+        return False
+    if name not in model_trace or name not in guide_trace:
+        return False
+    p, q = (unwrap_diffusion(t.nodes[name]["fn"]) for t in (model_trace, guide_trace))
+    if getattr(guide_trace.nodes[name]["fn"], "holds_prior", False):
+        return True
+    return p is not None and q is not None and p.base._seed == q.base._seed
+
+
+def _enumerated(module: str, elbo: Any, trace: Any, guide_trace: Any) -> dict[str, int]:
+    """Latents over whose values log-probabilities will be exponentiated and summed, with their ids."""
+    everywhere = isinstance(elbo, TraceTMC_ELBO) or module == "pyro.infer.discrete"
+    if not everywhere and (not isinstance(elbo, TraceEnum_ELBO) or trace is guide_trace):
+        return {}
+    out = {}
+    for name, site in trace.nodes.items():
+        dim = site["infer"].get("_enumerate_dim") if site["type"] == "sample" else None
+        if dim is not None and (everywhere or name not in guide_trace):
+            out[name] = site["infer"]["_dim_to_id"][dim]
+    return out
+
+
+def _ids(site: Any) -> set[int]:
+    """Ids of the enumerated latents that a site's log-probability depends on."""
+    fn, value = site["fn"], site["value"]
+    batch = value.shape[: value.dim() - fn.event_dim]
+    shape = torch.broadcast_shapes(batch, fn.batch_shape)
+    ids = site["infer"].get("_dim_to_id", {})
+    return {id_ for dim, id_ in ids.items() if len(shape) >= -dim and shape[dim] > 1}
