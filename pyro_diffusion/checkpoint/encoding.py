@@ -1,14 +1,25 @@
 """Nested states as JSON, with their tensors put aside."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+
+class StateDict(OrderedDict[Any, Any]):
+    """The state dict of a module with what torch knows of it: the versions of its parts."""
+
+    _metadata: OrderedDict[Any, Any]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._metadata = OrderedDict()
 
 
 def encode(value: object, where: str, path: tuple[object, ...], tensors: dict[str, Tensor]) -> Json:
@@ -30,12 +41,17 @@ def encode(value: object, where: str, path: tuple[object, ...], tensors: dict[st
     if isinstance(value, np.ndarray):
         return {"array": _put(_from_numpy(value, where), where, path, tensors)}
     if isinstance(value, Mapping):
-        return {
+        node: dict[str, Json] = {
             "dict": [
                 [_encode_key(key, where), encode(item, f"{where}[{key!r}]", (*path, key), tensors)]
                 for key, item in value.items()
             ]
         }
+        metadata = getattr(value, "_metadata", None)
+        if isinstance(metadata, Mapping):  # the state dict of a module
+            known = {k: _known(entry) for k, entry in metadata.items()}
+            node["metadata"] = encode(known, f"metadata of {where}", path, tensors)
+        return node
     if isinstance(value, list | tuple):
         return {
             "tuple" if isinstance(value, tuple) else "list": [
@@ -47,6 +63,11 @@ def encode(value: object, where: str, path: tuple[object, ...], tensors: dict[st
         f"{where}: got {type(value).__name__}, expected a tensor, array, number, string, boolean, "
         "None, mapping, list or tuple"
     )
+
+
+def _known(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a module's metadata: torch's version and our definition."""
+    return {key: entry[key] for key in ("version", "definition") if key in entry}
 
 
 def _encode_key(key: object, where: str) -> Json:
@@ -91,6 +112,13 @@ def decode(node: Json, tensors: Mapping[str, Tensor]) -> object:
             return [decode(item, tensors) for item in items]
         case {"tuple": list(items)}:
             return tuple(decode(item, tensors) for item in items)
+        case {"dict": list(items), "metadata": {"dict": list(entries)}}:
+            state = StateDict(_decode_pair(item, tensors) for item in items)
+            for path, entry in (_decode_pair(entry, tensors) for entry in entries):
+                if not (isinstance(entry, dict) and isinstance(entry.get("definition", {}), dict)):
+                    raise ValueError(f"unknown metadata {entry!r}")
+                state._metadata[path] = entry
+            return state
         case {"dict": list(items)}:
             return dict(_decode_pair(item, tensors) for item in items)
         case dict() | list():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyro_diffusion.checkpoint import files
 from pyro_diffusion.checkpoint.encoding import Json, decode, encode
 from pyro_diffusion.checkpoint.files import CheckpointError
+from pyro_diffusion.nn.definition import definition_differences
 
 
 def save(
@@ -32,9 +33,9 @@ def save(
             booleans and ``None``: state dicts of modules and of
             :class:`~pyro_diffusion.optim.EMA`, what ``PyroOptim.get_state()`` and
             ``pyro.util.get_rng_state()`` return, counters. Keys of mappings may be strings,
-            numbers, booleans, ``None`` and tuples of these. Mappings come back as ``dict``,
-            subclasses of tuple as ``tuple``, numpy scalars as Python's; tensors that share memory
-            come back apart.
+            numbers, booleans, ``None`` and tuples of these. Mappings come back as ``dict``, state
+            dicts of modules with the metadata that torch gave them, subclasses of tuple as
+            ``tuple``, numpy scalars as Python's; tensors that share memory come back apart.
         description: what the state belongs to, e.g. the arguments the model was built with, as a
             JSON object. :func:`load` compares it.
 
@@ -123,7 +124,8 @@ def restore_module(module: nn.Module, state: Mapping[str, Any], name: str = "sta
 
     Raises:
         CheckpointError: naming every key that is missing, unexpected, of another shape or of a dtype
-            that does not convert; the module is then left as it was.
+            that does not convert, and what defines the model otherwise
+            (:class:`~pyro_diffusion.nn.DefinedModule`); the module is then left as it was.
     """
     own = module.state_dict()
     problems = [f"misses {key}" for key in own if key not in state]
@@ -136,6 +138,7 @@ def restore_module(module: nn.Module, state: Mapping[str, Any], name: str = "sta
                 problems.append(f"{key} has shape {shape}, expected {tuple(value.shape)}")
             elif not torch.can_cast(found.dtype, value.dtype):
                 problems.append(f"{key} has {found.dtype}, expected {value.dtype}")
+    problems += definition_differences(module, state)
     if problems:
         raise CheckpointError(f"{name}: of another module: {'; '.join(problems)}")
     module.load_state_dict(state)

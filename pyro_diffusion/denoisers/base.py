@@ -5,6 +5,7 @@ from typing import Any
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.precision import PreciseModule, at_least_single
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import Level
@@ -15,7 +16,7 @@ __all__ = ["Denoiser", "NetworkDenoiser"]
 MAX_LOG_SNR = 30.0
 
 
-class Denoiser(PreciseModule):
+class Denoiser(DefinedModule, PreciseModule):
     """A posterior p(x_0 | x_t) under a forward process.
 
     Subclasses implement ``forward(xt, t, **context)``: xt has shape batch + event, t is a time (scalar or
@@ -51,8 +52,8 @@ class NetworkDenoiser(Denoiser):
 
     The network sees one batch dimension whatever the plates around it: all batch dimensions are flattened
     before the call and restored after. It is conditioned on the log-SNR, never on time, so the schedule can
-    be changed after training. It returns x's shape, or x's shape and a last dimension of several numbers
-    per coordinate.
+    be changed after training: give the network to another denoiser. It returns x's shape, or x's shape and
+    a last dimension of several numbers per coordinate.
 
     A network may be cast, ``denoiser.to(torch.bfloat16)``, or run under autocast. It then gets x in the dtype
     of its parameters, but the log-SNR in at least float32 (embed it first, then round), and what it returns

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.precision import PreciseModule
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_finite, check_number, check_tensor
@@ -24,7 +25,7 @@ def unit_variance(level: Level) -> Tensor:
     return torch.sigmoid(-level.log_snr)
 
 
-class Variance(PreciseModule):
+class Variance(DefinedModule, PreciseModule):
     r"""A variance of p(x_0 | x_t) for :class:`~pyro_diffusion.denoisers.GaussianDenoiser`.
 
     Attributes:

@@ -9,6 +9,7 @@ from torch.distributions import constraints
 
 from pyro_diffusion.denoisers import Quantized
 from pyro_diffusion.distributions.discretized import DiscretizedNormal
+from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.precision import PreciseModule
 from pyro_diffusion.processes import (
     CategoricalProcess,
@@ -22,7 +23,7 @@ from pyro_diffusion.validation import check_finite, check_positive_int
 __all__ = ["CategoricalDecoder", "Decoder", "NormalDecoder", "QuantizedDecoder", "default_decoder"]
 
 
-class Decoder(PreciseModule):
+class Decoder(DefinedModule, PreciseModule):
     """Turns the last posterior into a distribution over data, and data into x_0.
 
     A decoder never looks at a network: it widens the denoiser's posterior at t_0 until it has a density
@@ -115,7 +116,8 @@ class QuantizedDecoder(Decoder):
         self.levels = check_positive_int("levels", levels, at_least=2)
         if not low < high:
             raise ValueError(f"low, high: got {low}, {high}, expected low < high")
-        self.low, self.width = float(low), (high - low) / (levels - 1)
+        self.low, self.high = float(low), float(high)
+        self.width = (self.high - self.low) / (levels - 1)
 
     def support(self, event_dim: int) -> constraints.Constraint:
         """Integers from 0 to levels - 1."""

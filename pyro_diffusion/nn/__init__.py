@@ -6,6 +6,7 @@ returns ``x.shape`` when its attribute ``outputs`` is 1, else ``x.shape + (outpu
 """
 
 from .context import Conditioning, LabelContext, TensorContext
+from .definition import DefinedModule
 from .embedding import fourier_embedding
 from .mlp import MLP
 from .transformer import Transformer
@@ -14,6 +15,7 @@ from .unet import UNet
 __all__ = [
     "MLP",
     "Conditioning",
+    "DefinedModule",
     "LabelContext",
     "TensorContext",
     "Transformer",

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .context import Conditioning
+from .definition import DefinedModule
 
 
 class _Block(nn.Module):
@@ -46,7 +47,7 @@ class _Block(nn.Module):
         return torch.addcmul(x, mlp_gate, update)
 
 
-class Transformer(nn.Module):
+class Transformer(DefinedModule):
     """A transformer on sequences of symbols in which every position sees every other.
 
     Blocks normalize first; scale, shift and gate of each block are linear in the embedding of noise
@@ -102,6 +103,7 @@ class Transformer(nn.Module):
             raise ValueError(f"width: got {width}, expected a multiple of heads={heads}")
         self.states = states
         self.length = length
+        self.heads = heads
         self.outputs = outputs
         self.conditioning = Conditioning(width, context)
         self.symbols = nn.Parameter(0.1 * torch.randn(states, width))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_diffusion.nn.definition import definition_differences
 from pyro_diffusion.validation import check_positive_int
 
 
@@ -115,8 +116,15 @@ class EMA:
             self._swapped = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the number of updates and the average (its own tensors, as torch does)."""
-        return {"updates": self.updates, "average": dict(self.average)}
+        """Returns the number of updates and the average (its own tensors, as torch does).
+
+        The average is a state dict of the module, metadata included, and loads into it.
+        """
+        average = self.module.state_dict()
+        average.update(self.average)
+        for name in average.keys() - self.average.keys():
+            del average[name]
+        return {"updates": self.updates, "average": average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned.
@@ -129,6 +137,9 @@ class EMA:
         average = state["average"]
         updates = check_positive_int("state['updates']", state["updates"], at_least=0)
         _check_entries("state['average']", average, set(self.average))
+        differences = definition_differences(self.module, average)
+        if differences:
+            raise ValueError(f"state['average']: of another model: {'; '.join(differences)}")
         for name, own in self.average.items():
             _check_like(f"state['average'][{name!r}]", average[name], own)
         # converted before the first is copied, so that whatever fails fails before

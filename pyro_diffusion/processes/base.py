@@ -6,6 +6,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.precision import PreciseModule, at_least_single
 from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.validation import (
@@ -20,7 +21,7 @@ from pyro_diffusion.validation import (
 __all__ = ["ForwardProcess", "check_order", "coordinates"]
 
 
-class ForwardProcess(PreciseModule):
+class ForwardProcess(DefinedModule, PreciseModule):
     r"""A Markov process :math:`q` that destroys data, t = 0 (data) to t = 1 (noise).
 
     Five conditionals define it; each method returns a Pyro distribution whose batch shape is that of the

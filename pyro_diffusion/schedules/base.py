@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.precision import PreciseModule, at_least_single
 from pyro_diffusion.validation import check_times
 
@@ -95,7 +96,7 @@ class Sources:
     __hash__ = None  # type: ignore[assignment]
 
 
-class Schedule(PreciseModule):
+class Schedule(DefinedModule, PreciseModule):
     r"""Signal and noise scales :math:`\alpha(t), \sigma(t)` over t in [0, 1] (0 = data, 1 = noise).
 
     A schedule is two independent choices. The *curve* :math:`\lambda(t)` (``_curve`` and its inverse

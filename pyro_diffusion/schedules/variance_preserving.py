@@ -2,6 +2,7 @@ r"""Schedules with :math:`\alpha^2 + \sigma^2 = 1`."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +125,20 @@ class TabulatedBetas(VariancePreserving):
         log_snr = -log_expm1(-torch.log1p(-table).cumsum(0))
         super().__init__(float(log_snr[0]), float(log_snr[-1]))
         self.register_buffer("knots", log_snr)
-        self.register_load_state_dict_post_hook(_read_ends)
+
+    def definition(self) -> dict[str, Any]:
+        """The class alone: the table, ends included, is a buffer."""
+        ends = ("log_snr_max", "log_snr_min")
+        return {k: v for k, v in super().definition().items() if k not in ends}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        knots = state_dict.get(f"{prefix}knots")
+        valid = isinstance(knots, Tensor) and knots.shape == self.knots.shape
+        if valid and not bool(knots.isfinite().all() & (knots.diff() < 0).all()):
+            args[-1].append(f"{prefix}knots: expected a finite log-SNR that decreases")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.log_snr_max, self.log_snr_min = float(self.knots[0]), float(self.knots[-1])
 
     def _curve_slope(self, u: Tensor) -> Tensor:
         knots = self.knots.to(dtype=u.dtype, device=u.device)
@@ -144,8 +158,3 @@ class TabulatedBetas(VariancePreserving):
         right = torch.searchsorted(-knots, -log_snr.contiguous()).clamp(1, len(knots) - 1)
         low, high = knots[right], knots[right - 1]
         return (right - (log_snr - low) / (high - low)) / (len(knots) - 1)
-
-
-def _read_ends(table: TabulatedBetas, _: object) -> None:
-    """The ends of a table that was just loaded."""
-    table.log_snr_max, table.log_snr_min = float(table.knots[0]), float(table.knots[-1])
