@@ -9,6 +9,7 @@ from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.precision import PreciseModule, at_least_single
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.validation import check_tensor
 
 __all__ = ["Denoiser", "NetworkDenoiser"]
 
@@ -26,7 +27,12 @@ class Denoiser(DefinedModule, PreciseModule):
 
     Args:
         process: the forward process whose states it reads.
+
+    Attributes:
+        point_mass: whether its posterior is known to be a point mass, a mean without a variance.
     """
+
+    point_mass: bool = False
 
     def __init__(self, process: ForwardProcess) -> None:
         super().__init__()
@@ -42,8 +48,12 @@ class Denoiser(DefinedModule, PreciseModule):
         """How many rightmost dimensions of a context tensor belong to one datum.
 
         Labels (integers) have none and vectors (floats) have one, unless a network says otherwise.
+
+        Raises:
+            ValueError: for complex numbers and booleans, which are neither (``context_event_dims`` of a
+                :class:`NetworkDenoiser` says what they are).
         """
-        del name
+        check_tensor(name, value)
         return 1 if value.is_floating_point() else 0
 
 

@@ -48,6 +48,11 @@ class GaussianDenoiser(NetworkDenoiser):
             )
         self.variance = variance
 
+    @property
+    def point_mass(self) -> bool:  # type: ignore[override]
+        """Whether there is no variance."""
+        return self.variance is None
+
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The posterior over x_0, batch and event shape of xt."""
         level, event_dim = self.process.level(t, xt, state="xt"), self.process.event_dim

@@ -81,6 +81,11 @@ class VarianceDenoiser(NetworkDenoiser):
         self.denoiser, self.variance, self.show_noise = denoiser, variance, bool(show_noise)
         self.train(self.training)
 
+    @property
+    def point_mass(self) -> bool:  # type: ignore[override]
+        """Whether there is no variance."""
+        return self.variance is None
+
     def context_event_dim(self, name: str, value: Tensor) -> int:
         """How many rightmost dimensions of a context tensor belong to one datum: as the base has it."""
         if name == "noise" and self.show_noise:

@@ -14,7 +14,7 @@ from pyro_diffusion.distributions.linear_use import check_linear_use
 from pyro_diffusion.distributions.objectives import Bound, Objective, check_objective, divergence
 from pyro_diffusion.processes import GaussianProcess, SeededNoise, drawing_from
 from pyro_diffusion.schedules import Level, check_grid
-from pyro_diffusion.validation import Shape, check_event_shape
+from pyro_diffusion.validation import Shape, check_event_shape, check_tensor
 
 __all__ = ["BoundedDistribution"]
 
@@ -61,7 +61,7 @@ class BoundedDistribution(DenoisedDistribution):
         super().__init__(denoiser, event_shape, context=context, validate_args=validate_args)
         self.times = times
         self.decoder = check_decoder(decoder or default_decoder(denoiser.process), denoiser.process)
-        self.objective = Bound() if objective is None else check_objective(objective)
+        self.objective = Bound() if objective is None else check_objective(objective, denoiser)
         if self._validate_args:
             self._check_times()
 
@@ -160,6 +160,7 @@ class BoundedDistribution(DenoisedDistribution):
         )
 
     def _encoded(self, value: Tensor) -> tuple[Tensor, torch.Size]:
+        check_tensor("value", value)
         if self._validate_args:
             check_event_shape("value", value, self.event_shape)
             self.decoder.check(value)

@@ -22,7 +22,7 @@ from pyro_diffusion.dynamics import (
     transport,
 )
 from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.validation import Shape, check_event_shape, check_finite
+from pyro_diffusion.validation import Shape, check_event_shape, check_finite, check_tensor
 
 __all__ = ["FlowTransform", "LogDensity", "ProbabilityFlow"]
 
@@ -313,6 +313,7 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
 
     def _checked(self, value: Tensor) -> Tensor:
         """Data at the model's dtype and at the batch shape."""
+        check_tensor("value", value)
         if self._validate_args:
             check_event_shape("value", value, self.event_shape)
             check_finite("value", value)

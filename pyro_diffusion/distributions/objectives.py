@@ -8,9 +8,9 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_diffusion.denoisers import HeadNormal
+from pyro_diffusion.denoisers import Denoiser, HeadNormal, NoiseHead, VarianceDenoiser
 from pyro_diffusion.distributions.decoders import Decoder
-from pyro_diffusion.processes import ForwardProcess, coordinates, draw
+from pyro_diffusion.processes import ForwardProcess, GaussianProcess, coordinates, draw
 from pyro_diffusion.schedules import Level
 
 __all__ = ["Bound", "Hybrid", "MomentRegression", "Objective", "Simple", "Weighted", "divergence"]
@@ -38,6 +38,16 @@ class Objective:
 
     is_bound = False
     decoder_share = 1 / 16
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Refuse a model that the objective is not defined for; asked once, when a distribution is built.
+
+        Args:
+            denoiser: what is trained, and its process.
+
+        Raises:
+            ValueError: naming the objective and what it needs.
+        """
 
     def __call__(
         self,
@@ -105,6 +115,11 @@ class Weighted(Bound):
 
     def __init__(self, weight: Weight, mean_only: bool = False) -> None:
         self.weight, self.mean_only = weight, mean_only
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Any process; one of real numbers if only the mean counts."""
+        if self.mean_only:
+            needs_numbers(self, denoiser)
 
     def __call__(
         self,
@@ -184,6 +199,15 @@ class Hybrid(Objective):
             raise ValueError(f"gamma: got {gamma}, expected a number > 0")
         self.gamma, self._simple, self._bound = float(gamma), Simple(), Bound()
 
+    def check(self, denoiser: Denoiser) -> None:
+        """A process of real numbers, and a denoiser with a variance."""
+        needs_numbers(self, denoiser)
+        if denoiser.point_mass:
+            raise ValueError(
+                f"objective: got Hybrid with a point mass, the posterior of {type(denoiser).__name__}, "
+                "expected a denoiser with a variance (or Simple(), which trains none)"
+            )
+
     def __call__(
         self,
         process: ForwardProcess,
@@ -246,6 +270,20 @@ class MomentRegression(Objective):
     def __init__(self, deviance: bool = False) -> None:
         self.deviance = bool(deviance)
 
+    def check(self, denoiser: Denoiser) -> None:
+        """A denoiser whose variance is a head that is fitted by regression."""
+        needs_numbers(self, denoiser)
+        if not isinstance(denoiser, VarianceDenoiser):
+            got = type(denoiser).__name__
+        elif not isinstance(denoiser.variance, NoiseHead):
+            got = f"VarianceDenoiser of variance {type(denoiser.variance).__name__}"
+        else:
+            return
+        raise ValueError(
+            f"objective: got MomentRegression for a {got}, expected a VarianceDenoiser with an NPR() or SN() "
+            "head"
+        )
+
     def __call__(
         self,
         process: ForwardProcess,
@@ -293,16 +331,31 @@ class MomentRegression(Objective):
         return sum_rightmost(cost, event_dim)
 
 
-def check_objective(objective: object) -> Objective:
-    """Refuse anything but an objective.
+def needs_numbers(objective: Objective, denoiser: Denoiser) -> None:
+    """Refuse symbols: an objective of squared errors needs a mean.
 
     Raises:
-        ValueError: for another object.
+        ValueError: for a process that is not Gaussian.
+    """
+    if not isinstance(denoiser.process, GaussianProcess):
+        raise ValueError(
+            f"objective: got {type(objective).__name__} for a {type(denoiser.process).__name__}, expected "
+            "one that needs no mean of x_0, such as Bound() or Weighted(weight): squared errors are for a "
+            "GaussianProcess"
+        )
+
+
+def check_objective(objective: object, denoiser: Denoiser) -> Objective:
+    """Refuse anything but an objective, and one that does not fit the denoiser.
+
+    Raises:
+        ValueError: for another object, and as :meth:`Objective.check`.
     """
     if not isinstance(objective, Objective):
         raise ValueError(
             f"objective: got {objective!r}, expected an Objective such as Bound() or Simple()"
         )
+    objective.check(denoiser)
     return objective
 
 

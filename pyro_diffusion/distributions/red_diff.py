@@ -7,8 +7,9 @@ from pyro.distributions import TorchDistribution
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
+from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.decoders import Decoder
-from pyro_diffusion.distributions.objectives import Objective
+from pyro_diffusion.distributions.objectives import Objective, needs_numbers
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import Level
 
@@ -57,6 +58,10 @@ class RedDiff(Objective):
                 f"weight: got {weight!r}, expected a number > 0 or a function of log-SNR"
             )
         self.weight = weight
+
+    def check(self, denoiser: Denoiser) -> None:
+        """A process of real numbers."""
+        needs_numbers(self, denoiser)
 
     def __call__(
         self,

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import Grid, Level, table_row
+from pyro_diffusion.validation import check_tensor
 
 __all__ = ["Sampler", "State", "check_sampler", "simulate"]
 
@@ -117,6 +118,7 @@ def simulate(
     Returns:
         The state at ``times[0]``.
     """
+    check_tensor("x", x)
     process, context = denoiser.process, context or {}
     dtype = x.dtype if x.is_floating_point() else times.dtype
     levels = process.schedule.grid_levels(times, dtype, x.device)
