@@ -490,7 +490,7 @@ def test_bad_programs():
         x = pyro.sample("x", PRIOR) + pyro.sample("w", PRIOR)
         pyro.sample("y", Normal(x, 1.0).to_event(1), obs=torch.zeros(2).double())
 
-    with pytest.raises(ValueError, match="latents: got no draws of z"):
+    with pytest.raises(ValueError, match="model: got no diffusion site"):
         AutoGuidance(none, MMPS)()
     with pytest.raises(ValueError, match="several diffusion sites"):
         AutoGuidance(two, MMPS)()

@@ -151,7 +151,7 @@ def test_a_program_with_a_mixture_is_told_that_it_has_no_diffusion():
 
     with pytest.raises(ValueError, match="model: got no diffusion site"):
         ProgramLikelihood(model)
-    with pytest.raises(ValueError, match="latents: got no draws of x"):
+    with pytest.raises(ValueError, match="model: got no diffusion site"):
         AutoGuidance(model)()
 
 

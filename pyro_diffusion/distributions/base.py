@@ -11,6 +11,7 @@ from torch.distributions import constraints
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.no_closed_forms import NoClosedForms
+from pyro_diffusion.distributions.shape_runs import kept_example
 from pyro_diffusion.processes import draw, fresh_seed
 from pyro_diffusion.schedules import Level, uniform
 from pyro_diffusion.validation import Shape
@@ -100,6 +101,24 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
     def with_context(self, xt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """A state, batch + event, and the context, at the batch shape that both broadcast to."""
         return broadcast_context(self.denoiser, xt, self.context)
+
+    def _example(self, sample_shape: Shape) -> Tensor:
+        """Values of the shape, dtype and support of draws for one network evaluation, none if it is kept."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        decoder = getattr(self, "decoder", None)
+        key = (
+            type(self),
+            shape,
+            self.dtype,
+            self.device,
+            type(decoder),
+            getattr(decoder, "levels", 0),
+        )
+        return kept_example(self.denoiser, key, lambda: self._first_guess(sample_shape))
+
+    def _first_guess(self, sample_shape: Shape) -> Tensor:
+        """Data as the denoiser sees them in pure noise."""
+        raise NotImplementedError
 
     def _prior_draw(self, sample_shape: Shape) -> Tensor:
         """States at t = 1, sample + batch + event."""

@@ -133,6 +133,12 @@ class BoundedDistribution(DenoisedDistribution):
         posterior = self.posterior(x, start)
         return self.decoder(posterior, start, process)
 
+    def _first_guess(self, sample_shape: Shape) -> Tensor:
+        x = self._prior_draw(sample_shape)
+        levels = self._levels(x)
+        posterior = self.posterior(x, levels.at(-1))
+        return self.decoder(posterior, levels.at(0), self.denoiser.process).sample()
+
     @property
     def _fair_share(self) -> float:
         """The decoder's share of the reads were all terms alike."""

@@ -10,6 +10,7 @@ from pyro_diffusion.distributions.base import kept_uniform
 from pyro_diffusion.distributions.bounded import BoundedDistribution
 from pyro_diffusion.distributions.decoders import Decoder
 from pyro_diffusion.distributions.objectives import Objective
+from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.processes import draw
 from pyro_diffusion.samplers import Ancestral, Sampler, check_sampler, simulate
 from pyro_diffusion.schedules import Level
@@ -119,6 +120,8 @@ class Diffusion(BoundedDistribution):
 
     def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:
         """Data from the model, sample + batch + event, through the sampler and the decoder."""
+        if shapes_only():
+            return self._example(sample_shape)
         with torch.no_grad():
             x = self._prior_draw(sample_shape)
             x, context = self.with_context(x)

@@ -12,6 +12,7 @@ from torch.distributions import constraints
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.base import DenoisedDistribution, broadcast, broadcast_context
 from pyro_diffusion.distributions.linear_use import check_linear_use, inside_markov_chain
+from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.dynamics import (
     ExactTrace,
     Passage,
@@ -293,8 +294,15 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
         assert passage.log_det is not None
         return self._density(passage.z, passage.log_det, passage.evaluations)
 
+    def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:
+        """Data from one pass of the ODE, sample + batch + event."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
     def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:
         """Reparameterized data from one pass of the ODE, sample + batch + event."""
+        if shapes_only():
+            return self._example(sample_shape)
         return self.transform(self.base_dist.rsample(torch.Size(sample_shape)))
 
     def rsample_and_log_prob(self, sample_shape: Shape = torch.Size()) -> tuple[Tensor, Tensor]:
@@ -303,6 +311,10 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
         passage = self.transform.transport(z)
         assert passage.log_det is not None
         return passage.z, self._density(z, -passage.log_det, passage.evaluations).value
+
+    def _first_guess(self, sample_shape: Shape) -> Tensor:
+        x = self._prior_draw(sample_shape)
+        return self.posterior(x, self.denoiser.process.level(1.0, x)).mean
 
     def _density(self, z: Tensor, log_det: Tensor, evaluations: int) -> LogDensity:
         error = torch.zeros_like(log_det[0])

@@ -10,6 +10,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.base import kept_uniform
 from pyro_diffusion.distributions.bounded import BoundedDistribution
 from pyro_diffusion.distributions.decoders import Decoder
+from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.dynamics import ReverseSDE, SDESolver, check_eta
 from pyro_diffusion.processes import GaussianProcess, draw
 from pyro_diffusion.schedules import Level
@@ -111,6 +112,8 @@ class DiffusionSDE(BoundedDistribution):
 
     def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:
         """Data from the model, sample + batch + event, through torchsde and the decoder."""
+        if shapes_only():
+            return self._example(sample_shape)
         with torch.no_grad():
             x = self._prior_draw(sample_shape)
             batch = x.shape[: x.dim() - len(self.event_shape)]

@@ -7,11 +7,20 @@ from typing import Any, NamedTuple, Self
 
 import pyro
 import torch
+from pyro.poutine.block_messenger import BlockMessenger
 from torch import Tensor
 
-from pyro_diffusion.guidance.program_run import Message, collapse, log_density, observed
-from pyro_diffusion.guidance.program_sites import first_run
-from pyro_diffusion.guidance.program_trials import choose_way, look, trials
+from pyro_diffusion.guidance.program_run import (
+    Message,
+    collapse,
+    handlers,
+    log_density,
+    observed,
+    of_each_datum,
+)
+from pyro_diffusion.guidance.program_signature import structure
+from pyro_diffusion.guidance.program_sites import First, first_run
+from pyro_diffusion.guidance.program_trials import Analysis, agree, choose_way, look, trials
 from pyro_diffusion.guidance.whitening import RESIDUALS, whitened
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.validation import check_event_shape
@@ -61,15 +70,23 @@ class ProgramLikelihood:
         residuals: ``"normal"`` for those of Normal sites only; ``"deviance"`` for signed deviance residuals
             of other sites (:func:`~pyro_diffusion.guidance.deviance_residual`), which are no linear
             function of x_0 but make the same sum of squares. ``log_prob`` is the same for both.
+        subsamples: indices of plates that the model subsamples, by name; those that it draws by itself must
+            be told. Each datum of the site must have its own observations there, and the plates' factor N / B
+            is left out.
+        precedent: ``analysis`` of another likelihood. If sites, shapes and other arguments are the same, and
+            a batch of trial draws has the numbers it should, most trial runs are saved.
 
     Attributes:
         site: name of the diffusion site.
         prior: its diffusion, unwrapped, at its full batch shape.
+        site_law: the site's own distribution, with all that stands around the diffusion.
         transforms: from x_0 to the site's value, first to last.
         batch_shape: of x_0, plates included.
         event_shape: of one x_0.
         factorized: whether each datum has its own observations.
         latents: the other latents' values.
+        subsamples: the indices that subsampled plates were told.
+        analysis: what trial runs found: a ``precedent`` for the same program at other values.
 
     Raises:
         ValueError: for no diffusion site, several and none named, a named site that is no diffusion or is
@@ -102,20 +119,32 @@ class ProgramLikelihood:
         site: str | None = None,
         latents: dict[str, Tensor] | None = None,
         residuals: str = "normal",
+        subsamples: dict[str, Tensor] | None = None,
+        precedent: Analysis | None = None,
     ) -> None:
         self._residuals = _check_residuals(residuals)
-        if not callable(model):
-            raise ValueError(f"model: got {type(model).__name__}, expected a Pyro program")
+        check_model(model)
         if not isinstance(args, tuple | list):
             raise ValueError(
                 f"args: got {type(args).__name__}, expected a tuple of the model's arguments"
             )
         self.model, self.args, self.kwargs = model, tuple(args), dict(kwargs or {})
         self.latents = {k: torch.as_tensor(v) for k, v in (latents or {}).items()}
-        first = first_run(self._run, site, self.latents, lambda law: trials(law)[0])
+        self._told = dict(subsamples or {})
+        arguments = structure((self.args, self.kwargs, self.latents, site))
+        known = precedent.signature if precedent else (None, None)
+        first = first_run(
+            self._run,
+            site,
+            self.latents,
+            _trial,
+            self._told,
+            known[1] if known[0] == arguments else None,
+        )
         self._site, self._nesting, self._dims = first.site, first.nesting, first.dims
         self._idle = first.idle
         self.site, self.prior, self.transforms = self._site[:3]
+        self.site_law, self.subsamples = self._site.whole, first.subsamples
         self.batch_shape, self.event_shape = self.prior.batch_shape, self.prior.event_shape
         self.factorized = first.factorized
         # Dimensions of a plate that stay, and the batch shape of what is returned.
@@ -123,7 +152,8 @@ class ProgramLikelihood:
         self._kept = [d for d in dims if self.batch_shape[d] != 1] if self.factorized else []
         ones = torch.Size((1,) * len(self.batch_shape))
         self._batch_out = self.batch_shape if self.factorized else ones
-        self._try()
+        self.analysis = self._analysis((arguments, first.signature), first, precedent)
+        self._look, self._vectorized = self.analysis.look, self.analysis.vectorized
 
     def log_prob(self, x0: Tensor) -> Tensor:
         """log p(all observations | x_0) in nats (exact), differentiable.
@@ -241,29 +271,70 @@ class ProgramLikelihood:
             "guidance or TwistedSMC, which take any likelihood)"
         )
 
-    def _try(self) -> None:
-        """Trial runs: what depends on x_0, and how a batch of them, or of latents too, is to be run."""
+    def _analysis(self, signature: Any, first: First, precedent: Analysis | None) -> Analysis:
+        """What depends on x_0, and how a batch of them, or of latents too, is to be run.
+
+        By trial runs; or by precedent, if the structure is the same and a batch has the numbers it should.
+        """
         draws = trials(self.prior)
         latents = {k: v[(0,) * (v.dim() - self._dims[k][1])] for k, v in self.latents.items()}
-        self._look = look(lambda x0: self._observed(x0, latents), draws)
-        index = torch.arange(self._look.batch) % len(draws)
+        same = precedent is not None and precedent.signature == signature
+        if precedent and same and self._confirmed(precedent, draws, latents, first):
+            return precedent
+        found = look(lambda x0: self._observed(x0, latents), draws)
+        index = torch.arange(found.batch) % len(draws)
         single = self.with_latents(latents)
         expected = torch.stack([single.log_prob(x0) for x0 in draws]).detach()[index]
-        self._vectorized = {}
+        vectorized = {}
         for many in (False, True)[: 1 + bool(latents)]:
-            shape = (len(index),) if many else ()
-            trial = self.with_latents({k: v.expand((*shape, *v.shape)) for k, v in latents.items()})
+            trial = self._of_many(latents, len(index) if many else 0)
             read = functools.partial(trial._read, draws[index], trial._log_prob)
-            self._vectorized[many] = choose_way(lambda way: read(way)[0], expected)  # noqa: B023
+            vectorized[many] = choose_way(lambda way: read(way)[0], expected)  # noqa: B023
+        return Analysis(signature, found, vectorized)
+
+    def _confirmed(
+        self, known: Analysis, draws: Tensor, latents: dict[str, Tensor], first: First
+    ) -> bool:
+        """Whether a batch of the trial draws has the first one's number, and differs where it did."""
+        # The first draw is not the first row, which an index from the left would find.
+        index = (torch.arange(known.look.batch) + 1) % len(draws)
+        expected = self._log_prob(first.observed, 0)[0].detach()
+        for many, way in known.vectorized.items():
+            trial = self._of_many(latents, len(index) if many else 0)
+            try:
+                with torch.no_grad():
+                    parts = trial._read(draws[index], trial._log_probs, way)
+            except Exception:  # whatever it is, the whole analysis will meet it again and say so
+                return False
+            total = sum(parts[1:], parts[0])[index == 0]
+            if not agree(total, expected.expand_as(total)):
+                return False
+            names = [site["name"] for site in first.observed]
+            varying = {n for n, v in zip(names, parts, strict=True) if not _alike(v[:3])}
+            if varying != known.look.varying:
+                return False
+        return True
+
+    def _of_many(self, latents: dict[str, Tensor], count: int) -> Self:
+        """The same likelihood with so many copies of single latents; 0 for none."""
+        shape = (count,) if count else ()
+        return self.with_latents({k: v.expand((*shape, *v.shape)) for k, v in latents.items()})
 
     def _run(self) -> Any:
         return self.model(*self.args, **self.kwargs)
 
     def _observed(self, x0: Tensor, latents: dict[str, Tensor]) -> list[Message]:
-        return observed(self._run, {self.site: self.site_value(x0), **self._idle, **latents})
+        return self._run_with({self.site: self.site_value(x0), **self._idle, **latents})
+
+    def _run_with(self, data: dict[str, Tensor]) -> list[Message]:
+        return [of_each_datum(s) for s in observed(self._run, {**self.subsamples, **data})]
+
+    def _log_probs(self, sites: list[Message], lead: int) -> tuple[Tensor, ...]:
+        """Log-densities site by site."""
+        return tuple(self._collapse(log_density(site), lead).sum(-1) for site in sites)
 
     def _log_prob(self, sites: list[Message], lead: int) -> tuple[Tensor, ...]:
-        parts = [self._collapse(log_density(site), lead).sum(-1) for site in sites]
+        parts = self._log_probs(sites, lead)
         return (sum(parts[1:], parts[0]),)
 
     def _whitened(self, sites: list[Message], lead: int) -> tuple[Tensor, ...]:
@@ -324,7 +395,32 @@ class ProgramLikelihood:
         """A run with the sample dimension left of all plates."""
         value = _pad(self.site_value(x0), self._nesting - self._site.batch_dims)
         padded = {k: _pad(v, self._nesting - self._dims[k][0]) for k, v in many.items()}
-        return observed(self._run, {self.site: value, **self._idle, **one, **padded})
+        return self._run_with({self.site: value, **self._idle, **one, **padded})
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no program, and one that hides some of its sites.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    if not callable(model):
+        raise ValueError(f"model: got {type(model).__name__}, expected a Pyro program")
+    if any(isinstance(handler, BlockMessenger) for handler in handlers(model)):
+        raise ValueError(
+            "model: got one inside poutine.block, whose other sites cannot be seen, expected the whole model "
+            "(the likelihood is read from its observed sites; other latents are left to other guides)"
+        )
+
+
+def _trial(law: Any) -> Tensor:
+    """A value to run a program on, with a gradient if it is real."""
+    draw = trials(law)[0].clone()
+    return draw.requires_grad_(draw.is_floating_point())
+
+
+def _alike(rows: Tensor) -> bool:
+    return bool((rows == rows[:1]).all())
 
 
 def _check_residuals(residuals: str) -> str:

@@ -1,6 +1,7 @@
 """One run of a Pyro program with its latents given, and what its observed sites say."""
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,13 +10,50 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import runtime
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.reparam_messenger import ReparamHandler
 from torch import Tensor
 
-__all__ = ["Message", "collapse", "isolated", "log_density", "observations", "observed"]
+__all__ = [
+    "Message",
+    "collapse",
+    "handlers",
+    "isolated",
+    "log_density",
+    "observations",
+    "observed",
+    "of_each_datum",
+]
 
 Message = dict[str, Any]
 
 _ONE_AT_A_TIME = threading.RLock()
+
+
+def handlers(program: Any) -> Iterator[Any]:
+    """The Pyro handlers that a program is wrapped in, outermost first."""
+    while True:
+        if isinstance(program, ReparamHandler):
+            yield program.msngr
+            program = program.fn
+        elif isinstance(program, functools.partial):
+            # Pyro's own partials are those of a handler and what it wraps.
+            handler = program.args[0] if len(program.args) > 1 else None
+            wrapped = isinstance(handler, Messenger)
+            if wrapped:
+                yield handler
+            program = program.args[1] if wrapped else program.func
+        else:
+            return
+
+
+def of_each_datum(site: Message) -> Message:
+    """A site without the factor N / B of subsampled plates, which makes B data stand for N."""
+    scale = site["scale"]
+    for frame in site["cond_indep_stack"]:
+        if frame.full_size not in (None, frame.size):
+            scale = scale * frame.size / frame.full_size
+    return {**site, "scale": scale}
 
 
 def observed(program: Callable[[], Any], data: dict[str, Tensor]) -> list[Message]:

@@ -12,10 +12,17 @@ from torch import Tensor
 
 from pyro_diffusion.distributions import BoundedDistribution, DenoisedDistribution, QuantizedDecoder
 from pyro_diffusion.distributions.wrappers import unwrap_diffusion
-from pyro_diffusion.guidance.program_run import Message, isolated, log_density, observations
+from pyro_diffusion.guidance.program_run import (
+    Message,
+    isolated,
+    log_density,
+    observations,
+    of_each_datum,
+)
+from pyro_diffusion.guidance.program_signature import signature_of
 from pyro_diffusion.validation import check_finite
 
-__all__ = ["DiffusionSite", "First", "first_run"]
+__all__ = ["DiffusionSite", "First", "MissingLatents", "first_run"]
 
 
 class DiffusionSite(NamedTuple):
@@ -27,6 +34,7 @@ class DiffusionSite(NamedTuple):
         transforms: from x_0's scale to the site's value, first to last.
         batch_dims: how many dimensions of the site's value are batch; the diffusion may have more.
         plates: dimension (from the right) of each plate around the site, by name.
+        whole: the site's own distribution, with all that stands around the diffusion.
     """
 
     name: str
@@ -34,6 +42,7 @@ class DiffusionSite(NamedTuple):
     transforms: tuple[Any, ...]
     batch_dims: int
     plates: dict[str, int]
+    whole: Any
 
     def value(self, x0: Tensor) -> Tensor:
         """x_0 as the site's value: through the decoder's scale and the transforms."""
@@ -57,9 +66,12 @@ class _FirstRun(Messenger):
         trial: Callable[[DenoisedDistribution], Tensor],
         latents: dict[str, Tensor],
         named: str | None,
+        subsamples: dict[str, Tensor],
     ) -> None:
         super().__init__()
         self.trial, self.latents, self.named = trial, latents, named
+        self.subsamples, self.chance = subsamples, set[str]()
+        self.told: dict[str, Tensor] = {}
         self.sites: dict[str, DiffusionSite] = {}
         self.trials: list[Tensor] = []
         self.dims: dict[str, tuple[int, int]] = {}
@@ -67,7 +79,10 @@ class _FirstRun(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
-        if msg["is_observed"] or site_is_subsample(msg):
+        if site_is_subsample(msg):
+            self._subsample(msg)
+            return
+        if msg["is_observed"]:
             return
         found = unwrap_diffusion(fn)
         if name in self.latents and name != self.named:
@@ -78,7 +93,9 @@ class _FirstRun(Messenger):
         elif found is not None:
             frames = [f for f in msg["cond_indep_stack"] if f.dim is not None]
             plates = {f.name: f.dim for f in frames}
-            site = DiffusionSite(name, found.base, found.transforms, len(fn.batch_shape), plates)
+            site = DiffusionSite(
+                name, found.base, found.transforms, len(fn.batch_shape), plates, fn
+            )
             self.sites[name] = site
             self.trials.append(self.trial(site.law))
             msg["value"] = site.value(self.trials[-1])
@@ -86,6 +103,28 @@ class _FirstRun(Messenger):
             value = fn(*msg["args"], **msg["kwargs"]).detach()
             msg["value"] = value.requires_grad_() if value.is_floating_point() else value
             self.drawn[name] = msg["value"]
+
+    def _subsample(self, msg: Any) -> None:
+        """Give a subsampled plate the indices that are told, or note that it draws them anew."""
+        name, told = msg["name"], self.subsamples.get(msg["name"])
+        own, fn = msg["value"], msg["fn"]
+        if own is None and told is not None:
+            msg["value"] = self.told[name] = told
+        elif own is None and fn.subsample_size is not None and fn.subsample_size < fn.size:
+            self.chance.add(name)
+        elif told is not None and not torch.equal(torch.as_tensor(own), told.to("cpu")):
+            raise ValueError(
+                f"plate {name!r}: got other indices in the model than in the guide, expected the same (pass "
+                "create_plates to the outermost guide, with the model's own subsample)"
+            )
+
+
+class MissingLatents(ValueError):
+    """Other latents that observations depend on have no value."""
+
+    def __init__(self, names: list[str], message: str) -> None:
+        super().__init__(message)
+        self.names = names
 
 
 class First(NamedTuple):
@@ -98,6 +137,8 @@ class First(NamedTuple):
         dims: how many batch dimensions a given latent has in a single run, and how many in all.
         observed: the observed sites.
         factorized: whether each datum of the site has its own observations.
+        signature: what tells one structure of the program from another.
+        subsamples: the indices that plates were told.
     """
 
     site: DiffusionSite
@@ -106,6 +147,8 @@ class First(NamedTuple):
     dims: dict[str, tuple[int, int]]
     observed: list[Message]
     factorized: bool
+    signature: Any
+    subsamples: dict[str, Tensor]
 
 
 def first_run(
@@ -113,47 +156,81 @@ def first_run(
     named: str | None,
     latents: dict[str, Tensor],
     trial: Callable[[DenoisedDistribution], Tensor],
+    subsamples: dict[str, Tensor],
+    known: Any = None,
 ) -> First:
     """Run a program once and find its sites.
 
+    Args:
+        program: the model with its arguments.
+        named: the diffusion site's name, if it is told.
+        latents: values of other latents.
+        trial: gives every diffusion its value.
+        subsamples: indices of subsampled plates.
+        known: a signature whose idle latents are known, so that one more run is enough to confirm them.
+
     Raises:
-        ValueError: for no diffusion site, several, an observed one, other latents, subsampled plates, no or
-            non-finite observations.
+        ValueError: for no diffusion site, several, an observed one, other latents, plates of which a
+            subsample tells not enough, no or non-finite observations.
     """
-    run = _FirstRun(trial, latents, named)
+    run = _FirstRun(trial, latents, named, subsamples)
     nodes = _traced(run, program)
     site = _choose(nodes, run.sites, named)
     _check_names(nodes, site, latents)
-    reads = observations(nodes, latents)
+    reads = [of_each_datum(node) for node in observations(nodes, latents)]
     if not reads:
         raise ValueError(
             "model: got no observed site and no factor, expected at least one (pass data with `obs=`, or use "
             "pyro.condition)"
         )
-    frames = [f for node in (nodes[site.name], *reads) for f in node["cond_indep_stack"]]
-    for frame in frames:
-        if frame.full_size not in (None, frame.size):
-            raise ValueError(
-                f"plate {frame.name!r}: got a subsample of {frame.size} of {frame.full_size}, expected the "
-                "whole plate (log p(y | x_0) needs all observations)"
-            )
+    factorized = _factorizes(site, site.law.batch_shape, reads)
+    _check_subsamples(nodes[site.name], reads, factorized, run.chance)
     for node in reads:
         _check_exact(node)
         if torch.is_tensor(node["value"]):
             check_finite(f"site {node['name']!r}", node["value"])
+    signature = signature_of(nodes, latents, _total(reads))
     idle = _idle(reads, run.drawn, [nodes[site.name]["value"], *_tensors(site.law)])
-    for _ in range(REDRAWS if idle else 0):
+    redraws = 1 if signature == known else REDRAWS
+    for _ in range(redraws if idle else 0):
         # What no gradient shows, a comparison or a rounding: the same x_0 with other values of them.
         kept = iter(run.trials)
-        again = _FirstRun(functools.partial(_next, kept), latents, named)
-        others = observations(_traced(again, program), latents)
+        again = _FirstRun(functools.partial(_next, kept), latents, named, subsamples)
+        others = [of_each_datum(node) for node in observations(_traced(again, program), latents)]
         if not torch.equal(_total(reads).detach(), _total(others).detach()):
             idle = {}
             break
     _check_given(nodes, site, {*latents, *idle})
-    batch = site.law.batch_shape
+    frames = [f for node in (nodes[site.name], *reads) for f in node["cond_indep_stack"]]
     nesting = max([site.batch_dims, *(-f.dim for f in frames if f.dim is not None)])
-    return First(site, nesting, idle, run.dims, reads, _factorizes(site, batch, reads))
+    return First(site, nesting, idle, run.dims, reads, factorized, signature, run.told)
+
+
+def _check_subsamples(
+    node: Message, reads: list[Message], factorized: bool, chance: set[str]
+) -> None:
+    """Refuse a subsampled plate unless each datum of the site is in it with its own observations."""
+    around = {f.name for f in node["cond_indep_stack"]}
+    frames = [f for site in (node, *reads) for f in site["cond_indep_stack"]]
+    for frame in frames:
+        if frame.full_size in (None, frame.size):
+            continue
+        got = f"plate {frame.name!r}: got a subsample of {frame.size} of {frame.full_size}"
+        if frame.name not in around:
+            raise ValueError(
+                f"{got}, expected the whole plate: {node['name']!r} stands outside of it, and its posterior "
+                "depends on all of the plate's data"
+            )
+        if not factorized:
+            raise ValueError(
+                f"{got}, expected the whole plate: an observed site outside of it depends on all of "
+                f"{node['name']!r}"
+            )
+        if frame.name in chance:
+            raise ValueError(
+                f"{got} that is drawn anew at each run of the model, expected the indices of those that are "
+                f"meant, pyro.plate({frame.name!r}, {frame.full_size}, subsample=indices), or the whole plate"
+            )
 
 
 def _choose(
@@ -258,10 +335,11 @@ def _check_given(nodes: dict[str, Message], site: DiffusionSite, given: set[str]
         and name != site.name
     ]
     if left:
-        raise ValueError(
+        raise MissingLatents(
+            left,
             f"latents: got no value for {', '.join(left)}, expected one for every latent site but "
             f"{site.name!r}: pass latents={{{left[0]!r}: value, ...}} (held fixed, or drawn by another "
-            "guide), or condition the model with pyro.condition"
+            "guide), or condition the model with pyro.condition",
         )
 
 

@@ -3,7 +3,7 @@
 import itertools
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from pyro_diffusion.processes import (
     drawing_from,
 )
 
-__all__ = ["Look", "choose_way", "look", "trials"]
+__all__ = ["Analysis", "Look", "agree", "choose_way", "look", "trials"]
 
 TRIALS = 3
 
@@ -34,12 +34,28 @@ class Look(NamedTuple):
             some site lacks.
         batch: a number of draws that no dimension of the program has: a wrong broadcast then fails, or shows
             in the numbers.
+        varying: names of those whose log-density differs between the trial draws.
     """
 
     dependent: frozenset[str]
     rigid: tuple[str, ...]
     unfit: dict[str, tuple[str, str]]
     batch: int
+    varying: frozenset[str]
+
+
+class Analysis(NamedTuple):
+    """What trial runs found, and the structure that it holds for.
+
+    Attributes:
+        signature: of the program, its arguments and latents.
+        look: what depends on x_0.
+        vectorized: whether a batch is put left of the plates, with one set of latents and with many.
+    """
+
+    signature: Any
+    look: Look
+    vectorized: dict[bool, bool]
 
 
 def trials(law: DenoisedDistribution) -> Tensor:
@@ -92,7 +108,7 @@ def look(run: Callable[[Tensor], list[Message]], draws: Tensor) -> Look:
         if others:
             unfit[kind] = others[0], _law_name(sites[others[0]])
     batch = next(n for n in itertools.count(TRIALS) if n not in sizes)
-    return Look(dependent, tuple(sorted(varying - sloped)), unfit, batch)
+    return Look(dependent, tuple(sorted(varying - sloped)), unfit, batch, frozenset(varying))
 
 
 def choose_way(read: Callable[[bool], Tensor], expected: Tensor) -> bool:
@@ -105,9 +121,6 @@ def choose_way(read: Callable[[bool], Tensor], expected: Tensor) -> bool:
     Raises:
         ValueError: if neither gives the same numbers.
     """
-    finite = expected[expected.isfinite()].abs()
-    tolerance = 1e-3 if expected.dtype.itemsize < 8 else 1e-6
-    slack = tolerance * float(finite.max()) if len(finite) else 0.0
     said = []
     for way in (True, False):
         try:
@@ -117,7 +130,7 @@ def choose_way(read: Callable[[bool], Tensor], expected: Tensor) -> bool:
         except Exception as error:  # whatever a program that is not written for batches may raise
             said.append(f"{type(error).__name__}: {error}".strip().splitlines()[0])
             continue
-        if got.shape == expected.shape and torch.allclose(got, expected, tolerance, slack):
+        if agree(got, expected):
             return way
         said.append("other numbers than single runs")
     raise ValueError(
@@ -125,6 +138,14 @@ def choose_way(read: Callable[[bool], Tensor], expected: Tensor) -> bool:
         f"torch.func.vmap: {said[1]}. Expected a program without randomness of its own that indexes data "
         "from the right (x[..., 0], sum(-1)), or one that vmap can run (no branch on values)"
     )
+
+
+def agree(got: Tensor, expected: Tensor) -> bool:
+    """Whether log-probabilities are the same up to rounding."""
+    finite = expected[expected.isfinite()].abs()
+    tolerance = 1e-3 if expected.dtype.itemsize < 8 else 1e-6
+    slack = tolerance * float(finite.max()) if len(finite) else 0.0
+    return got.shape == expected.shape and torch.allclose(got, expected, tolerance, slack)
 
 
 def _law_name(site: Message) -> str:

@@ -1,7 +1,7 @@
 """What the AutoGuides of a diffusion site share: likelihood, other guides' draws, density."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,9 +18,14 @@ from torch import Tensor, nn
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions import DenoisedDistribution, Diffusion
+from pyro_diffusion.distributions.shape_runs import called_from, shapes_only
 from pyro_diffusion.distributions.wrappers import unwrap_diffusion
 from pyro_diffusion.guidance import GuidedDenoiser, ProgramLikelihood
+from pyro_diffusion.guidance.program import check_model
 from pyro_diffusion.guidance.program_run import isolated
+from pyro_diffusion.guidance.program_signature import structure
+from pyro_diffusion.guidance.program_sites import MissingLatents
+from pyro_diffusion.guidance.program_trials import Analysis
 from pyro_diffusion.infer.posterior_law import PosteriorLaw
 from pyro_diffusion.infer.reparam import ChainReparam
 from pyro_diffusion.infer.twisted_smc import default_guidance
@@ -39,7 +44,13 @@ class AutoPosterior(AutoGuide):
     change from call to call. Its draws are constants for autograd.
 
     In an ``AutoGuideList`` the other latents are drawn by guides appended *before* this one, and the
-    likelihood is read given their current draws. Give this guide the whole model, not a blocked one.
+    likelihood is read given their current draws. Give this guide the whole model, not a blocked one. Latents
+    that no observation depends on (predictions, and what ``obs_mask`` leaves out) need no guide: as in Pyro,
+    ``Predictive`` draws them from the model.
+
+    In a subsampled plate each datum of the site must have its own observations. It is drawn for the data that
+    the guide's plate has chosen, given these alone; the plate's factor N / B scales log-densities of model
+    and guide, not the posterior.
 
     **Density.** ELBOs and importance weights ask for log q(x) of the draw, which is
     :math:`\log \hat p(x) + \log p(y|x) - \log \hat Z`, with :math:`\hat Z` the unbiased estimate of p(y) that
@@ -80,11 +91,14 @@ class AutoPosterior(AutoGuide):
                 f"guidance: got {type(guidance).__name__}, expected guidance(denoiser, likelihood) such as "
                 "the class MMPS"
             )
+        check_model(model)
         program, self._chained = _folded(model)
         # In tuples, so that neither becomes a submodule.
         self._program, self._guidance = (program,), (guidance or default_guidance,)
         self._site, self._times = site, times
         self._heard: dict[str, Tensor] = {}
+        self._analysis: Analysis | None = None
+        self._prototype_structure: Any = None
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw the site given the model's arguments.
@@ -95,34 +109,83 @@ class AutoPosterior(AutoGuide):
         Raises:
             ValueError: if a latent was drawn by no earlier guide; and as ``ProgramLikelihood`` does.
         """
-        if self.prototype_trace is None:
+        # Other shapes make other plates; those of a list are the list's.
+        same = self._prototype_structure == structure((args, kwargs))
+        if self.prototype_trace is None or not (same or self.master):
             self._setup_prototype(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
+        if shapes_only():
+            return self._emit_examples(plates)
         # The plates around the guide hold samples, those of the model lie to their right.
         nesting = _outer_nesting()
-        likelihood = self._likelihood(args, kwargs, nesting)
+        likelihood = self._likelihood(args, kwargs, nesting, _subsamples(plates))
+        if likelihood.subsamples and called_from("pyro.infer.predictive"):
+            name = next(iter(likelihood.subsamples))
+            raise ValueError(
+                f"plate {name!r}: got a subsample that is drawn anew at each run, and Predictive does not "
+                "tell of which data, expected the whole plate, or indices of your own in the model and in "
+                "create_plates"
+            )
         site = self.prototype_trace.nodes[likelihood.site]
         with ExitStack() as stack:
             for frame in site["cond_indep_stack"]:
                 stack.enter_context(plates[frame.name])
-            return self._emit(likelihood, site["fn"], nesting)
+            return self._emit(likelihood, likelihood.site_law, nesting)
 
     def median(self, *args: Any, draws: int = 100, **kwargs: Any) -> dict[str, Tensor]:
-        """Median of every coordinate over so many draws."""
+        """Median of every coordinate over so many draws; see :meth:`quantiles`."""
         found = self.quantiles([0.5], *args, draws=draws, **kwargs)
         return {name: value.squeeze(0) for name, value in found.items()}
 
     def quantiles(
         self, quantiles: list[float], *args: Any, draws: int = 100, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Quantiles of every coordinate over so many draws, each (quantiles,) + the site's shape."""
+        """Quantiles of every coordinate over so many draws, each (quantiles,) + the site's shape.
+
+        They are those of the marginal: in a list, each draw is given a fresh draw of the guides before this
+        one, and not their medians. Particles then take a run for each draw.
+        """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        likelihood = self._likelihood(args, kwargs, 0)
         with torch.no_grad(), isolated():
+            others = self._draws_of_others(draws, args, kwargs)
+            self._heard = others
+            likelihood = self._likelihood(args, kwargs, 0, {})
             value = self._draw(likelihood, torch.Size([draws]))[0]
-        at = torch.tensor(quantiles, dtype=value.dtype, device=value.device)
-        return {likelihood.site: value.quantile(at, dim=0)}
+        real = value if value.is_floating_point() else value.double()
+        at = torch.tensor(quantiles, dtype=real.dtype, device=value.device)
+        rule = "linear" if value is real else "nearest"
+        return {likelihood.site: real.quantile(at, dim=0, interpolation=rule).to(value.dtype)}
+
+    def _draws_of_others(self, draws: int, args: Any, kwargs: Any) -> dict[str, Tensor]:
+        """Joint draws of the guides before this one in its list, (draws,) + the shape of each site."""
+        if self.master is None:
+            return {}
+        master = self.master()
+        if master.prototype_trace is None:
+            master._setup_prototype(*args, **kwargs)
+        drawn: list[dict[str, Tensor]] = []
+        for _ in range(draws):
+            master._create_plates(*args, **kwargs)
+            self._heard = {}
+            for part in _before(master, self):
+                part(*args, **kwargs)
+            drawn.append(self._heard)
+        names = [name for name in self._others if all(name in one for one in drawn)]
+        return {name: torch.stack([one[name] for one in drawn]) for name in names}
+
+    def _emit_examples(self, plates: dict[str, Any]) -> dict[str, Tensor]:
+        """Issue the sample statements where only their shapes matter."""
+        nodes, out = self.prototype_trace.nodes, {}
+        for name in self._own:
+            fn = nodes[name]["fn"]
+            example = functools.partial(_example, nodes[name]["value"])
+            law = PosteriorLaw(example, fn.batch_shape, fn.event_shape, fn.support)
+            with ExitStack() as stack:
+                for frame in nodes[name]["cond_indep_stack"]:
+                    stack.enter_context(plates[frame.name])
+                out[name] = pyro.sample(name, law)
+        return out
 
     def _emit(
         self, likelihood: ProgramLikelihood, fn: TorchDistribution, nesting: int
@@ -159,6 +222,7 @@ class AutoPosterior(AutoGuide):
         name = likelihood.site
         given = {name: value, **likelihood.latents}
         data = {k: v[(0,) * (v.dim() - self._dims(k)[1])] for k, v in given.items()}
+        data = {**likelihood.subsamples, **data}
         with poutine.trace() as tracer, poutine.condition(data=data):
             self._program[0](*likelihood.args, **likelihood.kwargs)
         fn: Any = tracer.trace.nodes[name]["fn"]
@@ -185,21 +249,38 @@ class AutoPosterior(AutoGuide):
         if isinstance(drawn, dict):
             self._heard.update(drawn)
 
-    def _likelihood(self, args: Any, kwargs: Any, nesting: int) -> ProgramLikelihood:
+    def _likelihood(
+        self, args: Any, kwargs: Any, nesting: int, subsamples: dict[str, Tensor]
+    ) -> ProgramLikelihood:
         """The likelihood given the other guides' current draws."""
         heard, self._heard = self._heard, {}
-        missing = [name for name in self._others if name not in heard]
-        if missing:
-            raise ValueError(
-                f"latents: got no draws of {', '.join(missing)}; expected guides of all other latents in one "
-                "AutoGuideList, appended before this one (a custom guide must return a dict of draws), or a "
-                "model conditioned on them"
+        latents = {
+            name: self._single(name, heard[name].detach(), nesting)
+            for name in self._others
+            if name in heard
+        }
+        try:
+            likelihood = ProgramLikelihood(
+                self._program[0],
+                args,
+                kwargs,
+                site=self._name,
+                latents=latents,
+                subsamples=subsamples,
+                precedent=self._analysis,
             )
-        latents = {name: self._single(name, heard[name].detach(), nesting) for name in self._others}
-        return ProgramLikelihood(self._program[0], args, kwargs, site=self._name, latents=latents)
+        except MissingLatents as error:
+            raise ValueError(
+                f"latents: got no draws of {', '.join(error.names)}; expected guides of all other latents "
+                "in one AutoGuideList, appended before this one (a custom guide must return a dict of its "
+                "draws), or a model conditioned on them"
+            ) from error
+        self._analysis = likelihood.analysis
+        return likelihood
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
+        self._prototype_structure = structure((args, kwargs))
         nodes = self.prototype_trace.nodes
         latent = [
             n for n in self.prototype_trace.stochastic_nodes if not site_is_subsample(nodes[n])
@@ -216,6 +297,7 @@ class AutoPosterior(AutoGuide):
         self._others = [
             n for n in latent if n not in found and n.rstrip("0123456789") not in states
         ]
+        self._own = [n for n in latent if n not in self._others]
         # None if there is no site or several: ProgramLikelihood says so.
         self._name = found[0] if len(found) == 1 else None
 
@@ -229,6 +311,29 @@ class AutoPosterior(AutoGuide):
         batch_dims, dims = self._dims(name)
         lead = max(value.dim() - (dims - batch_dims) - max(nesting, batch_dims), 0)
         return value.reshape(value.shape[:lead] + value.shape[max(value.dim() - dims, 0) :])
+
+
+def _example(value: Tensor, sample: torch.Size) -> tuple[Tensor, Density]:
+    return value.expand(sample + value.shape), lambda: value.new_zeros(())
+
+
+def _before(owner: nn.Module, guide: AutoGuide) -> Iterator[AutoGuide]:
+    """The guides of a list that come before one of them."""
+    for part in owner.children():
+        if part is guide:
+            return
+        if guide in part.modules():
+            yield from _before(part, guide)
+            return
+        if isinstance(part, AutoGuide):
+            yield part
+
+
+def _subsamples(plates: dict[str, Any]) -> dict[str, Tensor]:
+    """Indices of the plates that are subsampled."""
+    return {
+        name: plate.indices for name, plate in plates.items() if plate.subsample_size < plate.size
+    }
 
 
 def as_chain(

@@ -4,12 +4,13 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import Delta, TorchDistribution
 from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine.runtime import InferDict
 from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.distributions.wrappers import Unwrapped, check_wrappers, unwrap_diffusion
 from pyro_diffusion.processes import coordinates
 
@@ -64,10 +65,27 @@ def reverse_chain(name: str, diffusion: TorchDistribution) -> TorchDistribution:
     prior = process.prior(chain.event_shape, dtype=chain.dtype, device=chain.device)
     prior = prior.expand(chain.batch_shape).to_event(grouped)
     x = pyro.sample(site_name(name, chain.steps), prior)
+    if shapes_only():
+        return _example_chain(name, found, grouped, x)
     for j in range(chain.steps, 0, -1):
         kernel = process.reverse(x, chain.posterior(x, levels[j]), levels[j - 1], levels[j])
         x = pyro.sample(site_name(name, j - 1), kernel.to_event(grouped))
     out: TorchDistribution = found.around(chain.decode(x))
+    return out
+
+
+def _example_chain(name: str, found: Unwrapped, grouped: int, x: Tensor) -> TorchDistribution:
+    """The chain's sites at their shapes, with no network evaluation but that of a kept example."""
+    chain: Diffusion = found.base
+    x, _ = chain.with_context(x)
+    example = chain.expand(x.shape[: x.dim() - len(chain.event_shape)]).sample()
+    process = chain.denoiser.process
+    levels = _levels(chain, chain.device, chain.dtype)
+    posterior = process.point_mass(chain.encode(example))
+    for j in range(chain.steps, 0, -1):
+        kernel = process.reverse(x, posterior, levels[j - 1], levels[j])
+        x = pyro.sample(site_name(name, j - 1), kernel.to_event(grouped))
+    out: TorchDistribution = found.around(Delta(example, event_dim=len(chain.event_shape)))
     return out
 
 
