@@ -88,6 +88,9 @@ class Likelihood:
         terms: the bound's parts, where it has them.
         ess: (n,), effective sample size of the importance weights, where there are any.
         khat: (n,), Pareto tail index of the weights; above 0.7 the value is unreliable.
+
+    Raises:
+        ValueError: for figures that are not one per datum.
     """
 
     value: Tensor
@@ -99,6 +102,19 @@ class Likelihood:
     ess: Tensor | None = None
     khat: Tensor | None = None
     unit: str = "nats"
+
+    def __post_init__(self) -> None:
+        """Refuse figures that are not one per datum.
+
+        Raises:
+            ValueError: naming the figure and its shape.
+        """
+        for name in ("value", "standard_error", "ess", "khat"):
+            figure = getattr(self, name)
+            if figure is not None and (figure.dim() != 1 or figure.shape != self.value.shape):
+                raise ValueError(
+                    f"{name}: got shape {tuple(figure.shape)}, expected (n,), one number per datum"
+                )
 
     def __len__(self) -> int:
         return len(self.value)

@@ -336,6 +336,37 @@ def test_compare_agrees_with_arviz():
     np.testing.assert_allclose(theirs["weight"].to_numpy(dtype=float), table["weight"], atol=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # ArviZ 0.23 under pandas 3
+def test_held_out_figures_compare_in_arviz():
+    """Two exact laws of data from one of them: the difference is their divergence, and ArviZ's is ours."""
+    data = 0.3 + torch.randn(2000, 2, dtype=F64)
+    right, wrong = (
+        dist.Normal(torch.full((2,), m, dtype=F64), 1.0).to_event(1) for m in (0.3, 0.0)
+    )
+    models = {"right": figure(right.log_prob(data)), "wrong": figure(wrong.log_prob(data))}
+    theirs = az.compare({name: evaluate.to_elpd(model) for name, model in models.items()})
+    ours = evaluate.compare(models)
+    assert list(theirs.index) == list(ours.index) == ["right", "wrong"]
+    gap = right.log_prob(data) - wrong.log_prob(data)
+    found = abs(float(theirs.loc["wrong", "elpd_diff"]))
+    assert found == pytest.approx(float(gap.sum()), abs=0.06)  # ArviZ 1.x rounds to .1
+    error = math.sqrt(2000) * float(gap.std(unbiased=False))
+    assert float(theirs.loc["wrong", "dse"]) == pytest.approx(error, abs=0.06)
+    # 2000 * KL = 2000 * 2 * .3^2 / 2; within 4.5 standard errors of the difference.
+    assert abs(found - 180.0) < 4.5 * error
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword")
+def test_heavy_tails_reach_arviz():
+    values = torch.randn(2, 10, dtype=F64)
+    heavy = figure(values[0], "importance-weighted", khat=torch.full((10,), 0.9))
+    light = figure(values[1], "importance-weighted", khat=torch.full((10,), 0.1))
+    table = az.compare({"heavy": evaluate.to_elpd(heavy), "light": evaluate.to_elpd(light)})
+    told = table["warning"] if "warning" in table else table["diag_elpd"].str.len() > 0
+    assert bool(told["heavy"])
+    assert not bool(told["light"])
+
+
 def test_stacking_weights_maximize_the_score():
     values = torch.randn(4, 300, dtype=F64) + torch.tensor([[0.0], [0.1], [-0.1], [-3.0]])
     weights = stacking_weights(values, 5000)
@@ -379,6 +410,19 @@ def test_arviz_round_trip(tmp_path):
     attributes = {**back.attrs, **back["log_likelihood"].attrs}
     assert attributes["kind"] == "importance-weighted"
     assert attributes["unit"] == "nats"
+
+
+def test_arviz_groups_share_the_dimension_of_the_data():
+    errors = torch.arange(5, dtype=F64)
+    result = Likelihood(torch.randn(5, dtype=F64), errors, "exact", 1, 4, ess=errors, khat=errors)
+    groups = evaluate.to_arviz(result, name="y")
+    for group, keys in (
+        ("log_likelihood", ["y"]),
+        ("sample_stats", ["standard_error", "ess", "khat"]),
+    ):
+        for key in keys:
+            assert groups[group][key].dims == ("chain", "draw", "y_dim_0")
+    assert evaluate.to_elpd(result, name="y").pareto_k.dims == ("y_dim_0",)
 
 
 def test_arviz_layout_is_chain_by_chain():
@@ -480,6 +524,19 @@ BAD = {
         lambda: evaluate.to_arviz([figure(torch.zeros(3))] * 3, chains=2),
         "chains",
     ),
+    "arviz uneven chains": (
+        lambda: evaluate.to_arviz(
+            [figure(torch.zeros(3))] * 4, posterior={"theta": torch.zeros(3)}, chains=2
+        ),
+        "posterior: got",
+    ),
+    "arviz sizes": (
+        lambda: evaluate.to_arviz([figure(torch.zeros(3)), figure(torch.zeros(4))]),
+        "likelihood: got",
+    ),
+    "weights of one datum": (lambda: from_log_weights(torch.zeros(5), 1, 1), "value: got shape"),
+    "a table of values": (lambda: figure(torch.zeros(4, 4)), "value: got shape"),
+    "elpd of one": (lambda: evaluate.to_elpd(figure(torch.zeros(1))), "likelihood: got 1"),
     "arviz kinds": (
         lambda: evaluate.to_arviz([figure(torch.zeros(3)), figure(torch.zeros(3), "lower bound")]),
         "likelihood",

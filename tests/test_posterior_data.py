@@ -5,11 +5,14 @@ import math
 import pyro
 import pytest
 import torch
-from pyro.distributions import HalfNormal, MultivariateNormal, Normal
+from pyro import poutine
+from pyro.distributions import HalfNormal, MultivariateNormal, Normal, TransformedDistribution
+from pyro.distributions.transforms import AffineTransform
 from pyro.infer import Predictive
 
 from pyro_diffusion.denoisers import MixtureDenoiser
-from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
+from pyro_diffusion.dynamics import Hutchinson
 from pyro_diffusion.evaluate import posterior_to_arviz
 from pyro_diffusion.evaluate.arviz_versions import az
 from pyro_diffusion.guidance import MMPS, ProgramLikelihood
@@ -123,6 +126,124 @@ def test_other_latents_and_no_model():
     assert array(data, "posterior", "s").shape == (1, 8)
 
 
+DATA = torch.randn(20, generator=torch.Generator().manual_seed(1)).double() + 0.5
+
+
+def mean_program(scale=1.0, subsample_size=None, rows=None, tempered=1.0, shuffled=False):
+    """A normal mean with a normal prior; its posterior is that of n / scale**2 + 1 unit observations."""
+    x = pyro.sample("x", Normal(torch.zeros((), dtype=torch.float64), 1.0))
+    plate = pyro.plate("data", 20, subsample_size=subsample_size, subsample=rows)
+    with poutine.scale(scale=tempered), plate as index:
+        data = DATA[torch.randperm(20)] if shuffled else DATA[index]
+        pyro.sample("y", Normal(x, scale), obs=data)
+
+
+def mean_posterior(scale=1.0, draws=800):
+    precision = 1 + 20 / scale**2
+    return {"x": DATA.sum() / scale**2 / precision + torch.randn(draws).double() / precision**0.5}
+
+
+def left_out(scale):
+    """Exact leave-one-out log predictive densities."""
+    precision = 1 + 19 / scale**2
+    mean = (DATA.sum() - DATA) / scale**2 / precision
+    return Normal(mean, (scale**2 + 1 / precision) ** 0.5).log_prob(DATA)
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # ArviZ 0.23 under pandas 3
+def test_compare_of_two_exports_is_the_exact_difference():
+    exports = {
+        str(scale): posterior_to_arviz(mean_posterior(scale), mean_program, scale=scale, chains=4)
+        for scale in (1.0, 2.0)
+    }
+    table = az.compare(exports)
+    exact = left_out(1.0) - left_out(2.0)
+    assert list(table.index) == ["1.0", "2.0"]
+    found = abs(float(table.loc["2.0", "elpd_diff"]))
+    # The estimate has an error of its own with 800 draws, about .05; ArviZ 1.x rounds to .1.
+    assert found == pytest.approx(abs(float(exact.sum())), abs=0.25)
+    assert float(table.loc["2.0", "dse"]) == pytest.approx(
+        float((20 * exact.var(unbiased=False)).sqrt()), abs=0.1
+    )
+
+
+NOT_POINTWISE = {
+    "subsampled": ({"subsample_size": 5}, "plate 'data': got a subsample of 5 of 20"),
+    "some rows": ({"rows": torch.tensor([3, 1])}, "plate 'data': got a subsample of 2 of 20"),
+    "scaled": ({"tempered": 2.0}, r"site 'y': got log-densities scaled by 2\.0, expected 1"),
+    "shuffled": ({"shuffled": True}, "site 'y': got other data at every run"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_POINTWISE)
+def test_columns_that_are_no_observation_s_are_refused(name):
+    options, message = NOT_POINTWISE[name]
+    with pytest.raises(ValueError, match=message):
+        posterior_to_arviz(mean_posterior(draws=6), mean_program, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"subsample_size": 20}, {"rows": torch.arange(20)}])
+def test_columns_are_the_observations_in_order(options):
+    draws = mean_posterior(draws=6)
+    data = posterior_to_arviz(draws, mean_program, **options)
+    expected = Normal(draws["x"].unsqueeze(-1), 1.0).log_prob(DATA)
+    torch.testing.assert_close(array(data, "log_likelihood", "y")[0], expected)
+    assert torch.equal(array(data, "observed_data", "y"), DATA)
+
+
+def test_masked_observations_say_nothing():
+    def masked():
+        x = pyro.sample("x", Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        with pyro.plate("data", 20), poutine.mask(mask=torch.arange(20) > 2):
+            pyro.sample("y", Normal(x, 1.0), obs=DATA)
+
+    found = array(posterior_to_arviz(mean_posterior(draws=6), masked), "log_likelihood", "y")[0]
+    assert bool((found[:, :3] == 0).all())
+    assert bool((found[:, 3:] != 0).all())
+
+
+def test_a_site_that_some_draws_do_not_observe_is_refused():
+    def fickle():
+        x = pyro.sample("x", Normal(0.0, 1.0))
+        if x > 0:
+            pyro.sample("y", Normal(x, 1.0), obs=torch.tensor(0.3))
+        pyro.sample("z", Normal(x, 1.0), obs=torch.tensor(0.3))
+
+    with pytest.raises(ValueError, match="site 'y': got an observation at 2 of 4 draws"):
+        posterior_to_arviz({"x": torch.tensor([1.0, -1.0, 2.0, -2.0])}, fickle)
+
+
+def test_estimates_are_refused():
+    """ArviZ takes the log-mean-exp of them, and an estimate's noise would count as evidence."""
+
+    def observes(build):
+        def model():
+            shift = pyro.sample("shift", Normal(torch.zeros((), dtype=torch.float64), 1.0))
+            law = TransformedDistribution(build(), [AffineTransform(shift, 1.0)])
+            pyro.sample("x", law, obs=torch.zeros(2, dtype=torch.float64))
+
+        return model
+
+    draws = {"shift": torch.zeros(3, dtype=torch.float64)}
+    for build in (
+        lambda: PRIOR,
+        lambda: DiffusionSDE(PRIOR.denoiser, (2,)),
+        lambda: ProbabilityFlow(PRIOR.denoiser, (2,), trace=Hutchinson(2)),
+    ):
+        with pytest.raises(ValueError, match="whose log_prob is an estimate"):
+            posterior_to_arviz(draws, observes(build))
+    exact = posterior_to_arviz(draws, observes(lambda: ProbabilityFlow(PRIOR.denoiser, (2,))))
+    expected = Normal(0.0, 1.0).log_prob(torch.zeros(())) * 2
+    torch.testing.assert_close(
+        array(exact, "log_likelihood", "x"), expected.double().expand(1, 3), atol=1e-3, rtol=0
+    )
+
+
+def wide_program():
+    x = pyro.sample("x", Normal(torch.zeros(2, 3), 1.0).to_event(2))
+    pyro.sample("y", Normal(x.sum(), 1.0), obs=torch.tensor(0.0))
+
+
 @pytest.mark.parametrize(
     ("posterior", "options", "message"),
     [
@@ -134,6 +255,11 @@ def test_other_latents_and_no_model():
         ({"w": torch.zeros(5, 2)}, {"model": program}, "no draws of x"),
         ({"x": torch.zeros(5, 3)}, {"model": program}, "expected \\(2,\\)"),
         ({"x": torch.zeros(5, 2)}, {"chains": 0}, "chains: got 0"),
+        (
+            {"x": torch.zeros(5, 3, 2)},
+            {"model": wide_program},
+            "shape \\(3, 2\\) for 'x', expected",
+        ),
     ],
 )
 def test_bad_input(posterior, options, message):

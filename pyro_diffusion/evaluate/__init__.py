@@ -11,7 +11,7 @@ from pyro_diffusion.evaluate.importance import (
     importance_weighted,
     log_weights,
 )
-from pyro_diffusion.evaluate.inference_data import to_arviz
+from pyro_diffusion.evaluate.inference_data import to_arviz, to_elpd
 from pyro_diffusion.evaluate.ode import flow_log_likelihood
 from pyro_diffusion.evaluate.posterior_data import posterior_to_arviz
 from pyro_diffusion.evaluate.two_sample import TwoSampleTest, c2st
@@ -43,6 +43,7 @@ __all__ = [
     "sbc",
     "sliced_wasserstein",
     "to_arviz",
+    "to_elpd",
     "wasserstein",
     "wasserstein_bound",
 ]

@@ -11,7 +11,11 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor")
     import arviz as az
 
-__all__ = ["build", "pareto_khat"]
+__all__ = ["build", "elpd_data", "pareto_khat"]
+
+
+# Above it a Pareto tail makes the mean of importance weights unreliable.
+GOOD_K = 0.7
 
 
 def _modern() -> bool:
@@ -22,6 +26,33 @@ def build(groups: dict[str, dict[str, Any]], **options: Any) -> Any:
     """An ``InferenceData`` (0.23) or ``DataTree`` (1.x) of named groups of arrays."""
     from_dict: Any = az.from_dict
     return from_dict(groups, **options) if _modern() else from_dict(**groups, **options)
+
+
+def elpd_data(pointwise: Any, pareto_k: Any, warning: bool) -> Any:
+    """Pointwise log predictive densities as the ``ELPDData`` that ``az.compare`` takes as they are.
+
+    Args:
+        pointwise: an xarray ``DataArray`` of one value per datum.
+        pareto_k: another, of their Pareto tail indices.
+        warning: whether the values are to be doubted.
+    """
+    values = pointwise.values
+    common = {
+        "se": float((values.size * values.var()) ** 0.5),
+        "n_samples": 1,
+        "n_data_points": values.size,
+        "warning": warning,
+        "scale": "log",
+        "good_k": GOOD_K,
+        "pareto_k": pareto_k,
+    }
+    if _modern():
+        elpd = {"kind": "loo", "elpd": float(values.sum()), "p": 0.0, "elpd_i": pointwise}
+        return az.ELPDData(**elpd, **common)
+    # Its methods go by position: the criterion and its two companions come first.
+    elpd = {"elpd_loo": float(values.sum()), "se": common.pop("se"), "p_loo": 0.0}
+    rows = {**elpd, **common, "loo_i": pointwise}
+    return az.ELPDData(data=list(rows.values()), index=list(rows))
 
 
 def pareto_khat(log_weights: Tensor) -> Tensor:

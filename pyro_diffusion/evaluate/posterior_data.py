@@ -5,19 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_diffusion.evaluate.arviz_versions import build
-from pyro_diffusion.guidance.program_run import log_density, observations
+from pyro_diffusion.evaluate.pointwise import Draws, latent_draws, pointwise_log_likelihood
 from pyro_diffusion.infer import Particles
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["posterior_to_arviz"]
-
-Draws = Mapping[str, Tensor]
 
 
 def posterior_to_arviz(
@@ -44,13 +39,16 @@ def posterior_to_arviz(
 
     Returns:
         Groups ``posterior``; ``posterior_predictive``, draws of the model's observed sites if a dict
-        has them; ``log_likelihood`` per observed site, of its batch shape, in nats (exact), so that
-        ``az.loo`` works; ``observed_data``; for particles ``sample_stats`` with ``ess`` (at the data),
-        ``ess_min`` (over the walk), ``log_evidence`` and ``log_evidence_error`` of the draw's run, and the
-        evidence of all runs together as attributes. Factors are in none.
+        has them; ``log_likelihood`` per observed site, of its batch shape, in nats (exact, unscaled, 0
+        where masked), so that ``az.loo`` works; ``observed_data``; for particles ``sample_stats`` with
+        ``ess`` (at the data), ``ess_min`` (over the walk), ``log_evidence`` and ``log_evidence_error`` of the
+        draw's run, and the evidence of all runs together as attributes. Factors are in none.
 
     Raises:
-        ValueError: if draws do not fill the chains, or the model has a latent site without draws.
+        ValueError: if draws do not fill the chains, or the model has a latent site without draws; and where a
+            column of ``log_likelihood`` would not be one observation's log-density: in a subsampled plate,
+            under ``poutine.scale``, for data that change from run to run, and for an observed site whose
+            ``log_prob`` is an estimate.
 
     Example:
         >>> import pyro
@@ -64,6 +62,7 @@ def posterior_to_arviz(
     """
     attrs: dict[str, Any] = {"inference_library": "pyro_diffusion"}
     groups: dict[str, dict[str, Any]] = {}
+    dims: dict[str, list[str]] = {}
     if isinstance(posterior, Mapping):
         # A factor's value is empty.
         values = {k: v.detach() for k, v in posterior.items() if v.numel()}
@@ -71,11 +70,13 @@ def posterior_to_arviz(
         runs = [posterior] if isinstance(posterior, Particles) else list(posterior)
         values, stats, chains = *_particle_draws(runs, site, draws), len(runs)
         groups["sample_stats"] = stats
+        # Filters of one batch, in the same dimensions for every figure.
+        dims = {k: [f"{site}_batch_dim_{i}" for i in range(v.ndim - 2)] for k, v in stats.items()}
         attrs |= _evidence(runs)
     count = _check_count(values, check_positive_int("chains", chains))
     if model is not None:
-        latents = _latents(model, args, kwargs, values)
-        pointwise, observed = _log_likelihood(model, args, kwargs, latents, count)
+        latents = latent_draws(model, args, kwargs, values)
+        pointwise, observed = pointwise_log_likelihood(model, args, kwargs, latents, count)
         values |= latents
         predicted = {name: values.pop(name) for name in observed if name in values}
         groups["log_likelihood"] = _by_chain(pointwise, chains)
@@ -83,7 +84,7 @@ def posterior_to_arviz(
             groups["posterior_predictive"] = _by_chain(predicted, chains)
         groups["observed_data"] = {k: np.asarray(v.detach().cpu()) for k, v in observed.items()}
     groups["posterior"] = _by_chain(values, chains)
-    return build(groups, attrs=attrs)
+    return build(groups, attrs=attrs, dims=dims)
 
 
 def _by_chain(values: Mapping[str, Tensor], chains: int) -> dict[str, Any]:
@@ -133,64 +134,3 @@ def _evidence(runs: Sequence[Particles]) -> dict[str, float]:
         "log_evidence": float(logs.logsumexp(0) - np.log(len(runs))),
         "log_evidence_error": float((weights * errors).square().sum().sqrt()),
     }
-
-
-def _log_likelihood(
-    model: Callable[..., Any], args: Any, kwargs: Any, latents: Draws, count: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Per observed site: log-densities of its batch shape for every draw, and what was observed."""
-    rows: dict[str, list[Tensor]] = {}
-    observed: dict[str, Tensor] = {}
-    for i in range(count):
-        data = {name: value[i] for name, value in latents.items()}
-        given = poutine.condition(data=data)
-        with torch.no_grad(), poutine.block(), poutine.trace() as tracer, given:
-            model(*args, **kwargs)
-        nodes: Any = tracer.trace.nodes
-        for node in observations(nodes, data):
-            if type(node["fn"]).__name__ == "Unit":
-                continue
-            rows.setdefault(node["name"], []).append(log_density(node))
-            observed[node["name"]] = node["value"]
-    return {name: torch.stack(parts) for name, parts in rows.items()}, observed
-
-
-def _latents(model: Callable[..., Any], args: Any, kwargs: Any, values: Draws) -> dict[str, Tensor]:
-    """Draws of the model's latent sites without the singleton dimensions that Predictive leaves.
-
-    Raises:
-        ValueError: if a latent site has no draws, or draws of another shape.
-    """
-    with torch.no_grad(), poutine.block(), _First(values) as first:
-        model(*args, **kwargs)
-    if first.missing:
-        raise ValueError(
-            f"posterior: got no draws of {', '.join(first.missing)}, expected draws of every latent site (or "
-            "a model conditioned on it)"
-        )
-    return {name: values[name].reshape(-1, *shape) for name, shape in first.shapes.items()}
-
-
-class _First(Messenger):
-    """Gives every latent site its first draw, leaves observed ones as they are, and notes the shapes."""
-
-    def __init__(self, draws: Draws) -> None:
-        super().__init__()
-        self.draws = draws
-        self.shapes: dict[str, torch.Size] = {}
-        self.missing: list[str] = []
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if msg["is_observed"] or site_is_subsample(msg):
-            return
-        if name not in self.draws:
-            self.missing.append(name)
-            return
-        shape, first = msg["fn"].shape(), self.draws[name][0]
-        if first.numel() != shape.numel():
-            raise ValueError(
-                f"posterior: got draws of shape {tuple(first.shape)} for {name!r}, expected {tuple(shape)}"
-            )
-        self.shapes[name] = shape
-        msg["value"] = first.reshape(shape)
