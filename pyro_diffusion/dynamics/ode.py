@@ -15,6 +15,7 @@ from torchdiffeq import odeint, odeint_adjoint
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.dynamics.attention import twice_differentiable_attention
 from pyro_diffusion.dynamics.trace import Trace
+from pyro_diffusion.processes import Noise, RowNoise
 from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.validation import check_positive_int
 
@@ -142,7 +143,7 @@ def transport(
     solver: Solver,
     context: dict[str, Tensor] | None = None,
     trace: Trace | None = None,
-    seed: int = 0,
+    noise: Noise | None = None,
 ) -> Passage:
     r"""Carry states along the probability-flow ODE from one angle to another.
 
@@ -164,7 +165,7 @@ def transport(
         solver: the method.
         context: passed to the denoiser, at the batch shape of z.
         trace: how to find the divergence; None for the states alone.
-        seed: of the trace's probes.
+        noise: of the trace's probes; that of seed 0 if None.
 
     Raises:
         ValueError: under ``torch.jit.trace``, for a divergence or an adaptive method: the trace would keep
@@ -178,7 +179,7 @@ def transport(
         # Autograd records nothing there, not even the divergence.
         with torch.inference_mode(False), torch.no_grad():
             context = {name: value.clone() for name, value in (context or {}).items()}
-            return transport(denoiser, z.clone(), start, stop, solver, context, trace, seed)
+            return transport(denoiser, z.clone(), start, stop, solver, context, trace, noise)
     if torch.jit.is_tracing() and (  # type: ignore[attr-defined]
         trace is not None or solver.method in ADAPTIVE
     ):
@@ -194,7 +195,7 @@ def transport(
     assert context is not None
     leaves = [*denoiser.parameters(), *context.values()]
     parameters = [p for p in leaves if p.requires_grad]
-    field = _Field(denoiser, z.shape, context, trace, seed)
+    field = _Field(denoiser, z.shape, context, trace, noise)
     y = field.rows(z)
     tracked = torch.is_grad_enabled() and (y.requires_grad or bool(parameters))
     with torch.set_grad_enabled(tracked):
@@ -215,10 +216,10 @@ class _Field:
         shape: torch.Size,
         context: dict[str, Tensor],
         trace: Trace | None,
-        seed: int,
+        noise: Noise | None,
     ) -> None:
         self.denoiser, self.shape, self.context = denoiser, shape, context
-        self.trace, self.seed = trace, seed
+        self.trace, self.noise = trace, noise
         self.size = math.prod(shape[len(shape) - denoiser.process.event_dim :])
         self.evaluations = 0
 
@@ -227,8 +228,8 @@ class _Field:
         rows = z.reshape(-1, self.size)
         if self.trace is None:
             return rows
-        generator = torch.Generator(rows.device).manual_seed(self.seed)
-        self.probes = self.trace.probes(rows.detach(), generator)
+        noise = self.noise or RowNoise(0, torch.arange(len(rows), device=rows.device))
+        self.probes = self.trace.probes(rows.detach(), noise)
         return torch.cat([rows, rows.new_zeros(len(rows), self.trace.columns)], 1)
 
     def __call__(self, angle: Tensor, y: Tensor) -> Tensor:
