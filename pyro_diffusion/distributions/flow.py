@@ -23,7 +23,13 @@ from pyro_diffusion.dynamics import (
     transport,
 )
 from pyro_diffusion.processes import GaussianProcess, Noise, RowNoise, draw
-from pyro_diffusion.validation import Shape, check_event_shape, check_finite, check_tensor
+from pyro_diffusion.validation import (
+    Shape,
+    check_event_shape,
+    check_finite,
+    check_sizes,
+    check_tensor,
+)
 
 __all__ = ["FlowTransform", "LogDensity", "ProbabilityFlow"]
 
@@ -275,7 +281,14 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
         return self.transform.inv(self._checked(value))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Data from noise, the inverse of :meth:`encode`."""
+        """Data from noise, the inverse of :meth:`encode`.
+
+        Raises:
+            ValueError: for noise of a wrong shape or that is not finite.
+        """
+        if self._validate_args:
+            check_event_shape("z", z, self.event_shape)
+            check_finite("z", z)
         return self.transform(z)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -321,11 +334,11 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
         """Reparameterized data from one pass of the ODE, sample + batch + event."""
         if shapes_only():
             return self._example(sample_shape)
-        return self.transform(draw(self.base_dist, sample_shape))
+        return self.transform(self._noise(sample_shape))
 
     def rsample_and_log_prob(self, sample_shape: Shape = torch.Size()) -> tuple[Tensor, Tensor]:
         """Reparameterized data and their log-density, from one pass of the ODE."""
-        z = draw(self.base_dist, sample_shape)
+        z = self._noise(sample_shape)
         passage = self.transform.transport(z)
         assert passage.log_det is not None
         return passage.z, self._density(z, -passage.log_det, passage.evaluations).value
@@ -333,6 +346,9 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
     def _first_guess(self, sample_shape: Shape) -> Tensor:
         x = self._prior_draw(sample_shape)
         return self.posterior(x, self.denoiser.process.level(1.0, x)).mean
+
+    def _noise(self, sample_shape: Shape) -> Tensor:
+        return draw(self.base_dist, check_sizes("sample_shape", sample_shape))
 
     def _density(self, z: Tensor, log_det: Tensor, evaluations: int) -> LogDensity:
         error = torch.zeros_like(log_det[0])

@@ -15,9 +15,9 @@ from torchdiffeq import odeint, odeint_adjoint
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.dynamics.attention import twice_differentiable_attention
 from pyro_diffusion.dynamics.trace import Trace
-from pyro_diffusion.processes import Noise, RowNoise
+from pyro_diffusion.processes import GaussianProcess, Noise, RowNoise
 from pyro_diffusion.schedules import Level, Schedule
-from pyro_diffusion.validation import check_positive_int
+from pyro_diffusion.validation import check_number, check_positive_int
 
 __all__ = ["ADAPTIVE", "FIXED", "Passage", "Solver", "end_angles", "level_at", "transport"]
 
@@ -129,7 +129,7 @@ def end_angles(schedule: Schedule) -> tuple[float, float]:
 
 
 def level_at(schedule: Schedule, angle: Tensor) -> Level:
-    """The schedule's level where arctan(sigma / alpha) is ``angle``, any shape."""
+    """The schedule's level where arctan(sigma / alpha) is ``angle``, in (0, pi/2), any shape."""
     log_snr = -2 * torch.log(torch.tan(angle))
     t = schedule.time_of_log_snr(log_snr)
     return Level(t, log_snr, schedule._signal(log_snr), schedule._noise(log_snr))
@@ -160,21 +160,33 @@ def transport(
     Args:
         denoiser: posterior of a Gaussian process; its mean is read.
         z: states at ``start``, batch + event.
-        start: angle to come from.
-        stop: angle to go to.
+        start: angle to come from, in (0, pi/2).
+        stop: angle to go to, another.
         solver: the method.
         context: passed to the denoiser, at the batch shape of z.
         trace: how to find the divergence; None for the states alone.
         noise: of the trace's probes; that of seed 0 if None.
 
     Raises:
-        ValueError: under ``torch.jit.trace``, for a divergence or an adaptive method: the trace would keep
-            derivatives, and numbers of steps, of its first call.
+        ValueError: for another process, states of too few dimensions, or angles outside; and under
+            ``torch.jit.trace``, for a divergence or an adaptive method: the trace would keep derivatives, and
+            numbers of steps, of its first call.
 
     References:
         Song et al., arXiv 2011.13456, section 4.3 and appendix D; Salimans & Ho, arXiv 2202.00512,
         appendix D (the angle).
     """
+    process = getattr(denoiser, "process", None)
+    if not isinstance(process, GaussianProcess):
+        raise ValueError(
+            f"denoiser: got {type(denoiser).__name__} under {type(process).__name__}, expected a denoiser "
+            "under a GaussianProcess"
+        )
+    process.check_state("z", z)
+    for name, angle in (("start", start), ("stop", stop)):
+        check_number(name, angle, above=0, at_most=math.pi / 2)
+    if start == stop:
+        raise ValueError(f"stop: got {stop}, the start, expected another angle")
     if trace is not None and torch.is_inference_mode_enabled():
         # Autograd records nothing there, not even the divergence.
         with torch.inference_mode(False), torch.no_grad():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_diffusion.precision import full_precision
 from pyro_diffusion.processes import Noise
-from pyro_diffusion.validation import check_positive_int
+from pyro_diffusion.validation import check_positive_int, check_tensor
 
 __all__ = [
     "ExactTrace",
@@ -42,16 +42,21 @@ BATCHED = frozenset(
 
 def rademacher(normal: Tensor) -> Tensor:
     """Signs: the least variance of all laws with independent coordinates; diagonals come out exactly."""
+    check_tensor("normal", normal)
     return torch.where(normal < 0, -1.0, 1.0).to(normal.dtype)
 
 
 def gaussian(normal: Tensor) -> Tensor:
     """Standard normal probes."""
-    return normal
+    return check_tensor("normal", normal)
 
 
 def sphere(normal: Tensor) -> Tensor:
     r"""Uniform on the sphere of radius :math:`\sqrt d`; multiples of the identity come out exactly."""
+    if check_tensor("normal", normal).dim() == 0 or not normal.is_floating_point():
+        raise ValueError(
+            f"normal: got shape {tuple(normal.shape)} of {normal.dtype}, expected real vectors (..., d)"
+        )
     return normal * (math.sqrt(normal.shape[-1]) / normal.norm(dim=-1, keepdim=True))
 
 
@@ -125,6 +130,10 @@ class Hutchinson(Trace):
 
     def __init__(self, probes: int = 1, law: Law = rademacher, seed: int | None = None) -> None:
         self.columns, self.law, self.seed = check_positive_int("probes", probes), law, seed
+        if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
+            raise ValueError(
+                f"seed: got {seed!r}, expected an integer >= 0 of at most 63 bits, or None"
+            )
         if not callable(law):
             raise ValueError(
                 f"law: got {law!r}, expected a map of normal draws such as rademacher, gaussian or sphere"
