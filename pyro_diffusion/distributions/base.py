@@ -84,7 +84,7 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
             new.context = {k: self._expand_context(k, batch_shape) for k in self.context}
         except RuntimeError as error:  # the type that torch's own distributions raise
             error.add_note(
-                f"batch_shape: got {tuple(batch_shape)}, expected a shape that {tuple(self.batch_shape)}, that "
+                f"batch_shape: got {tuple(batch_shape)}, expected one that {tuple(self.batch_shape)}, that "
                 "of the context, expands to"
             )
             raise
