@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -96,6 +97,10 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
         """The same model under another context, with fresh randomness."""
         return self.replace(context={**self.context, **context})
 
+    def mask(self, mask: Tensor | bool | None) -> TorchDistribution:
+        """The same model whose log-density is 0 where ``mask`` is False; data there may be NaN."""
+        return _MaskedData(self, mask)
+
     def replace(self, **changes: Any) -> Self:
         """A new instance with some constructor arguments changed."""
         arguments = {name: getattr(self, name) for name in self._arguments}
@@ -145,6 +150,22 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
 
     def _expand_context(self, name: str, batch_shape: torch.Size) -> Tensor:
         return self.context[name].expand(batch_shape + self._context_event(name))
+
+
+class _MaskedData(MaskedDistribution):
+    """A masked model that never sees what is masked if that is not finite: 0 stands in its place."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        mask: Any = self._mask
+        if torch.is_tensor(mask) and torch.is_tensor(value):
+            ones = (1,) * self.event_dim
+            bad = ~value.isfinite()
+            if ones:
+                bad = bad.flatten(-len(ones)).any(-1).reshape(*bad.shape[: -len(ones)], *ones)
+            hidden = ~mask.reshape(*mask.shape, *ones)
+            value = torch.where(hidden & bad, torch.zeros_like(value), value)
+        out: Tensor = super().log_prob(value)
+        return out
 
 
 def broadcast_context(

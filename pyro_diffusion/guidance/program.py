@@ -10,6 +10,7 @@ import torch
 from pyro.poutine.block_messenger import BlockMessenger
 from torch import Tensor
 
+from pyro_diffusion.guidance.missing import without_missing
 from pyro_diffusion.guidance.program_run import (
     Message,
     collapse,
@@ -52,6 +53,9 @@ class ProgramLikelihood:
     If each observed site lies inside all plates of the diffusion site, the likelihood *factorizes*: each
     datum has its own number. Otherwise all data of the plates are one joint datum, and the batch shape of
     what is returned is all ones.
+
+    Missing observations may be NaN: where a mask hides them (``.mask``, ``poutine.mask``, ``obs_mask``), and
+    in a ``NanMaskedNormal`` or ``NanMaskedMultivariateNormal``. They say nothing, and gradients are finite.
 
     The program is run once per call. A batch of x_0 is put left of all its plates (as
     ``Predictive(parallel=True)`` does); for a program that is not written for this, single runs are
@@ -327,7 +331,8 @@ class ProgramLikelihood:
         return self._run_with({self.site: self.site_value(x0), **self._idle, **latents})
 
     def _run_with(self, data: dict[str, Tensor]) -> list[Message]:
-        return [of_each_datum(s) for s in observed(self._run, {**self.subsamples, **data})]
+        sites = observed(self._run, {**self.subsamples, **data})
+        return [without_missing(of_each_datum(site)) for site in sites]
 
     def _log_probs(self, sites: list[Message], lead: int) -> tuple[Tensor, ...]:
         """Log-densities site by site."""

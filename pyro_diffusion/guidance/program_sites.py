@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_diffusion.distributions import BoundedDistribution, DenoisedDistribution, QuantizedDecoder
 from pyro_diffusion.distributions.wrappers import unwrap_diffusion
+from pyro_diffusion.guidance.missing import without_missing
 from pyro_diffusion.guidance.program_run import (
     Message,
     isolated,
@@ -171,13 +172,13 @@ def first_run(
 
     Raises:
         ValueError: for no diffusion site, several, an observed one, other latents, plates of which a
-            subsample tells not enough, no or non-finite observations.
+            subsample tells not enough, no observations, or such as are not finite though no mask hides them.
     """
     run = _FirstRun(trial, latents, named, subsamples)
     nodes = _traced(run, program)
     site = _choose(nodes, run.sites, named)
     _check_names(nodes, site, latents)
-    reads = [of_each_datum(node) for node in observations(nodes, latents)]
+    reads = _reads(nodes, latents)
     if not reads:
         raise ValueError(
             "model: got no observed site and no factor, expected at least one (pass data with `obs=`, or use "
@@ -196,7 +197,7 @@ def first_run(
         # What no gradient shows, a comparison or a rounding: the same x_0 with other values of them.
         kept = iter(run.trials)
         again = _FirstRun(functools.partial(_next, kept), latents, named, subsamples)
-        others = [of_each_datum(node) for node in observations(_traced(again, program), latents)]
+        others = _reads(_traced(again, program), latents)
         if not torch.equal(_total(reads).detach(), _total(others).detach()):
             idle = {}
             break
@@ -204,6 +205,10 @@ def first_run(
     frames = [f for node in (nodes[site.name], *reads) for f in node["cond_indep_stack"]]
     nesting = max([site.batch_dims, *(-f.dim for f in frames if f.dim is not None)])
     return First(site, nesting, idle, run.dims, reads, factorized, signature, run.told)
+
+
+def _reads(nodes: dict[str, Message], latents: dict[str, Tensor]) -> list[Message]:
+    return [without_missing(of_each_datum(node)) for node in observations(nodes, latents)]
 
 
 def _check_subsamples(
