@@ -1,18 +1,28 @@
 # `make demo` and `make test` each build their own .venv; nothing else needs to be installed.
 #
-#   PYTHON     interpreter that creates .venv                  make test PYTHON=python3.12
+#   PYTHON     interpreter that creates .venv                  make test PYTHON=python3.13
+#   ARVIZ      another release of ArviZ, in an environment of its own, .venv-<Python>-arviz<release>:
+#              make test PYTHON=python3.13 ARVIZ=1.3.0
 #   PIP_FLAGS  extra flags of every `pip install`, for example the index of CPU-only torch builds:
 #              make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #   ARGS       passed on to `make demo` and to pytest          make unit ARGS="-k schedule"
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+ARVIZ ?=
 ARGS ?=
 WORKERS ?= 2
 
+ifeq ($(ARVIZ),)
 VENV := .venv
+CONSTRAINTS := constraints.txt
+else
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .venv-$(VERSION)-arviz$(ARVIZ)
+CONSTRAINTS := $(VENV)/constraints.txt
+endif
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml constraints.txt
+SOURCES := pyproject.toml $(CONSTRAINTS)
 CORE := $(VENV)/.installed-examples
 DEV := $(VENV)/.installed-dev
 PEERS := $(VENV)/.installed-peers
@@ -40,24 +50,28 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "error: pyro_diffusion needs Python 3.11 or newer;" \
 	         "'$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
-	         "Name another: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	         "Name another: make PYTHON=/path/to/python3.13 ..." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	    echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu install python3-venv." >&2; exit 1; }
 
+# The same pins but for ArviZ's.
+$(VENV)/constraints.txt: constraints.txt | $(BIN)/python
+	sed 's/^arviz==.*/arviz==$(ARVIZ)/' constraints.txt > $@
+
 # torch first, by its exact version: resolved together with the rest, pip may pick another build.
 $(CORE): $(SOURCES) | $(BIN)/python
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[examples]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[examples]'
 	@touch $@
 
 $(DEV): $(CORE)
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt \
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) \
 	    -e '.[examples,tests,docs]'
 	@touch $@
 
 # Two peers by themselves: of what they require, their samplers need nothing that is not here.
 $(PEERS): $(DEV)
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[benchmarks]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[benchmarks]'
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps azula==0.11.1 k-diffusion==0.1.1
 	@touch $@
 
@@ -108,4 +122,4 @@ bench: $(PEERS)
 
 clean:
 	rm -rf docs/_build build dist .mypy_cache .pytest_cache .ruff_cache
-	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

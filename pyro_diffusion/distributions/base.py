@@ -15,7 +15,7 @@ from pyro_diffusion.distributions.no_closed_forms import NoClosedForms
 from pyro_diffusion.distributions.shape_runs import kept_example
 from pyro_diffusion.processes import draw, fresh_seed
 from pyro_diffusion.schedules import Level, uniform
-from pyro_diffusion.validation import Shape, check_sizes, check_tensor
+from pyro_diffusion.validation import Shape
 
 __all__ = ["DenoisedDistribution"]
 
@@ -63,8 +63,6 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
         self.dtype, self.device = home(denoiser)
         self.denoiser = denoiser
         self.context = {k: v for k, v in (context or {}).items() if v is not None}
-        for name, value in self.context.items():
-            check_tensor(f"context[{name!r}]", value, boolean=True)
         self._seed = fresh_seed()
         batch_shape = broadcast("context", {k: self._context_batch(k) for k in self.context})
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
@@ -79,16 +77,9 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
     def expand(self, batch_shape: Shape, _instance: Any = None) -> Self:
         """The same distribution, with the same randomness, at a larger batch shape."""
         new = self._get_checked_instance(type(self), _instance)
-        batch_shape = check_sizes("batch_shape", batch_shape)
+        batch_shape = torch.Size(batch_shape)
         new.__dict__.update(self.__dict__)
-        try:
-            new.context = {k: self._expand_context(k, batch_shape) for k in self.context}
-        except RuntimeError as error:  # the type that torch's own distributions raise
-            error.add_note(
-                f"batch_shape: got {tuple(batch_shape)}, expected one that {tuple(self.batch_shape)}, that "
-                "of the context, expands to"
-            )
-            raise
+        new.context = {k: self._expand_context(k, batch_shape) for k in self.context}
         TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -136,7 +127,7 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
 
     def _prior_draw(self, sample_shape: Shape) -> Tensor:
         """States at t = 1, sample + batch + event."""
-        shape = self._extended_shape(check_sizes("sample_shape", sample_shape))
+        shape = self._extended_shape(torch.Size(sample_shape))
         prior = self.denoiser.process.prior(self.event_shape, dtype=self.dtype, device=self.device)
         return draw(prior.expand(shape[: len(shape) - len(self.event_shape)]))
 
@@ -219,7 +210,14 @@ def check_event(denoiser: object, event_shape: object) -> torch.Size:
     """
     if not isinstance(denoiser, Denoiser):
         raise ValueError(f"denoiser: got {type(denoiser).__name__}, expected a Denoiser")
-    return denoiser.process.check_event(event_shape)  # type: ignore[arg-type]
+    if not isinstance(event_shape, tuple | list):
+        raise ValueError(f"event_shape: got {event_shape!r}, expected a tuple of sizes")
+    if len(event_shape) != denoiser.process.event_dim:
+        raise ValueError(
+            f"event_shape: got {tuple(event_shape)}, expected {denoiser.process.event_dim} "
+            "dimension(s), the event_dim of the denoiser's process"
+        )
+    return torch.Size(event_shape)
 
 
 def home(denoiser: Denoiser) -> tuple[torch.dtype | None, torch.device | None]:

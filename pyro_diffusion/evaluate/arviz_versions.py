@@ -1,17 +1,15 @@
-"""The few places where ArviZ 0.23 (Python 3.11) and 1.x (3.12 and later) differ."""
+"""The few places where ArviZ 0.23 and 1.x (Python 3.12 and later) differ."""
 
 import warnings
+from functools import partial
 from typing import Any
-
-import numpy as np
-from torch import Tensor
 
 with warnings.catch_warnings():
     # ArviZ 0.23 announces 1.x at every import; our users did not ask.
     warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor")
     import arviz as az
 
-__all__ = ["build", "elpd_data", "pareto_khat"]
+__all__ = ["build", "elpd_data"]
 
 
 # Above it a Pareto tail makes the mean of importance weights unreliable.
@@ -22,10 +20,13 @@ def _modern() -> bool:
     return int(az.__version__.split(".")[0]) >= 1
 
 
-def build(groups: dict[str, dict[str, Any]], **options: Any) -> Any:
-    """An ``InferenceData`` (0.23) or ``DataTree`` (1.x) of named groups of arrays."""
+def build(groups: dict[str, dict[str, Any]], attrs: dict[str, Any], **options: Any) -> Any:
+    """An ``InferenceData`` (0.23) or ``DataTree`` (1.x) of named groups of arrays, and its attributes."""
     from_dict: Any = az.from_dict
-    return from_dict(groups, **options) if _modern() else from_dict(**groups, **options)
+    if not _modern():
+        return from_dict(**groups, attrs=attrs, **options)
+    # There attributes are given by group; these are of the whole.
+    return from_dict(groups, attrs={"/": attrs}, **options)
 
 
 def elpd_data(pointwise: Any, pareto_k: Any, warning: bool) -> Any:
@@ -47,25 +48,10 @@ def elpd_data(pointwise: Any, pareto_k: Any, warning: bool) -> Any:
         "pareto_k": pareto_k,
     }
     if _modern():
-        elpd = {"kind": "loo", "elpd": float(values.sum()), "p": 0.0, "elpd_i": pointwise}
-        return az.ELPDData(**elpd, **common)
+        # a class for each kind of estimate; before 1.3 the kind was a field
+        loo = getattr(az, "ELPDDataLOO", None) or partial(az.ELPDData, kind="loo")
+        return loo(elpd=float(values.sum()), p=0.0, elpd_i=pointwise, **common)
     # Its methods go by position: the criterion and its two companions come first.
     elpd = {"elpd_loo": float(values.sum()), "se": common.pop("se"), "p_loo": 0.0}
     rows = {**elpd, **common, "loo_i": pointwise}
     return az.ELPDData(data=list(rows.values()), index=list(rows))
-
-
-def pareto_khat(log_weights: Tensor) -> Tensor:
-    """Pareto tail index of every column of (samples, n) log weights.
-
-    Infinite when a column has too few distinct weights to fit a tail.
-    """
-    columns = np.ascontiguousarray(log_weights.detach().cpu().double().numpy().T)
-    if _modern():
-        from arviz_stats.base import array_stats
-
-        _, khat = array_stats.psislw(columns, axis=-1)
-    else:
-        _, khat = az.psislw(columns)
-    khat = np.asarray(khat, dtype=float).reshape(-1)
-    return log_weights.new_tensor(np.where(np.isnan(khat), np.inf, khat), device="cpu")
