@@ -9,7 +9,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from pyro.poutine import runtime
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.reparam_messenger import ReparamHandler
@@ -97,6 +97,7 @@ class AutoPosterior(AutoGuide):
         self._program, self._guidance = (program,), (guidance or default_guidance,)
         self._site, self._times = site, times
         self._heard: dict[str, Tensor] = {}
+        self._listening: set[int] = set()
         self._analysis: Analysis | None = None
         self._prototype_structure: Any = None
 
@@ -162,8 +163,6 @@ class AutoPosterior(AutoGuide):
         if self.master is None:
             return {}
         master = self.master()
-        if master.prototype_trace is None:
-            master._setup_prototype(*args, **kwargs)
         drawn: list[dict[str, Tensor]] = []
         for _ in range(draws):
             master._create_plates(*args, **kwargs)
@@ -240,8 +239,10 @@ class AutoPosterior(AutoGuide):
 
     def _update_master(self, master_ref: Any) -> None:
         super()._update_master(master_ref)
-        for part in master_ref().children():
-            if isinstance(part, AutoGuide) and self not in part.modules():
+        # Not in the list yet: what is there comes before.
+        for part in _before(master_ref(), self):
+            if id(part) not in self._listening:
+                self._listening.add(id(part))
                 part.register_forward_hook(self._hear)
 
     def _hear(self, part: nn.Module, inputs: Any, drawn: Any) -> None:
@@ -279,6 +280,8 @@ class AutoPosterior(AutoGuide):
         return likelihood
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        if self.master is not None and self.master().prototype_trace is None:
+            self.master()._setup_prototype(*args, **kwargs)
         super()._setup_prototype(*args, **kwargs)
         self._prototype_structure = structure((args, kwargs))
         nodes = self.prototype_trace.nodes
@@ -318,15 +321,16 @@ def _example(value: Tensor, sample: torch.Size) -> tuple[Tensor, Density]:
 
 
 def _before(owner: nn.Module, guide: AutoGuide) -> Iterator[AutoGuide]:
-    """The guides of a list that come before one of them."""
+    """The guides of a list, and of lists in it, that come before one of them."""
     for part in owner.children():
         if part is guide:
             return
-        if guide in part.modules():
+        if isinstance(part, AutoGuideList):
             yield from _before(part, guide)
-            return
-        if isinstance(part, AutoGuide):
+        elif isinstance(part, AutoGuide):
             yield part
+        if guide in part.modules():
+            return
 
 
 def _subsamples(plates: dict[str, Any]) -> dict[str, Tensor]:
