@@ -65,6 +65,7 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
         self.context = {k: v for k, v in (context or {}).items() if v is not None}
         self._seed = fresh_seed()
         batch_shape = broadcast("context", {k: self._context_batch(k) for k in self.context})
+        self._given_batch = batch_shape  # the context's own, which `expand` leaves as it is
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
     def __repr__(self) -> str:

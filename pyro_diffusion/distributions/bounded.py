@@ -28,7 +28,8 @@ class BoundedDistribution(DenoisedDistribution):
     The reverse term is a sum over steps (a chain) or an integral over time (an SDE). :meth:`log_prob` reads
     the network once per datum, at low-discrepancy positions :math:`(u + i/B) \bmod 1` over the batch: a share
     of them reads the decoder's term, the rest is spread evenly along the path, and each is weighted by its
-    inverse probability.
+    inverse probability. A datum that is scored under several contexts (data of shape (N,), a context of shape
+    (C, 1), as of an enumerated latent) is read at one level with one draw of noise for all of them.
 
     A subclass says where a position reads (``_read``), and the path's measure (``_span``).
 
@@ -85,14 +86,16 @@ class BoundedDistribution(DenoisedDistribution):
         """
         check_linear_use(self)
         x0, batch = self._encoded(value)
-        count = batch.numel()
+        x0 = self._once_per_datum(x0, value)
+        drawn_at = x0.shape[: len(batch)]
+        count = drawn_at.numel()
         share = max(self._fair_share, self.objective.decoder_share)
         noise = SeededNoise(self._seed)
         with drawing_from(noise):
             like = torch.empty((), dtype=self._time_dtype(x0), device=x0.device)
             offset = noise.uniform((), like)
             place = (offset + torch.arange(count, device=x0.device) / count) % 1
-            position = ((place - share) / (1 - share)).reshape(batch)
+            position = ((place - share) / (1 - share)).reshape(drawn_at)
             decoding, reverse = self._read(value, x0, position)
         # What is known of the decoder's term beforehand is added in full, not drawn: less noise, same mean.
         start = self._levels(x0).at(0)
@@ -100,7 +103,7 @@ class BoundedDistribution(DenoisedDistribution):
         drawn = torch.where(
             position < 0, (decoding - known) / share, reverse * (self._span / (1 - share))
         )
-        return -(self._prior_divergence(x0) + known + drawn)
+        return -(self._prior_divergence(x0) + known + drawn).expand(batch)
 
     def prior_terms(self, value: Tensor) -> Tensor:
         """KL(q(x_{t_K} | x) || p(x_{t_K})) per datum, exact (nats), sample + batch."""
@@ -176,6 +179,21 @@ class BoundedDistribution(DenoisedDistribution):
         own = value.dtype if value.is_floating_point() else torch.get_default_dtype()
         x0 = self.decoder.encode(value, self.dtype or own).expand(shape)
         return x0, shape[: len(shape) - len(self.event_shape)]
+
+    def _once_per_datum(self, x0: Tensor, value: Tensor) -> Tensor:
+        """x_0 with size 1 along the batch dimensions in which the context varies and the data do not.
+
+        There one datum is scored under several contexts, such as the classes of an enumerated latent. Their
+        differences are what matters, and one level and noise for all of them leaves least noise in these.
+        """
+        batch = x0.shape[: x0.dim() - len(self.event_shape)]
+        index = [slice(None)] * len(batch)
+        for dim in range(-len(self._given_batch), 0):
+            place = dim - len(self.event_shape)
+            alone = value.dim() < -place or value.shape[place] == 1
+            if alone and self._given_batch[dim] > 1:
+                index[dim] = slice(0, 1)
+        return x0[tuple(index)]
 
     def _levels(self, x: Tensor) -> Level:
         schedule = self.denoiser.process.schedule
