@@ -46,7 +46,7 @@ def test_equal_contexts_score_equally_and_nothing_else_is_shared():
     law = Diffusion(conditional_(), (3,), 8, context={"label": same}).expand((2, 6))
     assert torch.equal(*law.log_prob(x))
     # Particles of one context, rows of their own data, and contexts row by row draw for themselves.
-    particles = Diffusion(conditional_(), (3,), 8, context={"label": same[0]}).expand((2, 6))
+    particles = Diffusion(conditional_(), (3,), 8, context={"label": same[:1]}).expand((2, 6))
     rows = Diffusion(conditional_(), (3,), 8, context={"label": same.expand(2, 6)[0]})
     for log_prob in (particles.log_prob(x), law.log_prob(x.expand(2, 6, 3))):
         assert not torch.isclose(log_prob[0], log_prob[1]).any()
