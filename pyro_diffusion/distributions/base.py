@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.distributions.no_closed_forms import NoClosedForms
 from pyro_diffusion.distributions.shape_runs import kept_example
 from pyro_diffusion.processes import draw, fresh_seed
@@ -60,8 +61,9 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
         validate_args: bool | None = None,
     ) -> None:
         event_shape = check_event(denoiser, event_shape)
-        self.dtype, self.device = home(denoiser)
-        self.denoiser = denoiser
+        # Scores are asked for when the model has run: Pyro's parameters and random weights are read now.
+        self.denoiser = in_this_run(denoiser)
+        self.dtype, self.device = home(self.denoiser)
         self.context = {k: v for k, v in (context or {}).items() if v is not None}
         self._seed = fresh_seed()
         batch_shape = broadcast("context", {k: self._context_batch(k) for k in self.context})

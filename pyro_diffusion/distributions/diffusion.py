@@ -40,6 +40,8 @@ class Diffusion(BoundedDistribution):
 
     The network is trained only if Pyro sees it: call ``pyro.module("denoiser", denoiser)`` in the model,
     or make it an attribute of a ``PyroModule`` model.
+    Of a network made of Pyro modules, parameters and random weights (``PyroSample``) are read where the
+    distribution is built: inside the model, and outside of its plates if there are random ones.
 
     Args:
         denoiser: posterior p(x_0 | x_t).

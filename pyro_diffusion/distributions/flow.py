@@ -236,7 +236,7 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
         self.steps, self.adjoint = steps, adjoint
         solver = Solver(method, rtol, atol, steps, adjoint)
         transform = FlowTransform(
-            denoiser, trace=trace, solver=solver, context=self.context, seed=self._seed
+            self.denoiser, trace=trace, solver=solver, context=self.context, seed=self._seed
         )
         self.trace, self.transforms = transform.trace, [transform]
         zero = torch.zeros((), dtype=self.dtype, device=self.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
 from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.dynamics.attention import twice_differentiable_attention
 from pyro_diffusion.dynamics.trace import Trace
 from pyro_diffusion.schedules import Level, Schedule
@@ -174,6 +175,7 @@ def transport(
         Song et al., arXiv 2011.13456, section 4.3 and appendix D; Salimans & Ho, arXiv 2202.00512,
         appendix D (the angle).
     """
+    denoiser = in_this_run(denoiser)
     if trace is not None and torch.is_inference_mode_enabled():
         # Autograd records nothing there, not even the divergence.
         with torch.inference_mode(False), torch.no_grad():
@@ -192,7 +194,8 @@ def transport(
     sources = get_provenance(inputs)
     z, context = detach_provenance(inputs)
     assert context is not None
-    leaves = [*denoiser.parameters(), *context.values()]
+    # Random weights are buffers; a guide's carry a gradient.
+    leaves = [*denoiser.parameters(), *denoiser.buffers(), *context.values()]
     parameters = [p for p in leaves if p.requires_grad]
     field = _Field(denoiser, z.shape, context, trace, seed)
     y = field.rows(z)

@@ -9,6 +9,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.processes import ForwardProcess, GaussianProcess
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import Shape
@@ -184,8 +185,9 @@ class ReverseSDE(GaussianSDE):
         if not isinstance(denoiser, Denoiser):
             raise ValueError(f"denoiser: got {type(denoiser).__name__}, expected a Denoiser")
         super().__init__(denoiser.process, event_shape, noise_type, sde_type)
-        self.denoiser, self.eta, self.context = denoiser, check_eta(eta), dict(context or {})
-        self.prior = prior
+        self.denoiser, self.eta = in_this_run(denoiser), check_eta(eta)
+        self.context = dict(context or {})
+        self.prior = None if prior is None else in_this_run(prior)
         if prior is not None:
             self.h = self._prior_drift
 

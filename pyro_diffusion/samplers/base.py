@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import Grid, Level, table_row
 from pyro_diffusion.validation import check_tensor
@@ -119,6 +120,7 @@ def simulate(
         The state at ``times[0]``.
     """
     check_tensor("x", x)
+    denoiser = in_this_run(denoiser)  # one network for all steps
     process, context = denoiser.process, context or {}
     dtype = x.dtype if x.is_floating_point() else times.dtype
     levels = process.schedule.grid_levels(times, dtype, x.device)

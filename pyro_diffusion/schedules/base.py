@@ -248,10 +248,12 @@ class Schedule(DefinedModule, PreciseModule):
 
         That is where they need a gradient, or where torch does not count changes (inference tensors).
         """
-        if times.requires_grad or next(self.parameters(), None) is not None:
+        if next(self.parameters(), None) is not None:
             return None
         tensors = (times, *self.buffers())
-        return None if any(v.is_inference() for v in tensors) else Sources(tensors)
+        if any(v.is_inference() or v.requires_grad for v in tensors):
+            return None
+        return Sources(tensors)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, and forget what was kept: it may have come from the old one."""

@@ -79,7 +79,7 @@ class LearnedSchedule(VariancePreserving):
 
     def _inverse_curve(self, log_snr: Tensor) -> Tensor:
         share = (log_snr - self.log_snr_max) / (self.log_snr_min - self.log_snr_max)
-        if "heights" not in self._parameters:  # the base class asks for the two ends
+        if not hasattr(self, "heights"):  # the base class asks for the two ends
             return share
         knots, heights, slopes = self._spline(share)
         y = share.clamp(0, 1)
