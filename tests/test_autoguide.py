@@ -27,6 +27,7 @@ from pyro_diffusion.infer import AutoGuidance, AutoTwistedSMC, ChainReparam
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.samplers import DDIM
 from pyro_diffusion.schedules import LogLinear, Rectified
+from tests.laws import conditional
 
 STEPS = 8
 A = torch.tensor([[1.0, 0.5]], dtype=torch.float64)
@@ -506,3 +507,15 @@ def test_density_is_that_of_the_draw_alone():
     assert torch.isfinite(law.log_prob(tracer.trace.nodes["x"]["value"]))
     with pytest.raises(ValueError, match="did not draw"):
         law.log_prob(torch.zeros(2, dtype=torch.float64))
+
+
+def test_the_prior_s_own_context_is_no_prediction():
+    denoiser = conditional()
+
+    def model():
+        y = pyro.sample("context", Normal(torch.zeros(2), 1.0).to_event(1))
+        x = pyro.sample("x", Diffusion(denoiser, (3,), steps=3, context={"y": y}))
+        pyro.sample("read", Normal(x.sum(-1), 0.5), obs=torch.tensor(1.0))
+
+    with pytest.raises(ValueError, match="latents: got no draws of context"):
+        AutoTwistedSMC(model)()

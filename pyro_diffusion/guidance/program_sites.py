@@ -316,7 +316,7 @@ def _tensors(law: DenoisedDistribution) -> list[Tensor]:
 def _idle(reads: list[Message], drawn: dict[str, Tensor], prior: list[Tensor]) -> dict[str, Tensor]:
     """Latents that neither observations nor the prior depend on: predictions, what `obs_mask` leaves out."""
     total = _total(reads)
-    total = sum((v.sum() for v in prior if v.grad_fn is not None), total)
+    total = sum((v.sum() for v in prior if v.requires_grad), total)
     values = {name: value for name, value in drawn.items() if value.requires_grad}
     if not values:
         return {}
