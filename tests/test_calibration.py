@@ -127,6 +127,12 @@ def test_runs_repeat_with_the_seed():
     assert all(torch.equal(first.ranks[k], again.ranks[k]) for k in first.ranks)
 
 
+def subsampled():
+    x = pyro.sample("x", Normal(0.0, 1.0))
+    with pyro.plate("data", 20, subsample_size=5):
+        pyro.sample("y", Normal(x, 1.0), obs=torch.zeros(5))
+
+
 def bad_factor():
     x = pyro.sample("x", Normal(0.0, 1.0))
     pyro.sample("y", Normal(x, 1.0), obs=torch.tensor(0.0))
@@ -137,6 +143,7 @@ def bad_factor():
     ("model", "inference", "options", "message"),
     [
         (bad_factor, posterior(), {}, "pyro.factor"),
+        (subsampled, posterior(), {}, "plate 'data': got a subsample of 5 of 20"),
         (lambda: pyro.sample("x", Normal(0.0, 1.0)), posterior(), {}, "observed: got"),
         (program, posterior(), {"observed": ["z"]}, "observed: got"),
         (program, lambda data: {"x": torch.zeros(5, 3)}, {}, "posterior: got shapes"),

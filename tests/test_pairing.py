@@ -9,10 +9,12 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 
 from pyro_diffusion import evaluate
 from pyro_diffusion.denoisers import Denoiser, analytic_variance, residual_variance
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
+from pyro_diffusion.infer import DDPM
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import LogLinear, uniform
 
@@ -140,6 +142,16 @@ def test_any_other_context_is_refused(name, bad):
             score(view(), data, context=context)
         else:
             AVERAGES[name](data, context=context, batch_size=2)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_the_ready_model_takes_rows(bad):
+    data, shift, _ = rows(4)
+    ddpm = DDPM(Shifted(), (2,), times=TIMES)
+    trace = poutine.trace(ddpm.model).get_trace(data, c=shift, subsample_size=2)
+    assert trace.nodes["x"]["value"].shape == (2, 2)
+    with pytest.raises(ValueError, match=r"^context: got 'c'"):
+        ddpm.model(data, c=BAD[bad](shift))
 
 
 @pytest.mark.parametrize("name", VIEWS)

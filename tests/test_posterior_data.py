@@ -169,7 +169,6 @@ def test_compare_of_two_exports_is_the_exact_difference():
 
 NOT_POINTWISE = {
     "subsampled": ({"subsample_size": 5}, "plate 'data': got a subsample of 5 of 20"),
-    "some rows": ({"rows": torch.tensor([3, 1])}, "plate 'data': got a subsample of 2 of 20"),
     "scaled": ({"tempered": 2.0}, r"site 'y': got log-densities scaled by 2\.0, expected 1"),
     "shuffled": ({"shuffled": True}, "site 'y': got other data at every run"),
 }
@@ -182,13 +181,29 @@ def test_columns_that_are_no_observation_s_are_refused(name):
         posterior_to_arviz(mean_posterior(draws=6), mean_program, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"subsample_size": 20}, {"rows": torch.arange(20)}])
-def test_columns_are_the_observations_in_order(options):
+@pytest.mark.parametrize(
+    "rows", [None, torch.arange(20), torch.tensor([3, 1, 7]), torch.tensor([4])]
+)
+def test_columns_are_the_observations_in_order(rows):
+    """Rows that the program names are its data, each for itself: without the factor N / B of the plate."""
     draws = mean_posterior(draws=6)
-    data = posterior_to_arviz(draws, mean_program, **options)
-    expected = Normal(draws["x"].unsqueeze(-1), 1.0).log_prob(DATA)
+    data = posterior_to_arviz(draws, mean_program, rows=rows)
+    own = DATA if rows is None else DATA[rows]
+    expected = Normal(draws["x"].unsqueeze(-1), 1.0).log_prob(own)
     torch.testing.assert_close(array(data, "log_likelihood", "y")[0], expected)
-    assert torch.equal(array(data, "observed_data", "y"), DATA)
+    assert torch.equal(array(data, "observed_data", "y"), own)
+
+
+def test_rows_of_equal_data_are_refused_all_the_same():
+    """What the program drew shows in no value here."""
+
+    def model():
+        x = pyro.sample("x", Normal(0.0, 1.0))
+        with pyro.plate("data", 20, subsample_size=5):
+            pyro.sample("y", Normal(x, 1.0), obs=torch.zeros(5))
+
+    with pytest.raises(ValueError, match="a subsample of 5 of 20 that is drawn anew"):
+        posterior_to_arviz({"x": torch.zeros(1)}, model)
 
 
 def test_masked_observations_say_nothing():

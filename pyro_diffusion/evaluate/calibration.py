@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer import Predictive
+from pyro.poutine.messenger import Messenger
 from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_diffusion.guidance.program_run import check_fixed_rows
 from pyro_diffusion.validation import check_finite, check_positive_int
 
 __all__ = ["RankStatistics", "sbc"]
@@ -145,8 +147,9 @@ def sbc(
         kwargs: the model's keyword arguments.
 
     Raises:
-        ValueError: for a model without observed sites or with ``pyro.factor`` (which cannot be simulated), or
-            a posterior whose draws are too few, of varying number, or not finite.
+        ValueError: for a model without observed sites, with ``pyro.factor`` (which cannot be simulated) or
+            with a plate that draws its rows, or a posterior whose draws are too few, of varying number, or
+            not finite.
 
     Example:
         >>> import pyro
@@ -187,7 +190,8 @@ def _observed(
     model: Callable[..., Any], args: Any, kwargs: Any, names: Collection[str] | None
 ) -> list[str]:
     """Names of the observed sites, checked."""
-    nodes = poutine.trace(poutine.block(model, hide_types=["param"])).get_trace(*args, **kwargs)
+    with _WholeData():
+        nodes = poutine.trace(poutine.block(model, hide_types=["param"])).get_trace(*args, **kwargs)
     factors = [n for n in nodes.observation_nodes if type(nodes.nodes[n]["fn"]).__name__ == "Unit"]
     if factors:
         raise ValueError(
@@ -202,6 +206,13 @@ def _observed(
             f"{nodes.stochastic_nodes + nodes.observation_nodes}"
         )
     return found
+
+
+class _WholeData(Messenger):
+    """Refuses plates that draw their rows: the data of a simulation would be weighed N / B times."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        check_fixed_rows(msg)
 
 
 def _check_draws(draws: Values, truth: Values) -> int:

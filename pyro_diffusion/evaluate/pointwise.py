@@ -11,7 +11,13 @@ from torch import Tensor
 
 from pyro_diffusion.distributions import DenoisedDistribution, ProbabilityFlow
 from pyro_diffusion.distributions.wrappers import unwrap_diffusion
-from pyro_diffusion.guidance.program_run import Message, log_density, observations
+from pyro_diffusion.guidance.program_run import (
+    Message,
+    check_fixed_rows,
+    log_density,
+    observations,
+    of_each_datum,
+)
 
 __all__ = ["Draws", "latent_draws", "pointwise_log_likelihood"]
 
@@ -34,7 +40,7 @@ def pointwise_log_likelihood(
         with torch.no_grad(), poutine.block(), poutine.trace() as tracer, given:
             model(*args, **kwargs)
         nodes: Any = tracer.trace.nodes
-        for node in observations(nodes, data):
+        for node in map(of_each_datum, observations(nodes, data)):
             if type(node["fn"]).__name__ == "Unit":
                 continue
             _check_pointwise(node, observed.setdefault(node["name"], node["value"]))
@@ -50,14 +56,8 @@ def pointwise_log_likelihood(
 def _check_pointwise(node: Message, first: Tensor) -> None:
     """Refuse an observed site whose log-density is not that of each of the data that the first run saw."""
     where, value = f"site {node['name']!r}:", node["value"]
-    for frame in node["cond_indep_stack"]:
-        if frame.full_size not in (None, frame.size):
-            raise ValueError(
-                f"plate {frame.name!r}: got a subsample of {frame.size} of {frame.full_size}, expected the "
-                "whole plate (log_likelihood has a column for every observation)"
-            )
-    scale = torch.as_tensor(node["scale"])
-    if not bool((scale == 1).all()):
+    scale = torch.as_tensor(node["scale"], dtype=torch.float64)
+    if not bool(torch.isclose(scale, scale.new_ones(()), rtol=1e-6).all()):
         raise ValueError(
             f"{where} got log-densities scaled by {scale.tolist()}, expected 1 (leave out poutine.scale)"
         )
@@ -104,6 +104,7 @@ class _First(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
+        check_fixed_rows(msg)
         if msg["is_observed"] or site_is_subsample(msg):
             return
         if name not in self.draws:

@@ -46,9 +46,9 @@ def posterior_to_arviz(
 
     Raises:
         ValueError: if draws do not fill the chains, or the model has a latent site without draws; and where a
-            column of ``log_likelihood`` would not be one observation's log-density: in a subsampled plate,
-            under ``poutine.scale``, for data that change from run to run, and for an observed site whose
-            ``log_prob`` is an estimate.
+            column of ``log_likelihood`` would not be one observation's log-density: in a plate that draws its
+            rows, under ``poutine.scale``, for data that change from run to run, and for an observed site
+            whose ``log_prob`` is an estimate.
 
     Example:
         >>> import pyro

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro import poutine
@@ -12,10 +12,12 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.reparam_messenger import ReparamHandler
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 __all__ = [
     "Message",
+    "check_fixed_rows",
     "collapse",
     "handlers",
     "isolated",
@@ -54,6 +56,26 @@ def of_each_datum(site: Message) -> Message:
         if frame.full_size not in (None, frame.size):
             scale = scale * frame.size / frame.full_size
     return {**site, "scale": scale}
+
+
+def check_fixed_rows(msg: Message) -> None:
+    """Refuse a plate that draws a subsample of its own, so that no two runs of a program see the same data.
+
+    Raises:
+        ValueError: naming the plate and the ways out.
+    """
+    size, full_size = getattr(msg["fn"], "subsample_size", None), getattr(msg["fn"], "size", None)
+    if (
+        site_is_subsample(cast(Any, msg))
+        and msg["value"] is None
+        and size is not None
+        and size < full_size
+    ):
+        name = msg["name"]
+        raise ValueError(
+            f"plate {name!r}: got a subsample of {size} of {full_size} that is drawn anew at each run of the "
+            f"model, expected the whole plate, or pyro.plate({name!r}, {full_size}, subsample=indices)"
+        )
 
 
 def observed(program: Callable[[], Any], data: dict[str, Tensor]) -> list[Message]:

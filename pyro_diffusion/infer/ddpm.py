@@ -8,6 +8,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.denoisers.base import check_context
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.infer.reparam import ChainReparam, forward_chain
 from pyro_diffusion.validation import Shape
@@ -37,6 +38,7 @@ class _Model(PyroModule):
         name, size = self._name, len(x) if x is not None else size
         if size is None:
             raise ValueError("size: got None and no data, expected the number of data to generate")
+        context = check_context(self.denoiser, context, size)
         plate = pyro.plate(f"{name}_plate", size, subsample_size=subsample_size)
         # Around the plate, not inside: initial values are drawn before the reparameterizer sees a site.
         with poutine.reparam(config={name: ChainReparam()}), plate as index:
@@ -69,11 +71,12 @@ class _Guide(PyroModule):
 class DDPM:
     r"""The hierarchical variational autoencoder behind a diffusion model, every latent a Pyro site.
 
-    ``model`` has sites ``x_t{K} ... x_t0`` and the data site ``x``, ``guide`` the forward process over the
-    same latents, both inside one plate ``x_plate``. They take ``(x, subsample_size=None, **context)``; the
-    model without data takes ``size`` and generates. All of Pyro's inference applies unmodified. To *train*
-    a long chain, one :class:`~pyro_diffusion.distributions.Diffusion` site has the same expected gradient
-    at one network read per datum instead of K + 1.
+    ``model`` has sites ``x_t{K} ... x_t0`` and the data site ``x``, ``guide`` the forward process over
+    the same latents, both inside one plate ``x_plate``. They take ``(x, subsample_size=None,
+    **context)``, with one row of the context per datum; the model without data takes ``size`` and
+    generates. All of Pyro's inference applies unmodified. To *train* a long chain, one
+    :class:`~pyro_diffusion.distributions.Diffusion` site has the same expected gradient at one network
+    read per datum instead of K + 1.
 
     Args:
         denoiser: posterior p(x_0 | x_t); it is the model's only parameterized part.
@@ -82,6 +85,9 @@ class DDPM:
         name: name of the data site.
         arguments: further arguments of :class:`~pyro_diffusion.distributions.Diffusion`
             (``times``, ``decoder``).
+
+    Raises:
+        ValueError: for bad arguments; at a call, for a context without exactly one row per datum.
 
     Example:
         >>> import torch
