@@ -11,6 +11,7 @@ __all__ = [
     "Shape",
     "check_broadcast",
     "check_event_shape",
+    "check_expands",
     "check_finite",
     "check_number",
     "check_positive_int",
@@ -25,10 +26,10 @@ Shape = torch.Size | list[int] | tuple[int, ...]
 LARGEST_COUNT = 2**31 - 1
 
 
-def check_tensor(name: str, x: object) -> Tensor:
+def check_tensor(name: str, x: object, boolean: bool = False) -> Tensor:
     """Refuse anything but a dense tensor of real numbers or integers that has values.
 
-    Looks at the tensor's kind alone, so it costs no wait for a device.
+    Looks at the tensor's kind alone, so it costs no wait for a device. With ``boolean``, truth values pass.
 
     Raises:
         ValueError: for another object, a sparse tensor, one on the device ``meta``, and for booleans and
@@ -40,7 +41,7 @@ def check_tensor(name: str, x: object) -> Tensor:
         raise ValueError(f"{name}: got a sparse tensor ({x.layout}), expected a dense one")
     if x.is_meta:
         raise ValueError(f"{name}: got a tensor on the device 'meta', expected one with values")
-    if x.dtype == torch.bool or x.is_complex():
+    if x.is_complex() or (x.dtype == torch.bool and not boolean):
         raise ValueError(f"{name}: got dtype {x.dtype}, expected real numbers or integers")
     return x
 
@@ -55,6 +56,21 @@ def check_broadcast(name: str, shape: Sequence[int], batch: Sequence[int]) -> No
     if not all(m == n or 1 in (m, n) for m, n in pairs):
         raise ValueError(
             f"{name}: got shape {tuple(shape)}, expected one that broadcasts with {tuple(batch)}"
+        )
+
+
+def check_expands(name: str, x: Tensor, batch: Sequence[int]) -> None:
+    """Refuse a tensor that does not expand to a shape.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if x.dim() > len(batch) or any(
+        m not in (1, n) for m, n in zip(reversed(x.shape), reversed(tuple(batch)), strict=False)
+    ):
+        raise ValueError(
+            f"{name}: got shape {tuple(x.shape)}, expected one that expands to {tuple(batch)}, one number a "
+            "datum"
         )
 
 

@@ -11,6 +11,7 @@ from pyro_diffusion.dynamics import (
     rademacher,
     sphere,
 )
+from pyro_diffusion.processes import SeededNoise
 
 LAWS = {"rademacher": rademacher, "gaussian": gaussian, "sphere": sphere}
 laws = pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
@@ -24,7 +25,7 @@ def linear(matrix, trace, rows=None, seed=0):
     """Estimates for the map x -> matrix x, whose Jacobian is the matrix."""
     rows = torch.randn(3, len(matrix), dtype=torch.float64) if rows is None else rows
     rows = rows.detach().requires_grad_()
-    return trace(rows @ matrix.T, rows, trace.probes(rows.detach(), generator(seed)))
+    return trace(rows @ matrix.T, rows, trace.probes(rows.detach(), SeededNoise(seed)))
 
 
 def matrix(d, rank=None, seed=1):
@@ -40,7 +41,7 @@ def curved(rows, weight):
 def test_the_exact_trace_is_the_trace_of_the_jacobian():
     rows, weight = torch.randn(4, 5, dtype=torch.float64).requires_grad_(), matrix(5)
     trace = ExactTrace()
-    got = trace(curved(rows, weight), rows, trace.probes(rows.detach(), generator()))
+    got = trace(curved(rows, weight), rows, trace.probes(rows.detach(), SeededNoise(0)))
     expected = [
         torch.autograd.functional.jacobian(lambda r: curved(r, weight), row).trace() for row in rows
     ]
@@ -52,7 +53,7 @@ def test_the_exact_trace_is_the_trace_of_the_jacobian():
 def test_estimates_carry_gradients(trace):
     weight = matrix(4).requires_grad_()
     rows = torch.randn(3, 4, dtype=torch.float64).requires_grad_()
-    probes = trace.probes(rows.detach(), generator())
+    probes = trace.probes(rows.detach(), SeededNoise(0))
 
     def value(rows, weight):
         return trace(curved(rows, weight), rows, probes, differentiable=True)

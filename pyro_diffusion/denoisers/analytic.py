@@ -8,7 +8,13 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers.base import Denoiser, check_context
 from pyro_diffusion.denoisers.variances import TimeVariance
-from pyro_diffusion.processes import GaussianProcess, draw
+from pyro_diffusion.processes import (
+    GaussianProcess,
+    RowNoise,
+    draw,
+    drawing_from,
+    fresh_seed,
+)
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
 
@@ -224,12 +230,15 @@ def reads(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches of x_0, x_t and x0_hat at one level, draw after draw over the data."""
     context = check_context(denoiser, context, len(data))
+    index = torch.arange(len(data), device=data.device)
     for _ in range(draws):
+        seed = fresh_seed()
         for start in range(0, len(data), batch_size):
             rows = slice(start, start + batch_size)
             x0 = data[rows]
-            xt = draw(denoiser.process.marginal(x0, level))
-            posterior = denoiser(xt, level, **{k: v[rows] for k, v in context.items()})
+            with drawing_from(RowNoise(seed, index[rows])):
+                xt = draw(denoiser.process.marginal(x0, level))
+                posterior = denoiser(xt, level, **{k: v[rows] for k, v in context.items()})
             yield x0, xt, check_mean(posterior, x0)
 
 

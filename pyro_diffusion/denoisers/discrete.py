@@ -11,6 +11,7 @@ from torch.distributions.utils import lazy_property
 from pyro_diffusion.denoisers.base import NetworkDenoiser, check_outputs
 from pyro_diffusion.precision import at_least_single, matmul
 from pyro_diffusion.processes import CategoricalProcess, GaussianProcess
+from pyro_diffusion.processes.noise import inverted
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import (
     Shape,
@@ -104,6 +105,10 @@ class Quantized(TorchDistribution):
         """Draw values."""
         with torch.no_grad():
             return self.values[self.index.sample(sample_shape)]
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """The least of the values whose distribution function exceeds a probability."""
+        return self.values[inverted(self.probs, value)]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of the nearest of the values; -inf if none is within float error.

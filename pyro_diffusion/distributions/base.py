@@ -16,7 +16,7 @@ from pyro_diffusion.distributions.no_closed_forms import NoClosedForms
 from pyro_diffusion.distributions.shape_runs import kept_example
 from pyro_diffusion.processes import draw, fresh_seed
 from pyro_diffusion.schedules import Level, uniform
-from pyro_diffusion.validation import Shape
+from pyro_diffusion.validation import Shape, check_sizes, check_tensor
 
 __all__ = ["DenoisedDistribution"]
 
@@ -65,6 +65,8 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
         self.denoiser = in_this_run(denoiser)
         self.dtype, self.device = home(self.denoiser)
         self.context = {k: v for k, v in (context or {}).items() if v is not None}
+        for name, value in self.context.items():
+            check_tensor(f"context[{name!r}]", value, boolean=True)
         self._seed = fresh_seed()
         batch_shape = broadcast("context", {k: self._context_batch(k) for k in self.context})
         self._given_batch = batch_shape  # the context's own, which `expand` leaves as it is
@@ -80,9 +82,16 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
     def expand(self, batch_shape: Shape, _instance: Any = None) -> Self:
         """The same distribution, with the same randomness, at a larger batch shape."""
         new = self._get_checked_instance(type(self), _instance)
-        batch_shape = torch.Size(batch_shape)
+        batch_shape = check_sizes("batch_shape", batch_shape)
         new.__dict__.update(self.__dict__)
-        new.context = {k: self._expand_context(k, batch_shape) for k in self.context}
+        try:
+            new.context = {k: self._expand_context(k, batch_shape) for k in self.context}
+        except RuntimeError as error:  # the type that torch's own distributions raise
+            error.add_note(
+                f"batch_shape: got {tuple(batch_shape)}, expected one that {tuple(self.batch_shape)}, that "
+                "of the context, expands to"
+            )
+            raise
         TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -130,7 +139,7 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
 
     def _prior_draw(self, sample_shape: Shape) -> Tensor:
         """States at t = 1, sample + batch + event."""
-        shape = self._extended_shape(torch.Size(sample_shape))
+        shape = self._extended_shape(check_sizes("sample_shape", sample_shape))
         prior = self.denoiser.process.prior(self.event_shape, dtype=self.dtype, device=self.device)
         return draw(prior.expand(shape[: len(shape) - len(self.event_shape)]))
 
@@ -213,14 +222,7 @@ def check_event(denoiser: object, event_shape: object) -> torch.Size:
     """
     if not isinstance(denoiser, Denoiser):
         raise ValueError(f"denoiser: got {type(denoiser).__name__}, expected a Denoiser")
-    if not isinstance(event_shape, tuple | list):
-        raise ValueError(f"event_shape: got {event_shape!r}, expected a tuple of sizes")
-    if len(event_shape) != denoiser.process.event_dim:
-        raise ValueError(
-            f"event_shape: got {tuple(event_shape)}, expected {denoiser.process.event_dim} "
-            "dimension(s), the event_dim of the denoiser's process"
-        )
-    return torch.Size(event_shape)
+    return denoiser.process.check_event(event_shape)  # type: ignore[arg-type]
 
 
 def home(denoiser: Denoiser) -> tuple[torch.dtype | None, torch.device | None]:

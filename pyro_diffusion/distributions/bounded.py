@@ -14,7 +14,7 @@ from pyro_diffusion.distributions.linear_use import check_linear_use
 from pyro_diffusion.distributions.objectives import Bound, Objective, check_objective, divergence
 from pyro_diffusion.processes import GaussianProcess, SeededNoise, drawing_from
 from pyro_diffusion.schedules import Level, check_grid
-from pyro_diffusion.validation import Shape, check_event_shape, check_tensor
+from pyro_diffusion.validation import Shape, check_event_shape, check_expands, check_tensor
 
 __all__ = ["BoundedDistribution"]
 
@@ -120,8 +120,17 @@ class BoundedDistribution(DenoisedDistribution):
         Args:
             value: data, sample + batch + event.
             position: where along the path, in [0, 1), one per datum. Unbiased if it is uniform there.
+
+        Raises:
+            ValueError: for data of a wrong shape or outside the support, or positions outside [0, 1).
         """
         x0, batch = self._encoded(value)
+        check_expands("position", check_tensor("position", position), batch)
+        if self._validate_args and not bool(((position >= 0) & (position < 1)).all()):
+            raise ValueError(
+                f"position: got values from {float(position.min()):g} to {float(position.max()):g}, expected "
+                "positions in [0, 1)"
+            )
         position = position.to(self._time_dtype(x0)).expand(batch)
         return self._span * self._read(value, x0, position)[1]
 
@@ -132,6 +141,8 @@ class BoundedDistribution(DenoisedDistribution):
     def decode(self, x: Tensor) -> TorchDistribution:
         """The law of data given the path's last state x_{t_0}, batch + event (one network read)."""
         process = self.denoiser.process
+        if self._validate_args:
+            check_event_shape("x", x, self.event_shape)
         start = self._levels(x).at(0)
         posterior = self.posterior(x, start)
         return self.decoder(posterior, start, process)

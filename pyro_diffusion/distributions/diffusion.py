@@ -14,7 +14,7 @@ from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.processes import draw
 from pyro_diffusion.samplers import Ancestral, Sampler, check_sampler, simulate
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.validation import Shape, check_positive_int
+from pyro_diffusion.validation import Shape, check_expands, check_positive_int, check_tensor
 
 __all__ = ["Diffusion"]
 
@@ -149,7 +149,17 @@ class Diffusion(BoundedDistribution):
         x0, batch = self._encoded(value)
         if isinstance(index, int) and index == self.steps + 1:
             return self._prior_divergence(x0)
+        if isinstance(index, Tensor):
+            check_expands("index", check_tensor("index", index), batch)
+        elif isinstance(index, bool) or not 0 <= index <= self.steps:
+            raise ValueError(
+                f"index: got {index}, expected terms 0 to {self.steps} (or the number {self.steps + 1}, for "
+                "the prior)"
+            )
         index = torch.as_tensor(index, device=x0.device).expand(batch)
+        if index.is_floating_point():
+            raise ValueError(f"index: got dtype {index.dtype}, expected integers")
+        index = index.long()
         if self._validate_args and not bool(((index >= 0) & (index <= self.steps)).all()):
             raise ValueError(
                 f"index: got values from {int(index.min())} to {int(index.max())}, expected terms 0 to "

@@ -99,6 +99,11 @@ class DiscretizedNormal(NoClosedForms, TorchDistribution):
     def _expectation(self, of: Tensor) -> Tensor:
         return (self.log_prob(self.enumerate_support(expand=False)).exp() * of).sum(0)
 
+    def icdf(self, value: Tensor) -> Tensor:
+        """The integer whose bin holds the normal's quantile."""
+        x = self.loc + self.scale * torch.special.ndtri(value)
+        return x.round().clamp(0, self.levels - 1).long()
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of integers."""
         if self._validate_args:

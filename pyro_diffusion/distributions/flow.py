@@ -22,8 +22,14 @@ from pyro_diffusion.dynamics import (
     end_angles,
     transport,
 )
-from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.validation import Shape, check_event_shape, check_finite, check_tensor
+from pyro_diffusion.processes import GaussianProcess, Noise, RowNoise, draw
+from pyro_diffusion.validation import (
+    Shape,
+    check_event_shape,
+    check_finite,
+    check_sizes,
+    check_tensor,
+)
 
 __all__ = ["FlowTransform", "LogDensity", "ProbabilityFlow"]
 
@@ -102,26 +108,34 @@ class FlowTransform(TransformModule):
         assert isinstance(process, GaussianProcess)
         return end_angles(process.schedule)
 
-    def transport(self, x: Tensor, inverse: bool = False, log_det: bool = True) -> Passage:
+    def transport(
+        self,
+        x: Tensor,
+        inverse: bool = False,
+        log_det: bool = True,
+        noise: Noise | None = None,
+    ) -> Passage:
         """Noise to data, or back, with log-determinants from the same pass.
 
         Args:
             x: noise, or data if ``inverse``; batch + event.
             inverse: whether to go from data to noise.
             log_det: whether to integrate the divergence too.
+            noise: of the trace's probes; by default the numbers of this transform's seed for each row of x.
 
         Returns:
             ``z`` is the other end; ``log_det`` are log-determinants of the map walked, one per probe.
         """
-        data, noise = self.angles
-        start, stop = (data, noise) if inverse else (noise, data)
+        angles = self.angles
+        start, stop = angles if inverse else angles[::-1]
+        data = angles[0]
         trace = self.trace if log_det else None
         # Data are read at the scale of x_0.
         scale = math.cos(data) if inverse else 1 / math.cos(data)
         z = scale * x if inverse else x
         z, context = broadcast_context(self.denoiser, z, self.context)
-        seed = self.seed if self.trace.seed is None else self.trace.seed
-        out = transport(self.denoiser, z, start, stop, self.solver, context, trace, seed)
+        noise = self._noise(z) if noise is None else noise
+        out = transport(self.denoiser, z, start, stop, self.solver, context, trace, noise)
         if not inverse:
             out = out._replace(z=scale * out.z)
         if out.log_det is None:
@@ -139,6 +153,11 @@ class FlowTransform(TransformModule):
         """Itself: a cached pair goes stale as soon as the denoiser is trained."""
         del cache_size
         return self
+
+    def _noise(self, x: Tensor) -> RowNoise:
+        seed = self.seed if self.trace.seed is None else self.trace.seed
+        count = x.shape[: x.dim() - self.domain.event_dim].numel()
+        return RowNoise(seed, torch.arange(count, device=x.device))
 
     def _call(self, x: Tensor) -> Tensor:
         return self.transport(x, log_det=False).z
@@ -198,7 +217,7 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
 
     Example:
         >>> from pyro_diffusion.denoisers import MixtureDenoiser
-        >>> from pyro_diffusion.processes import GaussianProcess
+        >>> from pyro_diffusion.processes import GaussianProcess, Noise, RowNoise, draw
         >>> from pyro_diffusion.schedules import Cosine
         >>> denoiser = MixtureDenoiser(GaussianProcess(Cosine()), torch.ones(1), torch.zeros(1, 2), 1.0)
         >>> flow = ProbabilityFlow(denoiser, event_shape=(2,))
@@ -262,7 +281,14 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
         return self.transform.inv(self._checked(value))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Data from noise, the inverse of :meth:`encode`."""
+        """Data from noise, the inverse of :meth:`encode`.
+
+        Raises:
+            ValueError: for noise of a wrong shape or that is not finite.
+        """
+        if self._validate_args:
+            check_event_shape("z", z, self.event_shape)
+            check_finite("z", z)
         return self.transform(z)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -280,8 +306,13 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
         """
         return self.score(value).value
 
-    def score(self, value: Tensor) -> LogDensity:
-        """Log-density with its standard error over probes, latent and number of evaluations, in one pass."""
+    def score(self, value: Tensor, noise: Noise | None = None) -> LogDensity:
+        """Log-density with its standard error over probes, latent and number of evaluations, in one pass.
+
+        Args:
+            value: data, sample + batch + event.
+            noise: of a stochastic trace's probes; this instance's own by default.
+        """
         if self._noisy_chain:
             raise ValueError(
                 f"trace: got {self.trace!r} in a distribution built at every run of a Markov chain's model: "
@@ -290,7 +321,7 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
             )
         if self.trace.stochastic and self.trace.seed is None:
             check_linear_use(self, chains=False)
-        passage = self.transform.transport(self._checked(value), inverse=True)
+        passage = self.transform.transport(self._checked(value), inverse=True, noise=noise)
         assert passage.log_det is not None
         return self._density(passage.z, passage.log_det, passage.evaluations)
 
@@ -303,11 +334,11 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
         """Reparameterized data from one pass of the ODE, sample + batch + event."""
         if shapes_only():
             return self._example(sample_shape)
-        return self.transform(self.base_dist.rsample(torch.Size(sample_shape)))
+        return self.transform(self._noise(sample_shape))
 
     def rsample_and_log_prob(self, sample_shape: Shape = torch.Size()) -> tuple[Tensor, Tensor]:
         """Reparameterized data and their log-density, from one pass of the ODE."""
-        z = self.base_dist.rsample(torch.Size(sample_shape))
+        z = self._noise(sample_shape)
         passage = self.transform.transport(z)
         assert passage.log_det is not None
         return passage.z, self._density(z, -passage.log_det, passage.evaluations).value
@@ -315,6 +346,9 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
     def _first_guess(self, sample_shape: Shape) -> Tensor:
         x = self._prior_draw(sample_shape)
         return self.posterior(x, self.denoiser.process.level(1.0, x)).mean
+
+    def _noise(self, sample_shape: Shape) -> Tensor:
+        return draw(self.base_dist, check_sizes("sample_shape", sample_shape))
 
     def _density(self, z: Tensor, log_det: Tensor, evaluations: int) -> LogDensity:
         error = torch.zeros_like(log_det[0])

@@ -14,7 +14,7 @@ from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.dynamics import ReverseSDE, SDESolver, check_eta
 from pyro_diffusion.processes import GaussianProcess, draw
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.validation import Shape, check_times
+from pyro_diffusion.validation import Shape, check_expands, check_tensor, check_times
 
 __all__ = ["DiffusionSDE"]
 
@@ -140,6 +140,8 @@ class DiffusionSDE(BoundedDistribution):
             ValueError: for data of a wrong shape or outside the support, or times outside [0, 1].
         """
         x0, batch = self._encoded(value)
+        if isinstance(t, Tensor):
+            check_expands("t", check_tensor("t", t), batch)
         t = torch.as_tensor(t, dtype=self._time_dtype(x0), device=x0.device).expand(batch)
         if self._validate_args:
             check_times("t", t)

@@ -6,6 +6,8 @@ import torch
 import torchsde
 from torch import Tensor
 
+from pyro_diffusion.validation import check_number, check_sizes
+
 __all__ = ["IndependentIncrements", "brownian_interval"]
 
 # Both the increment and its integral, which methods of strong order 1.5 ask for.
@@ -27,7 +29,7 @@ class IndependentIncrements(torchsde.BaseBrownian):
         generator: torch's default generator of the device when None.
 
     Raises:
-        ValueError: when asked for an interval before the last one.
+        ValueError: for sizes below 1, and when asked for an interval before the last one.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class IndependentIncrements(torchsde.BaseBrownian):
         device: torch.device | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        self._like = torch.empty(shape, dtype=dtype, device=device)
+        self._like = torch.empty(check_sizes("shape", shape), dtype=dtype, device=device)
         self._generator, self._reached = generator, -math.inf
 
     def __call__(
@@ -104,12 +106,15 @@ def brownian_interval(
         shape: of the increments, (rows, channels).
         dtype: of the increments.
         device: of the increments.
-        stop: end of the interval.
+        stop: end of the interval, > 0.
+
+    Raises:
+        ValueError: for sizes below 1, or an end that is not positive.
     """
     return torchsde.BrownianInterval(
         t0=0.0,
-        t1=stop,
-        size=tuple(shape),
+        t1=check_number("stop", stop, above=0),
+        size=tuple(check_sizes("shape", shape)),
         dtype=dtype or torch.get_default_dtype(),
         device=device,
         entropy=int(torch.randint(2**31 - 1, (), device="cpu")),

@@ -16,8 +16,9 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.dynamics.attention import twice_differentiable_attention
 from pyro_diffusion.dynamics.trace import Trace
+from pyro_diffusion.processes import GaussianProcess, Noise, RowNoise
 from pyro_diffusion.schedules import Level, Schedule
-from pyro_diffusion.validation import check_positive_int
+from pyro_diffusion.validation import check_number, check_positive_int
 
 __all__ = ["ADAPTIVE", "FIXED", "Passage", "Solver", "end_angles", "level_at", "transport"]
 
@@ -129,7 +130,7 @@ def end_angles(schedule: Schedule) -> tuple[float, float]:
 
 
 def level_at(schedule: Schedule, angle: Tensor) -> Level:
-    """The schedule's level where arctan(sigma / alpha) is ``angle``, any shape."""
+    """The schedule's level where arctan(sigma / alpha) is ``angle``, in (0, pi/2), any shape."""
     log_snr = -2 * torch.log(torch.tan(angle))
     t = schedule.time_of_log_snr(log_snr)
     return Level(t, log_snr, schedule._signal(log_snr), schedule._noise(log_snr))
@@ -143,7 +144,7 @@ def transport(
     solver: Solver,
     context: dict[str, Tensor] | None = None,
     trace: Trace | None = None,
-    seed: int = 0,
+    noise: Noise | None = None,
 ) -> Passage:
     r"""Carry states along the probability-flow ODE from one angle to another.
 
@@ -160,27 +161,39 @@ def transport(
     Args:
         denoiser: posterior of a Gaussian process; its mean is read.
         z: states at ``start``, batch + event.
-        start: angle to come from.
-        stop: angle to go to.
+        start: angle to come from, in (0, pi/2).
+        stop: angle to go to, another.
         solver: the method.
         context: passed to the denoiser, at the batch shape of z.
         trace: how to find the divergence; None for the states alone.
-        seed: of the trace's probes.
+        noise: of the trace's probes; that of seed 0 if None.
 
     Raises:
-        ValueError: under ``torch.jit.trace``, for a divergence or an adaptive method: the trace would keep
-            derivatives, and numbers of steps, of its first call.
+        ValueError: for another process, states of too few dimensions, or angles outside; and under
+            ``torch.jit.trace``, for a divergence or an adaptive method: the trace would keep derivatives, and
+            numbers of steps, of its first call.
 
     References:
         Song et al., arXiv 2011.13456, section 4.3 and appendix D; Salimans & Ho, arXiv 2202.00512,
         appendix D (the angle).
     """
+    process = getattr(denoiser, "process", None)
+    if not isinstance(process, GaussianProcess):
+        raise ValueError(
+            f"denoiser: got {type(denoiser).__name__} under {type(process).__name__}, expected a denoiser "
+            "under a GaussianProcess"
+        )
+    process.check_state("z", z)
+    for name, angle in (("start", start), ("stop", stop)):
+        check_number(name, angle, above=0, at_most=math.pi / 2)
+    if start == stop:
+        raise ValueError(f"stop: got {stop}, the start, expected another angle")
     denoiser = in_this_run(denoiser)
     if trace is not None and torch.is_inference_mode_enabled():
         # Autograd records nothing there, not even the divergence.
         with torch.inference_mode(False), torch.no_grad():
             context = {name: value.clone() for name, value in (context or {}).items()}
-            return transport(denoiser, z.clone(), start, stop, solver, context, trace, seed)
+            return transport(denoiser, z.clone(), start, stop, solver, context, trace, noise)
     if torch.jit.is_tracing() and (  # type: ignore[attr-defined]
         trace is not None or solver.method in ADAPTIVE
     ):
@@ -197,7 +210,7 @@ def transport(
     # Random weights are buffers; a guide's carry a gradient.
     leaves = [*denoiser.parameters(), *denoiser.buffers(), *context.values()]
     parameters = [p for p in leaves if p.requires_grad]
-    field = _Field(denoiser, z.shape, context, trace, seed)
+    field = _Field(denoiser, z.shape, context, trace, noise)
     y = field.rows(z)
     tracked = torch.is_grad_enabled() and (y.requires_grad or bool(parameters))
     with torch.set_grad_enabled(tracked):
@@ -218,10 +231,10 @@ class _Field:
         shape: torch.Size,
         context: dict[str, Tensor],
         trace: Trace | None,
-        seed: int,
+        noise: Noise | None,
     ) -> None:
         self.denoiser, self.shape, self.context = denoiser, shape, context
-        self.trace, self.seed = trace, seed
+        self.trace, self.noise = trace, noise
         self.size = math.prod(shape[len(shape) - denoiser.process.event_dim :])
         self.evaluations = 0
 
@@ -230,8 +243,8 @@ class _Field:
         rows = z.reshape(-1, self.size)
         if self.trace is None:
             return rows
-        generator = torch.Generator(rows.device).manual_seed(self.seed)
-        self.probes = self.trace.probes(rows.detach(), generator)
+        noise = self.noise or RowNoise(0, torch.arange(len(rows), device=rows.device))
+        self.probes = self.trace.probes(rows.detach(), noise)
         return torch.cat([rows, rows.new_zeros(len(rows), self.trace.columns)], 1)
 
     def __call__(self, angle: Tensor, y: Tensor) -> Tensor:

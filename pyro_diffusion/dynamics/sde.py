@@ -12,7 +12,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.processes import ForwardProcess, GaussianProcess
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.validation import Shape
+from pyro_diffusion.validation import Shape, check_number
 
 __all__ = ["ForwardSDE", "GaussianSDE", "KnownData", "ReverseSDE"]
 
@@ -60,6 +60,12 @@ class GaussianSDE(torchsde.BaseSDE):
         noise_type: str = "additive",
         sde_type: str = "ito",
     ) -> None:
+        for name, value, known in (
+            ("noise_type", noise_type, ("additive", "diagonal")),
+            ("sde_type", sde_type, ("ito", "stratonovich")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
         super().__init__(noise_type, sde_type)
         if not isinstance(process, GaussianProcess):
             raise ValueError(
@@ -72,7 +78,7 @@ class GaussianSDE(torchsde.BaseSDE):
                 f"schedule: got log-SNR ends {list(ends)}, expected finite ends (cut the schedule with "
                 "log_snr_max and log_snr_min)"
             )
-        self.process, self.event_shape = process, torch.Size(event_shape)
+        self.process, self.event_shape = process, process.check_event(event_shape)
         if noise_type == "diagonal":
             self.g = self._spread
 
@@ -234,11 +240,9 @@ class KnownData(Denoiser):
 
 
 def check_eta(eta: float) -> float:
-    """Refuse anything but a finite number >= 0.
+    """Refuse anything but a number in [0, 1000].
 
     Raises:
         ValueError: naming what was found.
     """
-    if not 0 <= eta < math.inf:
-        raise ValueError(f"eta: got {eta}, expected a finite number >= 0")
-    return float(eta)
+    return check_number("eta", eta, at_least=0, at_most=1e3)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.precision import full_precision
-from pyro_diffusion.validation import check_positive_int
+from pyro_diffusion.processes import Noise
+from pyro_diffusion.validation import check_positive_int, check_tensor
 
 __all__ = [
     "ExactTrace",
@@ -41,16 +42,21 @@ BATCHED = frozenset(
 
 def rademacher(normal: Tensor) -> Tensor:
     """Signs: the least variance of all laws with independent coordinates; diagonals come out exactly."""
+    check_tensor("normal", normal)
     return torch.where(normal < 0, -1.0, 1.0).to(normal.dtype)
 
 
 def gaussian(normal: Tensor) -> Tensor:
     """Standard normal probes."""
-    return normal
+    return check_tensor("normal", normal)
 
 
 def sphere(normal: Tensor) -> Tensor:
     r"""Uniform on the sphere of radius :math:`\sqrt d`; multiples of the identity come out exactly."""
+    if check_tensor("normal", normal).dim() == 0 or not normal.is_floating_point():
+        raise ValueError(
+            f"normal: got shape {tuple(normal.shape)} of {normal.dtype}, expected real vectors (..., d)"
+        )
     return normal * (math.sqrt(normal.shape[-1]) / normal.norm(dim=-1, keepdim=True))
 
 
@@ -67,7 +73,7 @@ class Trace:
     stochastic = False
     seed: int | None = None
 
-    def probes(self, like: Tensor, generator: torch.Generator) -> Tensor:
+    def probes(self, like: Tensor, noise: Noise) -> Tensor:
         """Vectors to be kept along a path, (k, n, d) for rows ``like`` of shape (n, d)."""
         raise NotImplementedError
 
@@ -88,7 +94,7 @@ class Trace:
 class ExactTrace(Trace):
     """The trace itself: d vector-Jacobian products, one per coordinate, in one batched call."""
 
-    def probes(self, like: Tensor, generator: torch.Generator) -> Tensor:
+    def probes(self, like: Tensor, noise: Noise) -> Tensor:
         """The basis vectors, (d, n, d)."""
         n, d = like.shape
         return torch.eye(d, dtype=like.dtype, device=like.device).unsqueeze(1).expand(d, n, d)
@@ -124,14 +130,18 @@ class Hutchinson(Trace):
 
     def __init__(self, probes: int = 1, law: Law = rademacher, seed: int | None = None) -> None:
         self.columns, self.law, self.seed = check_positive_int("probes", probes), law, seed
+        if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
+            raise ValueError(
+                f"seed: got {seed!r}, expected an integer >= 0 of at most 63 bits, or None"
+            )
         if not callable(law):
             raise ValueError(
                 f"law: got {law!r}, expected a map of normal draws such as rademacher, gaussian or sphere"
             )
 
-    def probes(self, like: Tensor, generator: torch.Generator) -> Tensor:
+    def probes(self, like: Tensor, noise: Noise) -> Tensor:
         """Random vectors, (probes, n, d)."""
-        return self.law(_normal(self.columns, like, generator))
+        return self.law(_normal(self.columns, like, noise))
 
     def __call__(
         self, output: Tensor, rows: Tensor, probes: Tensor, differentiable: bool = False
@@ -165,10 +175,10 @@ class HutchPlusPlus(Hutchinson):
         Meyer et al., Hutch++: optimal stochastic trace estimation, arXiv 2010.09649.
     """
 
-    def probes(self, like: Tensor, generator: torch.Generator) -> Tensor:
+    def probes(self, like: Tensor, noise: Noise) -> Tensor:
         """Random vectors for the sketch and for the rest, (2 probes, n, d)."""
         # Two sign vectors may be parallel, and then the sketch has no range to speak of.
-        normal = _normal(2 * self.columns, like, generator)
+        normal = _normal(2 * self.columns, like, noise)
         return torch.cat([normal[: self.columns], self.law(normal[self.columns :])])
 
     def __call__(
@@ -239,7 +249,5 @@ def check_trace(trace: object) -> Trace:
     return trace
 
 
-def _normal(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(
-        (count, *like.shape), generator=generator, dtype=like.dtype, device=like.device
-    )
+def _normal(count: int, like: Tensor, noise: Noise) -> Tensor:
+    return noise.normal((count, *like.shape), like, event_dim=1)

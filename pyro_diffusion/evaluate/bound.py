@@ -6,7 +6,8 @@ from torch import Tensor
 
 from pyro_diffusion.distributions import Bound, BoundedDistribution, Diffusion
 from pyro_diffusion.estimate import LOWER_BOUND, Likelihood, Terms, concatenate
-from pyro_diffusion.evaluate.rows import batches, check_model, check_rows
+from pyro_diffusion.evaluate.rows import Rows, batches, check_model, check_rows, checked_seed
+from pyro_diffusion.processes import SeededNoise, drawing_from
 from pyro_diffusion.schedules import uniform
 from pyro_diffusion.validation import check_positive_int
 
@@ -25,6 +26,7 @@ def log_likelihood(
     context: dict[str, Tensor] | None = None,
     batch_size: int = 512,
     progress: bool = False,
+    seed: int | None = None,
 ) -> Likelihood:
     r"""Lower bounds of log p(x), one per datum, with standard errors and the bound's terms.
 
@@ -45,6 +47,8 @@ def log_likelihood(
         context: the denoiser's context, one row per datum.
         batch_size: data read together.
         progress: whether to show a progress bar.
+        seed: of the noise; drawn from torch's global generator if None. A row's noise is a function of the
+            seed and of the row's place, so ``batch_size`` changes values by rounding alone.
 
     Returns:
         Values in nats of kind "lower bound". Their standard error is that of independent draws; evenly
@@ -62,16 +66,20 @@ def log_likelihood(
     if draws is not None:
         check_positive_int("draws", draws, at_least=2)
     check_rows("data", data, diffusion.event_shape)
+    seed = checked_seed(seed)
     if chain:  # a weighted objective trains; only the bound is reported
-        view = view.replace(objective=Bound())
+        with drawing_from(SeededNoise(seed)):
+            view = view.replace(objective=Bound())
     times = view.times if chain else uniform(draws or DRAWS)
     slices = len(times) - 1
     value, variance, tally = [], [], _Tally(slices)
     with torch.no_grad():
-        for (x, log_det), law in batches(model, view, data, context, batch_size, progress):
-            prior = law.prior_terms(x)
-            decoder = torch.stack([law.decoder_terms(x) - log_det for _ in range(samples)])
-            place, cost = _reverse_costs(law, x, slices, draws, samples)
+        for rows, law in batches(model, view, data, context, batch_size, progress, seed):
+            x = rows.x
+            with drawing_from(rows.noise):
+                prior = law.prior_terms(x)
+                decoder = torch.stack([law.decoder_terms(x) - rows.log_det for _ in range(samples)])
+                place, cost = _reverse_costs(law, rows, slices, draws, samples)
             if draws is None:  # (samples, K, n): sum over steps, independent samples
                 reverse = cost.mean(0).mean(0)
                 reverse_variance = (cost / slices).var(0).sum(0) / samples
@@ -91,18 +99,18 @@ def log_likelihood(
 
 
 def _reverse_costs(
-    model: BoundedDistribution, rows: Tensor, slices: int, draws: int | None, samples: int
+    model: BoundedDistribution, rows: Rows, slices: int, draws: int | None, samples: int
 ) -> tuple[Tensor, Tensor]:
     """Positions (M, n) that are read, and the reverse term (samples or 1, M, n) as each of them tells it."""
-    n = len(rows)
+    x, n = rows.x, len(rows.x)
     if draws is None:  # the middle of every step
-        middle = (torch.arange(slices, device=rows.device) + 0.5) / slices
+        middle = (torch.arange(slices, device=x.device) + 0.5) / slices
         place = middle.unsqueeze(-1).expand(slices, n)
     else:
-        offset = torch.arange(draws, device=rows.device).unsqueeze(-1) / draws
-        place = (torch.rand(n, device=rows.device) + offset) % 1
+        offset = torch.arange(draws, device=x.device).unsqueeze(-1) / draws
+        place = (rows.noise.uniform((n,), offset) + offset) % 1
     repeats = samples if draws is None else 1
-    cost = [torch.stack([model.reverse_terms(rows, p) for p in place]) for _ in range(repeats)]
+    cost = [torch.stack([model.reverse_terms(x, p) for p in place]) for _ in range(repeats)]
     return place, torch.stack(cost)
 
 

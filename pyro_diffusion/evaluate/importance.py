@@ -8,14 +8,16 @@ import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.infer.enum import get_importance_trace
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.estimate import IMPORTANCE_WEIGHTED, Likelihood, concatenate
 from pyro_diffusion.evaluate.pareto import pareto_khat
-from pyro_diffusion.evaluate.rows import Rows, batches, check_model, check_rows
+from pyro_diffusion.evaluate.rows import Rows, batches, check_model, check_rows, checked_seed
 from pyro_diffusion.infer import ChainReparam, forward_chain
+from pyro_diffusion.processes import draw, drawing_from
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["from_log_weights", "importance_weighted", "log_weights"]
@@ -29,6 +31,7 @@ def importance_weighted(
     context: dict[str, Tensor] | None = None,
     batch_size: int = 64,
     progress: bool = False,
+    seed: int | None = None,
 ) -> Likelihood:
     r"""Log p(x) by S importance samples of the whole chain from the forward process.
 
@@ -47,6 +50,8 @@ def importance_weighted(
         context: the denoiser's context, one row per datum.
         batch_size: data read together.
         progress: whether to show a progress bar.
+        seed: of the noise; drawn from torch's global generator if None. A row's noise is a function of the
+            seed and of the row's place, so ``batch_size`` changes values by rounding alone.
 
     Returns:
         Values in nats of kind "importance-weighted", with delta-method standard errors, effective sample
@@ -68,6 +73,7 @@ def importance_weighted(
         context=context,
         batch_size=batch_size,
         progress=progress,
+        seed=seed,
     )
     return from_log_weights(
         weights,
@@ -84,6 +90,7 @@ def log_weights(
     context: dict[str, Tensor] | None = None,
     batch_size: int = 64,
     progress: bool = False,
+    seed: int | None = None,
 ) -> Tensor:
     r"""Log importance weights :math:`\log p(x, z) - \log q(z | x)` of whole chains z drawn given data.
 
@@ -97,6 +104,8 @@ def log_weights(
         context: the denoiser's context, one row per datum.
         batch_size: data read together.
         progress: whether to show a progress bar.
+        seed: of the noise; drawn from torch's global generator if None. A row's noise is a function of the
+            seed and of the row's place, so ``batch_size`` changes values by rounding alone.
 
     Returns:
         (samples, n), in nats, float64 on the host.
@@ -108,10 +117,11 @@ def log_weights(
     check_positive_int("samples", samples)
     model = check_model("diffusion", diffusion, Diffusion)
     check_rows("data", data, diffusion.event_shape)
-    columns = []
+    columns, seed = [], checked_seed(seed)
     with torch.no_grad():
-        for rows, chain in batches(model, model.base, data, context, batch_size, progress):
-            columns.append(torch.stack([_log_weights(chain, rows) for _ in range(samples)]))
+        for rows, chain in batches(model, model.base, data, context, batch_size, progress, seed):
+            with drawing_from(rows.noise):
+                columns.append(torch.stack([_log_weights(chain, rows) for _ in range(samples)]))
     return torch.cat(columns, -1)
 
 
@@ -147,7 +157,7 @@ def _log_weights(diffusion: Diffusion, rows: Rows) -> Tensor:
             pyro.sample("x", diffusion, obs=rows.x)
 
     def guide() -> None:
-        with plate:
+        with plate, _Draw():
             forward_chain("x", diffusion, rows.x)
 
     traces = get_importance_trace("flat", 1, model, guide, (), {})
@@ -156,6 +166,13 @@ def _log_weights(diffusion: Diffusion, rows: Rows) -> Tensor:
         for trace in traces
     )
     return concatenate([p - q + rows.log_det])
+
+
+class _Draw(Messenger):
+    """Has sites drawn from the noise of their rows."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["value"] = draw(msg["fn"])
 
 
 def _is_datum_site(site: Any) -> bool:

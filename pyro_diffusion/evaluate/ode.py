@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pyro_diffusion.distributions import ProbabilityFlow
 from pyro_diffusion.estimate import EXACT, UNBIASED, Likelihood, concatenate
-from pyro_diffusion.evaluate.rows import batches, check_model, check_rows
+from pyro_diffusion.evaluate.rows import batches, check_model, check_rows, checked_seed
 
 __all__ = ["flow_log_likelihood"]
 
@@ -18,6 +18,7 @@ def flow_log_likelihood(
     context: dict[str, Tensor] | None = None,
     batch_size: int = 512,
     progress: bool = False,
+    seed: int | None = None,
 ) -> Likelihood:
     r"""Log p(x) by the ODE, one per datum, with standard errors over probes.
 
@@ -26,27 +27,32 @@ def flow_log_likelihood(
             should be in ``eval()`` mode.
         data: (n,) + event.
         context: the denoiser's context, one row per datum.
-        batch_size: data integrated together. Adaptive steps fit the hardest of them.
+        batch_size: data integrated together. Adaptive steps fit the hardest of them, so it changes values
+            within the solver's tolerance; with a method of fixed steps, by rounding alone.
         progress: whether to show a progress bar.
+        seed: of a stochastic trace's probes, unless the trace has its own; drawn from the global generator
+            if None. A row's probes are a function of the seed and of the row's place in the data.
 
     Returns:
         Values in nats of kind "exact" (up to the solver's tolerance) with the exact trace, "unbiased" with a
-        stochastic one; then their standard errors are over probes, and NaN for a single probe. Probes of a
-        trace without a seed are fresh in every batch. ``evaluations`` counts denoiser calls; each also
-        takes as many vector-Jacobian products as the trace has probes (the exact one: d).
+        stochastic one; then their standard errors are over probes, and NaN for a single probe.
+        ``evaluations`` counts denoiser calls; each also takes as many vector-Jacobian products as the trace
+        has probes (the exact one: d).
 
     Raises:
         ValueError: for bad data, a model with a batch shape or a context without exactly one row per datum.
     """
     model = check_model("flow", flow, ProbabilityFlow)
     check_rows("data", data, flow.event_shape)
+    own = model.base.trace.seed
+    seed = checked_seed(seed) if own is None else own
     value, error, evaluations = [], [], 0
     with torch.no_grad():
-        for (x, log_det), law in batches(model, model.base, data, context, batch_size, progress):
-            density = law.score(x)
-            value.append(density.value + log_det)
+        for rows, law in batches(model, model.base, data, context, batch_size, progress, seed):
+            density = law.score(rows.x, rows.noise)
+            value.append(density.value + rows.log_det)
             error.append(density.standard_error)
-            evaluations += density.evaluations * len(x)
+            evaluations += density.evaluations * len(rows.x)
     return Likelihood(
         value=concatenate(value),
         standard_error=concatenate(error),

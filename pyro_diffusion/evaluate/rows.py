@@ -10,9 +10,10 @@ from tqdm import tqdm
 from pyro_diffusion.denoisers.base import check_context
 from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.distributions.wrappers import Unwrapped, check_wrappers, unwrap
+from pyro_diffusion.processes import RowNoise, drawing_from, fresh_seed
 from pyro_diffusion.validation import check_event_shape, check_positive_int
 
-__all__ = ["Rows", "batches", "check_model", "check_rows"]
+__all__ = ["Rows", "batches", "check_model", "check_rows", "checked_seed"]
 
 View = TypeVar("View", bound=DenoisedDistribution)
 
@@ -23,10 +24,12 @@ class Rows(NamedTuple):
     Attributes:
         x: their values at the scale of the view, before the model's transforms, (n,) + the view's event.
         log_det: :math:`\log |\partial x / \partial y|`, (n,): what log p(y) is above log p(x).
+        noise: what to score them with: a function of the call's seed and of each row's place in the data.
     """
 
     x: Tensor
     log_det: Tensor
+    noise: RowNoise
 
 
 def check_model(name: str, model: Any, kinds: type[View] | tuple[type[View], ...]) -> Unwrapped:
@@ -73,6 +76,15 @@ def check_rows(name: str, data: Tensor, event_shape: torch.Size) -> None:
         )
 
 
+def checked_seed(seed: int | None) -> int:
+    """A seed that was given, or else one from torch's global generator.
+
+    Raises:
+        ValueError: for anything but an integer >= 0.
+    """
+    return fresh_seed() if seed is None else check_positive_int("seed", seed, at_least=0)
+
+
 def batches(
     model: Unwrapped,
     view: View,
@@ -80,6 +92,7 @@ def batches(
     context: dict[str, Tensor] | None,
     batch_size: int,
     progress: bool,
+    seed: int,
 ) -> Iterator[tuple[Rows, View]]:
     """Rows of data with the view conditioned on their rows of the context.
 
@@ -90,21 +103,25 @@ def batches(
         context: the denoiser's context, one row per datum.
         batch_size: data scored together.
         progress: whether to show a progress bar.
+        seed: of the noise.
 
     Raises:
         ValueError: for a batch size below 1, or a context without exactly one row per datum.
     """
     check_positive_int("batch_size", batch_size)
     context = check_context(view.denoiser, context, len(data))
+    index = torch.arange(len(data), device=data.device)
     starts = range(0, len(data), batch_size)
     for start in tqdm(starts, desc="scoring", disable=not progress):
         rows = slice(start, start + batch_size)
-        conditioned = view.condition(**{k: v[rows] for k, v in context.items()})
-        yield _rows(model, data[rows]), conditioned
+        noise = RowNoise(seed, index[rows])
+        with drawing_from(noise):  # the seed of its own
+            conditioned = view.condition(**{k: v[rows] for k, v in context.items()})
+        yield _rows(model, data[rows], noise), conditioned
 
 
-def _rows(model: Unwrapped, y: Tensor) -> Rows:
+def _rows(model: Unwrapped, y: Tensor, noise: RowNoise) -> Rows:
     if not model.transforms:
-        return Rows(y, torch.zeros(len(y), device=y.device))
+        return Rows(y, torch.zeros(len(y), device=y.device), noise)
     y = y if y.is_floating_point() else y.to(model.base.dtype or torch.get_default_dtype())
-    return Rows(model.inverse(y), model.log_det(y))
+    return Rows(model.inverse(y), model.log_det(y), noise)

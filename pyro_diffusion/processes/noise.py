@@ -58,7 +58,14 @@ def fresh_seed() -> int:
 
 
 class Noise:
-    """A source of random numbers that is no global generator."""
+    """A source of random numbers that is no global generator.
+
+    Args:
+        seed: an integer from 0 to below 2**63.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self._asked = seed, 0
 
     def normal(self, shape: Shape, like: Tensor, event_dim: int = 0) -> Tensor:
         """Standard normal numbers, of the dtype and on the device of ``like``.
@@ -85,8 +92,13 @@ class Noise:
         return self._other(distribution, base, torch.Size(sample_shape))
 
     def fresh_seed(self) -> int:
-        """A seed for noise that is drawn once."""
-        raise NotImplementedError
+        """A seed for noise that is drawn once; asking for it leaves all other numbers as they are."""
+        self._asked += 1
+        # In the host's integers: a program may be run under vmap, which has no use for these.
+        word = self.seed ^ self._asked * _GAMMA % 2**64
+        for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
+            word = (word ^ word >> shift) * factor % 2**64
+        return word % _SEEDS
 
     def _other(
         self, distribution: TorchDistribution, base: Any, sample_shape: torch.Size
@@ -102,7 +114,7 @@ class SeededNoise(Noise):
     """
 
     def __init__(self, seed: int) -> None:
-        self.seed = seed
+        super().__init__(seed)
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -124,11 +136,6 @@ class SeededNoise(Noise):
         generator = self.generator(like.device)
         return torch.rand(shape, dtype=like.dtype, device=like.device, generator=generator)
 
-    def fresh_seed(self) -> int:
-        """The next integer of the host's stream."""
-        generator = self.generator(torch.device("cpu"))
-        return int(torch.randint(_SEEDS, (), device="cpu", generator=generator))
-
     def _other(
         self, distribution: TorchDistribution, base: Any, sample_shape: torch.Size
     ) -> Tensor:
@@ -147,7 +154,7 @@ class RowNoise(Noise):
     rows together, from a seed of the first row's: right, but then dependent on the batch.
 
     Args:
-        seed: any integer of 64 bits.
+        seed: an integer from 0 to below 2**63.
         rows: (n,), integers that name the rows, on the device of the draws.
 
     References:
@@ -155,7 +162,8 @@ class RowNoise(Noise):
     """
 
     def __init__(self, seed: int, rows: Tensor) -> None:
-        self.seed, self.rows = seed, rows
+        super().__init__(seed)
+        self.rows = rows
         self._keys = _mix(_mix(torch.full_like(rows, seed)) + rows * _GAMMA)
         self._used = 0
 
@@ -171,12 +179,6 @@ class RowNoise(Noise):
         bits = 52 if _real(like) == torch.float64 else 23
         word = _shift(self._words(shape, event_dim), 64 - bits)
         return word.to(_real(like)).add_(0.5).mul_(2.0**-bits).to(like.dtype)
-
-    def fresh_seed(self) -> int:
-        """A seed for all rows together, the same in every batch."""
-        self._used += 1
-        word = _mix(torch.tensor([self.seed]))
-        return int(_mix(word + self._used * _GAMMA)) % _SEEDS
 
     def _other(
         self, distribution: TorchDistribution, base: Any, sample_shape: torch.Size
@@ -203,7 +205,8 @@ class RowNoise(Noise):
         rest = torch.Size((*shape[:row], *shape[row + 1 :]))
         first, self._used = self._used + 1, self._used + rest.numel()
         place = torch.arange(first, self._used + 1, device=self.rows.device) * _GAMMA
-        return _mix(self._keys.unsqueeze(-1) + place).reshape(-1, *rest).movedim(0, row)
+        words = _mix(self._keys.unsqueeze(-1) + place)
+        return words.reshape(-1, *rest).movedim(0, row).contiguous()
 
 
 def inverted(probs: Tensor, uniform: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import Grid, Level, table_row
-from pyro_diffusion.validation import check_tensor
+from pyro_diffusion.validation import check_tensor, check_times
 
 __all__ = ["Sampler", "State", "check_sampler", "simulate"]
 
@@ -118,10 +118,14 @@ def simulate(
 
     Returns:
         The state at ``times[0]``.
+
+    Raises:
+        ValueError: for a state of another kind, or times outside [0, 1] or out of order.
     """
-    check_tensor("x", x)
     denoiser = in_this_run(denoiser)  # one network for all steps
     process, context = denoiser.process, context or {}
+    process.check_state("x", x)
+    _check_walk(times)
     dtype = x.dtype if x.is_floating_point() else times.dtype
     levels = process.schedule.grid_levels(times, dtype, x.device)
     early = Grid(*(v[:-1] for v in levels))
@@ -141,6 +145,17 @@ def simulate(
         if callback is not None:
             callback(j, state.x)
     return state.x
+
+
+def _check_walk(times: Tensor) -> None:
+    if check_tensor("times", times).dim() != 1 or len(times) < 2:
+        raise ValueError(
+            f"times: got shape {tuple(times.shape)}, expected at least two times (steps >= 1)"
+        )
+    check_times("times", times)
+    way = times.diff().sign()
+    if not bool(((way == way[0]) & (way != 0)).all()):
+        raise ValueError("times: got a grid that turns or stops, expected times in order")
 
 
 def recorder() -> tuple[list[Tensor], Callable[[int, Tensor], None]]:

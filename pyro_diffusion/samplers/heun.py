@@ -10,6 +10,7 @@ from pyro_diffusion.processes import ForwardProcess, GaussianCoefficients, draw
 from pyro_diffusion.samplers.ancestral import DDIM
 from pyro_diffusion.samplers.base import Read, State
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.validation import check_number
 
 __all__ = ["Heun"]
 
@@ -67,11 +68,9 @@ class Heun(DDIM):
         between: tuple[float, float] = (0.0, math.inf),
     ) -> None:
         super().__init__(eta=0.0)
-        if not 0 <= churn < math.inf:
-            raise ValueError(f"churn: got {churn}, expected a finite number >= 0")
-        if not 0 < noise < math.inf:
-            raise ValueError(f"noise: got {noise}, expected a finite number > 0")
-        if not 0 <= between[0] < between[1]:
+        check_number("churn", churn, at_least=0, at_most=1e6)
+        check_number("noise", noise, above=0, at_most=1e3)
+        if len(between) != 2 or not 0 <= between[0] < between[1]:
             raise ValueError(f"between: got {between}, expected 0 <= low < high")
         self.churn, self.noise, self.between = float(churn), float(noise), between
         self.order = 2 if churn == 0 else None
