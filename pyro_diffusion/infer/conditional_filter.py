@@ -73,11 +73,15 @@ class ConditionalFilter(ParticleFilter):
         super()._maybe_importance_resample()
         self.parents.append(self._parents)
 
-    def _ancestors(self, probs: Tensor) -> Tensor:
-        index = multinomial_ancestors(probs)
+    @property
+    def _draws(self) -> int:
+        return self.num_particles + 1
+
+    def _ancestors(self, probs: Tensor, uniform: Tensor) -> Tensor:
+        index = multinomial_ancestors(probs, uniform[:-1])
         if self.reference is not None:
             log_weights = probs.log() + self.join(self.state, self.reference[len(self.visited)])
-            index[0] = Categorical(logits=log_weights.movedim(0, -1)).sample()
+            index[:1] = multinomial_ancestors(log_weights.softmax(0), uniform[-1:])
         return index
 
 

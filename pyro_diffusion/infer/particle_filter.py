@@ -10,6 +10,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_diffusion.infer.resampling import multinomial_ancestors, systematic_ancestors
+from pyro_diffusion.processes import RowNoise, fresh_seed
 from pyro_diffusion.validation import Shape, check_positive_int
 
 __all__ = ["ParticleFilter"]
@@ -27,7 +28,8 @@ class ParticleFilter(SMCFilter):
     * every particle knows its root among the first generation (``state["root"]``, one integer), from which
       the variance of :math:`\hat Z` follows without a second run;
     * filters stand side by side where ``batch_shape`` is given: each has its own weights, resamples when its
-      own effective size is low, and all share one call of the model.
+      own effective size is low, by numbers of its own, and all share one call of the model. What one of them
+      finds does not depend on the data of the others.
 
     Variance. With final weights :math:`W_i` (normalized) and roots :math:`r_i`,
 
@@ -93,6 +95,8 @@ class ParticleFilter(SMCFilter):
         self.ess: list[Tensor] = []
         self.roots: list[Tensor] = []
         self._keep_weights = False
+        filters = torch.arange(self.batch_shape.numel(), device=device)
+        self._noise = RowNoise(fresh_seed(), filters)
 
     @property
     def log_weights(self) -> Tensor:
@@ -151,13 +155,15 @@ class ParticleFilter(SMCFilter):
         self.ess.append(ess)
         low = ess < self.ess_threshold * self.num_particles
         self._parents = self._identity
+        # Drawn at every step: a filter's numbers do not depend on when the others resample.
+        uniform = self._uniform()
         if not self._keep_weights and bool(low.any()):
-            self._resample(probs, low)
+            self._resample(probs, low, uniform)
         present = torch.zeros_like(self._identity).scatter_(0, self.state["root"], 1)
         self.roots.append(present.sum(0))
 
-    def _resample(self, probs: Tensor, low: Tensor) -> None:
-        self._parents = index = torch.where(low, self._ancestors(probs), self._identity)
+    def _resample(self, probs: Tensor, low: Tensor, uniform: Tensor) -> None:
+        self._parents = index = torch.where(low, self._ancestors(probs, uniform), self._identity)
         for key, value in self.state.items():
             at = index.reshape(index.shape + (1,) * (value.dim() - index.dim()))
             self.state[key] = value.take_along_dim(at, 0) if self.batch_shape else value[index]
@@ -165,8 +171,20 @@ class ParticleFilter(SMCFilter):
         self.state._log_weights = torch.where(low, even, self.state._log_weights)
         self.resamplings = self.resamplings + low
 
-    def _ancestors(self, probs: Tensor) -> Tensor:
-        return (systematic_ancestors if self.systematic else multinomial_ancestors)(probs)
+    @property
+    def _draws(self) -> int:
+        """How many numbers a filter resamples by."""
+        return 1 if self.systematic else self.num_particles
+
+    def _uniform(self) -> Tensor:
+        """Numbers in (0, 1) from each filter's own stream, (draws,) + batch_shape."""
+        shape = self._draws, len(self._noise.rows)
+        return self._noise.uniform(shape, self.log_evidence).reshape(-1, *self.batch_shape)
+
+    def _ancestors(self, probs: Tensor, uniform: Tensor) -> Tensor:
+        if self.systematic:
+            return systematic_ancestors(probs, uniform=uniform)
+        return multinomial_ancestors(probs, uniform)
 
 
 def _positive(log_weights: Tensor) -> bool:

@@ -8,12 +8,15 @@ from torch import Tensor
 __all__ = ["genealogical_variance", "multinomial_ancestors", "resampled", "systematic_ancestors"]
 
 
-def systematic_ancestors(probs: Tensor, count: int | None = None) -> Tensor:
+def systematic_ancestors(
+    probs: Tensor, count: int | None = None, uniform: Tensor | None = None
+) -> Tensor:
     r"""Indices of parents, one uniform draw for all: particle i has :math:`N w_i` children, rounded.
 
     Args:
         probs: (n, ...), normalized weights; every trailing dimension is a filter of its own.
         count: number N of children, n by default.
+        uniform: (1, ...), in [0, 1); drawn from torch's global generator if None.
 
     Returns:
         (N, ...) indices, sorted along the first dimension.
@@ -23,20 +26,22 @@ def systematic_ancestors(probs: Tensor, count: int | None = None) -> Tensor:
     """
     n = count or len(probs)
     places = torch.arange(n, dtype=probs.dtype, device=probs.device)
-    offset = torch.rand(probs.shape[1:], dtype=probs.dtype, device=probs.device)
-    return _invert(probs, (places.reshape(n, *(1,) * offset.dim()) + offset) / n)
+    uniform = torch.rand_like(probs[:1]) if uniform is None else uniform
+    return _invert(probs, (places.reshape(n, *(1,) * (probs.dim() - 1)) + uniform) / n)
 
 
-def multinomial_ancestors(probs: Tensor) -> Tensor:
+def multinomial_ancestors(probs: Tensor, uniform: Tensor | None = None) -> Tensor:
     """Indices of parents, drawn independently (noisier; what proofs on particle filters assume).
 
     Args:
         probs: (n, ...), normalized weights.
+        uniform: (N, ...), in [0, 1), N = n for one child a particle; drawn from torch's global generator if
+            None.
 
     Returns:
-        (n, ...) indices.
+        (N, ...) indices.
     """
-    return _invert(probs, torch.rand_like(probs))
+    return _invert(probs, torch.rand_like(probs) if uniform is None else uniform)
 
 
 def resampled(probs: Tensor, count: int) -> Tensor:

@@ -19,7 +19,7 @@ _ambient = threading.local()
 
 
 def draw(distribution: TorchDistribution, sample_shape: Shape = torch.Size()) -> Tensor:
-    """Draws, reparameterized where that is possible; the package makes all of its draws here.
+    """Draws, reparameterized where that is possible; whatever scoring draws, it draws here.
 
     They come from torch's global generators, or within :func:`drawing_from` from another source. A
     denoiser, decoder or objective of your own that draws should draw by this function, too: scoring then
