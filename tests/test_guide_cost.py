@@ -19,6 +19,7 @@ from pyro_diffusion.distributions import (
     ProbabilityFlow,
     QuantizedDecoder,
 )
+from pyro_diffusion.distributions.deferred import Deferred
 from pyro_diffusion.guidance import ProgramLikelihood
 from pyro_diffusion.infer import AutoGuidance, AutoTwistedSMC, ChainReparam
 from pyro_diffusion.processes import Absorbing, GaussianProcess
@@ -55,7 +56,7 @@ class Program:
         self.runs += 1
         s = pyro.sample("s", LogNormal(-1.0, 0.3)).unsqueeze(-1) if self.noisy else 0.5
         x = pyro.sample("x", self.new() if self.fresh else self.law)
-        pyro.sample("y", Normal(x.sum(-1, keepdim=True), s).to_event(1), obs=y)
+        pyro.sample("y", Normal(x.sum(-1, keepdim=True), s).to_event(self.law.event_dim), obs=y)
 
     def count(self, call):
         self.denoiser.calls = self.runs = 0
@@ -100,17 +101,36 @@ def test_in_a_list(kind):
     assert program.count(predictive)[0] == walks * (STEPS + 1)
 
 
-def test_an_unfolded_chain_for_shapes_costs_nothing():
-    """What is left beside the walk is the replay of the model, which reads every kernel of the chain."""
+@pytest.mark.parametrize("grouped", [False, True])
+def test_an_unfolded_chain_costs_its_walk(grouped):
+    """The replay of given states reads no kernel; that of a chain without them reads each once."""
     program = Program()
+    program.law = program.law.expand((3,)).to_event(1) if grouped else program.law
     chain = poutine.reparam(program, config={"x": ChainReparam()})
     guide = AutoGuidance(chain)
     predictive = Predictive(chain, guide=guide, num_samples=6, parallel=True)
-    predictive()
-    calls, _ = program.count(predictive)
-    assert calls == 2 * (STEPS + 1)
+    shape = (6, 3, 2) if grouped else (6, 2)
+    assert program.count(predictive)[0] <= STEPS + 2
+    assert program.count(predictive)[0] == STEPS + 1
     draws = predictive()
-    assert draws["x_t2"].shape == draws["x"].shape == (6, 2)
+    assert draws["x_t2"].shape == draws["x"].shape == shape
+    assert program.count(Predictive(chain, num_samples=6, parallel=True))[0] == STEPS + 1
+
+
+def test_a_chain_that_is_scored_reads_every_kernel():
+    """So does one under a mask that is trained through."""
+    program = Program()
+    chain = poutine.reparam(program, config={"x": ChainReparam()})
+    masked = poutine.mask(chain, mask=False)
+    for model in (chain, masked):
+        pyro.set_rng_seed(0)
+        trace = poutine.trace(model).get_trace()
+        with torch.no_grad():
+            again = poutine.trace(poutine.condition(model, trace)).get_trace()
+        laws = trace.nodes["x_t2"]["fn"], again.nodes["x_t2"]["fn"]
+        assert [isinstance(fn, Deferred) for fn in laws] == [False, model is masked]
+        values = [fn.log_prob(trace.nodes["x_t2"]["value"]) for fn in laws]
+        assert torch.equal(*values)
 
 
 # --- values for shapes ----------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Unfold one Diffusion site into the chain it stands for."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -10,9 +12,11 @@ from pyro.poutine.runtime import InferDict
 from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.distributions.deferred import Deferred, unscored
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.distributions.wrappers import Unwrapped, check_wrappers, unwrap_diffusion
 from pyro_diffusion.processes import coordinates
+from pyro_diffusion.schedules import Level
 
 __all__ = ["ChainReparam", "forward_chain", "reverse_chain"]
 
@@ -68,10 +72,24 @@ def reverse_chain(name: str, diffusion: TorchDistribution) -> TorchDistribution:
     if shapes_only():
         return _example_chain(name, found, grouped, x)
     for j in range(chain.steps, 0, -1):
-        kernel = process.reverse(x, chain.posterior(x, levels[j]), levels[j - 1], levels[j])
+        kernel = _law(chain, x, functools.partial(_kernel, chain, x, levels[j - 1], levels[j]))
         x = pyro.sample(site_name(name, j - 1), kernel.to_event(grouped))
-    out: TorchDistribution = found.around(chain.decode(x))
+    out: TorchDistribution = found.around(_law(chain, x, functools.partial(chain.decode, x)))
     return out
+
+
+def _kernel(chain: Diffusion, x: Tensor, early: Level, late: Level) -> TorchDistribution:
+    """p(x_s | x_t), from one network evaluation."""
+    return chain.denoiser.process.reverse(x, chain.posterior(x, late), early, late)
+
+
+def _law(chain: Diffusion, x: Tensor, make: Callable[[], TorchDistribution]) -> TorchDistribution:
+    """What follows a state; where nobody scores it, a replay with given states need not work it out."""
+    if not unscored():
+        return make()
+    wide, _ = chain.with_context(x)
+    batch_shape = wide.shape[: wide.dim() - len(chain.event_shape)]
+    return Deferred(make, batch_shape, chain.event_shape)
 
 
 def _example_chain(name: str, found: Unwrapped, grouped: int, x: Tensor) -> TorchDistribution:
