@@ -14,6 +14,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.distributions.no_closed_forms import NoClosedForms
 from pyro_diffusion.distributions.shape_runs import kept_example
+from pyro_diffusion.precision import at_least_single
 from pyro_diffusion.processes import draw, fresh_seed
 from pyro_diffusion.schedules import Level, uniform
 from pyro_diffusion.validation import Shape, check_sizes, check_tensor
@@ -141,7 +142,15 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
         """States at t = 1, sample + batch + event."""
         shape = self._extended_shape(check_sizes("sample_shape", sample_shape))
         prior = self.denoiser.process.prior(self.event_shape, dtype=self.dtype, device=self.device)
-        return draw(prior.expand(shape[: len(shape) - len(self.event_shape)]))
+        x = draw(prior.expand(shape[: len(shape) - len(self.event_shape)]))
+        self._check_precision(x)
+        return x
+
+    def _check_precision(self, x: Tensor) -> None:
+        """Refuse states whose dtype cannot hold the schedule's levels."""
+        if x.is_floating_point():
+            times = getattr(self, "times", kept_uniform(1, torch.float64))
+            self.denoiser.process.check_precision(at_least_single(x.dtype), times)
 
     def _context_event(self, name: str) -> torch.Size:
         value = self.context[name]

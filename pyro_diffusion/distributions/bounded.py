@@ -207,8 +207,9 @@ class BoundedDistribution(DenoisedDistribution):
         return x0[tuple(index)]
 
     def _levels(self, x: Tensor) -> Level:
-        schedule = self.denoiser.process.schedule
-        return schedule.grid_levels(self.times, self._time_dtype(x), x.device)
+        process, dtype = self.denoiser.process, self._time_dtype(x)
+        process.check_precision(dtype, self.times)
+        return process.schedule.grid_levels(self.times, dtype, x.device)
 
     def _time_dtype(self, x0: Tensor) -> torch.dtype:
         return x0.dtype if x0.is_floating_point() else self.dtype or self.times.dtype

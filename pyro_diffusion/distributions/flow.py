@@ -348,7 +348,9 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
         return self.posterior(x, self.denoiser.process.level(1.0, x)).mean
 
     def _noise(self, sample_shape: Shape) -> Tensor:
-        return draw(self.base_dist, check_sizes("sample_shape", sample_shape))
+        z = draw(self.base_dist, check_sizes("sample_shape", sample_shape))
+        self._check_precision(z)
+        return z
 
     def _density(self, z: Tensor, log_det: Tensor, evaluations: int) -> LogDensity:
         error = torch.zeros_like(log_det[0])
@@ -367,4 +369,6 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
             "value", {"value": value.shape, "distribution": self.batch_shape + self.event_shape}
         )
         own = value.dtype if value.is_floating_point() else torch.get_default_dtype()
-        return value.to(self.dtype or own).expand(shape)
+        value = value.to(self.dtype or own).expand(shape)
+        self._check_precision(value)
+        return value

@@ -80,6 +80,19 @@ class ForwardProcess(DefinedModule, PreciseModule):
             )
         return sizes
 
+    def check_precision(self, dtype: torch.dtype, times: Tensor) -> None:
+        """Refuse a dtype in which the levels at a grid's ends cannot be told from data or pure noise.
+
+        Asked by every model when it computes. It costs nothing unless the schedule reaches that far.
+
+        Args:
+            dtype: of the states.
+            times: the grid.
+
+        Raises:
+            ValueError: naming the schedule, its ends and the range that works.
+        """
+
     def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
         """The law of x_t given x_0."""
         raise NotImplementedError

@@ -1,5 +1,6 @@
 """Linear Gaussian destruction: all of the Gaussian algebra of the package."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,12 @@ from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import Shape, check_tensor
 
 __all__ = ["GaussianCoefficients", "GaussianProcess"]
+
+
+# Of a state of unit scale: how many of them the least noise has to be worth.
+ROUNDINGS = 16
+# Nats of log-SNR that the largest number stays away from overflow.
+HEADROOM = 8
 
 
 class GaussianCoefficients(NamedTuple):
@@ -59,6 +66,32 @@ class GaussianProcess(ForwardProcess):
         Ho et al., arXiv 2006.11239; Song et al. (DDIM), arXiv 2010.02502, equation 7;
         Bao et al. (Analytic-DPM), arXiv 2201.06503; Kingma et al., arXiv 2107.00630, appendix A.
     """
+
+    def check_precision(self, dtype: torch.dtype, times: Tensor) -> None:
+        """Refuse states that have no room for the least noise beside data of unit scale, or for the most.
+
+        Raises:
+            ValueError: naming the schedule, its ends and the range that works.
+        """
+        info = torch.finfo(dtype)
+        high, low = -2 * math.log(ROUNDINGS * info.eps), HEADROOM - math.log(info.max)
+        schedule = self.schedule
+        if schedule.log_snr_max <= high and schedule.log_snr_min >= low:
+            return
+        kept = self.__dict__.get("_precise")  # a grid that uses the middle of the curve alone
+        if kept is not None and kept[0] is times and kept[1] == dtype:
+            return
+        with torch.no_grad():
+            start, end = schedule.log_snr(times[[0, -1]].double()).tolist()
+        if not (max(start, end) <= high and min(start, end) >= low):
+            finer = "" if dtype == torch.float64 else ", or float64"
+            raise ValueError(
+                f"schedule: got {type(schedule).__name__} with log-SNR {start:g} to {end:g} and states in "
+                f"{dtype}, expected {math.floor(high)} at most and {math.ceil(low)} at least (beyond, "
+                "rounding hides the noise or its scale overflows): cut it with log_snr_max and log_snr_min"
+                f"{finer}"
+            )
+        self.__dict__["_precise"] = (times, dtype)
 
     def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
         """The law of x_t given x_0 (exact)."""

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.pyro_modules import in_this_run
+from pyro_diffusion.precision import at_least_single
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import Grid, Level, table_row
 from pyro_diffusion.validation import check_tensor, check_times
@@ -127,6 +128,7 @@ def simulate(
     process.check_state("x", x)
     _check_walk(times)
     dtype = x.dtype if x.is_floating_point() else times.dtype
+    process.check_precision(at_least_single(dtype), times)
     levels = process.schedule.grid_levels(times, dtype, x.device)
     early = Grid(*(v[:-1] for v in levels))
     late = Grid(*(v[1:] for v in levels))

@@ -108,8 +108,9 @@ class Schedule(DefinedModule, PreciseModule):
         f = \frac{d\log\alpha}{d\lambda}\,\lambda'(t), \qquad g^2 = -\sigma^2\,\lambda'(t).
 
     The raw curve may reach infinity at its ends. ``log_snr_max`` and ``log_snr_min`` cut it there: t in
-    [0, 1] is stretched over the part of the curve between them. In float32 keep them within 20 of zero:
-    beyond, times near an end are no longer told apart.
+    [0, 1] is stretched over the part of the curve between them. Gaussian models refuse ends that their dtype
+    cannot hold: in float32 a log-SNR above 26, where the noise is lost in the rounding of data of unit scale,
+    or below -80.
 
     A subclass gives the curve, its inverse and, to spare automatic differentiation, ``_curve_slope``.
 
@@ -268,6 +269,43 @@ class Schedule(DefinedModule, PreciseModule):
     def extra_repr(self) -> str:
         """Ends of the curve, for ``repr``."""
         return f"log_snr_max={self.log_snr_max:g}, log_snr_min={self.log_snr_min:g}"
+
+
+class TwoEndedSchedule(Schedule):
+    """A curve on u in (0, 1) that is steep at both ends, written in u and its rest v = 1 - u.
+
+    Each of the two is computed for itself: near u = 1 the difference would have few digits left, or none.
+    A subclass gives the curve in both, its slope, and ``_inverse_rest``, the v of a log-SNR.
+    """
+
+    def __init__(self, log_snr_max: float, log_snr_min: float) -> None:
+        super().__init__(log_snr_max, log_snr_min)
+        self._rest = float(self._inverse_rest(torch.tensor(log_snr_min, dtype=torch.float64)))
+
+    def _curve_of(self, u: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _slope_of(self, u: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _inverse_rest(self, log_snr: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def _width(self) -> float:
+        return 1 - self._rest - self._start
+
+    def _place(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """u and v at a time."""
+        return self._start + self._width * t, self._rest + self._width * (1 - t)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        r"""Log signal-to-noise ratio :math:`\lambda(t)`, any shape."""
+        return self._curve_of(*self._place(t))
+
+    def log_snr_slope(self, t: Tensor) -> Tensor:
+        r"""Derivative :math:`\lambda'(t)`, exact."""
+        return self._width * self._slope_of(*self._place(t))
 
 
 def log_expm1(x: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_diffusion.schedules.base import Schedule
+from pyro_diffusion.schedules.base import TwoEndedSchedule
 
 __all__ = ["Rectified"]
 
 
-class Rectified(Schedule):
+class Rectified(TwoEndedSchedule):
     r"""Linear interpolation :math:`x_t = (1 - u)\,x_0 + u\,\epsilon` of flow matching and rectified flow.
 
     With the default ends the curve is cut where the log-SNR is finite. Infinite ends give u = t exactly:
@@ -38,25 +38,26 @@ class Rectified(Schedule):
         """The uncut schedule, ``alpha(t) = 1 - t``."""
         return cls(math.inf, -math.inf)
 
-    def _curve(self, u: Tensor) -> Tensor:
-        return -2 * torch.logit(u)
+    def _curve_of(self, u: Tensor, v: Tensor) -> Tensor:
+        return 2 * (torch.log(v) - torch.log(u))
 
-    def _curve_slope(self, u: Tensor) -> Tensor:
-        return -2 / (u * (1 - u))
+    def _slope_of(self, u: Tensor, v: Tensor) -> Tensor:
+        return -2 / (u * v)
 
     def f(self, t: Tensor) -> Tensor:
         """Drift coefficient, -1 / (1 - u) per unit of u: finite at t = 0 even where the log-SNR is not."""
-        width = self._stop - self._start
-        return -width / (1 - self._start - width * t)
+        return -self._width / self._place(t)[1]
 
     def g2(self, t: Tensor) -> Tensor:
         """Squared diffusion coefficient, 2u / (1 - u) per unit of u."""
-        width = self._stop - self._start
-        u = self._start + width * t
-        return 2 * width * u / (1 - u)
+        u, v = self._place(t)
+        return 2 * self._width * u / v
 
     def _inverse_curve(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(-log_snr / 2)
+
+    def _inverse_rest(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(log_snr / 2)
 
     def _signal(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(log_snr / 2)

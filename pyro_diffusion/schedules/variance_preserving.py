@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_diffusion.schedules.base import Schedule, log_expm1
+from pyro_diffusion.schedules.base import Schedule, TwoEndedSchedule, log_expm1
 from pyro_diffusion.validation import check_finite, check_number, check_tensor
 
 __all__ = ["Cosine", "LogLinear", "TabulatedBetas", "VariancePreserving"]
@@ -17,16 +17,16 @@ class VariancePreserving(Schedule):
     r"""Gauge :math:`\alpha^2 = \mathrm{sigmoid}(\lambda), \sigma^2 = \mathrm{sigmoid}(-\lambda)`."""
 
     def _signal(self, log_snr: Tensor) -> Tensor:
-        return torch.sigmoid(log_snr).sqrt()
+        return torch.exp(0.5 * nn.functional.logsigmoid(log_snr))  # half of it does not underflow
 
     def _noise(self, log_snr: Tensor) -> Tensor:
-        return torch.sigmoid(-log_snr).sqrt()
+        return torch.exp(0.5 * nn.functional.logsigmoid(-log_snr))
 
     def _signal_slope(self, log_snr: Tensor) -> Tensor:
         return 0.5 * torch.sigmoid(-log_snr)
 
 
-class Cosine(VariancePreserving):
+class Cosine(TwoEndedSchedule, VariancePreserving):
     r"""Cosine schedule :math:`\lambda(u) = -2\log\tan(\pi u/2) + 2\,\text{shift}`.
 
     Args:
@@ -52,14 +52,19 @@ class Cosine(VariancePreserving):
         self.shift = check_number("shift", shift, at_least=-40, at_most=40)
         super().__init__(log_snr_max, log_snr_min)
 
-    def _curve(self, u: Tensor) -> Tensor:
-        return 2 * self.shift - 2 * torch.log(torch.tan(math.pi / 2 * u))
+    def _curve_of(self, u: Tensor, v: Tensor) -> Tensor:
+        # log tan of the smaller of two angles that make a right one
+        log_tan = torch.log(torch.tan(math.pi / 2 * torch.minimum(u, v)))
+        return 2 * self.shift - 2 * torch.where(u < v, log_tan, -log_tan)
 
-    def _curve_slope(self, u: Tensor) -> Tensor:
-        return -2 * math.pi / torch.sin(math.pi * u)
+    def _slope_of(self, u: Tensor, v: Tensor) -> Tensor:
+        return -2 * math.pi / torch.sin(math.pi * torch.minimum(u, v))
 
     def _inverse_curve(self, log_snr: Tensor) -> Tensor:
         return 2 / math.pi * torch.atan(torch.exp(self.shift - log_snr / 2))
+
+    def _inverse_rest(self, log_snr: Tensor) -> Tensor:
+        return 2 / math.pi * torch.atan(torch.exp(log_snr / 2 - self.shift))
 
 
 class LogLinear(VariancePreserving):
