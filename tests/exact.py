@@ -1,10 +1,11 @@
 """Tables and closed forms that several test files share: every schedule, and a mixture whose law is known."""
 
+import pyro.distributions
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from pyro_diffusion import schedules
-from pyro_diffusion.denoisers import MixtureDenoiser
+from pyro_diffusion.denoisers import Denoiser, MixtureDenoiser
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Schedule
 
@@ -75,3 +76,19 @@ def slope(steps, errors) -> float:
     y = torch.tensor(errors, dtype=torch.float64).log()
     x = x - x.mean()
     return -float((x * y).sum() / x.square().sum())
+
+
+class Shifted(Denoiser):
+    """The exact posterior of N(c, 0.5) for a context c, one vector per datum."""
+
+    variance = 0.5
+
+    def __init__(self):
+        super().__init__(GaussianProcess(schedules.LogLinear(14, -14)))
+
+    def forward(self, xt, t, c):
+        level = self.process.level(t)
+        gain = level.alpha * self.variance / (level.alpha**2 * self.variance + level.sigma**2)
+        mean = c + gain * (xt - level.alpha * c)
+        scale = (self.variance * (1 - gain * level.alpha)).sqrt()
+        return pyro.distributions.Normal(mean, scale, validate_args=False).to_event(1)

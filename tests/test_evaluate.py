@@ -366,6 +366,9 @@ def test_held_out_figures_compare_in_arviz():
     theirs = az.compare({k: evaluate.to_elpd(model) for k, model in models.items()}, **UNROUNDED)
     ours = evaluate.compare(models)
     assert list(theirs.index) == list(ours.index) == ["right", "wrong"]
+    elpd = theirs["elpd" if "elpd" in theirs else "elpd_loo"].astype(float)
+    np.testing.assert_allclose(elpd, ours["elpd"], atol=0.6)  # 1.x rounds
+    np.testing.assert_allclose(theirs["se"].astype(float), ours["se"], rtol=5e-3)
     gap = right.log_prob(data) - wrong.log_prob(data)
     found = abs(float(theirs.loc["wrong", "elpd_diff"]))
     assert found == pytest.approx(float(gap.sum()), rel=1e-9)

@@ -12,29 +12,14 @@ import torch
 from pyro import poutine
 
 from pyro_diffusion import evaluate
-from pyro_diffusion.denoisers import Denoiser, analytic_variance, residual_variance
+from pyro_diffusion.denoisers import analytic_variance, residual_variance
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.infer import DDPM
-from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.schedules import LogLinear, uniform
+from pyro_diffusion.schedules import uniform
+from tests.exact import Shifted
 
 F64 = torch.float64
-VARIANCE = 0.5
 TIMES = uniform(4, F64)
-
-
-class Shifted(Denoiser):
-    """The exact posterior of N(c, VARIANCE) for a context c, one vector per datum."""
-
-    def __init__(self):
-        super().__init__(GaussianProcess(LogLinear(14, -14)))
-
-    def forward(self, xt, t, c):
-        level = self.process.level(t)
-        gain = level.alpha * VARIANCE / (level.alpha**2 * VARIANCE + level.sigma**2)
-        mean = c + gain * (xt - level.alpha * c)
-        scale = (VARIANCE * (1 - gain * level.alpha)).sqrt()
-        return dist.Normal(mean, scale, validate_args=False).to_event(1)
 
 
 def chain(**options):
@@ -78,7 +63,7 @@ AVERAGES = {
 
 def rows(n=9):
     shift = torch.linspace(-30, 30, n, dtype=F64).unsqueeze(-1).expand(n, 2).clone()
-    truth = dist.Normal(shift, math.sqrt(VARIANCE)).to_event(1)
+    truth = dist.Normal(shift, math.sqrt(Shifted.variance)).to_event(1)
     return truth.sample(), shift, truth
 
 

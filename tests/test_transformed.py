@@ -12,7 +12,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.distributions.transforms import AffineTransform, ExpTransform
-from pyro.infer import Importance, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Importance, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 
 from pyro_diffusion import evaluate
 from pyro_diffusion.denoisers import MixtureDenoiser
@@ -26,6 +26,7 @@ from pyro_diffusion.distributions import (
 from pyro_diffusion.infer import ChainReparam, forward_chain, reverse_chain
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import LogLinear, uniform
+from tests.exact import Shifted
 from tests.laws import LAWS
 
 F64 = torch.float64
@@ -148,6 +149,33 @@ def test_the_unfolded_chain_has_the_jacobian(transforms, grouped):
     assert float(weights.get_log_normalizer()) == pytest.approx(log_p, abs=0.02)
 
 
+def test_an_enumerated_context_leaves_the_jacobian_alone():
+    """The same noise with and without transforms: losses differ by log det alone, 4 D log 3."""
+    means = torch.tensor([[-2.0] * D, [2.0] * D], dtype=F64)
+    x = torch.randn(4, D, dtype=F64)
+
+    def loss(transforms, y):
+        def law(k):
+            base = Diffusion(Shifted(), (D,), times=uniform(4, F64), context={"c": means[k]})
+            return dist.TransformedDistribution(base, transforms) if transforms else base
+
+        def model():
+            with poutine.reparam(config={"y": ChainReparam()}), pyro.plate("data", 4):
+                half = dist.Categorical(torch.ones(2, dtype=F64))
+                k = pyro.sample("k", half, infer={"enumerate": "parallel"})
+                pyro.sample("y", law(k), obs=y)
+
+        def guide():
+            with pyro.plate("data", 4):
+                forward_chain("y", law(torch.tensor(0)), y)
+
+        torch.manual_seed(0)
+        return TraceEnum_ELBO(max_plate_nesting=1).loss(model, guide)
+
+    difference = loss([AffineTransform(1.0, 3.0)], 1 + 3 * x) - loss([], x)
+    assert difference == pytest.approx(4 * D * math.log(3), abs=1e-6)
+
+
 @pytest.mark.parametrize("transforms", TRANSFORMS)
 def test_the_unfolded_chain_draws_transformed_data(transforms):
     def model():
@@ -175,6 +203,20 @@ def test_the_single_site_and_the_chain_agree():
     estimate = transformed("two", VIEWS["chain"]()).log_prob(many)
     error = estimate.std(0) / math.sqrt(4000)
     assert bool(((estimate.mean(0) - exact("two").log_prob(y)).abs() < 4.5 * error + 2e-3).all())
+
+
+def test_dequantization_is_not_unfolded():
+    """A guide that is built apart would have other noise, and the bound would be 1e5 nats too low."""
+    law = dist.TransformedDistribution(VIEWS["chain"](), [Dequantization(1)])
+    for call in (
+        lambda: reverse_chain("y", law),
+        lambda: forward_chain("y", law, torch.zeros(D, dtype=F64)),
+        lambda: poutine.reparam(lambda: pyro.sample("y", law), config={"y": ChainReparam()})(),
+    ):
+        with pytest.raises(
+            ValueError, match="got the transform Dequantization, expected bijective"
+        ):
+            call()
 
 
 def discrete():

@@ -69,7 +69,7 @@ class Unwrapped(NamedTuple):
 
 
 def check_wrappers(name: str, found: Unwrapped) -> None:
-    """Refuse what has no density of its own: a mask around a law, and transforms of discrete data.
+    """Refuse what has no density of its own: masks, transforms of discrete data or not bijective.
 
     Raises:
         ValueError: naming what was found and the way out.
@@ -84,6 +84,13 @@ def check_wrappers(name: str, found: Unwrapped) -> None:
             f"{name}: got a {type(found.base).__name__} of discrete data under transforms, expected real "
             "data: probabilities have no Jacobian (QuantizedDecoder spreads integers over a range itself)"
         )
+    for transform in found.transforms:
+        if not transform.bijective:
+            # Dequantization: its noise is an instance's own, which neither a guide nor another batch shares.
+            raise ValueError(
+                f"{name}: got the transform {type(transform).__name__}, expected bijective ones (add uniform "
+                "noise to integers yourself, and leave out Dequantization)"
+            )
 
 
 def unwrap(fn: Any, until: type | tuple[type, ...] = ()) -> Unwrapped:

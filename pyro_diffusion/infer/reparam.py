@@ -36,7 +36,8 @@ def _chain(fn: Any, where: str) -> Unwrapped:
     """A Diffusion and what stands around it.
 
     Raises:
-        ValueError: for another distribution, one under ``.mask()``, and discrete data under transforms.
+        ValueError: for another distribution, one under ``.mask()``, discrete data under transforms, and
+            transforms that are not bijective.
     """
     found = unwrap_diffusion(fn)
     if found is None or found.masks or not isinstance(found.base, Diffusion):
@@ -59,7 +60,8 @@ def reverse_chain(name: str, diffusion: TorchDistribution) -> TorchDistribution:
         under the same ones, whose log_prob has their Jacobian.
 
     Raises:
-        ValueError: for another distribution, one under ``.mask()``, and discrete data under transforms.
+        ValueError: for another distribution, one under ``.mask()``, discrete data under transforms, and
+            transforms that are not bijective.
     """
     found = _chain(diffusion, "diffusion: got")
     chain: Diffusion = found.base
