@@ -149,7 +149,7 @@ def chunked() -> dict:
 
     out |= {
         "draws": lambda **o: evaluate.log_likelihood(law, data, draws=3, **o),
-        "importance": lambda **o: evaluate.importance_weighted(law, data, samples=30, **o),
+        "importance": lambda **o: evaluate.importance_weighted(law, data, samples=6, **o),
         "guided": lambda **o: evaluate.log_likelihood(guided(law), data, **o),
         "guided symbols": lambda **o: evaluate.log_likelihood(guided(symbols), words, **o),
         "sde": lambda **o: evaluate.log_likelihood(sde, data, draws=5, **o),

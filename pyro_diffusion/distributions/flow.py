@@ -22,7 +22,7 @@ from pyro_diffusion.dynamics import (
     end_angles,
     transport,
 )
-from pyro_diffusion.processes import GaussianProcess, Noise, RowNoise, draw
+from pyro_diffusion.processes import GaussianProcess, NoiseSource, RowNoise, draw
 from pyro_diffusion.validation import (
     Shape,
     check_event_shape,
@@ -113,7 +113,7 @@ class FlowTransform(TransformModule):
         x: Tensor,
         inverse: bool = False,
         log_det: bool = True,
-        noise: Noise | None = None,
+        noise: NoiseSource | None = None,
     ) -> Passage:
         """Noise to data, or back, with log-determinants from the same pass.
 
@@ -217,7 +217,7 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
 
     Example:
         >>> from pyro_diffusion.denoisers import MixtureDenoiser
-        >>> from pyro_diffusion.processes import GaussianProcess, Noise, RowNoise, draw
+        >>> from pyro_diffusion.processes import GaussianProcess
         >>> from pyro_diffusion.schedules import Cosine
         >>> denoiser = MixtureDenoiser(GaussianProcess(Cosine()), torch.ones(1), torch.zeros(1, 2), 1.0)
         >>> flow = ProbabilityFlow(denoiser, event_shape=(2,))
@@ -306,7 +306,7 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
         """
         return self.score(value).value
 
-    def score(self, value: Tensor, noise: Noise | None = None) -> LogDensity:
+    def score(self, value: Tensor, noise: NoiseSource | None = None) -> LogDensity:
         """Log-density with its standard error over probes, latent and number of evaluations, in one pass.
 
         Args:

@@ -16,7 +16,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.dynamics.attention import twice_differentiable_attention
 from pyro_diffusion.dynamics.trace import Trace
-from pyro_diffusion.processes import GaussianProcess, Noise, RowNoise
+from pyro_diffusion.processes import GaussianProcess, NoiseSource, RowNoise
 from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.validation import check_number, check_positive_int
 
@@ -144,7 +144,7 @@ def transport(
     solver: Solver,
     context: dict[str, Tensor] | None = None,
     trace: Trace | None = None,
-    noise: Noise | None = None,
+    noise: NoiseSource | None = None,
 ) -> Passage:
     r"""Carry states along the probability-flow ODE from one angle to another.
 
@@ -231,7 +231,7 @@ class _Field:
         shape: torch.Size,
         context: dict[str, Tensor],
         trace: Trace | None,
-        noise: Noise | None,
+        noise: NoiseSource | None,
     ) -> None:
         self.denoiser, self.shape, self.context = denoiser, shape, context
         self.trace, self.noise = trace, noise

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.precision import full_precision
-from pyro_diffusion.processes import Noise
+from pyro_diffusion.processes import NoiseSource
 from pyro_diffusion.validation import check_positive_int, check_tensor
 
 __all__ = [
@@ -73,7 +73,7 @@ class Trace:
     stochastic = False
     seed: int | None = None
 
-    def probes(self, like: Tensor, noise: Noise) -> Tensor:
+    def probes(self, like: Tensor, noise: NoiseSource) -> Tensor:
         """Vectors to be kept along a path, (k, n, d) for rows ``like`` of shape (n, d)."""
         raise NotImplementedError
 
@@ -94,7 +94,7 @@ class Trace:
 class ExactTrace(Trace):
     """The trace itself: d vector-Jacobian products, one per coordinate, in one batched call."""
 
-    def probes(self, like: Tensor, noise: Noise) -> Tensor:
+    def probes(self, like: Tensor, noise: NoiseSource) -> Tensor:
         """The basis vectors, (d, n, d)."""
         n, d = like.shape
         return torch.eye(d, dtype=like.dtype, device=like.device).unsqueeze(1).expand(d, n, d)
@@ -139,7 +139,7 @@ class Hutchinson(Trace):
                 f"law: got {law!r}, expected a map of normal draws such as rademacher, gaussian or sphere"
             )
 
-    def probes(self, like: Tensor, noise: Noise) -> Tensor:
+    def probes(self, like: Tensor, noise: NoiseSource) -> Tensor:
         """Random vectors, (probes, n, d)."""
         return self.law(_normal(self.columns, like, noise))
 
@@ -175,7 +175,7 @@ class HutchPlusPlus(Hutchinson):
         Meyer et al., Hutch++: optimal stochastic trace estimation, arXiv 2010.09649.
     """
 
-    def probes(self, like: Tensor, noise: Noise) -> Tensor:
+    def probes(self, like: Tensor, noise: NoiseSource) -> Tensor:
         """Random vectors for the sketch and for the rest, (2 probes, n, d)."""
         # Two sign vectors may be parallel, and then the sketch has no range to speak of.
         normal = _normal(2 * self.columns, like, noise)
@@ -249,5 +249,5 @@ def check_trace(trace: object) -> Trace:
     return trace
 
 
-def _normal(count: int, like: Tensor, noise: Noise) -> Tensor:
+def _normal(count: int, like: Tensor, noise: NoiseSource) -> Tensor:
     return noise.normal((count, *like.shape), like, event_dim=1)

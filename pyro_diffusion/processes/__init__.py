@@ -9,7 +9,7 @@ from pyro_diffusion.processes.categorical import (
 )
 from pyro_diffusion.processes.gaussian import GaussianCoefficients, GaussianProcess
 from pyro_diffusion.processes.noise import (
-    Noise,
+    NoiseSource,
     RowNoise,
     SeededNoise,
     draw,
@@ -24,7 +24,7 @@ __all__ = [
     "ForwardProcess",
     "GaussianCoefficients",
     "GaussianProcess",
-    "Noise",
+    "NoiseSource",
     "RowNoise",
     "SeededNoise",
     "Uniform",

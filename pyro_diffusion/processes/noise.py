@@ -13,7 +13,15 @@ from torch.overrides import TorchFunctionMode
 from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.validation import Shape
 
-__all__ = ["Noise", "RowNoise", "SeededNoise", "draw", "drawing_from", "fresh_seed", "inverted"]
+__all__ = [
+    "NoiseSource",
+    "RowNoise",
+    "SeededNoise",
+    "draw",
+    "drawing_from",
+    "fresh_seed",
+    "inverted",
+]
 
 _ambient = threading.local()
 
@@ -41,7 +49,7 @@ def draw(distribution: TorchDistribution, sample_shape: Shape = torch.Size()) ->
 
 
 @contextlib.contextmanager
-def drawing_from(noise: "Noise") -> Iterator[None]:
+def drawing_from(noise: "NoiseSource") -> Iterator[None]:
     """Make every :func:`draw` of this thread from a source. The global generators are not touched."""
     outer = getattr(_ambient, "noise", None)
     _ambient.noise = noise
@@ -57,7 +65,7 @@ def fresh_seed() -> int:
     return int(torch.randint(_SEEDS, (), device="cpu")) if source is None else source.fresh_seed()
 
 
-class Noise:
+class NoiseSource:
     """A source of random numbers that is no global generator.
 
     Args:
@@ -106,7 +114,7 @@ class Noise:
         raise NotImplementedError
 
 
-class SeededNoise(Noise):
+class SeededNoise(NoiseSource):
     """The stream that torch's global generators would give after ``torch.manual_seed(seed)``.
 
     Args:
@@ -143,7 +151,7 @@ class SeededNoise(Noise):
             return _own(distribution, sample_shape)
 
 
-class RowNoise(Noise):
+class RowNoise(NoiseSource):
     r"""Numbers that are a function of a seed, of the row they are for, and of how many went before.
 
     A row's numbers do not depend on which rows it is drawn with, nor on the device. Row i has a splitmix64
