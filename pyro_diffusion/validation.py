@@ -103,10 +103,14 @@ def check_number(
 def check_sizes(name: str, shape: object) -> torch.Size:
     """Refuse anything but the sizes of a tensor that has elements.
 
+    Where ``torch.jit`` traces, sizes are tensors themselves, and taken as they are.
+
     Raises:
         ValueError: for other objects, sizes below 1, and more elements than a tensor can have.
     """
     if isinstance(shape, tuple | list):
+        if torch.jit.is_tracing() and any(isinstance(n, Tensor) for n in shape):  # type: ignore[attr-defined]
+            return torch.Size(shape)
         positive = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
         if positive and math.prod(shape) <= LARGEST_COUNT:
             return torch.Size(shape)

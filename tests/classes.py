@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.schedules import Cosine, Level
+from pyro_diffusion.schedules import Level, LogLinear
 
 F64 = torch.float64
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=F64)
@@ -17,8 +17,8 @@ SCALE = 0.6
 class NormalClass(Denoiser):
     """The exact posterior of data N(loc, SCALE^2 I), where loc is context."""
 
-    def __init__(self) -> None:
-        super().__init__(GaussianProcess(Cosine(10.0, -10.0)))
+    def __init__(self, log_snr_max: float = 10.0, log_snr_min: float = -10.0) -> None:
+        super().__init__(GaussianProcess(LogLinear(log_snr_max, log_snr_min)))
         self.calls = 0
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> dist.TorchDistribution:

@@ -167,13 +167,16 @@ def test_every_step_is_drawn_equally_often():
     assert ((counts - torch.tensor([0, 200, *[100] * 9])).abs() <= 1 + (counts > 150)).all()
 
 
-def test_low_discrepancy_beats_independent_draws():
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (64, 5), (2, 64, 3)], ids=str)
+def test_low_discrepancy_beats_independent_draws(shape):
+    """Also along the one long dimension of a batch of several, such as the data of one enumerated class."""
     denoiser, times, batch = mixture(), uniform(100, F64), 64
-    data = denoiser.data().sample((1,)).expand(batch, 2)
+    data = denoiser.data().sample((1,)).expand(*shape, 2)
     means, single = [], []
     for _ in range(300):
         # Without the decoder's baseline, whose term is then the large one that even draws tame.
         scores = Diffusion(denoiser, (2,), times=times, objective=_NoBaseline()).log_prob(data)
+        scores = scores.movedim(shape.index(64), 0).reshape(64, -1)[:, -1]
         means.append(scores.mean())
         single.append(scores[0])
     ratio = torch.stack(means).var() / (torch.stack(single).var() / batch)

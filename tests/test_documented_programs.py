@@ -10,14 +10,17 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-def programs(page: str) -> list[str]:
-    """The Python blocks of a page."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+def programs(page: str, heading: str = "") -> list[str]:
+    """The Python blocks of a page, or of its part under a heading of second level."""
+    text = (ROOT / page).read_text()
+    if heading:
+        text = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-def run(page: str, shorter: dict[str, str]) -> dict:
-    """All blocks of a page, one after another, with some iterations left out."""
-    source = "\n".join(programs(page))
+def run(page: str, shorter: dict[str, str], heading: str = "") -> dict:
+    """All blocks of a page (or of a part of it), one after another, with some iterations left out."""
+    source = "\n".join(programs(page, heading))
     for pattern, replacement in shorter.items():
         source, found = re.subn(pattern, replacement, source)
         assert found == 1, f"{pattern}: {found} times on {page}"
@@ -64,3 +67,11 @@ def test_the_page_on_conditioning_runs() -> None:
     assert page["evidence"].standard_error > 0
     assert page["run"].ess.min() > 1
     assert page["mcmc"].get_samples()["x_base"].shape == (3, 2)
+
+
+def test_the_three_ways_of_mixtures_run() -> None:
+    heading = "Mixtures and enumerated latents"
+    page = run("docs/inference.md", {r"range\(1000\)": "range(2)"}, heading)
+    assert page["classes"].reshape(-1).shape == (192,)
+    assert page["log_likelihood"] > page["bound"]
+    assert {*pyro.get_param_store()} > {"weights", "classifier$$$0.weight"}

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Self
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.poutine import runtime
+from pyro.poutine.indep_messenger import IndepMessenger
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -71,6 +73,7 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
         self._seed = fresh_seed()
         batch_shape = broadcast("context", {k: self._context_batch(k) for k in self.context})
         self._given_batch = batch_shape  # the context's own, which `expand` leaves as it is
+        self._plates = plates_entered()
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
     def __repr__(self) -> str:
@@ -178,6 +181,11 @@ class _MaskedData(MaskedDistribution):
             value = torch.where(hidden & bad, torch.zeros_like(value), value)
         out: Tensor = super().log_prob(value)
         return out
+
+
+def plates_entered() -> set[int]:
+    """Batch dimensions of the vectorized plates that a program is in now."""
+    return {m.dim for m in runtime._PYRO_STACK if isinstance(m, IndepMessenger) and m.dim}
 
 
 def broadcast_context(

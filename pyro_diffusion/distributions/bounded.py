@@ -1,5 +1,6 @@
 """Models whose log_prob is an unbiased estimate of an evidence lower bound, from one read per datum."""
 
+import math
 from typing import ClassVar
 
 import torch
@@ -26,10 +27,12 @@ class BoundedDistribution(DenoisedDistribution):
         + \mathbb E_q[-\log p(x | x_{t_0})].
 
     The reverse term is a sum over steps (a chain) or an integral over time (an SDE). :meth:`log_prob` reads
-    the network once per datum, at low-discrepancy positions :math:`(u + i/B) \bmod 1` over the batch: a share
-    of them reads the decoder's term, the rest is spread evenly along the path, and each is weighted by its
-    inverse probability. A datum that is scored under several contexts (data of shape (N,), a context of shape
-    (C, 1), as of an enumerated latent) is read at one level with one draw of noise for all of them.
+    the network once per datum, at low-discrepancy positions :math:`(u + i/B) \bmod 1` over the batch (in an
+    order that spreads each row and column of a batch of several dimensions): a share of them reads the
+    decoder's term, the rest is spread evenly along the path, and each is weighted by its inverse probability.
+    A datum that is scored under several contexts (data of shape (N,), a context of shape (C, 1), as of an
+    enumerated latent) is read at one level with one draw of noise for all of them; plates, such as that of
+    particles, have noise of their own.
 
     A subclass says where a position reads (``_read``), and the path's measure (``_span``).
 
@@ -87,15 +90,13 @@ class BoundedDistribution(DenoisedDistribution):
         check_linear_use(self)
         x0, batch = self._encoded(value)
         x0 = self._once_per_datum(x0, value)
-        drawn_at = x0.shape[: len(batch)]
-        count = drawn_at.numel()
         share = max(self._fair_share, self.objective.decoder_share)
         noise = SeededNoise(self._seed)
         with drawing_from(noise):
             like = torch.empty((), dtype=self._time_dtype(x0), device=x0.device)
             offset = noise.uniform((), like)
-            place = (offset + torch.arange(count, device=x0.device) / count) % 1
-            position = ((place - share) / (1 - share)).reshape(drawn_at)
+            place = (offset + _spread(x0.shape[: len(batch)], x0.device)) % 1
+            position = (place - share) / (1 - share)
             decoding, reverse = self._read(value, x0, position)
         # What is known of the decoder's term beforehand is added in full, not drawn: less noise, same mean.
         start = self._levels(x0).at(0)
@@ -196,13 +197,14 @@ class BoundedDistribution(DenoisedDistribution):
 
         There one datum is scored under several contexts, such as the classes of an enumerated latent. Their
         differences are what matters, and one level and noise for all of them leaves least noise in these.
+        Not along plates: contexts that particles drew are to be averaged over.
         """
         batch = x0.shape[: x0.dim() - len(self.event_shape)]
         index = [slice(None)] * len(batch)
         for dim in range(-len(self._given_batch), 0):
             place = dim - len(self.event_shape)
             alone = value.dim() < -place or value.shape[place] == 1
-            if alone and self._given_batch[dim] > 1:
+            if alone and self._given_batch[dim] > 1 and dim not in self._plates:
                 index[dim] = slice(0, 1)
         return x0[tuple(index)]
 
@@ -232,3 +234,19 @@ class BoundedDistribution(DenoisedDistribution):
                     "values (cut the schedule with log_snr_max and log_snr_min)"
                 )
         schedule.__dict__["_checked"] = sources
+
+
+def _spread(batch: torch.Size, device: torch.device) -> Tensor:
+    """The numbers i/B of a batch, each once, so that every slice of it is spread evenly over [0, 1), too.
+
+    Slices are the particles or the classes of an enumerated latent: in plain order, each would get a narrow
+    range of positions. Numbered by multiples of the golden section, any run of consecutive ones is spread.
+    """
+    count = math.prod(batch)
+    index = torch.arange(count, device=device)
+    if sum(size > 1 for size in batch) > 1:
+        step = round(count * (math.sqrt(5) - 1) / 2)
+        while math.gcd(step, count) > 1:
+            step += 1
+        index = index * step % count
+    return (index / count).reshape(batch)

@@ -35,6 +35,12 @@ class Diffusion(BoundedDistribution):
     value alike however often it is asked, while a model that builds the distribution afresh each run (the
     normal way) trains on fresh noise. With another ``objective`` it is that objective, not a bound.
 
+    The estimate is right wherever it enters linearly, as in every ELBO. Exponentiated it is no bound any
+    more: a latent enumerated in the model, weights of particles, Markov chains and mixtures are refused by
+    :meth:`log_prob`, as far as Pyro lets it see them (a ``logsumexp`` of your own it does not). The unfolded
+    chain (:class:`~pyro_diffusion.infer.ChainReparam`), :class:`ProbabilityFlow` and latents enumerated in
+    the guide are right.
+
     :meth:`sample` walks the same grid with any sampler and draws from the decoder; it is not
     reparameterized.
 

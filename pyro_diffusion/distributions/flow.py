@@ -156,7 +156,7 @@ class FlowTransform(TransformModule):
 
     def _noise(self, x: Tensor) -> RowNoise:
         seed = self.seed if self.trace.seed is None else self.trace.seed
-        count = x.shape[: x.dim() - self.domain.event_dim].numel()
+        count = math.prod(x.shape[: x.dim() - self.domain.event_dim])
         return RowNoise(seed, torch.arange(count, device=x.device))
 
     def _call(self, x: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class DiffusionSDE(BoundedDistribution):
     that were parameters would get the wrong gradient; :class:`~pyro_diffusion.schedules.LearnedSchedule`
     fixes them.)
 
+    What would exponentiate the estimate is refused, as :class:`Diffusion` has it.
+
     :meth:`sample` walks the reverse SDE with torchsde and decodes; an approximation that gets better with
     steps. It is not reparameterized. What the bound bounds is the law of the SDE with ``eta=1``: with an
     inexact denoiser, draws of another eta follow another law.

@@ -10,14 +10,13 @@ import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoGuide, AutoGuideList
-from pyro.poutine import runtime
-from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.reparam_messenger import ReparamHandler
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions import DenoisedDistribution, Diffusion
+from pyro_diffusion.distributions.base import plates_entered
 from pyro_diffusion.distributions.shape_runs import called_from, shapes_only
 from pyro_diffusion.distributions.wrappers import unwrap_diffusion
 from pyro_diffusion.guidance import GuidedDenoiser, ProgramLikelihood
@@ -373,8 +372,7 @@ def _folded(model: Any) -> tuple[Any, list[str]]:
 
 def _outer_nesting() -> int:
     """How many dimensions lie right of all plates that are entered now; 0 outside of plates."""
-    dims = [m.dim for m in runtime._PYRO_STACK if isinstance(m, IndepMessenger) and m.dim]
-    return -max(dims) - 1 if dims else 0
+    return -max(plates_entered(), default=-1) - 1
 
 
 def _over_batch(gap: Tensor, sample_dims: int, batch: torch.Size) -> Tensor:
