@@ -242,7 +242,7 @@ def _spread(batch: torch.Size, device: torch.device) -> Tensor:
     Slices are the particles or the classes of an enumerated latent: in plain order, each would get a narrow
     range of positions. Numbered by multiples of the golden section, any run of consecutive ones is spread.
     """
-    count = math.prod(batch)
+    count = int(math.prod(batch))  # a tensor where torch.jit traces
     index = torch.arange(count, device=device)
     if sum(size > 1 for size in batch) > 1:
         step = round(count * (math.sqrt(5) - 1) / 2)
