@@ -23,7 +23,7 @@ from pyro_diffusion.dynamics import (
 from pyro_diffusion.evaluate import flow_log_likelihood
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine, LogLinear, Rectified
-from tests.exact import SCHEDULES, Gauge, mixture, mixture_law, slope
+from tests.exact import MEANS, SCHEDULES, VARIANCES, WEIGHTS, Gauge, mixture, mixture_law, slope
 from tests.laws import Tiny, conditional
 
 # Ends so far out that neither the noise left in the data nor the prior shows.
@@ -186,6 +186,28 @@ def test_rows_do_not_see_each_other():
     assert (law.log_prob(x) - alone).abs().max() < 2e-3
     far = torch.cat([x, torch.full((1, 2), 60.0, dtype=torch.float64)])
     assert (law.log_prob(far)[:-1] - mixture_law().log_prob(x)).abs().max() < 2e-3
+
+
+class Torn(MixtureDenoiser):
+    """A denoiser that fails for data far off."""
+
+    def forward(self, xt, t, **context):
+        posterior = super().forward(xt, t, **context)
+        lost = (xt.abs() > 50).any(-1, keepdim=True)
+        mean = torch.where(lost, torch.nan, posterior.mean)
+        return dist.Delta(mean, event_dim=1, validate_args=False)
+
+
+def test_a_row_that_is_lost_sets_no_step():
+    denoiser, x = Torn(GaussianProcess(WIDE), WEIGHTS, MEANS, VARIANCES), mixture_law().sample((4,))
+    ends = end_angles(WIDE)
+    for estimate in (None, ExactTrace()):
+        expected = transport(denoiser, x[1:], *ends, Solver(), trace=estimate)
+        bad = torch.cat([torch.full((1, 2), 60.0, dtype=torch.float64), x[1:]])
+        got = transport(denoiser, bad, *ends, Solver(), trace=estimate)
+        assert got.z[0].isnan().all()
+        assert got.evaluations == expected.evaluations
+        torch.testing.assert_close(got.z[1:], expected.z, rtol=1e-10, atol=1e-10)
 
 
 # --- estimated traces -----------------------------------------------------------------------------

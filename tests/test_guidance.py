@@ -463,6 +463,38 @@ def test_rows_that_are_not_finite_stay_alone():
     assert_close(u[[0, 2]], torch.full((2, 2), 0.5, dtype=F64))
 
 
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan, 1e200])
+@pytest.mark.parametrize("solver", [conjugate_gradients, gmres])
+def test_a_system_that_overflows_leaves_the_others_alone(solver, bad):
+    torch.manual_seed(0)
+    root = torch.randn(4, 6, 6, dtype=F64)
+    matrix, b = torch.eye(6, dtype=F64) + root @ root.mT, torch.randn(4, 6, dtype=F64)
+    rows = [0, 2, 3]
+
+    def over(matrix):
+        return lambda p: (product := (matrix @ p.unsqueeze(-1)).squeeze(-1), (product,))
+
+    expected = solver(over(matrix[rows]), b[rows], 4)
+    matrix[1, 2, 3] = bad
+    u, (image,) = solver(over(matrix), b, 4)
+    assert_close(u[rows], expected.u, rtol=1e-12, atol=1e-12)
+    assert_close(image[rows], expected.images[0], rtol=1e-12, atol=1e-12)
+    if bad != 1e200:
+        assert not image[1].isfinite().any()
+
+
+@each_method
+@pytest.mark.parametrize("full", [False, True], ids=["walk", "twist"])
+def test_a_program_that_overflows_for_one_row_leaves_the_others_alone(method, full):
+    denoiser = mixture(LogLinear(10.0, -10.0))
+    guided = method(denoiser, curved(denoiser, 2))
+    read = (lambda x: guided.twisted(x, TIME).posterior) if full else (lambda x: guided(x, TIME))
+    xt, rows = torch.randn(4, 2, dtype=F64), [0, 2, 3]
+    expected = read(xt[rows]).mean
+    xt[1] = 1e4  # sinh of it is infinite
+    assert_close(read(xt).mean[rows], expected, rtol=1e-10, atol=1e-10)
+
+
 # At the door.
 
 

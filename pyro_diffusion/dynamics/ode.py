@@ -32,6 +32,7 @@ class Solver:
 
     Tolerances are per coordinate of the unit-variance state :math:`z` and, for densities, per dimension (nats
     / d). They hold for every row of a batch: the step fits the row that needs the shortest.
+    A row whose velocity is NaN is NaN, and that row alone.
 
     Args:
         method: adaptive (``dopri5``, ``dopri8``, ``bosh3``, ``adaptive_heun``) or of fixed steps (``rk4``,
@@ -71,6 +72,16 @@ class Solver:
         self, field: Any, y: Tensor, start: float, stop: float, parameters: Iterable[Tensor]
     ) -> Tensor:
         """The state at ``stop`` of rows ``y`` at ``start``; gradients also to ``parameters``."""
+        if self.method in FIXED:
+            return self._integrate(field, y, start, stop, parameters)
+        # Solvers that adapt stop at a row that is NaN, and all others with it.
+        field = _Spared(field, y)
+        y = self._integrate(field, y.masked_fill(field.lost, 0.0), start, stop, parameters)
+        return y.masked_fill(field.lost, torch.nan)
+
+    def _integrate(
+        self, field: Any, y: Tensor, start: float, stop: float, parameters: Iterable[Tensor]
+    ) -> Tensor:
         count = self.steps + 1 if self.method in FIXED else 2
         # Solvers compare times on the host, so that is where they are made. Steps stop at both ends, beyond
         # which no level exists.
@@ -274,6 +285,23 @@ class _Field:
                 "a differentiable one (guidance by observations gives samples; for densities use the prior's)"
             )
         return (torch.cos(angle) * rows - mean.reshape(rows.shape)) / torch.sin(angle)
+
+
+class _Spared:
+    """A field in which lost rows stand still.
+
+    Attributes:
+        lost: where a velocity was NaN, (rows, 1).
+    """
+
+    def __init__(self, field: _Field, y: Tensor) -> None:
+        self.field, self.size = field, field.size
+        self.lost = y.isnan().any(-1, keepdim=True)
+
+    def __call__(self, angle: Tensor, y: Tensor) -> Tensor:
+        velocity = self.field(angle, y)
+        self.lost = self.lost | velocity.detach().isnan().any(-1, keepdim=True)
+        return velocity.masked_fill(self.lost, 0.0)
 
 
 def _worst_row(y: Tensor, size: int) -> Tensor:

@@ -67,7 +67,7 @@ def gmres(apply: Apply, b: Tensor, iterations: int) -> KrylovSolution:
     r"""Generalized minimal residuals for :math:`S u = b`, S any regular matrix.
 
     As :func:`conjugate_gradients`, but S need not be symmetric, as the Jacobian of a network is not. It keeps
-    all directions: memory grows with the iterations.
+    all directions: memory grows with the iterations. A row where S or b overflows is NaN, and that row alone.
 
     Args:
         apply: p -> (S p, images), the images linear in p and of shapes whose leading dimensions are b's rows.
@@ -98,8 +98,11 @@ def gmres(apply: Apply, b: Tensor, iterations: int) -> KrylovSolution:
         table[..., j + 1, j] = rest.squeeze(-1)
         basis.append(_unit(product, rest, size))
     target = torch.cat([norm, b.new_zeros((*b.shape[:-1], iterations))], -1).unsqueeze(-1)
+    # A row that overflowed stays so, alone; torch would find no decomposition of the whole batch.
+    broken = ~torch.isfinite(table).all(-1, keepdim=True).all(-2, keepdim=True)
     # Directions after a breakdown are zero, and so are their columns: the pseudoinverse leaves them out.
-    weights = matmul(torch.linalg.pinv(table), target).squeeze(-1)
+    inverse = torch.linalg.pinv(torch.where(broken, 0.0, table))
+    weights = matmul(torch.where(broken, torch.nan, inverse), target).squeeze(-1)
     u = torch.zeros_like(b)
     images: tuple[Tensor, ...] = ()
     for j, found in enumerate(kept):
