@@ -51,8 +51,11 @@ nitpick_ignore_regex = [
         r"py:(class|func|meth|attr|data|exc|obj|mod)",
         r"(torch|torchsde|pyro|numpy|pandas|arviz|xarray|matplotlib|collections\.abc|pathlib|os)\..+",
     ),
-    # Parts of annotations that are not for users, and an error of Pyro's in "Raises".
-    (r"py:(class|exc)", r"pyro_diffusion\..+\.(Filter|Solved)|SMCFailed"),
+    # Parts of annotations and bases that are not for users, and an error of Pyro's in "Raises".
+    (
+        r"py:(class|exc)",
+        r"pyro_diffusion\..+\.(Analysis|Filter|NoClosedForms|PreciseModule|Solved|Sources)|SMCFailed",
+    ),
 ]
 
 

@@ -83,7 +83,7 @@ class DiscretizedNormal(NoClosedForms, TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """Exact, by the sum over all integers (so is the variance): memory grows with their number."""
+        """Exact, by the sum over all integers; memory grows with their number, as for the variance."""
         return self._expectation(self.enumerate_support(expand=False))
 
     @property
