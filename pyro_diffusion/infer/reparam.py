@@ -6,7 +6,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import Delta, TorchDistribution
+from pyro.distributions import Delta, MaskedDistribution, TorchDistribution
 from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine.runtime import InferDict
 from torch import Tensor
@@ -41,8 +41,9 @@ def _chain(fn: Any, where: str) -> Unwrapped:
     """
     found = unwrap_diffusion(fn)
     if found is None or found.masks or not isinstance(found.base, Diffusion):
-        inner = coordinates(fn) if found is None or found.masks else found.base
-        raise ValueError(f"{where} {type(inner).__name__}, expected a Diffusion")
+        inner = type(coordinates(fn) if found is None else found.base)
+        kind = MaskedDistribution if found is not None and found.masks else inner
+        raise ValueError(f"{where} {kind.__name__}, expected a Diffusion")
     check_wrappers("diffusion", found)
     return found
 
