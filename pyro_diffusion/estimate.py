@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_diffusion.validation import check_tensor
+
 __all__ = [
     "EXACT",
     "IMPORTANCE_WEIGHTED",
@@ -111,9 +113,12 @@ class Likelihood:
         """
         for name in ("value", "standard_error", "ess", "khat"):
             figure = getattr(self, name)
-            if figure is not None and (figure.dim() != 1 or figure.shape != self.value.shape):
+            if figure is None and name in ("ess", "khat"):
+                continue
+            shape = check_tensor(name, figure).shape
+            if len(shape) != 1 or shape != self.value.shape or not shape[0]:
                 raise ValueError(
-                    f"{name}: got shape {tuple(figure.shape)}, expected (n,), one number per datum"
+                    f"{name}: got shape {tuple(shape)}, expected (n,), one number per datum, n >= 1"
                 )
 
     def __len__(self) -> int:

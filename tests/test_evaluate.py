@@ -570,6 +570,8 @@ BAD = {
         "likelihood: got",
     ),
     "weights of one datum": (lambda: from_log_weights(torch.zeros(5), 1, 1), "value: got shape"),
+    "no values": (lambda: figure(torch.zeros(0)), "value: got shape"),
+    "no tensor": (lambda: figure([0.0, 1.0]), "value: got list"),
     "a table of values": (lambda: figure(torch.zeros(4, 4)), "value: got shape"),
     "elpd of one": (lambda: evaluate.to_elpd(figure(torch.zeros(1))), "likelihood: got 1"),
     "arviz kinds": (

@@ -129,6 +129,31 @@ def test_any_other_context_is_refused(name, bad):
             AVERAGES[name](data, context=context, batch_size=2)
 
 
+class Numbers(Shifted):
+    """Its context is one number per datum, without a dimension of its own."""
+
+    def context_event_dim(self, name, value):
+        return 0
+
+    def forward(self, xt, t, c):
+        return super().forward(xt, t, c.unsqueeze(-1))
+
+
+def test_a_column_of_numbers_is_no_row_per_datum():
+    """It used to score every datum under every number: (4, 4) values, or 16 of a flow that carries it."""
+    c = torch.tensor([-2.0, 0.0, 1.0, 3.0], dtype=F64)
+    truth = dist.Normal(c.unsqueeze(-1).expand(4, 2), math.sqrt(Shifted.variance)).to_event(1)
+    data = truth.sample()
+    flow = ProbabilityFlow(Numbers(), (2,))
+    right = evaluate.flow_log_likelihood(flow, data, context={"c": c})
+    torch.testing.assert_close(right.value, truth.log_prob(data), atol=0.02, rtol=0)
+    with pytest.raises(ValueError, match=r"^context: got 'c' of shape \(4, 1\), expected \(4,\)"):
+        evaluate.flow_log_likelihood(flow, data, context={"c": c[:, None]})
+    carries = ProbabilityFlow(Numbers(), (2,), context={"c": c})
+    with pytest.raises(ValueError, match=r"^flow: got a ProbabilityFlow of batch shape \(4,\)"):
+        evaluate.flow_log_likelihood(carries, data, batch_size=1)
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_the_ready_model_takes_rows(bad):
     data, shift, _ = rows(4)
@@ -151,7 +176,7 @@ def test_a_model_with_a_batch_shape_is_refused(name):
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_one_context_for_all_belongs_into_the_model(name):
+def test_one_context_for_all_belongs_in_the_model(name):
     score, view = VIEWS[name]
     data, shift, truth = rows(1)
     result = score(view(context={"c": shift[0]}), data.expand(4, 2))
