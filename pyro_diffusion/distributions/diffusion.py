@@ -37,7 +37,7 @@ class Diffusion(BoundedDistribution):
 
     The estimate is right wherever it enters linearly, as in every ELBO. Exponentiated it is no bound any
     more: a latent enumerated in the model, weights of particles, Markov chains and mixtures are refused by
-    :meth:`log_prob`, as far as Pyro lets it see them (a ``logsumexp`` of your own it does not). The unfolded
+    ``log_prob``, as far as Pyro lets it see them (a ``logsumexp`` of your own it does not). The unfolded
     chain (:class:`~pyro_diffusion.infer.ChainReparam`), :class:`ProbabilityFlow` and latents enumerated in
     the guide are right.
 

@@ -11,7 +11,8 @@ from torch.distributions import constraints
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.base import DenoisedDistribution, broadcast, broadcast_context
-from pyro_diffusion.distributions.linear_use import check_linear_use, inside_markov_chain
+from pyro_diffusion.distributions.callers import inside_markov_chain
+from pyro_diffusion.distributions.linear_use import check_linear_use
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.dynamics import (
     ExactTrace,

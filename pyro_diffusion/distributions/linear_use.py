@@ -7,7 +7,6 @@ to the frames that ask, and which latents it enumerates to the trace that they h
 """
 
 import sys
-from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -20,9 +19,10 @@ from pyro.infer import (
     TraceTMC_ELBO,
 )
 
+from pyro_diffusion.distributions.callers import callers, inside_markov_chain
 from pyro_diffusion.distributions.wrappers import unwrap_diffusion
 
-__all__ = ["check_linear_use", "inside_markov_chain"]
+__all__ = ["check_linear_use"]
 
 TRACE = "pyro.poutine.trace_struct"
 IMPORTANCE_TRACE = "pyro.infer.enum"
@@ -75,23 +75,9 @@ def check_linear_use(law: Any, chains: bool = True) -> None:
     )
 
 
-def inside_markov_chain() -> bool:
-    """Whether a kernel of ``pyro.infer.mcmc`` is among the callers (the hook of its ``MCMC`` is not one)."""
-    for module, _ in _callers(sys._getframe(1)):
-        if module.startswith("pyro.infer.mcmc"):
-            return module != "pyro.infer.mcmc.api"
-    return False
-
-
-def _callers(frame: FrameType | None) -> Iterator[tuple[str, FrameType]]:
-    while frame is not None:
-        yield frame.f_globals.get("__name__", ""), frame
-        frame = frame.f_back
-
-
 def _mixture_or_trace(frame: FrameType) -> str | FrameType | None:
     """Whichever is nearest: a mixture (its name), or the trace that scores its sites (its frame)."""
-    for module, caller in _callers(frame):
+    for module, caller in callers(frame):
         if module in MIXTURES:
             return MIXTURES[module]
         if module == TRACE:
@@ -104,7 +90,7 @@ def _use_of_trace(frame: FrameType) -> tuple[str, str] | None:
     asked = frame.f_locals
     trace, name = asked["self"], asked["name"]
     traces: dict[str, Any] = {}
-    for module, caller in _callers(frame):
+    for module, caller in callers(frame):
         if module == TRACE or caller.f_code.co_name == "<listcomp>":
             continue
         if module == IMPORTANCE_TRACE or (module in WEIGHTS and not traces):

@@ -1,9 +1,7 @@
 """Runs of a program of which only the shapes are used: no chain is walked for them."""
 
-import sys
 import weakref
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import torch
@@ -14,8 +12,9 @@ from pyro.poutine.block_messenger import BlockMessenger
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.distributions.callers import called_from
 
-__all__ = ["called_from", "kept_example", "shapes_only"]
+__all__ = ["kept_example", "shapes_only"]
 
 
 def shapes_only() -> bool:
@@ -34,17 +33,6 @@ def shapes_only() -> bool:
                 and not any(map(_is_prototype, stack[:place]))
                 and called_from("pyro.infer.predictive")
             )
-    return False
-
-
-def called_from(module: str) -> bool:
-    """Whether a function of a module, or of a package's modules, is among the callers."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if name == module or name.startswith(module + "."):
-            return True
-        frame = frame.f_back
     return False
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions import DenoisedDistribution, Diffusion
 from pyro_diffusion.distributions.base import plates_entered
-from pyro_diffusion.distributions.shape_runs import called_from, shapes_only
+from pyro_diffusion.distributions.callers import called_from
+from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.distributions.wrappers import unwrap_diffusion
 from pyro_diffusion.guidance import GuidedDenoiser, ProgramLikelihood
 from pyro_diffusion.guidance.program import check_model
