@@ -18,6 +18,7 @@ TINY = {
     " --weighted-steps 3 --weighted-samples 2 --samples 4",
     "moons": "--steps 3 --points 60 --held-out 40 --batch 16 --width 8 --chain 6 --short-chain 3"
     " --samples 2 --components 1 2",
+    "bayesian_last_layer": "--steps 3 --points 20 40 --batch 8 --width 8 --draws 2 --cells 4",
     "latent_diffusion": "--steps 2 --batch 8 --width 8 --latent 2 --prior-width 8 --chain 6 --draws 2"
     " --check-every 2 --samples 4",
     "text": "--steps 3 --batch 4 --width 8 --depth 1 --chain 6 --draws 2 --check-every 3"
