@@ -407,6 +407,7 @@ WRITE = """
 import sys, torch
 from pyro_diffusion import checkpoint
 path, me, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+print("go", flush=True)
 for n in range(count):
     checkpoint.save(path, {"by": me, "n": n, "x": torch.full((30_000,), float(n))})
 """
@@ -416,16 +417,28 @@ def test_two_writers_and_a_reader(tmp_path):
     """Every save succeeds, every load sees one whole checkpoint, and nothing is left over."""
     path = tmp_path / "a.safetensors"
     checkpoint.save(path, {"by": 0, "n": 0, "x": torch.zeros(30_000)})
-    writers = [
-        subprocess.Popen([sys.executable, "-c", WRITE, str(path), str(me), "60"]) for me in (1, 2)
-    ]
+
+    def write(process):  # as the other process does, for as long
+        n = 0
+        while process.poll() is None:
+            n += 1
+            checkpoint.save(path, {"by": 1, "n": n, "x": torch.full((30_000,), float(n))})
+
     seen = set()
-    while any(writer.poll() is None for writer in writers):
-        state = checkpoint.load(path)
-        assert (state["x"] == state["n"]).all()
-        seen.add((state["by"], state["n"]))
-    assert [writer.returncode for writer in writers] == [0, 0]
-    assert len(seen) > 1
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", WRITE, str(path), "2", "60"], stdout=subprocess.PIPE, text=True
+        ) as process,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert process.stdout.readline() == "go\n"
+        writer = pool.submit(write, process)
+        while not writer.done():
+            state = checkpoint.load(path)
+            assert (state["x"] == state["n"]).all()
+            seen.add(state["by"])
+        writer.result()
+    assert process.returncode == 0 and {1, 2} <= seen
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
