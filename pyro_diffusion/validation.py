@@ -15,6 +15,7 @@ __all__ = [
     "check_finite",
     "check_number",
     "check_positive_int",
+    "check_seed",
     "check_sizes",
     "check_tensor",
     "check_times",
@@ -145,6 +146,18 @@ def check_positive_int(name: str, value: object, at_least: int = 1) -> int:
         raise ValueError(f"{name}: got {value!r}, expected an integer >= {at_least}")
     if int(value) > LARGEST_COUNT:  # type: ignore[call-overload]
         raise ValueError(f"{name}: got {value!r}, expected an integer <= {LARGEST_COUNT}")
+    return int(value)  # type: ignore[call-overload]
+
+
+def check_seed(name: str, value: object) -> int:
+    """Refuse anything but an integer from 0 to below 2**63.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or not 0 <= int(value) < 2**63:  # type: ignore[call-overload]
+        raise ValueError(f"{name}: got {value!r}, expected an integer >= 0 of at most 63 bits")
     return int(value)  # type: ignore[call-overload]
 
 

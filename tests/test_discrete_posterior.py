@@ -284,12 +284,17 @@ def test_substitutions_do_not_deny_what_two_together_allow():
         tied = x[..., 0] == x[..., 1]
         pyro.factor("tied", torch.where(tied, 0.0, -torch.inf).to(F64))
 
-    particles = TwistedSMC(law, ProgramLikelihood(model), SubstitutionGuidance, 20_000).run()
+    smc = TwistedSMC(law, ProgramLikelihood(model), SubstitutionGuidance, 20_000)
+    runs = [smc.run() for _ in range(8)]
     truth = one.square() / one.square().sum()
     found = torch.stack(
-        [(particles.log_weights.exp() * (particles.value[:, 0] == k)).sum() for k in range(3)]
+        [
+            sum((run.log_weights.exp() * (run.value[:, 0] == k)).sum() for run in runs) / len(runs)
+            for k in range(3)
+        ]
     )
-    # Four errors of the evidence (1e-4 for a false alarm), and the shares well within what was denied: 0.5.
-    gap = particles.log_evidence.value - float(one.square().sum().log())
-    assert abs(gap) < 4 * particles.log_evidence.standard_error < 1
+    # Four errors of the evidence (1e-4 for a false alarm), and the shares well within what was denied, 0.5:
+    # one run's scatter by .06, so the tolerance is five errors of the mean of eight.
+    gap = runs[0].log_evidence.value - float(one.square().sum().log())
+    assert abs(gap) < 4 * runs[0].log_evidence.standard_error < 1
     torch.testing.assert_close(found, truth, atol=0.1, rtol=0)

@@ -15,7 +15,7 @@ from pyro_diffusion import evaluate
 from pyro_diffusion.denoisers import Quantized, analytic_variance
 from pyro_diffusion.distributions import DiffusionSDE, DiscretizedNormal, ProbabilityFlow
 from pyro_diffusion.dynamics import Hutchinson, HutchPlusPlus, gaussian
-from pyro_diffusion.processes import RowNoise, draw, drawing_from
+from pyro_diffusion.processes import RowNoise, SeededNoise, draw, drawing_from
 from pyro_diffusion.processes.noise import _GAMMA, _mix, inverted
 from pyro_diffusion.schedules import LogLinear
 from tests.exact import mixture, mixture_law
@@ -235,3 +235,22 @@ def test_rows_of_a_flow_have_their_own_probes(seed):
     assert len(value.unique()) == 5
     torch.testing.assert_close(law.log_prob(x[:2]), value[:2])
     torch.testing.assert_close(law.expand((5,)).log_prob(x), value)
+
+
+def test_bad_input_is_named():
+    rows = torch.arange(3)
+    for seed in (-1, 2**63, 0.5, True, None):
+        with pytest.raises(ValueError, match="seed: got"):
+            SeededNoise(seed)
+    for bad in (rows.double(), rows[None], [0, 1]):
+        with pytest.raises(ValueError, match="rows: got"):
+            RowNoise(0, bad)
+    with pytest.raises(ValueError, match="noise: got int"), drawing_from(3):
+        pass
+    with pytest.raises(ValueError, match="distribution: got Tensor"):
+        draw(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"noise: got 3 rows for draws of shape \(4, 2\)"):
+        RowNoise(0, rows).normal((4, 2), torch.zeros(()), event_dim=1)
+    law, data = double("normal")
+    with pytest.raises(ValueError, match="seed: got -1"):
+        evaluate.log_likelihood(law, data, seed=-1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_diffusion.precision import full_precision
 from pyro_diffusion.processes import NoiseSource
-from pyro_diffusion.validation import check_positive_int, check_tensor
+from pyro_diffusion.validation import check_positive_int, check_seed, check_tensor
 
 __all__ = [
     "ExactTrace",
@@ -130,10 +130,8 @@ class Hutchinson(Trace):
 
     def __init__(self, probes: int = 1, law: Law = rademacher, seed: int | None = None) -> None:
         self.columns, self.law, self.seed = check_positive_int("probes", probes), law, seed
-        if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
-            raise ValueError(
-                f"seed: got {seed!r}, expected an integer >= 0 of at most 63 bits, or None"
-            )
+        if seed is not None:
+            self.seed = check_seed("seed", seed)
         if not callable(law):
             raise ValueError(
                 f"law: got {law!r}, expected a map of normal draws such as rademacher, gaussian or sphere"

@@ -11,7 +11,7 @@ from pyro_diffusion.denoisers.base import check_context
 from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.distributions.wrappers import Unwrapped, check_wrappers, unwrap
 from pyro_diffusion.processes import RowNoise, drawing_from, fresh_seed
-from pyro_diffusion.validation import check_event_shape, check_positive_int
+from pyro_diffusion.validation import check_event_shape, check_positive_int, check_seed
 
 __all__ = ["Rows", "batches", "check_model", "check_rows", "checked_seed"]
 
@@ -74,9 +74,9 @@ def checked_seed(seed: int | None) -> int:
     """A seed that was given, or else one from torch's global generator.
 
     Raises:
-        ValueError: for anything but an integer >= 0.
+        ValueError: for anything but an integer from 0 to below 2**63.
     """
-    return fresh_seed() if seed is None else check_positive_int("seed", seed, at_least=0)
+    return fresh_seed() if seed is None else check_seed("seed", seed)
 
 
 def batches(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_diffusion.processes.base import coordinates
-from pyro_diffusion.validation import Shape
+from pyro_diffusion.validation import Shape, check_seed, check_tensor
 
 __all__ = [
     "NoiseSource",
@@ -39,7 +39,14 @@ def draw(distribution: TorchDistribution, sample_shape: Shape = torch.Size()) ->
 
     Returns:
         Values, sample + batch + event.
+
+    Raises:
+        ValueError: for anything but a distribution.
     """
+    if not isinstance(distribution, torch.distributions.Distribution):
+        raise ValueError(
+            f"distribution: got {type(distribution).__name__}, expected a Pyro distribution"
+        )
     source = getattr(_ambient, "noise", None)
     return (
         _own(distribution, sample_shape)
@@ -50,7 +57,16 @@ def draw(distribution: TorchDistribution, sample_shape: Shape = torch.Size()) ->
 
 @contextlib.contextmanager
 def drawing_from(noise: "NoiseSource") -> Iterator[None]:
-    """Make every :func:`draw` of this thread from a source. The global generators are not touched."""
+    """Make every :func:`draw` of this thread from a source. The global generators are not touched.
+
+    Args:
+        noise: where to draw from; within another, the innermost counts.
+
+    Raises:
+        ValueError: for anything but a source.
+    """
+    if not isinstance(noise, NoiseSource):
+        raise ValueError(f"noise: got {type(noise).__name__}, expected a NoiseSource")
     outer = getattr(_ambient, "noise", None)
     _ambient.noise = noise
     try:
@@ -70,10 +86,13 @@ class NoiseSource:
 
     Args:
         seed: an integer from 0 to below 2**63.
+
+    Raises:
+        ValueError: for another seed.
     """
 
     def __init__(self, seed: int) -> None:
-        self.seed, self._asked = seed, 0
+        self.seed, self._asked = check_seed("seed", seed), 0
 
     def normal(self, shape: Shape, like: Tensor, event_dim: int = 0) -> Tensor:
         """Standard normal numbers, of the dtype and on the device of ``like``.
@@ -119,6 +138,9 @@ class SeededNoise(NoiseSource):
 
     Args:
         seed: an integer from 0 to below 2**63.
+
+    Raises:
+        ValueError: for another seed.
     """
 
     def __init__(self, seed: int) -> None:
@@ -163,7 +185,10 @@ class RowNoise(NoiseSource):
 
     Args:
         seed: an integer from 0 to below 2**63.
-        rows: (n,), integers that name the rows, on the device of the draws.
+        rows: (n,), integers (int64) that name the rows, on the device of the draws.
+
+    Raises:
+        ValueError: for another seed, or rows of another shape or dtype.
 
     References:
         Steele, Lea & Flood, Fast splittable pseudorandom number generators, OOPSLA 2014.
@@ -171,7 +196,11 @@ class RowNoise(NoiseSource):
 
     def __init__(self, seed: int, rows: Tensor) -> None:
         super().__init__(seed)
-        self.rows = rows
+        self.rows = check_tensor("rows", rows)
+        if rows.dim() != 1 or rows.dtype != torch.int64:
+            raise ValueError(
+                f"rows: got shape {tuple(rows.shape)} of {rows.dtype}, expected (n,) of torch.int64"
+            )
         self._keys = _mix(_mix(torch.full_like(rows, seed)) + rows * _GAMMA)
         self._used = 0
 
