@@ -30,9 +30,11 @@ class Denoiser(DefinedModule, PreciseModule):
 
     Attributes:
         point_mass: whether its posterior is known to be a point mass, a mean without a variance.
+        guided: whether something else than training bends it, so that sampling may leave what it knows.
     """
 
     point_mass: bool = False
+    guided: bool = False
 
     def __init__(self, process: ForwardProcess) -> None:
         super().__init__()

@@ -149,6 +149,14 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
         self._check_precision(x)
         return x
 
+    def _check_outcome(self, x: Tensor) -> None:
+        """Refuse a network whose output is NaN, by what came of it (from finite data)."""
+        if not bool(x.detach().isfinite().all()):
+            raise ValueError(
+                f"denoiser: got NaN or infinite numbers from {type(self.denoiser).__name__}, expected a "
+                "network whose output is finite at every level"
+            )
+
     def _check_precision(self, x: Tensor) -> None:
         """Refuse states whose dtype cannot hold the schedule's levels."""
         if x.is_floating_point():

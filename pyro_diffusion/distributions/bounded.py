@@ -13,7 +13,7 @@ from pyro_diffusion.distributions.base import DenoisedDistribution, broadcast
 from pyro_diffusion.distributions.decoders import Decoder, check_decoder, default_decoder
 from pyro_diffusion.distributions.linear_use import check_linear_use
 from pyro_diffusion.distributions.objectives import Bound, Objective, check_objective, divergence
-from pyro_diffusion.processes import GaussianProcess, SeededNoise, drawing_from
+from pyro_diffusion.processes import GaussianProcess, SeededNoise, coordinates, draw, drawing_from
 from pyro_diffusion.schedules import Level, check_grid
 from pyro_diffusion.validation import Shape, check_event_shape, check_expands, check_tensor
 
@@ -104,7 +104,10 @@ class BoundedDistribution(DenoisedDistribution):
         drawn = torch.where(
             position < 0, (decoding - known) / share, reverse * (self._span / (1 - share))
         )
-        return -(self._prior_divergence(x0) + known + drawn).expand(batch)
+        total = -(self._prior_divergence(x0) + known + drawn).expand(batch)
+        if self._validate_args:
+            self._check_outcome(total)
+        return total
 
     def prior_terms(self, value: Tensor) -> Tensor:
         """KL(q(x_{t_K} | x) || p(x_{t_K})) per datum, exact (nats), sample + batch."""
@@ -138,6 +141,15 @@ class BoundedDistribution(DenoisedDistribution):
     def encode(self, value: Tensor) -> Tensor:
         """Data as x_0, checked and broadcast to this distribution's batch shape."""
         return self._encoded(value)[0]
+
+    def _decoded(self, x: Tensor) -> Tensor:
+        """Data drawn from the decoder at the end of a walk."""
+        law = self.decode(x)
+        base = coordinates(law)
+        for name in ("loc", "probs"):  # torch would draw integers from NaN
+            if torch.is_tensor(getattr(base, name, None)):
+                self._check_outcome(getattr(base, name))
+        return draw(law)
 
     def decode(self, x: Tensor) -> TorchDistribution:
         """The law of data given the path's last state x_{t_0}, batch + event (one network read)."""

@@ -135,7 +135,7 @@ class Diffusion(BoundedDistribution):
             x, context = self.with_context(x)
             times = self.times.to(self._time_dtype(x))
             x = simulate(self.denoiser, times, x, self.sampler, context, self.progress)
-            return draw(self.decode(x))
+            return self._decoded(x)
 
     def bound_terms(self, value: Tensor, index: Tensor | int) -> Tensor:
         """One term of minus the objective per datum, from a fresh draw of its noise (nats).

@@ -305,7 +305,10 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
             ValueError: for data of a wrong shape or that are not finite, and for a stochastic trace without a
                 seed inside a Markov chain.
         """
-        return self.score(value).value
+        log_prob = self.score(value).value
+        if self._validate_args:
+            self._check_outcome(log_prob)
+        return log_prob
 
     def score(self, value: Tensor, noise: NoiseSource | None = None) -> LogDensity:
         """Log-density with its standard error over probes, latent and number of evaluations, in one pass.
@@ -329,7 +332,9 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
     def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:
         """Data from one pass of the ODE, sample + batch + event."""
         with torch.no_grad():
-            return self.rsample(sample_shape)
+            x = self.rsample(sample_shape)
+            self._check_outcome(x)
+            return x
 
     def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:
         """Reparameterized data from one pass of the ODE, sample + batch + event."""

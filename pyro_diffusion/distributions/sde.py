@@ -125,7 +125,7 @@ class DiffusionSDE(BoundedDistribution):
                 for name, value in self.with_context(x)[1].items()
             }
             sde = ReverseSDE(self.denoiser, self.event_shape, self.eta, context=context)
-            return draw(self.decode(self.solver(sde, x.reshape(count, -1)).reshape(x.shape)))
+            return self._decoded(self.solver(sde, x.reshape(count, -1)).reshape(x.shape))
 
     def bound_terms(self, value: Tensor, t: Tensor | float) -> Tensor:
         r"""The diffusion term's integrand at given times, from a fresh draw of its noise (nats per unit t).

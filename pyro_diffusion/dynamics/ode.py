@@ -96,17 +96,23 @@ class Solver:
             ends = ends if start < stop else -ends
             adjoint_options = {"norm": "seminorm", "step_t": ends, "first_step": first_step}
         keywords = {"rtol": self.rtol, "atol": self.atol, "method": self.method}
-        if not self.adjoint:
-            return odeint(field, y, times, options=options, **keywords)[-1]
-        return odeint_adjoint(
-            field,
-            y,
-            times,
-            options=options,
-            adjoint_options=adjoint_options,
-            adjoint_params=tuple(parameters),
-            **keywords,
-        )[-1]
+        try:
+            if not self.adjoint:
+                return odeint(field, y, times, options=options, **keywords)[-1]
+            return odeint_adjoint(
+                field,
+                y,
+                times,
+                options=options,
+                adjoint_options=adjoint_options,
+                adjoint_params=tuple(parameters),
+                **keywords,
+            )[-1]
+        except AssertionError as error:  # torchdiffeq's, of a step that has shrunk to nothing
+            raise ValueError(
+                f"denoiser: got a flow that the solver cannot follow ({error}), expected a network whose "
+                "output is finite at every level and changes smoothly from one to the next"
+            ) from error
 
 
 class Passage(NamedTuple):

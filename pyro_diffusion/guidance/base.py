@@ -46,6 +46,8 @@ class GuidedDenoiser(Denoiser):
         ValueError: if ``denoiser`` is not a denoiser.
     """
 
+    guided = True
+
     def __init__(self, denoiser: Denoiser, likelihood: Any) -> None:
         super().__init__(check_denoiser(denoiser).process)
         self.denoiser = denoiser

@@ -64,6 +64,8 @@ class ClassifierFreeGuidance(Denoiser):
         Ho & Salimans, arXiv 2207.12598; Kynkaanniemi et al. (interval), arXiv 2404.07724.
     """
 
+    guided = True
+
     def __init__(
         self,
         denoiser: Denoiser,

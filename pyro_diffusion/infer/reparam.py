@@ -16,6 +16,7 @@ from pyro_diffusion.distributions.deferred import Deferred, unscored
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.distributions.wrappers import Unwrapped, check_wrappers, unwrap_diffusion
 from pyro_diffusion.processes import coordinates
+from pyro_diffusion.samplers.watch import Watch
 from pyro_diffusion.schedules import Level
 
 __all__ = ["ChainReparam", "forward_chain", "reverse_chain"]
@@ -74,16 +75,25 @@ def reverse_chain(name: str, diffusion: TorchDistribution) -> TorchDistribution:
     x = pyro.sample(site_name(name, chain.steps), prior)
     if shapes_only():
         return _example_chain(name, found, grouped, x)
+    watch = Watch(chain.denoiser)
     for j in range(chain.steps, 0, -1):
-        kernel = _law(chain, x, functools.partial(_kernel, chain, x, levels[j - 1], levels[j]))
+        kernel = _law(
+            chain, x, functools.partial(_kernel, chain, x, levels[j - 1], levels[j], watch)
+        )
         x = pyro.sample(site_name(name, j - 1), kernel.to_event(grouped))
+    if chain.denoiser.guided:
+        watch.conclude(x)
     out: TorchDistribution = found.around(_law(chain, x, functools.partial(chain.decode, x)))
     return out
 
 
-def _kernel(chain: Diffusion, x: Tensor, early: Level, late: Level) -> TorchDistribution:
+def _kernel(
+    chain: Diffusion, x: Tensor, early: Level, late: Level, watch: Watch
+) -> TorchDistribution:
     """p(x_s | x_t), from one network evaluation."""
-    return chain.denoiser.process.reverse(x, chain.posterior(x, late), early, late)
+    posterior = chain.posterior(x, late)
+    watch.see(x, late, posterior)
+    return chain.denoiser.process.reverse(x, posterior, early, late)
 
 
 def _law(chain: Diffusion, x: Tensor, make: Callable[[], TorchDistribution]) -> TorchDistribution:

@@ -11,6 +11,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.precision import at_least_single
 from pyro_diffusion.processes import ForwardProcess
+from pyro_diffusion.samplers.watch import Watch
 from pyro_diffusion.schedules import Grid, Level, table_row
 from pyro_diffusion.validation import check_tensor, check_times
 
@@ -121,7 +122,8 @@ def simulate(
         The state at ``times[0]``.
 
     Raises:
-        ValueError: for a state of another kind, or times outside [0, 1] or out of order.
+        ValueError: for a state of another kind, times outside [0, 1] or out of order, and walks that end in
+            NaN or in guidance that overshot (:class:`~pyro_diffusion.samplers.watch.Watch`).
     """
     denoiser = in_this_run(denoiser)  # one network for all steps
     process, context = denoiser.process, context or {}
@@ -139,14 +141,22 @@ def simulate(
     if callback is not None:
         callback(len(times) - 1, state.x)
 
+    watch = Watch(denoiser)
+
     def read(xt: Tensor, t: Level) -> TorchDistribution:
-        return denoiser(xt, t, **context)
+        posterior = denoiser(xt, t, **context)
+        watch.see(xt, t, posterior)
+        return posterior
 
     for j, s, t, c in tqdm(steps, total=count, desc="sampling", disable=not progress):
-        state = sampler.step(process, read, state, s, t, c)
+        try:
+            state = sampler.step(process, read, state, s, t, c)
+        except (RuntimeError, ValueError):
+            watch.conclude(state.x)  # what broke was perhaps the walk before
+            raise
         if callback is not None:
             callback(j, state.x)
-    return state.x
+    return watch.conclude(state.x)
 
 
 def _check_walk(times: Tensor) -> None:

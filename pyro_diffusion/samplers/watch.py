@@ -1,0 +1,75 @@
+"""Walks that went wrong: NaN from a network, or guidance that overshoots until states leave the model."""
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.processes import coordinates
+from pyro_diffusion.schedules import Level
+
+__all__ = ["LARGEST_NOISE", "Watch"]
+
+# Standard deviations: under any exact posterior the root mean square of E[eps | x_t, y] is 1 at most.
+LARGEST_NOISE = 1e3
+
+
+class Watch:
+    r"""What the reads of one walk tell, kept on the device and looked at once, when it ends.
+
+    A guided estimate implies a noise :math:`\hat\epsilon = (x_t - \alpha \hat x_0)/\sigma`. Were it exact,
+    :math:`E\|\hat\epsilon\|^2 \le d` whatever data, prior and observations are, by Jensen's inequality.
+    Guidance that overshoots enlarges it at every step. A walk in which some datum's root mean square exceeds
+    ``LARGEST_NOISE`` has left the model; data of large scale have not.
+
+    Args:
+        denoiser: what is read; only one that is ``guided`` is watched for its noise.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+        self.marks: list[Tensor] = []
+        self.log_snr: list[Tensor] = []
+
+    def see(self, xt: Tensor, t: Level, posterior: TorchDistribution) -> None:
+        """Mark a read: its largest implied noise, or NaN."""
+        if not xt.is_floating_point():
+            base = coordinates(posterior)
+            scores = getattr(base, "logits", None)
+            if scores is not None:
+                self._mark(torch.where(scores.isnan().any(), torch.nan, 0.0), t)
+        elif self.denoiser.guided:
+            noise = (xt - t.alpha * posterior.mean) / t.sigma
+            event = self.denoiser.process.event_dim
+            square = noise.detach().square()
+            mean = square.flatten(-event).mean(-1) if event else square
+            self._mark(mean.amax().sqrt(), t)
+
+    def conclude(self, x: Tensor) -> Tensor:
+        """The walk's last state, or what is wrong with it.
+
+        Raises:
+            ValueError: for states that are not finite, NaN in a read, or noise beyond ``LARGEST_NOISE``.
+        """
+        finite = torch.where(x.isfinite().all(), 0.0, torch.nan)
+        marks = torch.stack([*(m.to(finite) for m in self.marks), finite])
+        good = marks <= LARGEST_NOISE
+        if bool(good.all()):
+            return x
+        first = int((~good).nonzero()[0])
+        value, kind = float(marks[first]), type(self.denoiser).__name__
+        where = f" at log-SNR {float(self.log_snr[first]):.3g}" if first < len(self.marks) else ""
+        if self.denoiser.guided:
+            raise ValueError(
+                f"guidance: got {kind} whose estimate leaves the model{where}: it takes the state for noise "
+                f"of {value:.3g} standard deviations, expected {LARGEST_NOISE:g} at most. It overshoots: use "
+                "more steps or a smaller scale, MMPS or DataCovariance instead, or TwistedSMC"
+            )
+        raise ValueError(
+            f"denoiser: got NaN or infinite numbers from {kind}{where}, expected a network whose output is "
+            "finite at every level"
+        )
+
+    def _mark(self, value: Tensor, t: Level) -> None:
+        self.marks.append(value)
+        self.log_snr.append(t.log_snr.detach().amax())

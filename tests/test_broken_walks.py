@@ -1,0 +1,127 @@
+"""Networks that return NaN, and guidance that explodes, are refused by name and not returned."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from exact import mixture
+from laws import LAWS
+from torch import nn
+
+from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
+from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
+from pyro_diffusion.guidance import MMPS, DataCovariance, PlugIn, ProgramLikelihood
+from pyro_diffusion.infer import AutoGuidance
+from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.samplers import DDIM, Ancestral
+from pyro_diffusion.schedules import Cosine
+
+
+class Broken(nn.Module):
+    """A network that returns NaN beyond a log-SNR."""
+
+    def __init__(self, network, above=-100.0):
+        super().__init__()
+        self.network, self.above = network, above
+
+    def forward(self, x, log_snr, **context):
+        out = self.network(x, log_snr, **context)
+        broken = (log_snr > self.above).reshape(-1, *(1,) * (out.dim() - 1))
+        return torch.where(broken, torch.nan, out)
+
+
+@pytest.mark.parametrize("above", [-100.0, 9.0])
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+def test_chain(law, above):
+    denoiser = law.denoiser()
+    denoiser.network = Broken(denoiser.network, above)
+    message = "denoiser: got NaN or infinite numbers from .*Denoiser"
+    with pytest.raises(ValueError, match=message):
+        law(denoiser).sample((3,))
+    with pytest.raises(ValueError, match=message):
+        law(denoiser).log_prob(law.data((64,)))
+
+
+def test_sde_and_flow():
+    network = Broken(nn.Identity())
+    network.forward = lambda x, log_snr: x * torch.nan
+    denoiser = GaussianDenoiser(network, GaussianProcess(Cosine()))
+    views = (DiffusionSDE(denoiser, (2,), 5), ProbabilityFlow(denoiser, (2,), method="rk4"))
+    for law in (*views, ProbabilityFlow(denoiser, (2,))):
+        with pytest.raises(ValueError, match="denoiser: got"):
+            law.sample((3,))
+        with pytest.raises(ValueError, match="denoiser: got"):
+            law.log_prob(torch.zeros(3, 2))
+
+
+def program(denoiser, scale, size=1.0, y=None):
+    reading = torch.tensor([1.0, -0.6]) if y is None else y
+
+    def model():
+        x = pyro.sample("x", Diffusion(denoiser, (2,), 50))
+        pyro.sample("y", dist.Normal(x, scale * size).to_event(1), obs=reading * size)
+
+    return model
+
+
+def standard(size=1.0):
+    return MixtureDenoiser(GaussianProcess(Cosine()), torch.ones(1), torch.zeros(1, 2), size**2)
+
+
+def test_plug_in_that_explodes():
+    # Coordinates of 4e6 where the posterior's are of order 1: the implied noise reaches 4e7. (In walks that
+    # are let through below it is 12 at most.)
+    denoiser = standard()
+    guided = PlugIn(denoiser, ProgramLikelihood(program(denoiser, 0.1)))
+    with pytest.raises(ValueError, match="guidance: got PlugIn whose estimate leaves the model"):
+        Diffusion(guided, (2,), 50).sample((16,))
+
+
+def test_plug_in_that_overflows():
+    denoiser = standard()
+    guided = PlugIn(denoiser, ProgramLikelihood(program(denoiser, 0.01)))
+    with pytest.raises(ValueError, match="guidance: got PlugIn whose estimate leaves the model"):
+        Diffusion(guided, (2,), 50).sample((16,))
+
+
+def test_an_autoguide_that_explodes():
+    model = program(standard(), 0.1)
+    with pytest.raises(ValueError, match="guidance: got PlugIn"):
+        AutoGuidance(model, PlugIn)()
+
+
+SETTLED = [(0.3, 50, Ancestral()), (0.2, 100, Ancestral()), (0.1, 50, DDIM())]
+
+
+@pytest.mark.parametrize(("scale", "steps", "sampler"), SETTLED)
+def test_plug_in_that_settles_is_let_through(scale, steps, sampler):
+    denoiser = standard()
+    guided = PlugIn(denoiser, ProgramLikelihood(program(denoiser, scale)))
+    x = Diffusion(guided, (2,), steps, sampler=sampler).sample((16,))
+    assert x.abs().max() < 5
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3])
+def test_data_of_any_scale_are_let_through(size):
+    # Prior of standard deviation 1000 under the same schedule, read as precisely.
+    denoiser = standard(size)
+    read = ProgramLikelihood(program(denoiser, 0.1, size))
+    for guided in (
+        MMPS(denoiser, read),
+        DataCovariance(denoiser, read, covariance=size**2 * torch.eye(2)),
+    ):
+        x = Diffusion(guided, (2,), 50).sample((16,)) / size
+        assert float((x - torch.tensor([1.0, -0.6])).abs().max()) < 1.0
+
+
+def test_observations_far_from_the_prior_are_let_through():
+    denoiser = standard()
+    read = ProgramLikelihood(program(denoiser, 0.1, y=torch.tensor([100.0, -60.0])))
+    x = Diffusion(MMPS(denoiser, read), (2,), 50).sample((16,))
+    assert x.isfinite().all()
+
+
+def test_an_unguided_walk_is_not_judged():
+    far = 1e6 * torch.ones(3, 2, dtype=torch.float64)
+    law = Diffusion(mixture(Cosine()), (2,), 10)
+    assert law.decode(far).mean.isfinite().all()
