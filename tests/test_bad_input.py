@@ -68,7 +68,7 @@ class Short(nn.Module):
         return x[:, :-1]
 
 
-class Bumpy(Cosine):
+class Bumpy(LogLinear):
     """A schedule that turns back half way."""
 
     def _curve(self, u):
