@@ -26,6 +26,13 @@ __all__ = ["check_linear_use"]
 
 TRACE = "pyro.poutine.trace_struct"
 IMPORTANCE_TRACE = "pyro.infer.enum"
+DISCRETE = "pyro.infer.discrete"
+
+# Objectives that may exponentiate; any other is linear.
+EXPONENTIATING = (
+    *(RenyiELBO, ReweightedWakeSleep, TraceTailAdaptive_ELBO),
+    *(TraceEnum_ELBO, TraceTMC_ELBO),
+)
 
 # Distributions whose density is a sum of exponentials of their parts', by module.
 MIXTURES = {
@@ -87,17 +94,20 @@ def _mixture_or_trace(frame: FrameType) -> str | FrameType | None:
 
 def _use_of_trace(frame: FrameType) -> tuple[str, str] | None:
     """What is wrong with scoring a trace's site there, and the ways out; None if nothing is."""
-    asked = frame.f_locals
-    trace, name = asked["self"], asked["name"]
-    traces: dict[str, Any] = {}
+    holder: FrameType | None = None
     for module, caller in callers(frame):
-        if module == TRACE or caller.f_code.co_name == "<listcomp>":
-            continue
-        if module == IMPORTANCE_TRACE or (module in WEIGHTS and not traces):
-            traces = _traces(caller.f_locals)
-        if module != IMPORTANCE_TRACE:
+        if module == IMPORTANCE_TRACE:
+            holder = caller
+        elif module != TRACE and caller.f_code.co_name != "<listcomp>":
             break
     elbo = caller.f_locals.get("self")
+    if not (isinstance(elbo, EXPONENTIATING) or module in WEIGHTS or module == DISCRETE):
+        return None
+    if holder is None and module in WEIGHTS:
+        holder = caller
+    traces = {} if holder is None else _traces(holder.f_locals)
+    asked = frame.f_locals
+    trace, name = asked["self"], asked["name"]
     weights = _weights(module, elbo, bool(traces))
     if weights is not None:
         if _cancels(name, **traces):
@@ -110,7 +120,7 @@ def _use_of_trace(frame: FrameType) -> tuple[str, str] | None:
     names = ", ".join(map(repr, touching))
     if isinstance(elbo, TraceTMC_ELBO):
         return f"TraceTMC_ELBO over {names}", f"TraceEnum_ELBO, {WAYS_OUT}"
-    if module == "pyro.infer.discrete":
+    if module == DISCRETE:
         return f"infer_discrete over {names}", WAYS_OUT
     return f"{names} enumerated in the model", f"{WAYS_OUT}, or {names} enumerated in the guide"
 
@@ -132,7 +142,7 @@ def _weights(module: str, elbo: Any, particles: bool) -> str | None:
     # Sleep updates score the guide alone, linearly.
     if isinstance(elbo, ReweightedWakeSleep) and particles:
         return "ReweightedWakeSleep"
-    if isinstance(elbo, RenyiELBO | TraceTailAdaptive_ELBO) and elbo.num_particles > 1:
+    if isinstance(elbo, (RenyiELBO, TraceTailAdaptive_ELBO)) and elbo.num_particles > 1:
         return f"{type(elbo).__name__}(num_particles={elbo.num_particles})"
     return None
 
@@ -151,7 +161,7 @@ def _cancels(name: str, model_trace: Any = None, guide_trace: Any = None) -> boo
 
 def _enumerated(module: str, elbo: Any, trace: Any, guide_trace: Any) -> dict[str, int]:
     """Latents over whose values log-probabilities will be exponentiated and summed, with their ids."""
-    everywhere = isinstance(elbo, TraceTMC_ELBO) or module == "pyro.infer.discrete"
+    everywhere = isinstance(elbo, TraceTMC_ELBO) or module == DISCRETE
     if not everywhere and (not isinstance(elbo, TraceEnum_ELBO) or trace is guide_trace):
         return {}
     out = {}
