@@ -123,7 +123,7 @@ def simulate(
 
     Raises:
         ValueError: for a state of another kind, times outside [0, 1] or out of order, and walks that end in
-            NaN or in guidance that overshot (:class:`~pyro_diffusion.samplers.watch.Watch`).
+            NaN, or whose guidance overshot (the estimate implies noise of over 1000 standard deviations).
     """
     denoiser = in_this_run(denoiser)  # one network for all steps
     process, context = denoiser.process, context or {}
