@@ -258,9 +258,8 @@ def test_particles_are_guided_by_moment_matching_on_deviances(name):
     prior, likelihood = posterior(name)
     guided = default_guidance(PRIOR, likelihood)
     assert type(guided) is MMPS and guided.likelihood is not likelihood
-    pyro.set_rng_seed(
-        0
-    )  # the least effective size of Poisson readings scatters over seeds, 1 to 640
+    # Under Poisson readings the least effective size scatters over seeds, from 1 to 640.
+    pyro.set_rng_seed(0)
     smc = TwistedSMC(prior, likelihood, num_particles=1000)
     assert smc.chain.likelihood is likelihood
     done = smc.run()
