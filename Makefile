@@ -27,7 +27,8 @@ CORE := $(VENV)/.installed-examples
 DEV := $(VENV)/.installed-dev
 PEERS := $(VENV)/.installed-peers
 BENCHMARKS := exactness one_algebra discrete training samplers flow sde variances diagnostics digits_flow \
-    gaussian_posterior linear_inverse discrete_posterior posterior_programs guide_cost
+    gaussian_posterior linear_inverse discrete_posterior posterior_programs guide_cost \
+    mixture_of_diffusions
 
 # Tests share the cores by processes, so each process computes on one thread.
 PYTEST := OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest

@@ -29,6 +29,7 @@ TINY = {
     " --warmup 1 --gibbs-particles 2",
     "conditional_digits": "--steps 3 --classifier-steps 3 --batch 8 --width 8 --chain 3 --samples 2"
     " --scales 1 2",
+    "unsupervised_classes": "--steps 3 --chain 6",
     "model_comparison": "--prior prior --prior-settings='--steps 3 --classifier-steps 3 --batch 8 --width 8'"
     " --images 2 --chain 3 --particles 2",
 }
