@@ -63,7 +63,8 @@ def test_the_gap_of_two_classes_is_read_far_more_precisely():
     assert (scores[0] - scores[1]).std() < 0.5 * scores[0].std()
 
 
-def test_enumerated_in_the_guide_the_loss_is_the_weighted_sum_of_the_classes():
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_enumerated_in_the_guide_the_loss_is_the_weighted_sum_of_the_classes(temperature):
     x, logits = torch.randn(6, 3), torch.randn(6, 3)
     denoiser, kept = conditional_(), []
 
@@ -75,14 +76,17 @@ def test_enumerated_in_the_guide_the_loss_is_the_weighted_sum_of_the_classes():
 
     @config_enumerate
     def guide(x):
-        with pyro.plate("data", len(x)):
+        # A scale at the guide's site weighs its entropy alone, as examples/unsupervised_classes.py does.
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=temperature):
             pyro.sample("k", dist.Categorical(logits=logits))
 
     loss = TraceEnum_ELBO(max_plate_nesting=1).loss(model, guide, x)
     log_q = logits.log_softmax(-1)
     scores = kept[-1].expand((3, 6)).log_prob(x).T
     assert kept[-1].batch_shape == (3, 1)
-    expected = (log_q.exp() * (log_q - torch.tensor(1 / 3).log() - scores.detach())).sum()
+    expected = (
+        log_q.exp() * (temperature * log_q - torch.tensor(1 / 3).log() - scores.detach())
+    ).sum()
     assert loss == pytest.approx(float(expected), rel=1e-5)
 
 
