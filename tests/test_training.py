@@ -311,7 +311,6 @@ def test_enumerated_labels_reach_the_context():
     network = Tiny((2,), context=True)
     denoiser = GaussianDenoiser(network, GaussianProcess(Cosine()))
 
-    @config_enumerate
     def model(x):
         pyro.module("denoiser", denoiser)
         with pyro.plate("data", len(x)):
@@ -319,6 +318,14 @@ def test_enumerated_labels_reach_the_context():
             law = Diffusion(denoiser, (2,), steps=5, context={"label": label})
             pyro.sample("x", law, obs=x)
 
-    loss = TraceEnum_ELBO(max_plate_nesting=1).loss_and_grads(model, empty, blob(8))
+    # In the guide, where the loss is linear in the estimates; the model's own enumeration is refused.
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("label", dist.Categorical(torch.ones(len(x), 3) / 3))
+
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    loss = elbo.loss_and_grads(model, config_enumerate(guide), blob(8))
     assert math.isfinite(loss)
     assert (network.label.weight.grad != 0).all(1).all()
+    with pytest.raises(ValueError, match="'label' enumerated in the model"):
+        elbo.loss_and_grads(config_enumerate(model), empty, blob(8))

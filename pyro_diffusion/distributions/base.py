@@ -69,7 +69,7 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
         self.dtype, self.device = home(self.denoiser)
         self.context = {k: v for k, v in (context or {}).items() if v is not None}
         for name, value in self.context.items():
-            check_tensor(f"context[{name!r}]", value, boolean=True)
+            check_tensor(name, value, boolean=True)
         self._seed = fresh_seed()
         batch_shape = broadcast("context", {k: self._context_batch(k) for k in self.context})
         self._given_batch = batch_shape  # the context's own, which `expand` leaves as it is
