@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.contrib.oed.eig import nmc_eig, posterior_eig, vnmc_eig
 from pyro.infer import (
     HMC,
     MCMC,
@@ -258,6 +259,52 @@ def test_mixtures_are_refused():
         Trace_ELBO().loss(model, empty)
     flows = ProbabilityFlow(DENOISER, (2,), method="rk4", steps=4, context={"loc": LOCS})
     assert dist.MixtureSameFamily(dist.Categorical(WEIGHTS), flows).log_prob(X).isfinite().all()
+
+
+def test_states_of_a_markov_model_are_refused():
+    # Like a mixture's components, but summed over paths of states.
+    states = dist.DiscreteHMM(
+        torch.zeros(2, dtype=F64), torch.zeros(2, 2, dtype=F64), site(LOCS[:2])
+    )
+    with pytest.raises(ValueError, match="got DiscreteHMM, expected components of Probab"):
+        states.log_prob(X)
+
+
+def hidden_by_class():
+    """Neither the law nor the value depends on the class, but whether the site counts."""
+    with pyro.plate("data", 4):
+        k = pyro.sample("k", dist.Categorical(WEIGHTS), infer=ENUM)
+        with poutine.mask(mask=k > 0):
+            pyro.sample("x", site(ZERO), obs=X)
+
+
+def test_a_mask_that_depends_on_a_class_is_refused():
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    with pytest.raises(ValueError, match=ENUMERATED):
+        elbo.loss(hidden_by_class, empty)
+    assert elbo.loss(hidden_by_class, guide_of(ENUM)) > 0
+
+
+def test_information_gains_that_average_densities_are_refused():
+    def model(design):
+        with pyro.plate_stack("plates", design.shape[:-1]):
+            z = pyro.sample("z", dist.Normal(0, torch.ones(design.shape[:-1], dtype=F64)))
+            shift = dist.transforms.AffineTransform(z.unsqueeze(-1), 1.0, event_dim=1)
+            return pyro.sample("y", dist.TransformedDistribution(site(ZERO), [shift]))
+
+    def guide(y, design, *names):
+        loc = pyro.param("loc", torch.zeros((), dtype=F64))
+        with pyro.plate_stack("plates", design.shape[:-1]):
+            pyro.sample("z", dist.Normal(loc, torch.ones(design.shape[:-1], dtype=F64)))
+
+    design, adam = torch.zeros(1, 1), pyro.optim.Adam({})
+    with pytest.raises(ValueError, match="got nmc_eig, expected posterior_eig, the unfolded chain"):
+        nmc_eig(model, design, "y", "z", N=4, M=2)
+    with pytest.raises(ValueError, match="got vnmc_eig"):
+        vnmc_eig(model, design, "y", "z", (4, 2), 1, guide, adam)
+    # This one scores the guide alone.
+    gain = posterior_eig(model, design, "y", "z", 4, 1, guide, adam, eig=False)
+    assert gain.isfinite().all()
 
 
 def untouched():

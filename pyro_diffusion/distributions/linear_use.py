@@ -39,6 +39,7 @@ MIXTURES = {
     "torch.distributions.mixture_same_family": "MixtureSameFamily",
     "pyro.distributions.zero_inflated": "ZeroInflatedDistribution",
     "pyro.distributions.folded": "FoldedDistribution",
+    "pyro.distributions.hmm": "DiscreteHMM",
 }
 
 # Weights of particles, by the module that computes them.
@@ -48,6 +49,10 @@ WEIGHTS = {
     "pyro.infer.resampler": "Resampler",
     "pyro.infer.smcfilter": "SMCFilter",
 }
+
+# Information gains that average densities, by the function that scores traces; the others score guides alone.
+DESIGN = "pyro.contrib.oed.eig"
+NESTED = {"nmc_eig": "nmc_eig", "_vnmc_eig_loss": "vnmc_eig"}
 
 CHAIN = "the unfolded chain (ChainReparam and forward_chain)"
 WAYS_OUT = f"{CHAIN} or ProbabilityFlow"
@@ -100,6 +105,9 @@ def _use_of_trace(frame: FrameType) -> tuple[str, str] | None:
             holder = caller
         elif module != TRACE and caller.f_code.co_name != "<listcomp>":
             break
+    nested = NESTED.get(caller.f_code.co_qualname.split(".")[0]) if module == DESIGN else None
+    if nested is not None:
+        return nested, f"posterior_eig, {WAYS_OUT}"
     elbo = caller.f_locals.get("self")
     if not (isinstance(elbo, EXPONENTIATING) or module in WEIGHTS or module == DISCRETE):
         return None
@@ -176,6 +184,7 @@ def _ids(site: Any) -> set[int]:
     """Ids of the enumerated latents that a site's log-probability depends on."""
     fn, value = site["fn"], site["value"]
     batch = value.shape[: value.dim() - fn.event_dim]
-    shape = torch.broadcast_shapes(batch, fn.batch_shape)
+    mask = site["mask"].shape if torch.is_tensor(site["mask"]) else ()
+    shape = torch.broadcast_shapes(batch, fn.batch_shape, mask)
     ids = site["infer"].get("_dim_to_id", {})
     return {id_ for dim, id_ in ids.items() if len(shape) >= -dim and shape[dim] > 1}
