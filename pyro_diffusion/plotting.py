@@ -17,6 +17,8 @@ from matplotlib.ticker import MaxNLocator
 from scipy.stats import binom  # type: ignore[import-untyped]
 from torch import Tensor
 
+from pyro_diffusion.validation import check_positive_int, check_tensor
+
 # Okabe and Ito's colours, told apart by colour-blind readers
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8c8c8c"
 
@@ -194,6 +196,7 @@ def schedule(schedule: ScheduleLike, points: int = 201) -> Figure:
     if isinstance(schedule, torch.nn.Module):
         tensors = [*schedule.parameters(), *schedule.buffers()]
         device = tensors[0].device if tensors else None
+    check_positive_int("points", points, at_least=2)
     t = torch.linspace(0, 1, points, dtype=torch.float64, device=device)
     alpha, sigma, log_snr = (
         _numpy(torch.as_tensor(each).expand_as(t))
@@ -336,6 +339,7 @@ def _point_panels(values: np.ndarray, at: np.ndarray) -> Figure:
 
 def _numpy(values: Array) -> np.ndarray:
     if isinstance(values, Tensor):
+        check_tensor("values", values, boolean=True)
         values = values.detach().to("cpu", torch.float64).numpy()
     return np.asarray(values, dtype=np.float64)
 

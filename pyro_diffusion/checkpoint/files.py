@@ -100,6 +100,9 @@ def _open(path: Path) -> Iterator[BinaryIO]:
     except FileNotFoundError as error:
         message = "no such file, expected a checkpoint"
         raise FileNotFoundError(errno.ENOENT, message, str(path)) from error
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise IsADirectoryError(errno.EISDIR, "a directory, expected a checkpoint", str(path))
     with open(descriptor, "rb", closefd=True) as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise CheckpointError(f"{path}: not a regular file, expected a checkpoint")

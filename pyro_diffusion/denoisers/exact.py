@@ -53,7 +53,8 @@ class MixtureDenoiser(Denoiser):
     ) -> None:
         super().__init__(process)
         if not isinstance(process, GaussianProcess) or process.event_dim != 1:
-            raise ValueError("process: expected a GaussianProcess with event_dim=1")
+            found = f"{type(process).__name__} with event_dim={process.event_dim}"
+            raise ValueError(f"process: got {found}, expected a GaussianProcess with event_dim=1")
         for name, value in (("weights", weights), ("means", means)):
             check_tensor(name, value)
         if means.dim() != 2 or weights.shape != means.shape[:1]:

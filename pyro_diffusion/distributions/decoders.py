@@ -18,7 +18,7 @@ from pyro_diffusion.processes import (
     coordinates,
 )
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.validation import check_finite, check_positive_int
+from pyro_diffusion.validation import check_finite, check_integers, check_number, check_positive_int
 
 __all__ = ["CategoricalDecoder", "Decoder", "NormalDecoder", "QuantizedDecoder", "default_decoder"]
 
@@ -114,7 +114,7 @@ class QuantizedDecoder(Decoder):
     def __init__(self, levels: int, low: float = -1.0, high: float = 1.0) -> None:
         super().__init__()
         self.levels = check_positive_int("levels", levels, at_least=2)
-        if not low < high:
+        if not check_number("low", low) < check_number("high", high):
             raise ValueError(f"low, high: got {low}, {high}, expected low < high")
         self.low, self.high = float(low), float(high)
         self.width = (self.high - self.low) / (levels - 1)
@@ -125,7 +125,7 @@ class QuantizedDecoder(Decoder):
 
     def check(self, value: Tensor) -> None:
         """Refuse anything but integers in range."""
-        check_integers(value, self.levels)
+        check_integers("value", value, self.levels)
 
     def encode(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """Integers to evenly spaced real numbers."""
@@ -167,7 +167,7 @@ class CategoricalDecoder(Decoder):
 
     def check(self, value: Tensor) -> None:
         """Refuse anything but symbols in range."""
-        check_integers(value, self.states)
+        check_integers("value", value, self.states)
 
     def encode(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """Symbols as int64."""
@@ -209,23 +209,6 @@ def check_decoder(decoder: object, process: ForwardProcess) -> Decoder:
             "(CategoricalDecoder(process.states) for a categorical process only)"
         )
     return decoder
-
-
-def check_integers(value: Tensor, levels: int) -> None:
-    """Refuse anything but integers 0 ... levels - 1 (floats holding integers are fine).
-
-    Raises:
-        ValueError: naming what was found.
-    """
-    if value.is_floating_point():
-        check_finite("value", value)
-        if not bool((value == value.round()).all()):
-            raise ValueError("value: got fractional numbers, expected integers")
-    low, high = int(value.min()), int(value.max())
-    if low < 0 or high >= levels:
-        raise ValueError(
-            f"value: got integers from {low} to {high}, expected integers in [0, {levels - 1}]"
-        )
 
 
 def _loc_scale(posterior: TorchDistribution, t: Level) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_diffusion.processes import fresh_seed
+from pyro_diffusion.validation import check_positive_int, check_tensor
 
 __all__ = ["Dequantization"]
 
@@ -37,13 +38,14 @@ class Dequantization(TransformModule):
 
     def __init__(self, event_dim: int = 0) -> None:
         super().__init__(cache_size=0)
+        check_positive_int("event_dim", event_dim, at_least=0)
         self._event_dim = event_dim
         # Integers, too, are held in a float tensor.
         self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
         self._seed = fresh_seed()
 
     def _call(self, x: Tensor) -> Tensor:
-        return x.floor()
+        return check_tensor("x", x).floor()
 
     def _inverse(self, y: Tensor) -> Tensor:
         generator = torch.Generator(y.device).manual_seed(self._seed)

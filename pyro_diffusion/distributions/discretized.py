@@ -9,7 +9,12 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_diffusion.distributions.no_closed_forms import NoClosedForms
-from pyro_diffusion.validation import Shape
+from pyro_diffusion.validation import (
+    Shape,
+    check_broadcast,
+    check_positive_int,
+    check_tensor,
+)
 
 __all__ = ["DiscretizedNormal"]
 
@@ -25,8 +30,11 @@ class DiscretizedNormal(NoClosedForms, TorchDistribution):
     Args:
         loc: mean in units of bins, bin k centred at k.
         scale: standard deviation in units of bins.
-        levels: number of integers.
+        levels: number of integers, >= 2.
         validate_args: whether to check arguments.
+
+    Raises:
+        ValueError: for fewer levels, or values that are no such integers.
 
     Example:
         >>> law = DiscretizedNormal(torch.tensor(1.3), torch.tensor(0.8), levels=4)
@@ -47,6 +55,8 @@ class DiscretizedNormal(NoClosedForms, TorchDistribution):
     def __init__(
         self, loc: Tensor, scale: Tensor, levels: int, validate_args: bool | None = None
     ) -> None:
+        check_positive_int("levels", levels, at_least=2)
+        check_broadcast("scale", check_tensor("scale", scale).shape, check_tensor("loc", loc).shape)
         self.loc, scale = torch.broadcast_tensors(loc, scale)
         self.scale = scale.clamp(min=0.02)
         self.levels = levels
@@ -107,6 +117,7 @@ class DiscretizedNormal(NoClosedForms, TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of integers."""
         if self._validate_args:
+            check_broadcast("value", check_tensor("value", value).shape, self.batch_shape)
             self._validate_sample(value)
         gap = value - self.loc
         # By symmetry work in the lower tail, where log-cdfs are accurate.

@@ -153,7 +153,7 @@ class DiffusionSDE(BoundedDistribution):
         """Both readings of the network at a time: as the decoder's term and as the diffusion's."""
         process, event_dim = self.denoiser.process, len(self.event_shape)
         t, schedule = position.clamp(min=0).to(x0.dtype), process.schedule
-        flat, slope = schedule.level(t, check=False), schedule.log_snr_slope(t)
+        flat, slope = schedule.level(t, check=False), schedule._slope(t)
         learns = slope.requires_grad and torch.is_grad_enabled()
         scale = _twice_the_cost(flat.log_snr, slope) if learns else None
         level: Level = flat.unsqueeze(event_dim)

@@ -147,7 +147,7 @@ def end_angles(schedule: Schedule) -> tuple[float, float]:
 
 
 def level_at(schedule: Schedule, angle: Tensor) -> Level:
-    """The schedule's level where arctan(sigma / alpha) is ``angle``, in (0, pi/2), any shape."""
+    """The schedule's level where arctan(sigma / alpha) is ``angle``, in (0, pi/2), any shape; unchecked."""
     log_snr = -2 * torch.log(torch.tan(angle))
     t = schedule.time_of_log_snr(log_snr)
     return Level(t, log_snr, schedule._signal(log_snr), schedule._noise(log_snr))
@@ -200,7 +200,9 @@ def transport(
             f"denoiser: got {type(denoiser).__name__} under {type(process).__name__}, expected a denoiser "
             "under a GaussianProcess"
         )
-    process.check_state("z", z)
+    process.check_state("z", z, values=False)
+    if not z.is_floating_point() or z.numel() == 0:
+        raise ValueError(f"z: got shape {tuple(z.shape)} of {z.dtype}, expected real numbers")
     for name, angle in (("start", start), ("stop", stop)):
         check_number(name, angle, above=0, at_most=math.pi / 2)
     if start == stop:

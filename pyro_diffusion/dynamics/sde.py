@@ -12,7 +12,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.processes import ForwardProcess, GaussianProcess
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.validation import Shape, check_number
+from pyro_diffusion.validation import Shape, check_expands, check_number
 
 __all__ = ["ForwardSDE", "GaussianSDE", "KnownData", "ReverseSDE"]
 
@@ -139,7 +139,7 @@ class ForwardSDE(GaussianSDE):
     def nodes(self, u: Tensor) -> Node:
         """f and g at times t = u."""
         schedule = self.process.schedule
-        return Node(schedule.f(u), schedule.g2(u).clamp(min=0).sqrt())
+        return Node(schedule._f(u), schedule._g2(u).clamp(min=0).sqrt())
 
     def drift(self, y: Tensor, node: Node) -> Tensor:
         """f x."""
@@ -200,10 +200,10 @@ class ReverseSDE(GaussianSDE):
     def nodes(self, u: Tensor) -> Node:
         """Coefficients of the state, the estimate and the noise at times t = 1 - u."""
         t, schedule = 1 - u, self.process.schedule
-        level, slope = schedule.level(t, check=False), schedule.log_snr_slope(t)
+        level, slope = schedule.level(t, check=False), schedule._slope(t)
         pull = 0.5 * (1 + self.eta**2) * slope
-        noise = self.eta * schedule.g2(t).clamp(min=0).sqrt()
-        return Node(pull - schedule.f(t), noise, -pull * level.alpha, level)
+        noise = self.eta * schedule._g2(t).clamp(min=0).sqrt()
+        return Node(pull - schedule._f(t), noise, -pull * level.alpha, level)
 
     def drift(self, y: Tensor, node: Node) -> Tensor:
         """The model's drift."""
@@ -228,14 +228,21 @@ class KnownData(Denoiser):
     Args:
         process: the forward process.
         x0: the data, batch + event.
+
+    Raises:
+        ValueError: for another process, or data that are no state of it.
     """
 
     def __init__(self, process: GaussianProcess, x0: Tensor) -> None:
         super().__init__(process)
+        if not isinstance(process, GaussianProcess):
+            raise ValueError(f"process: got {type(process).__name__}, expected a GaussianProcess")
+        process.check_state("x0", x0)
         self.x0 = x0
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """A point mass at x_0, whatever the state."""
+        check_expands("x0", self.x0, xt.shape)
         return self.process.point_mass(self.x0.expand(xt.shape))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_diffusion.guidance.program_run import check_fixed_rows
-from pyro_diffusion.validation import check_finite, check_positive_int
+from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
 
 __all__ = ["RankStatistics", "sbc"]
 
@@ -27,10 +27,27 @@ class RankStatistics:
     Attributes:
         ranks: name of a test quantity -> (simulations,), integers in 0 ... ``draws``.
         draws: number L of posterior draws that each true value is ranked among.
+
+    Raises:
+        ValueError: for ranks that are no integers in 0 to L.
     """
 
     ranks: Mapping[str, Tensor]
     draws: int
+
+    def __post_init__(self) -> None:
+        check_positive_int("draws", self.draws)
+        for name, ranks in self.ranks.items():
+            what = f"ranks[{name!r}]"
+            if check_tensor(what, ranks).dim() != 1 or ranks.is_floating_point() or not len(ranks):
+                raise ValueError(
+                    f"{what}: got shape {tuple(ranks.shape)} of {ranks.dtype}, expected a vector of integers"
+                )
+            if not bool(((ranks >= 0) & (ranks <= self.draws)).all()):
+                raise ValueError(
+                    f"{what}: got {int(ranks.min())} to {int(ranks.max())}, expected ranks in 0 to "
+                    f"{self.draws}"
+                )
 
     def p_value(self, name: str | None = None, bins: int | None = None) -> float:
         """Chance of ranks at least as uneven as these, were the posterior exact.
@@ -56,7 +73,7 @@ class RankStatistics:
         # Bins hold equally many ranks, give or take one; what is expected follows the true number.
         home = torch.arange(self.draws + 1) * bins // (self.draws + 1)
         expected = home.bincount(minlength=bins) * (len(ranks) / (self.draws + 1))
-        observed = home[ranks].bincount(minlength=bins)
+        observed = home[ranks.long()].bincount(minlength=bins)
         statistic = ((observed - expected).square() / expected).sum()
         return float(stats.chi2.sf(float(statistic), bins - 1))
 
@@ -81,6 +98,7 @@ class RankStatistics:
         References:
             Sailynoja, Burkner & Vehtari, arXiv 2103.10522, section 2.2.
         """
+        check_positive_int("simulations", simulations)
         if not 0 < level < 1:
             raise ValueError(f"level: got {level}, expected a number in (0, 1)")
         n, size = len(next(iter(self.ranks.values()))), self.draws + 1

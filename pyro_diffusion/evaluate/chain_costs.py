@@ -57,8 +57,8 @@ def chain_costs(
     check_data(data, process.event_dim)
     check_positive_int("draws", draws)
     context = check_context(denoiser, context, len(data))
-    levels = process.schedule.level(times.to(data), check=False)
     check_grid(times, process.schedule)
+    levels = process.schedule.level(times.to(data), check=False)
     snr = levels.log_snr.double().exp()
     costs = torch.full((len(times), len(times)), torch.inf, dtype=torch.float64, device=data.device)
     # One noise for all times: costs then vary smoothly along the chain, and no time is chosen for its luck.

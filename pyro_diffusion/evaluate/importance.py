@@ -18,7 +18,7 @@ from pyro_diffusion.evaluate.pareto import pareto_khat
 from pyro_diffusion.evaluate.rows import Rows, batches, check_model, check_rows, checked_seed
 from pyro_diffusion.infer import ChainReparam, forward_chain
 from pyro_diffusion.processes import draw, drawing_from
-from pyro_diffusion.validation import check_positive_int
+from pyro_diffusion.validation import check_positive_int, check_tensor
 
 __all__ = ["from_log_weights", "importance_weighted", "log_weights"]
 
@@ -132,7 +132,19 @@ def from_log_weights(log_weights: Tensor, evaluations: float, dimensions: int) -
         log_weights: (samples, n), log p(x, z) - log q(z | x).
         evaluations: network evaluations per datum, to report.
         dimensions: numbers in one datum.
+
+    Raises:
+        ValueError: for weights of another shape, fewer than two samples, NaN, or plus infinity.
     """
+    if check_tensor("log_weights", log_weights).dim() != 2 or len(log_weights) < 2:
+        raise ValueError(
+            f"log_weights: got shape {tuple(log_weights.shape)}, expected (samples, n), samples >= 2"
+        )
+    if log_weights.numel() == 0 or not bool((log_weights < math.inf).all()):
+        raise ValueError(
+            "log_weights: got none, NaN or +inf, expected numbers (-inf for no weight)"
+        )
+    check_positive_int("dimensions", dimensions)
     log_weights = log_weights.double()
     samples = len(log_weights)
     value = log_weights.logsumexp(0) - math.log(samples)

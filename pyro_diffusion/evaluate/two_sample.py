@@ -8,7 +8,7 @@ import torch
 from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from pyro_diffusion.validation import check_finite, check_positive_int
+from pyro_diffusion.validation import check_finite, check_number, check_positive_int
 
 __all__ = ["TwoSampleTest", "c2st"]
 
@@ -75,6 +75,9 @@ def c2st(
     """
     check_positive_int("folds", folds, at_least=2)
     check_positive_int("iterations", iterations)
+    if hidden is not None:
+        check_positive_int("hidden", hidden)
+    check_number("learning_rate", learning_rate, above=0, at_most=1e3)
     if x.shape[1:] != y.shape[1:] or x.dim() < 1 or min(len(x), len(y)) < 2 * folds:
         raise ValueError(
             f"x, y: got shapes {tuple(x.shape)}, {tuple(y.shape)}, expected (n,) + event and (m,) + event "

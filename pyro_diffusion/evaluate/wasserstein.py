@@ -11,7 +11,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.analytic import check_data, check_gaussian, check_mean
 from pyro_diffusion.processes import GaussianProcess, coordinates, draw
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.validation import check_finite, check_positive_int
+from pyro_diffusion.validation import check_finite, check_number, check_positive_int, check_tensor
 
 __all__ = ["WassersteinBound", "sliced_wasserstein", "wasserstein", "wasserstein_bound"]
 
@@ -31,7 +31,7 @@ def wasserstein(x: Tensor, y: Tensor) -> float:
         ValueError: for shapes that differ, or values that are not finite.
     """
     _check_pair(x, y)
-    cost = torch.cdist(x.flatten(1).double(), y.flatten(1).double()).square().cpu()
+    cost = torch.cdist(x.flatten(1).double(), y.flatten(1).double()).square().detach().cpu()
     rows, columns = linear_sum_assignment(cost.numpy())
     return float(cost[rows, columns].mean().sqrt())
 
@@ -52,6 +52,8 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 256) -> float:
     """
     _check_pair(x, y)
     check_positive_int("projections", projections)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    x, y = x.to(dtype), y.to(dtype)
     directions = torch.randn(x[0].numel(), projections, dtype=x.dtype, device=x.device)
     directions = directions / directions.norm(dim=0)
     gap = (x.flatten(1) @ directions).sort(0).values - (y.flatten(1) @ directions).sort(0).values
@@ -133,10 +135,11 @@ def wasserstein_bound(
         Kwon, Fan & Lee, arXiv 2212.06359, theorem 1.
     """
     process = check_gaussian(denoiser)
+    if reference is not None:
+        check_gaussian(reference)
     check_data(data, process.event_dim)
     check_positive_int("points", points, at_least=2)
-    if not eta >= 0:
-        raise ValueError(f"eta: got {eta}, expected a number >= 0")
+    check_number("eta", eta, at_least=0)
     ends = process.schedule.log_snr_min, process.schedule.log_snr_max
     log_snr = torch.linspace(*ends, points, dtype=data.dtype, device=data.device)
     levels = process.schedule.level(process.schedule.time_of_log_snr(log_snr), check=False)
@@ -191,6 +194,8 @@ def _one_sided_constant(denoiser: Denoiser, xt: Tensor, level: Level) -> Tensor:
 
 
 def _check_pair(x: Tensor, y: Tensor) -> None:
+    check_tensor("x", x)
+    check_tensor("y", y)
     if x.shape != y.shape or x.dim() < 2 or x.numel() == 0:
         raise ValueError(
             f"x, y: got shapes {tuple(x.shape)}, {tuple(y.shape)}, expected one shape (n,) + event"

@@ -13,6 +13,7 @@ from pyro_diffusion.guidance.classifier_free import Scale, check_scale
 from pyro_diffusion.precision import at_least_single
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.validation import check_tensor
 
 __all__ = ["ClassifierGuidance", "NoiseAwareGuidance", "SimilarityGuidance"]
 
@@ -133,11 +134,18 @@ class ClassifierGuidance(NoiseAwareGuidance):
                 "returns a distribution"
             )
         super().__init__(denoiser, classifier, scale)
-        self.value = torch.as_tensor(value)
+        self.value = check_tensor("value", torch.as_tensor(value), boolean=True)
 
     def log_twist(self, xt: Tensor, log_snr: Tensor) -> Tensor:
         """log p(y | x_t) in nats, of the batch shape of xt."""
-        out: Tensor = self.likelihood(xt, log_snr).log_prob(self.value.to(xt.device))
+        try:
+            out: Tensor = self.likelihood(xt, log_snr).log_prob(self.value.to(xt.device))
+        except Exception as error:
+            error.add_note(
+                f"classifier, value: got a value of shape {tuple(self.value.shape)} ({self.value.dtype}), "
+                "expected one that the classifier's distribution scores"
+            )
+            raise
         return out
 
 

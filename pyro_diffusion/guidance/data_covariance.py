@@ -59,6 +59,7 @@ class DataCovariance(GaussianConditioning):
             got = tuple(covariance.shape) if isinstance(covariance, Tensor) else covariance
             raise ValueError(f"covariance: got shape {got}, expected {(n, n)}")
         check_finite("covariance", covariance)
+        covariance = covariance.to(torch.promote_types(covariance.dtype, torch.float32))
         values, vectors = torch.linalg.eigh(0.5 * (covariance + covariance.mT))
         if not bool((values > 0).all()):
             raise ValueError(

@@ -6,6 +6,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_diffusion.validation import check_broadcast, check_tensor
+
 __all__ = ["deviance_residual"]
 
 # Densities of (y - loc) / scale alone, highest at y = loc.
@@ -54,6 +56,8 @@ def deviance_residual(fn: Any, value: Tensor) -> tuple[Tensor, Tensor] | None:
     References:
         McCullagh & Nelder, Generalized linear models, 2nd edition, section 2.4.
     """
+    shape = fn.batch_shape + fn.event_shape
+    check_broadcast("value", check_tensor("value", value, boolean=True).shape, shape)
     if isinstance(fn, LOCATION):
         return _location(fn, value)
     if isinstance(fn, torch.distributions.Poisson):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.precision import matmul
-from pyro_diffusion.validation import check_positive_int
+from pyro_diffusion.validation import check_positive_int, check_tensor
 
 __all__ = ["KrylovSolution", "conjugate_gradients", "gmres"]
 
@@ -38,12 +38,13 @@ def conjugate_gradients(apply: Apply, b: Tensor, iterations: int) -> KrylovSolut
         iterations: number of iterations, one call of ``apply`` each.
 
     Raises:
-        ValueError: if iterations < 1.
+        ValueError: if iterations < 1, or b holds no numbers of single or double precision.
 
     References:
         Hestenes & Stiefel, 1952.
     """
     check_positive_int("iterations", iterations)
+    _check_sides(b)
     u, residual, direction = torch.zeros_like(b), b, b
     images: tuple[Tensor, ...] = ()
     energy = b.square().sum(-1, keepdim=True)
@@ -75,11 +76,12 @@ def gmres(apply: Apply, b: Tensor, iterations: int) -> KrylovSolution:
         iterations: number of iterations, one call of ``apply`` each; at most m are made.
 
     Raises:
-        ValueError: if iterations < 1.
+        ValueError: if iterations < 1, or b holds no numbers of single or double precision.
 
     References:
         Saad & Schultz, 1986.
     """
+    _check_sides(b)
     iterations = min(check_positive_int("iterations", iterations), b.shape[-1])
     norm = torch.linalg.vector_norm(b, dim=-1, keepdim=True)
     basis = [_unit(b, norm, norm)]
@@ -110,6 +112,13 @@ def gmres(apply: Apply, b: Tensor, iterations: int) -> KrylovSolution:
         u = u + weight * basis[j]
         images = _add(images, weight, found)
     return KrylovSolution(u, images)
+
+
+def _check_sides(b: Tensor) -> None:
+    if check_tensor("b", b).dim() == 0 or b.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"b: got shape {tuple(b.shape)} of {b.dtype}, expected rows + (m,) of float32 or float64"
+        )
 
 
 def _unit(v: Tensor, norm: Tensor, size: Tensor) -> Tensor:

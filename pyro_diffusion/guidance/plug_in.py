@@ -11,6 +11,7 @@ from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser
 from pyro_diffusion.guidance.linearization import detached
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.validation import check_number, check_tensor
 
 __all__ = ["DPSStep", "PlugIn"]
 
@@ -42,9 +43,8 @@ class DPSStep:
     def __init__(
         self, zeta: float, times: Tensor, *, eta: float = 1.0, squared_norm: bool = True
     ) -> None:
-        if not zeta > 0:
-            raise ValueError(f"zeta: got {zeta}, expected a number > 0")
-        if not isinstance(times, Tensor) or times.dim() != 1 or len(times) < 2:
+        check_number("zeta", zeta, above=0)
+        if check_tensor("times", times).dim() != 1 or len(times) < 2:
             raise ValueError(f"times: got {times!r}, expected a vector of two or more times")
         if not bool((times.diff() > 0).all()):
             raise ValueError(
@@ -111,8 +111,7 @@ class PlugIn(GuidedDenoiser):
         check_gaussian(check_denoiser(denoiser))
         super().__init__(denoiser, likelihood)
         likelihood.check_gradient()
-        if not scale > 0:
-            raise ValueError(f"scale: got {scale}, expected a number > 0")
+        check_number("scale", scale, above=0)
         if not (step_size is None or isinstance(step_size, DPSStep)):
             raise ValueError(f"step_size: got {step_size!r}, expected DPSStep(zeta, times)")
         self.scale, self.step_size = float(scale), step_size

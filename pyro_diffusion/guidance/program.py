@@ -325,7 +325,16 @@ class ProgramLikelihood:
         return self.with_latents({k: v.expand((*shape, *v.shape)) for k, v in latents.items()})
 
     def _run(self) -> Any:
-        return self.model(*self.args, **self.kwargs)
+        try:
+            return self.model(*self.args, **self.kwargs)
+        except Exception as error:
+            # The program is the user's, so is its error; how it was run is ours to say.
+            kinds = ", ".join(type(value).__name__ for value in self.args)
+            error.add_note(
+                f"model, args: got arguments ({kinds}) and {sorted(self.kwargs)}, expected those of the "
+                "program"
+            )
+            raise
 
     def _observed(self, x0: Tensor, latents: dict[str, Tensor]) -> list[Message]:
         return self._run_with({self.site: self.site_value(x0), **self._idle, **latents})

@@ -30,6 +30,7 @@ from pyro_diffusion.infer.posterior_law import PosteriorLaw
 from pyro_diffusion.infer.reparam import ChainReparam
 from pyro_diffusion.infer.twisted_smc import default_guidance
 from pyro_diffusion.samplers import Sampler
+from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["AutoPosterior", "as_chain"]
 
@@ -146,6 +147,9 @@ class AutoPosterior(AutoGuide):
         They are those of the marginal: in a list, each draw is given a fresh draw of the guides before this
         one, and not their medians. Particles then take a run for each draw.
         """
+        check_positive_int("draws", draws)
+        if not all(0 <= q <= 1 for q in quantiles):
+            raise ValueError(f"quantiles: got {quantiles}, expected numbers in [0, 1]")
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         with torch.no_grad(), isolated():

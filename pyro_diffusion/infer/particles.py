@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_diffusion.estimate import Estimate
 from pyro_diffusion.infer.resampling import genealogical_variance, resampled
-from pyro_diffusion.validation import Shape
+from pyro_diffusion.validation import Shape, check_sizes
 
 __all__ = ["Particles"]
 
@@ -43,7 +43,7 @@ class Particles:
 
     def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:
         """Draws by weight, sample + batch + event, spread evenly over the particles."""
-        shape = torch.Size(sample_shape)
+        shape = check_sizes("sample_shape", sample_shape)
         index = resampled(self.log_weights.exp(), shape.numel())
         drawn = self.value.take_along_dim(index.reshape(index.shape + self._extra), 0)
         return drawn.reshape(shape + self.value.shape[1:])

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from pyro_diffusion.validation import check_operand, check_positive_int
+
 from .embedding import fourier_embedding
 
 RESERVED = frozenset({"self", "x", "log_snr", "x0", "xt", "t"})
@@ -17,8 +19,7 @@ class _Context(nn.Module):
 
     def __init__(self, features: int, dropout: float) -> None:
         super().__init__()
-        if features < 1:
-            raise ValueError(f"features: got {features}, expected at least 1")
+        check_positive_int("features", features)
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout: got {dropout}, expected a probability in [0, 1]")
         self.features = features
@@ -65,14 +66,16 @@ class LabelContext(_Context):
 
     def __init__(self, classes: int, features: int, dropout: float = 0.1) -> None:
         super().__init__(features, dropout)
-        if classes < 1:
-            raise ValueError(f"classes: got {classes}, expected at least 1")
+        check_positive_int("classes", classes)
         self.classes = classes
         self.weight = nn.Parameter(torch.randn(classes, features) * features**-0.5)
 
     def encode(self, value: Tensor) -> Tensor:
         """Looks labels up, without dropout."""
-        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        if (
+            check_operand("label", value, self.weight, boolean=True).is_floating_point()
+            or value.dtype == torch.bool
+        ):
             raise ValueError(f"label: got dtype {value.dtype}, expected integers")
         if value.dim() != 1:
             raise ValueError(f"label: got shape {tuple(value.shape)}, expected (N,)")
@@ -109,14 +112,13 @@ class TensorContext(_Context):
 
     def __init__(self, in_features: int, features: int, dropout: float = 0.1) -> None:
         super().__init__(features, dropout)
-        if in_features < 1:
-            raise ValueError(f"in_features: got {in_features}, expected at least 1")
+        check_positive_int("in_features", in_features)
         self.in_features = in_features
         self.linear = nn.Linear(in_features, features)
 
     def encode(self, value: Tensor) -> Tensor:
         """Maps vectors, without dropout."""
-        if not value.is_floating_point():
+        if not check_operand("context", value, self.linear.weight).is_floating_point():
             raise ValueError(f"context: got dtype {value.dtype}, expected floating point")
         if value.dim() != 2 or value.shape[1] != self.in_features:
             raise ValueError(
@@ -181,7 +183,7 @@ class Conditioning(nn.Module):
         if unknown:
             expected = ", ".join(self.names) or "no context"
             raise ValueError(f"context: got {', '.join(unknown)}, expected {expected}")
-        if log_snr.shape != (count,):
+        if check_operand("log_snr", log_snr, self.level_in.weight).shape != (count,):
             raise ValueError(f"log_snr: got shape {tuple(log_snr.shape)}, expected ({count},)")
         waves = fourier_embedding(log_snr, self.level_in.in_features)
         hidden = nn.functional.silu(self.level_in(waves.to(self.level_in.weight.dtype)))

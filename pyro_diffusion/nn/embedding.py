@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_diffusion.validation import check_positive_int, check_tensor
+
 LONGEST_PERIOD = 80.0
 SHORTEST_PERIOD = 1.0
 LOG_SNR_BOUND = 20.0
@@ -35,7 +37,8 @@ def fourier_embedding(log_snr: Tensor, features: int) -> Tensor:
     References:
         Vaswani et al. 2017, Attention Is All You Need, section 3.5.
     """
-    if features < 2 or features % 2:
+    check_tensor("log_snr", log_snr, meta=True)
+    if check_positive_int("features", features) % 2:
         raise ValueError(f"features: got {features}, expected a positive even integer")
     log_snr = log_snr.to(torch.promote_types(log_snr.dtype, torch.float32))
     slow, fast = 2 * math.pi / LONGEST_PERIOD, 2 * math.pi / SHORTEST_PERIOD

@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from pyro_diffusion.validation import check_number, check_operand, check_positive_int, check_sizes
+
 from .context import Conditioning
 
 
@@ -52,14 +54,12 @@ class MLP(nn.Module):
         embedding: int = 64,
     ) -> None:
         super().__init__()
-        if event_size < 1:
-            raise ValueError(f"event_size: got {event_size}, expected at least 1")
-        if not hidden or min(hidden) < 1:
+        check_positive_int("event_size", event_size)
+        check_positive_int("outputs", outputs)
+        check_positive_int("embedding", embedding, at_least=2)
+        if not check_sizes("hidden", hidden):
             raise ValueError(f"hidden: got {hidden}, expected at least one positive width")
-        if outputs < 1:
-            raise ValueError(f"outputs: got {outputs}, expected at least 1")
-        if embedding < 2:
-            raise ValueError(f"embedding: got {embedding}, expected at least 2")
+        check_number("dropout", dropout, at_least=0, at_most=1)
         self.event_size = event_size
         self.outputs = outputs
         self.conditioning = Conditioning(embedding, context)
@@ -75,7 +75,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, log_snr: Tensor, **context: Tensor | None) -> Tensor:
         """Applies the network, see the class."""
-        if x.dim() != 2 or x.shape[1] != self.event_size:
+        if check_operand("x", x, self.last.weight).dim() != 2 or x.shape[1] != self.event_size:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected (N, {self.event_size})")
         condition = self.conditioning(log_snr, x.shape[0], context)
         modulations = self.modulation(condition).split(self.widths, dim=1)

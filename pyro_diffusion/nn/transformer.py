@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyro_diffusion.validation import check_number, check_operand, check_positive_int
+
 from .context import Conditioning
 from .definition import DefinedModule
 
@@ -97,8 +99,8 @@ class Transformer(DefinedModule):
         outputs = states if outputs is None else outputs
         sizes = {"states": states, "length": length, "width": width, "depth": depth}
         for name, size in (sizes | {"heads": heads, "outputs": outputs}).items():
-            if size < 1:
-                raise ValueError(f"{name}: got {size}, expected at least 1")
+            check_positive_int(name, size)
+        check_number("dropout", dropout, at_least=0, at_most=1)
         if width % heads:
             raise ValueError(f"width: got {width}, expected a multiple of heads={heads}")
         self.states = states
@@ -117,10 +119,15 @@ class Transformer(DefinedModule):
 
     def forward(self, x: Tensor, log_snr: Tensor, **context: Tensor | None) -> Tensor:
         """Applies the network, see the class."""
-        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        if check_operand("x", x, self.symbols).is_floating_point():
             raise ValueError(f"x: got dtype {x.dtype}, expected integers")
         if x.dim() != 2 or x.shape[1] != self.length:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected (N, {self.length})")
+        if x.device.type == "cpu" and not bool(((x >= 0) & (x < self.states)).all()):
+            # Elsewhere the lookup itself refuses, without a wait for the device.
+            raise ValueError(
+                f"x: got symbols from {int(x.min())} to {int(x.max())}, expected 0 to {self.states - 1}"
+            )
         condition = self.conditioning(log_snr, x.shape[0], context)
         hidden = self.dropout(F.embedding(x.long(), self.symbols) + self.positions)
         for block in self.blocks:

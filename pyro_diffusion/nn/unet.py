@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyro_diffusion.validation import check_number, check_operand, check_positive_int, check_sizes
+
 from .context import Conditioning
 
 
@@ -136,9 +138,9 @@ class UNet(nn.Module):
         super().__init__()
         sizes = {"channels": channels, "width": width, "blocks": blocks, "outputs": outputs}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}: got {size}, expected at least 1")
-        if not levels or min(levels) < 1:
+            check_positive_int(name, size)
+        check_number("dropout", dropout, at_least=0, at_most=1)
+        if not check_sizes("levels", levels):
             raise ValueError(f"levels: got {levels}, expected at least one positive multiple")
         self.channels = channels
         self.outputs = outputs
@@ -188,7 +190,7 @@ class UNet(nn.Module):
         return out.unflatten(1, (self.channels, self.outputs)).movedim(2, -1)
 
     def _check(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.shape[1] != self.channels:
+        if check_operand("x", x, self.last.weight).dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(
                 f"x: got shape {tuple(x.shape)}, expected (N, {self.channels}, height, width)"
             )

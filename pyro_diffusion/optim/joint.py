@@ -1,5 +1,6 @@
 """One torch optimizer for all of a model's parameters, as SVI takes it."""
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import islice
@@ -11,6 +12,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_diffusion import checkpoint
+from pyro_diffusion.validation import check_number
 
 __all__ = ["JointOptim"]
 
@@ -54,8 +56,11 @@ class JointOptim(PyroOptim):
     ) -> None:
         super().__init__(optimizer, optim_args)
         self._build = partial(optimizer, **optim_args)
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm: got {clip_norm}, expected a number > 0")
+        if clip_norm is not None:
+            check_number("clip_norm", clip_norm, above=0)
+        for name, value in optim_args.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"optim_args[{name!r}]: got {value}, expected a finite number")
         self._scheduler_type, self._scheduler_args = scheduler, dict(scheduler_args or {})
         self._clip_norm = clip_norm
         self._names: dict[Tensor, str] = {}
@@ -118,6 +123,14 @@ class JointOptim(PyroOptim):
         """Read what :meth:`save` wrote; nothing is unpickled."""
         self.set_state(checkpoint.load(filename))
 
+    def _built(self, params: Any) -> torch.optim.Optimizer:
+        try:
+            return self._build(params)
+        except Exception as error:
+            given = self._build.keywords
+            error.add_note(f"optim_args: got {given}, expected arguments of {self._build.func}")
+            raise
+
     def _meet(self, params: set[Tensor]) -> None:
         """Take in parameters that are new."""
         new = params - self._names.keys()
@@ -131,7 +144,7 @@ class JointOptim(PyroOptim):
         elif self._waiting is not None:
             named = self._go_on(named, self._waiting)
         else:
-            self._optimizer = self._build([p for _, p in named])
+            self._optimizer = self._built([p for _, p in named])
             self._scheduler = self._schedule(self._optimizer)
         self._names.update({p: name for name, p in named})
 
@@ -155,7 +168,7 @@ class JointOptim(PyroOptim):
         counts = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
         tensors = iter([known[name] for name in state["names"]])
         first, *others = [list(islice(tensors, count)) for count in counts]
-        optimizer = self._build(first)
+        optimizer = self._built(first)
         for group in others:
             optimizer.add_param_group({"params": group})
         scheduler = self._schedule(optimizer)

@@ -54,8 +54,13 @@ class ForwardProcess(DefinedModule, PreciseModule):
         self.schedule = schedule
         self.event_dim = check_positive_int("event_dim", event_dim, at_least=0)
 
-    def check_state(self, name: str, x: Tensor) -> None:
+    def check_state(self, name: str, x: Tensor, values: bool = True) -> None:
         """Refuse what cannot be a state: fewer dimensions than a datum has, or the wrong kind of numbers.
+
+        Args:
+            name: of the argument, for errors.
+            x: the state, batch + event.
+            values: whether to look at the numbers, too (a host round trip on GPU).
 
         Raises:
             ValueError: naming the argument.
@@ -158,6 +163,7 @@ class ForwardProcess(DefinedModule, PreciseModule):
         self, xt: Tensor, x0: Tensor, s: Tensor | Level, t: Tensor | Level, eta: float = 1.0
     ) -> TorchDistribution:
         """The law of x_s given x_t and x_0, s < t: the reverse kernel of a point mass at x_0."""
+        check_broadcast("x0", x0.shape, xt.shape)
         return self.reverse(xt, self.point_mass(x0), s, t, eta)
 
     def level(

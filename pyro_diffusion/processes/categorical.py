@@ -74,17 +74,17 @@ class CategoricalProcess(ForwardProcess):
             raise ValueError(f"noise: got a sum of {float(noise.sum()):g}, expected 1")
         self.register_buffer("noise", noise)
 
-    def check_state(self, name: str, x: Tensor) -> None:
+    def check_state(self, name: str, x: Tensor, values: bool = True) -> None:
         """Refuse what cannot be a state: as the base does, and anything but symbols of the noise's alphabet.
 
         Raises:
             ValueError: naming the argument.
         """
-        super().check_state(name, x)
+        super().check_state(name, x, values)
         count = len(self.noise)
         if x.dtype != torch.int64:
             raise ValueError(f"{name}: got dtype {x.dtype}, expected symbols as torch.int64")
-        if not bool(((x >= 0) & (x < count)).all()):
+        if values and not bool(((x >= 0) & (x < count)).all()):
             raise ValueError(
                 f"{name}: got symbols from {int(x.min())} to {int(x.max())}, expected 0 to {count - 1}"
             )
@@ -108,7 +108,8 @@ class CategoricalProcess(ForwardProcess):
     ) -> TorchDistribution:
         """The law at t = 1 of data that is uniform over its symbols."""
         noise = self.noise.to(dtype=dtype or torch.get_default_dtype(), device=device)
-        alpha = self.schedule.alpha(torch.ones((), dtype=noise.dtype, device=noise.device))
+        end = torch.ones((), dtype=noise.dtype, device=noise.device)
+        alpha = self.schedule.level(end, check=False).alpha
         uniform = torch.zeros_like(noise)
         uniform[: self.states] = 1 / self.states
         probs = alpha * uniform + (1 - alpha) * noise
@@ -116,8 +117,8 @@ class CategoricalProcess(ForwardProcess):
 
     def point_mass(self, x0: Tensor) -> TorchDistribution:
         """Certainty of x_0, symbol by symbol."""
-        if x0.device.type != "cuda":  # there a look at the symbols would cost a wait
-            self.check_state("x0", x0)
+        # On a GPU a look at the symbols would cost a wait.
+        self.check_state("x0", x0, values=x0.device.type == "cpu")
         probs = torch.nn.functional.one_hot(x0, len(self.noise)).to(self.noise.dtype)
         return Categorical(probs=probs, validate_args=False).to_event(self.event_dim)
 
@@ -153,6 +154,7 @@ class CategoricalProcess(ForwardProcess):
 
     def log_evidence(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
         """Log-probability of every symbol of x_t, had its x_0 been each of the values."""
+        check_tensor("values", values)
         alpha = self.level(t, xt, state="xt").alpha.unsqueeze(-1)
         same = xt.unsqueeze(-1) == values
         probs = alpha * same + (1 - alpha) * self.noise.to(alpha.dtype)[xt].unsqueeze(-1)

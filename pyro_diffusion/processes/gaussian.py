@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_diffusion.processes.base import ForwardProcess, check_order, coordinates
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.validation import Shape, check_tensor
+from pyro_diffusion.validation import Shape, check_finite, check_tensor
 
 __all__ = ["GaussianCoefficients", "GaussianProcess"]
 
@@ -93,6 +93,16 @@ class GaussianProcess(ForwardProcess):
             )
         self.__dict__["_precise"] = (times, dtype)
 
+    def check_state(self, name: str, x: Tensor, values: bool = True) -> None:
+        """Refuse what cannot be a state: as the base does, and numbers that are not finite.
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        super().check_state(name, x, values)
+        if values:
+            check_finite(name, x)
+
     def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
         """The law of x_t given x_0 (exact)."""
         level = self.level(t, x0, state="x0")
@@ -119,7 +129,8 @@ class GaussianProcess(ForwardProcess):
 
     def point_mass(self, x0: Tensor) -> TorchDistribution:
         """Delta at x_0."""
-        return Delta(check_tensor("x0", x0), event_dim=self.event_dim, validate_args=False)
+        self.check_state("x0", x0, values=False)
+        return Delta(x0, event_dim=self.event_dim, validate_args=False)
 
     def coefficients(self, s: Level, t: Level, eta: float = 1.0) -> GaussianCoefficients:
         """Weights and variance of the bridge; differences of nearby times do not cancel.

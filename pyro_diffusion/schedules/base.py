@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.precision import PreciseModule, at_least_single
-from pyro_diffusion.validation import check_times
+from pyro_diffusion.validation import check_tensor, check_times
 
 __all__ = ["Grid", "Level", "Schedule", "table_row"]
 
@@ -172,11 +172,18 @@ class Schedule(DefinedModule, PreciseModule):
         raise NotImplementedError
 
     def log_snr(self, t: Tensor) -> Tensor:
-        r"""Log signal-to-noise ratio :math:`\lambda(t)`, any shape."""
+        r"""Log signal-to-noise ratio :math:`\lambda(t)`, any shape.
+
+        This and the other curves below are checked: they raise ``ValueError`` for times outside [0, 1].
+        """
+        return self._log_snr(inside(t))
+
+    def _log_snr(self, t: Tensor) -> Tensor:
         return self._curve(self._start + (self._stop - self._start) * t)
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
         r"""The time t with :math:`\lambda(t)` = ``log_snr``, the inverse of :meth:`log_snr`."""
+        check_tensor("log_snr", log_snr)
         u = self._inverse_curve(log_snr)
         return ((u - self._start) / (self._stop - self._start)).clamp(0, 1)
 
@@ -190,16 +197,26 @@ class Schedule(DefinedModule, PreciseModule):
 
     def log_snr_slope(self, t: Tensor) -> Tensor:
         r"""Derivative :math:`\lambda'(t)`, exact."""
+        return self._slope(inside(t))
+
+    def _slope(self, t: Tensor) -> Tensor:
         width = self._stop - self._start
         return width * self._curve_slope(self._start + width * t)
 
     def f(self, t: Tensor) -> Tensor:
         """Drift coefficient of the forward SDE, per unit of t."""
-        return self._signal_slope(self.log_snr(t)) * self.log_snr_slope(t)
+        return self._f(inside(t))
 
     def g2(self, t: Tensor) -> Tensor:
         """Squared diffusion coefficient of the forward SDE, per unit of t."""
-        return -self.sigma(t).square() * self.log_snr_slope(t)
+        return self._g2(inside(t))
+
+    # The same without a look at the times, for loops.
+    def _f(self, t: Tensor) -> Tensor:
+        return self._signal_slope(self._log_snr(t)) * self._slope(t)
+
+    def _g2(self, t: Tensor) -> Tensor:
+        return -self._noise(self._log_snr(t)).square() * self._slope(t)
 
     def level(self, t: Tensor | float, check: bool = True) -> Level:
         """Time, log-SNR, alpha and sigma together.
@@ -215,13 +232,13 @@ class Schedule(DefinedModule, PreciseModule):
         t = t.to(at_least_single(t.dtype if t.is_floating_point() else torch.get_default_dtype()))
         if check:
             check_times("t", t)
-        log_snr = self.log_snr(t)
+        log_snr = self._log_snr(t)
         return Level(t, log_snr, self._signal(log_snr), self._noise(log_snr))
 
     def grid_levels(
         self, times: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> Level:
-        """The levels of a whole grid, unchecked; those of the last grid are kept.
+        """The levels of a whole grid; those of the last grid are kept.
 
         A model walks one grid again and again. A schedule with parameters is evaluated every time, and so is
         any schedule on times that require a gradient; a grid changed in place is another grid.
@@ -230,13 +247,19 @@ class Schedule(DefinedModule, PreciseModule):
             times: the grid.
             dtype: of the result, that of the times by default; float32 in place of shorter ones.
             device: of the result, that of the times by default.
+
+        Raises:
+            ValueError: for times outside [0, 1], where a look does not cost a wait (on the CPU).
         """
+        check_tensor("times", times)
         place = (at_least_single(dtype or times.dtype), device or times.device)
         sources = self.sources(times)
         kept = self.__dict__.get("_kept")
         if kept is not None and kept[:2] == (sources, place):
             level: Level = kept[2]
             return level
+        if times.device.type == "cpu":  # elsewhere a look would cost a wait
+            check_times("times", times)
         if times.is_inference() and not torch.is_inference_mode_enabled():
             times = times.clone()  # autograd can save a copy
         level = self.level(times.to(dtype=place[0], device=place[1]), check=False)
@@ -299,13 +322,19 @@ class TwoEndedSchedule(Schedule):
         """u and v at a time."""
         return self._start + self._width * t, self._rest + self._width * (1 - t)
 
-    def log_snr(self, t: Tensor) -> Tensor:
+    def _log_snr(self, t: Tensor) -> Tensor:
         r"""Log signal-to-noise ratio :math:`\lambda(t)`, any shape."""
         return self._curve_of(*self._place(t))
 
-    def log_snr_slope(self, t: Tensor) -> Tensor:
+    def _slope(self, t: Tensor) -> Tensor:
         r"""Derivative :math:`\lambda'(t)`, exact."""
         return self._width * self._slope_of(*self._place(t))
+
+
+def inside(t: Tensor) -> Tensor:
+    """Times, if they are real numbers in [0, 1]."""
+    check_times("t", t)
+    return t
 
 
 def log_expm1(x: Tensor) -> Tensor:

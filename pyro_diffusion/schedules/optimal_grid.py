@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_diffusion.validation import check_positive_int, check_tensor
+from pyro_diffusion.validation import check_broadcast, check_positive_int, check_tensor
 
 __all__ = ["optimal_grid", "optimal_grids", "step_costs"]
 
@@ -36,6 +36,8 @@ def step_costs(gain: Tensor, variance: Tensor, residual: Tensor) -> Tensor:
     for name, value in (("gain", gain), ("variance", variance), ("residual", residual)):
         if bool((check_tensor(name, value) < 0).any()):
             raise ValueError(f"{name}: got {float(value.min()):g}, expected numbers >= 0")
+    check_broadcast("gain", gain.shape, variance.shape)
+    check_broadcast("residual", residual.shape, torch.broadcast_shapes(gain.shape, variance.shape))
     wide = gain * variance
     return 0.5 * (torch.log1p(wide) + (gain * residual - wide) / (1 + wide))
 

@@ -44,11 +44,11 @@ class Rectified(TwoEndedSchedule):
     def _slope_of(self, u: Tensor, v: Tensor) -> Tensor:
         return -2 / (u * v)
 
-    def f(self, t: Tensor) -> Tensor:
+    def _f(self, t: Tensor) -> Tensor:
         """Drift coefficient, -1 / (1 - u) per unit of u: finite at t = 0 even where the log-SNR is not."""
         return -self._width / self._place(t)[1]
 
-    def g2(self, t: Tensor) -> Tensor:
+    def _g2(self, t: Tensor) -> Tensor:
         """Squared diffusion coefficient, 2u / (1 - u) per unit of u."""
         u, v = self._place(t)
         return 2 * self._width * u / v

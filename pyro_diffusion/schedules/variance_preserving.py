@@ -53,12 +53,12 @@ class Cosine(TwoEndedSchedule, VariancePreserving):
         super().__init__(log_snr_max, log_snr_min)
 
     def _curve_of(self, u: Tensor, v: Tensor) -> Tensor:
-        # log tan of the smaller of two angles that make a right one
-        log_tan = torch.log(torch.tan(math.pi / 2 * torch.minimum(u, v)))
-        return 2 * self.shift - 2 * torch.where(u < v, log_tan, -log_tan)
+        # The cosine of an angle is the sine of the rest of a right one, exact where the cosine vanishes.
+        sine, cosine = (torch.sin(math.pi / 2 * w) for w in (u, v))
+        return 2 * self.shift - 2 * (sine.log() - cosine.log())
 
     def _slope_of(self, u: Tensor, v: Tensor) -> Tensor:
-        return -2 * math.pi / torch.sin(math.pi * torch.minimum(u, v))
+        return -math.pi / (torch.sin(math.pi / 2 * u) * torch.sin(math.pi / 2 * v))
 
     def _inverse_curve(self, log_snr: Tensor) -> Tensor:
         return 2 / math.pi * torch.atan(torch.exp(self.shift - log_snr / 2))

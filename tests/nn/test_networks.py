@@ -259,7 +259,7 @@ def test_wrong_input_is_named(build, shape):
 @pytest.mark.parametrize(
     "build, options, message",
     [
-        (MLP, {"event_size": 0}, "event_size: got 0, expected at least 1"),
+        (MLP, {"event_size": 0}, "event_size: got 0, expected an integer >= 1"),
         (MLP, {"event_size": 2, "hidden": ()}, r"hidden: got \(\), expected"),
         (MLP, {"event_size": 2, "outputs": 0}, "outputs: got 0"),
         (MLP, {"event_size": 2, "embedding": 1}, "embedding: got 1"),
