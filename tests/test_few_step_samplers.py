@@ -400,10 +400,13 @@ def test_symbols_are_refused(sampler):
 def test_infinite_ends_are_refused():
     denoiser = mixture(Rectified.full())
     times = torch.linspace(0, 1, 5, dtype=F64)
+    with pytest.raises(ValueError, match=r"^schedule: got Rectified with log-SNR inf to -inf"):
+        simulate(denoiser, times, torch.zeros(2, dtype=F64), AdamsMoulton())
+    start, end = (denoiser.process.level(times[i : i + 4]) for i in (0, 1))
     with pytest.raises(
         ValueError, match=r"^schedule: got an infinite log-SNR .* expected finite ends"
     ):
-        simulate(denoiser, times, torch.zeros(2, dtype=F64), AdamsMoulton())
+        AdamsMoulton().coefficients(denoiser.process, start, end)
 
 
 def test_repr():
