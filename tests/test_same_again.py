@@ -1,4 +1,4 @@
-"""One seed, one result; and a killed run ends where an uninterrupted one does."""
+"""One seed, one result: a killed run ends where an uninterrupted one does."""
 
 import os
 import signal
@@ -6,8 +6,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -30,32 +28,19 @@ def finish(process: subprocess.Popen[bytes]) -> None:
     assert process.returncode == 0, errors.decode()
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("first")
-    finish(start(out))
-    return out
-
-
-def test_two_runs_with_one_seed_write_the_same_metrics(uninterrupted: Path, tmp_path: Path) -> None:
-    finish(start(tmp_path))
-    again = (tmp_path / "metrics.json").read_bytes()
-    assert again == (uninterrupted / "metrics.json").read_bytes()
-
-
-def test_killed_runs_end_where_the_uninterrupted_one_ends(
-    uninterrupted: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "checkpoint.safetensors"
+def test_killed_runs_end_where_the_uninterrupted_one_ends(tmp_path: Path) -> None:
+    """So do two whole runs with one seed: what a run draws before its kills, it draws as the other does."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    finish(start(whole))
+    path = resumed / "checkpoint.safetensors"
     for moment in (0.0, 0.05):  # after the first checkpoint of this life, at two moments of a step
         before = path.stat().st_mtime_ns if path.exists() else 0
-        process = start(tmp_path)
+        process = start(resumed)
         while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before):
             time.sleep(0.005)
         time.sleep(moment)
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert path.exists()
-    finish(start(tmp_path))
-    resumed = (tmp_path / "metrics.json").read_bytes()
-    assert resumed == (uninterrupted / "metrics.json").read_bytes()
+    finish(start(resumed))
+    assert (resumed / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
