@@ -116,6 +116,8 @@ class Likelihood:
             if figure is None and name in ("ess", "khat"):
                 continue
             shape = check_tensor(name, figure).shape
+            if not figure.is_floating_point():
+                raise ValueError(f"{name}: got {figure.dtype}, expected real numbers")
             if len(shape) != 1 or shape != self.value.shape or not shape[0]:
                 raise ValueError(
                     f"{name}: got shape {tuple(shape)}, expected (n,), one number per datum, n >= 1"

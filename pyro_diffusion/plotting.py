@@ -62,9 +62,8 @@ def sample_grid(
     """
     tiles = _colours(_images("images", images), low, high)
     count = tiles.shape[0]
-    columns = columns or math.ceil(math.sqrt(count))
-    if columns < 1:
-        raise ValueError(f"columns: got {columns}, expected at least 1")
+    columns = math.ceil(math.sqrt(count)) if columns is None else columns
+    columns = min(check_positive_int("columns", columns), count)
     rows = math.ceil(count / columns)
     blank = np.ones((rows * columns - count, *tiles.shape[1:]))
     tiles = np.concatenate([tiles, blank]).reshape(rows, columns, *tiles.shape[1:])
@@ -100,10 +99,12 @@ def reverse_trajectory(
     Raises:
         ValueError: if the shapes are others or do not agree.
     """
+    check_positive_int("columns", columns)
+    check_positive_int("rows", rows)
     values, at = _numpy(states), _numpy(times)
     if at.ndim != 1 or not len(at) or values.shape[:1] != at.shape:
         raise ValueError(
-            f"times: got shape {at.shape}, expected ({len(values)},), as many as states"
+            f"times: got shape {at.shape}, expected {values.shape[:1]}, as many as states"
         )
     order = np.argsort(-at, kind="stable")
     chosen = order[

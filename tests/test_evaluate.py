@@ -569,7 +569,10 @@ BAD = {
         lambda: evaluate.to_arviz([figure(torch.zeros(3)), figure(torch.zeros(4))]),
         "likelihood: got",
     ),
-    "weights of one datum": (lambda: from_log_weights(torch.zeros(5), 1, 1), "value: got shape"),
+    "weights of one datum": (
+        lambda: from_log_weights(torch.zeros(5), 1, 1),
+        "log_weights: got shape",
+    ),
     "no values": (lambda: figure(torch.zeros(0)), "value: got shape"),
     "no tensor": (lambda: figure([0.0, 1.0]), "value: got list"),
     "a table of values": (lambda: figure(torch.zeros(4, 4)), "value: got shape"),

@@ -153,7 +153,7 @@ def test_weights_are_normalized():
 
 def test_mixture_refuses():
     for process in (GaussianProcess(Cosine(), 2), Uniform(Cosine(), 3)):
-        with pytest.raises(ValueError, match=r"^process: expected a GaussianProcess"):
+        with pytest.raises(ValueError, match=r"^process: got .*, expected a GaussianProcess"):
             MixtureDenoiser(process, WEIGHTS, MEANS, VARIANCES)
     process = GaussianProcess(Cosine())
     for weights, means in ((WEIGHTS[:2], MEANS), (WEIGHTS, MEANS[:, 0]), (WEIGHTS[None], MEANS)):

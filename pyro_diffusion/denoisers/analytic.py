@@ -278,9 +278,10 @@ def check_data(data: Tensor, event_dim: int) -> None:
     Raises:
         ValueError: naming what was found.
     """
-    if not check_tensor("data", data).is_floating_point():
+    if check_tensor("data", data).dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"data: got {data.dtype}, expected real x_0 (Diffusion.encode makes it from integers)"
+            f"data: got {data.dtype}, expected real x_0 of float32 or float64 (Diffusion.encode makes it "
+            "from integers)"
         )
     if data.dim() != 1 + event_dim or len(data) < 2 or data.numel() == 0:
         raise ValueError(

@@ -56,7 +56,7 @@ class Quantized(TorchDistribution):
 
     def __init__(self, logits: Tensor, values: Tensor, validate_args: bool | None = None) -> None:
         count = check_tensor("logits", logits).shape[-1:]
-        if check_tensor("values", values).dim() != 1 or count != values.shape:
+        if check_tensor("values", values).dim() != 1 or count != values.shape or not logits.numel():
             raise ValueError(
                 f"logits, values: got shapes {tuple(logits.shape)}, {tuple(values.shape)}, expected batch + "
                 "(n,) and (n,)"

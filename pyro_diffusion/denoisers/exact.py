@@ -62,6 +62,8 @@ class MixtureDenoiser(Denoiser):
                 f"weights, means: got shapes {tuple(weights.shape)}, {tuple(means.shape)}, expected "
                 "(k,) and (k, d)"
             )
+        if isinstance(variances, Tensor):
+            check_tensor("variances", variances)
         variances = torch.as_tensor(variances, dtype=means.dtype, device=means.device)
         if variances.dim() > 1 or (variances.dim() == 1 and variances.shape != weights.shape):
             raise ValueError(

@@ -15,7 +15,13 @@ from pyro_diffusion.distributions.linear_use import check_linear_use
 from pyro_diffusion.distributions.objectives import Bound, Objective, check_objective, divergence
 from pyro_diffusion.processes import GaussianProcess, SeededNoise, coordinates, draw, drawing_from
 from pyro_diffusion.schedules import Level, check_grid
-from pyro_diffusion.validation import Shape, check_event_shape, check_expands, check_tensor
+from pyro_diffusion.validation import (
+    Shape,
+    check_event_shape,
+    check_expands,
+    check_finite,
+    check_tensor,
+)
 
 __all__ = ["BoundedDistribution"]
 
@@ -156,6 +162,7 @@ class BoundedDistribution(DenoisedDistribution):
         process = self.denoiser.process
         if self._validate_args:
             check_event_shape("x", x, self.event_shape)
+            check_finite("x", x)
         start = self._levels(x).at(0)
         posterior = self.posterior(x, start)
         return self.decoder(posterior, start, process)

@@ -57,7 +57,9 @@ class DiscretizedNormal(NoClosedForms, TorchDistribution):
     ) -> None:
         check_positive_int("levels", levels, at_least=2)
         check_broadcast("scale", check_tensor("scale", scale).shape, check_tensor("loc", loc).shape)
-        self.loc, scale = torch.broadcast_tensors(loc, scale)
+        dtype = torch.result_type(loc, scale)
+        dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
+        self.loc, scale = torch.broadcast_tensors(loc.to(dtype), scale.to(dtype))
         self.scale = scale.clamp(min=0.02)
         self.levels = levels
         super().__init__(self.loc.shape, torch.Size(), validate_args=validate_args)

@@ -18,7 +18,7 @@ from pyro_diffusion.dynamics.attention import twice_differentiable_attention
 from pyro_diffusion.dynamics.trace import Trace
 from pyro_diffusion.processes import GaussianProcess, NoiseSource, RowNoise
 from pyro_diffusion.schedules import Level, Schedule
-from pyro_diffusion.validation import check_number, check_positive_int
+from pyro_diffusion.validation import check_number, check_positive_int, check_tensor
 
 __all__ = ["ADAPTIVE", "FIXED", "Passage", "Solver", "end_angles", "level_at", "transport"]
 
@@ -147,7 +147,17 @@ def end_angles(schedule: Schedule) -> tuple[float, float]:
 
 
 def level_at(schedule: Schedule, angle: Tensor) -> Level:
-    """The schedule's level where arctan(sigma / alpha) is ``angle``, in (0, pi/2), any shape; unchecked."""
+    """The schedule's level where arctan(sigma / alpha) is ``angle``, in (0, pi/2), any shape.
+
+    Raises:
+        ValueError: for other angles, where a look does not cost a wait (on the CPU).
+    """
+    check_tensor("angle", angle)
+    within = (angle > 0) & (angle < math.pi / 2)
+    if angle.device.type == "cpu" and not bool(within.all()):
+        raise ValueError(
+            f"angle: got {float(angle.min()):g} to {float(angle.max()):g}, expected angles in (0, pi/2)"
+        )
     log_snr = -2 * torch.log(torch.tan(angle))
     t = schedule.time_of_log_snr(log_snr)
     return Level(t, log_snr, schedule._signal(log_snr), schedule._noise(log_snr))

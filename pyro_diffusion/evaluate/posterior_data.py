@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_diffusion.evaluate.arviz_versions import build
 from pyro_diffusion.evaluate.pointwise import Draws, latent_draws, pointwise_log_likelihood
 from pyro_diffusion.infer import Particles
-from pyro_diffusion.validation import check_positive_int
+from pyro_diffusion.validation import check_positive_int, check_tensor
 
 __all__ = ["posterior_to_arviz"]
 
@@ -65,6 +65,8 @@ def posterior_to_arviz(
     dims: dict[str, list[str]] = {}
     if isinstance(posterior, Mapping):
         # A factor's value is empty.
+        for name, value in posterior.items():
+            check_tensor(f"posterior[{name!r}]", value)
         values = {k: v.detach() for k, v in posterior.items() if v.numel()}
     else:
         runs = [posterior] if isinstance(posterior, Particles) else list(posterior)

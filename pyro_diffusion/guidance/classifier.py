@@ -13,7 +13,7 @@ from pyro_diffusion.guidance.classifier_free import Scale, check_scale
 from pyro_diffusion.precision import at_least_single
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.validation import check_tensor
+from pyro_diffusion.validation import check_broadcast, check_tensor
 
 __all__ = ["ClassifierGuidance", "NoiseAwareGuidance", "SimilarityGuidance"]
 
@@ -181,6 +181,7 @@ class SimilarityGuidance(NoiseAwareGuidance):
         scale: Scale = 1.0,
         similarity: str = "cosine",
     ) -> None:
+        check_tensor("target", target)
         if not callable(features):
             raise ValueError(
                 f"features: got {type(features).__name__}, expected a function of (x_t, log-SNR)"
@@ -204,6 +205,7 @@ class SimilarityGuidance(NoiseAwareGuidance):
                 f"features: got shape {tuple(found.shape)}, expected a last dimension of "
                 f"{target.shape[-1]}, the target's"
             )
+        check_broadcast("target", target.shape, found.shape)
         if self.similarity == "cosine":
             return functional.cosine_similarity(found, target, dim=-1)
         return (found * target).sum(-1)

@@ -88,7 +88,14 @@ def observed(program: Callable[[], Any], data: dict[str, Tensor]) -> list[Messag
 
 def log_density(site: Message) -> Tensor:
     """The log-probability of an observed site, scaled and masked, of its batch shape."""
-    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    try:
+        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    except Exception as error:
+        error.add_note(
+            f"site {site['name']!r}: got a value of shape {tuple(site['value'].shape)}, expected one that "
+            f"its {type(site['fn']).__name__} scores"
+        )
+        raise
     out: Tensor = scale_and_mask(log_prob, site["scale"], site["mask"])
     return out
 

@@ -16,15 +16,17 @@ from pyro_diffusion.validation import Shape, check_positive_int, check_tensor
 __all__ = ["DDPM"]
 
 
-def check_rows(x: Tensor | None, size: int, subsample_size: int | None) -> None:
+def check_rows(x: Tensor | None, size: int, subsample_size: int | None, event_dim: int) -> None:
     """Refuse data that are no rows, and a number of data or of a subsample that is none.
 
     Raises:
         ValueError: naming the argument.
     """
     check_positive_int("size", size)
-    if x is not None and check_tensor("x", x).dim() == 0:
-        raise ValueError("x: got shape (), expected (n,) + event")
+    if x is not None and check_tensor("x", x).dim() != 1 + event_dim:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, expected (n,) and {event_dim} event dimension(s)"
+        )
     if subsample_size is not None and check_positive_int("subsample_size", subsample_size) > size:
         raise ValueError(f"subsample_size: got {subsample_size}, expected at most {size}, the data")
 
@@ -53,7 +55,7 @@ class _Model(PyroModule):
         name = self._name
         if size is None:
             raise ValueError("size: got None and no data, expected the number of data to generate")
-        check_rows(x, size, subsample_size)
+        check_rows(x, size, subsample_size, self.denoiser.process.event_dim)
         context = check_context(self.denoiser, context, size)
         plate = pyro.plate(f"{name}_plate", size, subsample_size=subsample_size)
         # Around the plate, not inside: initial values are drawn before the reparameterizer sees a site.
@@ -80,7 +82,12 @@ class _Guide(PyroModule):
         **context: Tensor,
     ) -> None:
         (model,) = self._model
-        check_rows(x, len(x) if isinstance(x, Tensor) and x.dim() else 1, subsample_size)
+        check_rows(
+            x,
+            len(x) if isinstance(x, Tensor) and x.dim() else 1,
+            subsample_size,
+            model.denoiser.process.event_dim,
+        )
         with pyro.plate(f"{model._name}_plate", len(x), subsample_size=subsample_size) as index:
             forward_chain(model._name, model.diffusion({}), x[index])
 

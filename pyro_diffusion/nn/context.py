@@ -147,6 +147,7 @@ class Conditioning(nn.Module):
 
     def __init__(self, features: int, context: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
+        check_positive_int("features", features, at_least=2)
         context = dict(context or {})
         for name in context:
             if not name.isidentifier() or name in RESERVED:

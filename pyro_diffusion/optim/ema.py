@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_diffusion.nn.definition import definition_differences
-from pyro_diffusion.validation import check_positive_int
+from pyro_diffusion.validation import check_positive_int, check_tensor
 
 
 class EMA:
@@ -181,10 +181,8 @@ def _check_entries(name: str, found: object, expected: set[str]) -> None:
         raise ValueError(f"{name}: got unexpected entries {extra}, and misses {missing}")
 
 
-def _check_like(name: str, found: object, own: Tensor) -> None:
-    if not isinstance(found, Tensor):
-        raise ValueError(f"{name}: got {type(found).__name__}, expected a tensor")
-    if found.shape != own.shape:
+def _check_like(name: str, found: Tensor, own: Tensor) -> None:
+    if check_tensor(name, found, boolean=True).shape != own.shape:
         raise ValueError(f"{name}: got shape {tuple(found.shape)}, expected {tuple(own.shape)}")
     if not torch.can_cast(found.dtype, own.dtype):
         raise ValueError(f"{name}: got {found.dtype}, expected {own.dtype}")

@@ -154,7 +154,8 @@ class CategoricalProcess(ForwardProcess):
 
     def log_evidence(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
         """Log-probability of every symbol of x_t, had its x_0 been each of the values."""
-        check_tensor("values", values)
+        if check_tensor("values", values).dim() != 1:
+            raise ValueError(f"values: got shape {tuple(values.shape)}, expected a vector")
         alpha = self.level(t, xt, state="xt").alpha.unsqueeze(-1)
         same = xt.unsqueeze(-1) == values
         probs = alpha * same + (1 - alpha) * self.noise.to(alpha.dtype)[xt].unsqueeze(-1)

@@ -161,7 +161,8 @@ class GaussianProcess(ForwardProcess):
 
     def log_evidence(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
         """Log-density of every coordinate of x_t, were its x_0 each of the values, up to a constant."""
-        check_tensor("values", values)
+        if check_tensor("values", values).dim() != 1:
+            raise ValueError(f"values: got shape {tuple(values.shape)}, expected a vector")
         level = self.level(t, xt, state="xt")
         z = (xt.unsqueeze(-1) - level.alpha.unsqueeze(-1) * values) / level.sigma.unsqueeze(-1)
         return -0.5 * z.square()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_diffusion.processes.base import coordinates
-from pyro_diffusion.validation import Shape, check_seed, check_tensor
+from pyro_diffusion.validation import Shape, check_seed, check_sizes, check_tensor
 
 __all__ = [
     "NoiseSource",
@@ -47,6 +47,7 @@ def draw(distribution: TorchDistribution, sample_shape: Shape = torch.Size()) ->
         raise ValueError(
             f"distribution: got {type(distribution).__name__}, expected a Pyro distribution"
         )
+    sample_shape = check_sizes("sample_shape", sample_shape)
     source = getattr(_ambient, "noise", None)
     return (
         _own(distribution, sample_shape)

@@ -1,7 +1,5 @@
 r"""Schedules whose signal decays at a rate :math:`\beta(u)` that grows linearly."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -9,6 +7,10 @@ from pyro_diffusion.schedules.base import Schedule, log_expm1
 from pyro_diffusion.schedules.variance_preserving import VariancePreserving
 
 __all__ = ["LinearBeta", "SubVP"]
+
+
+# Beyond it the log-SNR leaves the range of single precision.
+LARGEST_RATE = 1e6
 
 
 class _LinearRate(Schedule):
@@ -20,9 +22,9 @@ class _LinearRate(Schedule):
     def __init__(
         self, beta_min: float = 0.1, beta_max: float = 20.0, log_snr_max: float = 10.0
     ) -> None:
-        if not 0 < beta_min < beta_max < math.inf:
+        if not 0 < beta_min < beta_max <= LARGEST_RATE:
             raise ValueError(
-                f"beta_min, beta_max: got {beta_min}, {beta_max}, expected 0 < beta_min < beta_max"
+                f"beta_min, beta_max: got {beta_min}, {beta_max}, expected 0 < beta_min < beta_max <= 1e6"
             )
         self.beta_min, self.beta_max = float(beta_min), float(beta_max)
         end = self._curve(torch.ones((), dtype=torch.float64))
@@ -61,7 +63,7 @@ class LinearBeta(_LinearRate, VariancePreserving):
         log_snr_max: log-SNR at t = 0.
 
     Raises:
-        ValueError: if not ``0 < beta_min < beta_max``, or ``log_snr_max`` lies below the curve.
+        ValueError: if not ``0 < beta_min < beta_max <= 1e6``, or ``log_snr_max`` lies below the curve.
 
     References:
         Ho et al., arXiv 2006.11239; Song et al., arXiv 2011.13456, appendix C.
@@ -92,7 +94,7 @@ class SubVP(_LinearRate):
         log_snr_max: log-SNR at t = 0.
 
     Raises:
-        ValueError: if not ``0 < beta_min < beta_max``, or ``log_snr_max`` lies below the curve.
+        ValueError: if not ``0 < beta_min < beta_max <= 1e6``, or ``log_snr_max`` lies below the curve.
 
     References:
         Song et al., arXiv 2011.13456, equation 12 and appendix C.
