@@ -1,0 +1,628 @@
+"""Good calls of what stands above the distributions: guidance, inference, evaluation, networks, files."""
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import Predictive
+
+from pyro_diffusion import (
+    checkpoint,
+    evaluate,
+    guidance,
+    infer,
+    optim,
+    plotting,
+    schedules,
+)
+from pyro_diffusion import nn as networks
+from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
+from tests.fuzz.catalogue import (
+    TIMES,
+    Call,
+    chain,
+    conditional,
+    data,
+    exact,
+    gaussian,
+    of,
+    particles,
+    program,
+    read,
+    symbols,
+    used_guidance,
+    used_network,
+)
+from tests.laws import Tiny
+
+
+def spelled() -> guidance.ProgramLikelihood:
+    """A reading of the first of three symbols."""
+    prior = Diffusion(symbols(), (3,), 3)
+
+    def model() -> None:
+        x = pyro.sample("x", prior)
+        logits = 2.0 * torch.nn.functional.one_hot(x[..., 0], 4)
+        pyro.sample("y", dist.Categorical(logits=logits), obs=torch.tensor(1))
+
+    return guidance.ProgramLikelihood(model)
+
+
+def guidance_calls() -> list[Call]:
+    gaussian_kinds = {"solver": "direct", "iterations": 2, "full_gradient": False}
+    kinds = {
+        "PlugIn": {"scale": 1.0},
+        "MMPS": gaussian_kinds,
+        "TMPD": gaussian_kinds,
+        "PiGDM": {"data_variance": 1.0, **gaussian_kinds},
+        "DiffPIR": {"lam": 1.0, **gaussian_kinds},
+        "DataCovariance": {"covariance": torch.eye(3)},
+        "SampledGuidance": {"draws": 4, "prior_draws": 1.0},
+    }
+
+    def built(kind: str, **arguments: Any) -> Any:
+        return used_guidance(getattr(guidance, kind)(**arguments))
+
+    def wrapped(kind: Any, **arguments: Any) -> Any:
+        return used_guidance(kind(**arguments))
+
+    likelihood = read()
+    x0 = lambda: {"x0": data()}  # noqa: E731
+
+    def daps(**arguments: Any) -> Any:
+        return chain(sampler=guidance.DAPS(read(), **arguments)).sample((2,))
+
+    def step(**arguments: Any) -> Any:
+        guided = guidance.PlugIn(exact(), read(), step_size=guidance.DPSStep(**arguments))
+        return chain(denoiser=guided).sample((2,))
+
+    def classifier(x: Any, log_snr: Any) -> Any:
+        return dist.Normal(x.sum(-1), 1.0)
+
+    def features(x: Any, log_snr: Any) -> Any:
+        return x
+
+    def free(**arguments: Any) -> Any:
+        guided = guidance.ClassifierFreeGuidance(conditional(), **arguments)
+        posterior = guided(data(2), torch.tensor(0.5), label=torch.tensor([0, 1]))
+        return posterior.mean
+
+    def identity(x: Any) -> Any:
+        return 2 * x, (x,)
+
+    solve = {"apply": identity, "b": torch.ones(2, 3), "iterations": 2}
+    return [
+        *(
+            Call(
+                f"guidance.{kind}",
+                functools.partial(built, kind),
+                of({"denoiser": exact(), "likelihood": likelihood, **arguments}),
+                weight=2,
+            )
+            for kind, arguments in kinds.items()
+        ),
+        Call(
+            "guidance.Replacement",
+            lambda **a: guidance.Replacement(**a)(data(2), torch.tensor(0.5)).mean,
+            of({"denoiser": exact(), "likelihood": likelihood}),
+        ),
+        Call(
+            "guidance.SubstitutionGuidance",
+            lambda **a: guidance.SubstitutionGuidance(**a)(
+                torch.tensor([[0, 1, 4]]), torch.tensor(0.5)
+            ).sample(),
+            of({"denoiser": symbols(), "likelihood": spelled(), "floor": 0.05}),
+        ),
+        Call(
+            "guidance.DPSStep",
+            step,
+            of({"zeta": 1.0, "times": TIMES, "eta": 1.0, "squared_norm": True}),
+        ),
+        Call("guidance.DAPS", daps, of({"inner": 2, "moves": 2})),
+        Call(
+            "guidance.ClassifierGuidance",
+            functools.partial(wrapped, guidance.ClassifierGuidance),
+            of(
+                {
+                    "denoiser": exact(),
+                    "classifier": classifier,
+                    "value": torch.tensor(1.0),
+                    "scale": 1.0,
+                }
+            ),
+        ),
+        Call(
+            "guidance.SimilarityGuidance",
+            functools.partial(wrapped, guidance.SimilarityGuidance),
+            of(
+                {
+                    "denoiser": exact(),
+                    "features": features,
+                    "target": torch.ones(3),
+                    "scale": 1.0,
+                    "similarity": "cosine",
+                }
+            ),
+        ),
+        Call("guidance.ClassifierFreeGuidance", free, of({"scale": 2.0, "interval": (-1.0, 5.0)})),
+        Call("guidance.ProgramLikelihood.log_prob", likelihood.log_prob, x0),
+        Call("guidance.ProgramLikelihood.whitened", likelihood.whitened, x0),
+        Call("guidance.ProgramLikelihood.residual", likelihood.residual, x0),
+        Call("guidance.ProgramLikelihood.log_normalizer", likelihood.log_normalizer, x0),
+        Call("guidance.ProgramLikelihood.site_value", likelihood.site_value, x0),
+        Call(
+            "guidance.ProgramLikelihood.with_residuals",
+            likelihood.with_residuals,
+            of({"residuals": "deviance"}),
+        ),
+        Call(
+            "guidance.ProgramLikelihood.with_latents", likelihood.with_latents, of({"latents": {}})
+        ),
+        Call(
+            "guidance.ProgramLikelihood",
+            lambda **a: guidance.ProgramLikelihood(**a).log_prob(data()),
+            of(
+                {
+                    "model": program,
+                    "args": (torch.ones(3),),
+                    "kwargs": {},
+                    "site": "x",
+                    "residuals": "normal",
+                }
+            ),
+            weight=2,
+        ),
+        Call("guidance.conjugate_gradients", guidance.conjugate_gradients, of(solve)),
+        Call("guidance.gmres", guidance.gmres, of(solve)),
+        Call(
+            "guidance.deviance_residual",
+            guidance.deviance_residual,
+            of({"fn": dist.Poisson(torch.ones(3)), "value": torch.tensor([0.0, 1.0, 2.0])}),
+        ),
+    ]
+
+
+def infer_calls() -> list[Call]:
+    y = torch.ones(3)
+
+    def guided(kind: Any, **arguments: Any) -> Any:
+        return Predictive(program, guide=kind(program, **arguments), num_samples=2, parallel=True)(
+            y
+        )
+
+    def quantiles(guide: Any, **arguments: Any) -> Any:
+        return (
+            guide.quantiles(args=(), **arguments)
+            if False
+            else guide.quantiles(arguments["quantiles"], y, draws=arguments["draws"])
+        )
+
+    def filtered(**arguments: Any) -> Any:
+        return infer.TwistedSMC(**arguments).run()
+
+    def gibbs(**arguments: Any) -> Any:
+        kernel = infer.ParticleGibbs(program, **arguments)
+        kernel.setup(0, y)
+        return kernel.sample(kernel.initial_params)
+
+    weighted = particles()
+    ddpm = infer.DDPM(gaussian(), (3,), 2)
+    guide = infer.AutoTwistedSMC(program, num_particles=4)
+    prior = Diffusion(exact(), (3,), steps=2)
+    return [
+        Call(
+            "infer.AutoGuidance",
+            functools.partial(guided, infer.AutoGuidance),
+            of({"guidance": guidance.MMPS, "site": "x", "times": TIMES, "sampler": None}),
+            weight=0.5,
+        ),
+        Call(
+            "infer.AutoTwistedSMC",
+            functools.partial(guided, infer.AutoTwistedSMC),
+            of({"num_particles": 4, "site": "x", "ess_threshold": 0.5}),
+            weight=0.5,
+        ),
+        Call(
+            "infer.AutoPosterior.quantiles",
+            functools.partial(quantiles, guide),
+            of({"quantiles": [0.1, 0.9], "draws": 3}),
+            weight=0.5,
+        ),
+        Call(
+            "infer.AutoPosterior.median",
+            lambda draws: guide.median(y, draws=draws),
+            of({"draws": 3}),
+            weight=0.5,
+        ),
+        Call(
+            "infer.default_guidance",
+            lambda **a: used_guidance(infer.default_guidance(**a)),
+            of({"denoiser": exact(), "likelihood": read()}),
+        ),
+        Call(
+            "infer.TwistedSMC",
+            filtered,
+            of(
+                {
+                    "diffusion": prior,
+                    "likelihood": read(),
+                    "num_particles": 4,
+                    "ess_threshold": 0.5,
+                    "systematic": True,
+                }
+            ),
+            True,
+        ),
+        Call(
+            "infer.ParticleGibbs",
+            gibbs,
+            of({"site": "x", "num_particles": 4, "ess_threshold": 0.5}),
+            weight=0.5,
+        ),
+        Call("infer.Particles.sample", weighted.sample, of({"sample_shape": (2,)})),
+        Call(
+            "infer.DDPM",
+            lambda **a: infer.DDPM(gaussian(), **a).model(size=2),
+            of({"event_shape": (3,), "steps": 2, "name": "x"}),
+        ),
+        Call(
+            "infer.DDPM.model",
+            lambda **a: ddpm.model(**a),
+            lambda: {"x": data(), "subsample_size": 2},
+        ),
+        Call(
+            "infer.DDPM.guide",
+            lambda **a: ddpm.guide(**a),
+            lambda: {"x": data(), "subsample_size": 2},
+        ),
+        Call(
+            "infer.forward_chain",
+            infer.forward_chain,
+            lambda: {"name": "x", "diffusion": chain(), "value": data(), "auxiliary": False},
+        ),
+        Call(
+            "infer.reverse_chain",
+            lambda **a: infer.reverse_chain(**a).sample(),
+            of({"name": "x", "diffusion": chain()}),
+        ),
+    ]
+
+
+def evaluate_calls() -> list[Call]:
+    flow = ProbabilityFlow(gaussian(), (3,), method="rk4", steps=2)
+    sde = DiffusionSDE(gaussian(), (3,), 2)
+    conditioned = Diffusion(conditional(), (3,), 3)
+    rows = lambda: {"label": torch.tensor([0, 1, 2, 0]), "y": torch.zeros(4, 2)}  # noqa: E731
+
+    def score(law: Any, **arguments: Any) -> Any:
+        return evaluate.log_likelihood(law, **arguments)
+
+    weights = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    known = evaluate.from_log_weights(weights, 3, 3)
+    ranks = evaluate.RankStatistics({"x": torch.arange(40) % 10}, 9)
+
+    def simulate(**arguments: Any) -> Any:
+        def model() -> None:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0))
+
+        def posterior(values: Any) -> Any:
+            return {"z": 0.5 * values["y"] + 0.7 * torch.randn(9)}
+
+        return evaluate.sbc(model, posterior, observed=["y"], **arguments)
+
+    pair = lambda: {"x": data(8), "y": data(8) + 0.1}  # noqa: E731
+    return [
+        Call(
+            "evaluate.log_likelihood",
+            functools.partial(score, chain()),
+            lambda: {"data": data(), "draws": 2, "samples": 2, "batch_size": 3},
+        ),
+        Call(
+            "evaluate.log_likelihood.sde",
+            functools.partial(score, sde),
+            lambda: {"data": data(), "draws": 2, "samples": 2, "batch_size": 3},
+        ),
+        Call(
+            "evaluate.log_likelihood.context",
+            functools.partial(score, conditioned),
+            lambda: {"data": data(), "context": rows(), "batch_size": 3},
+        ),
+        Call(
+            "evaluate.importance_weighted",
+            functools.partial(evaluate.importance_weighted, chain()),
+            lambda: {"data": data(), "samples": 2, "batch_size": 3},
+            True,
+            weight=0.5,
+        ),
+        Call(
+            "evaluate.log_weights",
+            functools.partial(evaluate.log_weights, chain()),
+            lambda: {"data": data(), "samples": 1, "batch_size": 3},
+            weight=0.5,
+        ),
+        Call(
+            "evaluate.flow_log_likelihood",
+            functools.partial(evaluate.flow_log_likelihood, flow),
+            lambda: {"data": data(), "batch_size": 3},
+        ),
+        Call(
+            "evaluate.from_log_weights",
+            evaluate.from_log_weights,
+            of({"log_weights": weights, "evaluations": 3.0, "dimensions": 3}),
+            True,
+        ),
+        Call(
+            "evaluate.chain_costs",
+            evaluate.chain_costs,
+            lambda: {"denoiser": gaussian(), "data": data(), "times": TIMES, "draws": 1},
+            True,
+        ),
+        Call(
+            "evaluate.continuity_residual",
+            evaluate.continuity_residual,
+            lambda: {
+                "denoiser": gaussian(),
+                "data": data(),
+                "levels": 3,
+                "functions": 4,
+                "draws": 1,
+                "batch_size": 3,
+            },
+        ),
+        Call(
+            "evaluate.wasserstein_bound",
+            evaluate.wasserstein_bound,
+            lambda: {
+                "denoiser": gaussian(),
+                "data": data(),
+                "reference": exact(),
+                "eta": 1.0,
+                "points": 5,
+            },
+            weight=0.5,
+        ),
+        Call("evaluate.wasserstein", evaluate.wasserstein, pair),
+        Call(
+            "evaluate.sliced_wasserstein",
+            evaluate.sliced_wasserstein,
+            lambda: {**pair(), "projections": 8},
+        ),
+        Call(
+            "evaluate.c2st",
+            evaluate.c2st,
+            lambda: {**pair(), "folds": 2, "hidden": 4, "iterations": 3, "learning_rate": 0.005},
+        ),
+        Call(
+            "evaluate.to_elpd", evaluate.to_elpd, of({"likelihood": known, "name": "x"}), weight=0.5
+        ),
+        Call(
+            "evaluate.Likelihood",
+            lambda **a: evaluate.Likelihood(**a).mean,
+            of(
+                {
+                    "value": known.value,
+                    "standard_error": known.standard_error,
+                    "kind": "exact",
+                    "evaluations": 3.0,
+                    "dimensions": 3,
+                }
+            ),
+        ),
+        Call("evaluate.compare", evaluate.compare, of({"likelihoods": {"a": known, "b": known}})),
+        Call(
+            "evaluate.to_arviz",
+            evaluate.to_arviz,
+            of({"likelihood": known, "name": "x", "chains": 1}),
+            weight=0.5,
+        ),
+        Call(
+            "evaluate.posterior_to_arviz",
+            lambda **a: evaluate.posterior_to_arviz(
+                a.pop("posterior"), program, torch.ones(3), **a
+            ),
+            lambda: {"posterior": {"x": data(6)}, "site": "x", "chains": 2},
+            weight=0.5,
+        ),
+        Call(
+            "evaluate.sbc",
+            simulate,
+            of({"simulations": 10, "thin": 1, "parallel": False}),
+            weight=0.5,
+        ),
+        Call("evaluate.RankStatistics.p_value", ranks.p_value, of({"name": "x", "bins": 5})),
+        Call("evaluate.RankStatistics.ecdf", ranks.ecdf, of({"name": "x"})),
+        Call(
+            "evaluate.RankStatistics.envelope",
+            ranks.envelope,
+            of({"level": 0.9, "simulations": 20}),
+        ),
+        Call(
+            "evaluate.RankStatistics",
+            lambda **a: evaluate.RankStatistics(**a).p_value(),
+            of({"ranks": {"x": torch.arange(40) % 10}, "draws": 9}),
+        ),
+    ]
+
+
+def network_calls() -> list[Call]:
+    def mlp(**arguments: Any) -> Any:
+        return used_network(networks.MLP(**arguments), torch.ones(2, 3))
+
+    def unet(**arguments: Any) -> Any:
+        return used_network(networks.UNet(**arguments), torch.ones(2, 1, 4, 4))
+
+    def transformer(**arguments: Any) -> Any:
+        return used_network(networks.Transformer(**arguments), torch.zeros(2, 3).long())
+
+    def labelled(value: Any, **arguments: Any) -> Any:
+        net = networks.MLP(3, (8,), context={"label": networks.LabelContext(**arguments)})
+        return used_network(net, torch.ones(2, 3), label=value)
+
+    def vector(value: Any, **arguments: Any) -> Any:
+        net = networks.MLP(3, (8,), context={"y": networks.TensorContext(**arguments)})
+        return used_network(net, torch.ones(2, 3), y=value)
+
+    small = networks.MLP(3, (8,), embedding=8).eval()
+    image = networks.UNet(1, width=8, levels=(1,), attention=False).eval()
+    words = networks.Transformer(4, 3, width=8, depth=1, heads=2).eval()
+    return [
+        Call(
+            "nn.Conditioning",
+            lambda features, log_snr: networks.Conditioning(features)(log_snr, 2, {}),
+            of({"features": 8, "log_snr": torch.zeros(2)}),
+        ),
+        Call(
+            "nn.MLP",
+            mlp,
+            of({"event_size": 3, "hidden": (8,), "outputs": 1, "dropout": 0.0, "embedding": 8}),
+        ),
+        Call(
+            "nn.UNet",
+            unet,
+            of(
+                {
+                    "channels": 1,
+                    "width": 8,
+                    "levels": (1, 2),
+                    "blocks": 1,
+                    "attention": True,
+                    "outputs": 1,
+                    "dropout": 0.0,
+                }
+            ),
+        ),
+        Call(
+            "nn.Transformer",
+            transformer,
+            of({"states": 4, "length": 3, "width": 8, "depth": 1, "heads": 2, "dropout": 0.0}),
+        ),
+        Call(
+            "nn.LabelContext",
+            labelled,
+            of({"value": torch.tensor([0, 1]), "classes": 3, "features": 8, "dropout": 0.1}),
+        ),
+        Call(
+            "nn.TensorContext",
+            vector,
+            of({"value": torch.ones(2, 2), "in_features": 2, "features": 8, "dropout": 0.1}),
+        ),
+        Call(
+            "nn.fourier_embedding",
+            networks.fourier_embedding,
+            of({"log_snr": torch.ones(2), "features": 8}),
+        ),
+        Call("nn.MLP.forward", small, of({"x": torch.ones(2, 3), "log_snr": torch.zeros(2)})),
+        Call(
+            "nn.UNet.forward", image, of({"x": torch.ones(2, 1, 4, 4), "log_snr": torch.zeros(2)})
+        ),
+        Call(
+            "nn.Transformer.forward",
+            words,
+            of({"x": torch.zeros(2, 3).long(), "log_snr": torch.zeros(2)}),
+        ),
+    ]
+
+
+def file_calls() -> list[Call]:
+    folder = Path(tempfile.mkdtemp(prefix="fuzz"))
+    state = {"weights": torch.ones(2), "count": 3, "name": "a", "nested": {"x": [1.0, None]}}
+    checkpoint.save(folder / "state.safetensors", state)
+    net = Tiny((3,))
+    checkpoint.save_module(folder / "net.safetensors", net)
+
+    def average(**arguments: Any) -> Any:
+        ema = optim.EMA(Tiny((3,)), **arguments)
+        ema.update()
+        return ema.state_dict()
+
+    def joint(**arguments: Any) -> Any:
+        weights = torch.nn.Parameter(torch.ones(2))
+        weights.sum().backward()
+        optim.JointOptim(torch.optim.Adam, **arguments)([weights])
+        return weights
+
+    good = optim.EMA(Tiny((3,))).state_dict()
+    return [
+        Call(
+            "checkpoint.save",
+            functools.partial(checkpoint.save, folder / "a.safetensors"),
+            of({"state": state, "description": {"a": 1}}),
+        ),
+        Call(
+            "checkpoint.load",
+            checkpoint.load,
+            of({"path": str(folder / "state.safetensors"), "description": {}}),
+        ),
+        Call(
+            "checkpoint.read_description",
+            checkpoint.read_description,
+            of({"path": str(folder / "state.safetensors")}),
+        ),
+        Call(
+            "checkpoint.load_module",
+            checkpoint.load_module,
+            of({"path": str(folder / "net.safetensors"), "module": Tiny((3,))}),
+        ),
+        Call("optim.EMA", average, of({"decay": 0.9, "warmup": True})),
+        Call(
+            "optim.EMA.load_state_dict",
+            lambda state: optim.EMA(Tiny((3,))).load_state_dict(state),
+            of({"state": good}),
+        ),
+        Call("optim.JointOptim", joint, of({"optim_args": {"lr": 1e-3}, "clip_norm": 1.0})),
+    ]
+
+
+def plotting_calls() -> list[Call]:
+    steps = torch.tensor([1.0, 2.0, 3.0])
+    return [
+        Call(
+            "plotting.sample_grid",
+            plotting.sample_grid,
+            of({"images": torch.rand(4, 1, 3, 3), "columns": 2, "low": 0.0, "high": 1.0}),
+            weight=0.3,
+        ),
+        Call(
+            "plotting.reverse_trajectory",
+            plotting.reverse_trajectory,
+            of({"states": torch.rand(3, 4, 2), "times": steps / 3, "columns": 2, "rows": 2}),
+            weight=0.3,
+        ),
+        Call(
+            "plotting.bound_per_step",
+            plotting.bound_per_step,
+            of(
+                {
+                    "steps": steps,
+                    "terms": steps,
+                    "standard_error": steps / 10,
+                    "unit": "nats",
+                    "axis": "time",
+                }
+            ),
+            weight=0.3,
+        ),
+        Call(
+            "plotting.schedule",
+            plotting.schedule,
+            of({"schedule": schedules.Cosine(), "points": 11}),
+            weight=0.3,
+        ),
+        Call(
+            "plotting.loss_curve",
+            plotting.loss_curve,
+            of({"losses": steps, "smooth": 2, "unit": "nats"}),
+            weight=0.3,
+        ),
+        Call(
+            "plotting.rank_histogram",
+            plotting.rank_histogram,
+            of({"ranks": torch.arange(40) % 10, "draws": 9, "bins": 5, "level": 0.9}),
+            weight=0.3,
+        ),
+    ]
