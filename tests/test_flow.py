@@ -341,10 +341,15 @@ def test_nothing_is_stale_after_a_step_of_training():
 
 
 def test_float32_reaches_the_tolerance():
-    denoiser = mixture(LogLinear(10, -10)).float()
-    x = mixture_law(1.0, math.exp(-5)).sample((30,)).float()
-    error = ProbabilityFlow(denoiser, (2,)).log_prob(x) - mixture_law(1.0, math.exp(-5)).log_prob(x)
-    assert error.dtype == torch.float64 and error.abs().max() < 2e-2 and error.abs().median() < 2e-3
+    exact, single = mixture(LogLinear(10, -10)), mixture(LogLinear(10, -10)).float()
+    law = mixture_law(1.0, math.exp(-5))
+    x = law.sample((30,)).float()
+    value = ProbabilityFlow(single, (2,)).log_prob(x)
+    # Against float64 on a fine grid: of 40 seeds the largest errors were 1.2e-3 and, in the median, 8e-6.
+    error = (value - ProbabilityFlow(exact, (2,), **FINE).log_prob(x.double())).abs()
+    assert value.dtype == torch.float32 and error.max() < 5e-3 and error.median() < 5e-5
+    # Against the data's law, from which the prior at t = 1 is .009 +- .0015 nats at most.
+    assert (value - law.log_prob(x)).abs().max() < 2e-2
 
 
 def test_the_density_of_a_denoiser_without_a_variance_is_that_of_its_mean():

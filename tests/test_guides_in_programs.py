@@ -118,14 +118,16 @@ def log_evidence(data=DATA):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_subsample_draws_for_the_guides_own_data(kind):
     """Each draw belongs to the datum of its index, whose posterior is far from the others'."""
-    guide = guide_of(kind, subsampled)
-    for _ in range(5):
+    guide, z = guide_of(kind, subsampled), []
+    mean, spread = DATA / (1 + NOISE**2), NOISE / math.sqrt(1 + NOISE**2)
+    for _ in range(20):
         with poutine.trace() as tracer:
             x = guide()["x"]
-        indices = tracer.trace.nodes["data"]["value"]
-        mean, spread = DATA[indices] / (1 + NOISE**2), NOISE / math.sqrt(1 + NOISE**2)
         assert x.shape == (2, 1)
-        assert ((x - mean).abs() < 5 * spread + 0.1).all()
+        z.append((x - mean[tracer.trace.nodes["data"]["value"]]) / spread)
+    # The mean square is 1, and 4 for guided draws of three steps; between two data it is 28 more on average.
+    # Forty normals twice as wide exceed 12 in 1e-9 of seeds.
+    assert torch.stack(z).square().mean() < 12
 
 
 def test_the_elbo_of_subsamples_estimates_that_of_all_data():
