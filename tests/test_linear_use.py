@@ -14,6 +14,7 @@ from pyro.infer import (
     RandomWalkKernel,
     RenyiELBO,
     ReweightedWakeSleep,
+    SMCFilter,
     Trace_ELBO,
     TraceEnum_ELBO,
     TraceTailAdaptive_ELBO,
@@ -26,6 +27,7 @@ from pyro.infer.importance import vectorized_importance_weights
 
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.dynamics import Hutchinson
+from pyro_diffusion.infer import ParticleFilter
 from tests.classes import LOCS, WEIGHTS, NormalClass, data
 
 F64 = torch.float64
@@ -192,6 +194,34 @@ def test_weights_of_particles_are_refused(name):
         ValueError, match=f"log_prob: got {said}, expected Trace_ELBO, the unfolded"
     ):
         run(given_shift(), shift)
+
+
+class Walk:
+    """A random walk, seen through a diffusion."""
+
+    def init(self, state):
+        state["z"] = pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+
+    def step(self, state):
+        state["z"] = pyro.sample("z", dist.Normal(state["z"], 1.0))
+        shift = dist.transforms.AffineTransform(state["z"].unsqueeze(-1), 1.0, event_dim=1)
+        pyro.sample("x", dist.TransformedDistribution(site(ZERO), [shift]), obs=X[0])
+
+
+class WalkGuide:
+    def init(self, state):
+        pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+
+    def step(self, state):
+        pyro.sample("z", dist.Normal(state["z"], 1.0))
+
+
+@pytest.mark.parametrize("kind", [SMCFilter, ParticleFilter])
+def test_weights_of_filters_are_refused(kind):
+    particles = kind(Walk(), WalkGuide(), 4, max_plate_nesting=0)
+    particles.init()
+    with pytest.raises(ValueError, match=f"log_prob: got {kind.__name__}, expected Trace_ELBO"):
+        particles.step()
 
 
 @pytest.mark.parametrize("name", [n for n in WEIGHING if n not in ("wake-sleep", "tail-adaptive")])

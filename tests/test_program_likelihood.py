@@ -25,6 +25,7 @@ from pyro_diffusion.distributions import (
     ProbabilityFlow,
     QuantizedDecoder,
 )
+from pyro_diffusion.dynamics import ExactTrace, Hutchinson
 from pyro_diffusion.guidance import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.schedules import LogLinear, Rectified
@@ -367,6 +368,23 @@ def test_arguments_conditions_and_names():
     torch.testing.assert_close(likelihood.log_prob(x0), given)
     with pytest.raises(ValueError, match=r"site 'z': got an observed Diffusion.*latents=\{'z'"):
         ProgramLikelihood(pyro.condition(model, data={"y": Y3, "z": z}), (A,), site="x")
+
+
+def test_an_observed_flow_has_an_exact_density():
+    # The likelihood is exponentiated in weights of particles.
+    def model(trace):
+        x = pyro.sample("x", Diffusion(DENOISER, (2,), steps=3))
+        flow = ProbabilityFlow(DENOISER, (2,), method="rk4", steps=2, trace=trace)
+        shift = dist.transforms.AffineTransform(x, 1.0, event_dim=1)
+        pyro.sample("y", dist.TransformedDistribution(flow, [shift]), obs=torch.zeros(2, dtype=D))
+
+    for trace in (Hutchinson(), Hutchinson(seed=0)):
+        with pytest.raises(
+            ValueError, match="site 'y': got an observed ProbabilityFlow with Hutch"
+        ):
+            ProgramLikelihood(model, (trace,))
+    x0 = torch.zeros(3, 2, dtype=D)
+    assert ProgramLikelihood(model, (ExactTrace(),)).log_prob(x0).isfinite().all()
 
 
 def test_a_conditioned_latent_is_an_observation():

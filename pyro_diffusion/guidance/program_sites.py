@@ -10,7 +10,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_diffusion.distributions import BoundedDistribution, DenoisedDistribution, QuantizedDecoder
+from pyro_diffusion.distributions import (
+    BoundedDistribution,
+    DenoisedDistribution,
+    ProbabilityFlow,
+    QuantizedDecoder,
+)
 from pyro_diffusion.distributions.wrappers import unwrap_diffusion
 from pyro_diffusion.guidance.missing import without_missing
 from pyro_diffusion.guidance.program_run import (
@@ -349,12 +354,18 @@ def _check_given(nodes: dict[str, Message], site: DiffusionSite, given: set[str]
 
 
 def _check_exact(node: Message) -> None:
-    found = unwrap_diffusion(node["fn"])
-    if found is not None and isinstance(found.base, BoundedDistribution):
-        law, name = type(found.base).__name__, node["name"]
+    found, name = unwrap_diffusion(node["fn"]), node["name"]
+    law = None if found is None else found.base
+    got = f"site {name!r}: got an observed {type(law).__name__}"
+    if isinstance(law, BoundedDistribution):
         raise ValueError(
-            f"site {name!r}: got an observed {law}, whose log_prob is a random bound, expected its value as "
-            f"latents={{{name!r}: value}} (which leaves its own density out), or a ProbabilityFlow"
+            f"{got}, whose log_prob is a random bound, expected its value as latents={{{name!r}: value}} "
+            "(which leaves its own density out), or a ProbabilityFlow"
+        )
+    if isinstance(law, ProbabilityFlow) and law.trace.stochastic:
+        raise ValueError(
+            f"{got} with {type(law.trace).__name__}(), whose log_prob is a random estimate (with a seed, "
+            "too: each row has its own probes), expected one with ExactTrace()"
         )
 
 
