@@ -108,6 +108,26 @@ def test_a_symbol_without_probability_is_never_drawn():
         assert int(inverted(probs, torch.tensor(place))) in (1, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_neither_reaches_the_ends_nor_moves_the_law(dtype):
+    n = 100_000
+    noise = RowNoise(1, torch.arange(n))
+    u = noise.uniform((n,), torch.zeros((), dtype=dtype))
+    assert u.dtype == dtype and u.min() > 0 and u.max() < 1
+    probs = torch.tensor([0.3, 0.5, 0.2, 0.0], dtype=dtype).expand(n, 4)
+    rate = torch.ones(n, dtype=dtype)
+    with drawing_from(noise):
+        symbols = draw(dist.Categorical(probs, validate_args=False))
+        x = draw(dist.Exponential(rate))
+    shares = probs[0].to(F64) / probs[0].to(F64).sum()
+    counts = symbols.bincount(minlength=4)
+    assert ((counts - n * shares).abs() <= 4.5 * (n * shares).sqrt()).all()
+    assert x.dtype == dtype and x.isfinite().all()
+    # A rate of one; beyond 6, where a coarse number has nothing, lie 248 of them.
+    assert abs(float(x.to(F64).mean()) - 1) < 4.5 / n**0.5
+    assert abs(int((x > 6).sum()) - n * math.exp(-6)) < 4.5 * (n * math.exp(-6)) ** 0.5
+
+
 def test_other_laws_are_right_though_not_row_by_row():
     law = dist.StudentT(torch.full((2000, 3), 50.0, dtype=F64)).to_event(1)
     with drawing_from(RowNoise(0, torch.arange(2000))):

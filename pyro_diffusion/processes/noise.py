@@ -1,6 +1,8 @@
 """Where draws come from: torch's global generators, a seed, or a seed and the row of the data."""
 
 import contextlib
+import functools
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +12,7 @@ from pyro.distributions import Categorical, Delta, TorchDistribution
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_diffusion.precision import at_least_single
 from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.validation import Shape, check_seed, check_sizes, check_tensor
 
@@ -214,7 +217,9 @@ class RowNoise(NoiseSource):
 
     def uniform(self, shape: Shape, like: Tensor, event_dim: int = 0) -> Tensor:
         """Numbers strictly between 0 and 1."""
-        bits = 52 if _real(like) == torch.float64 else 23
+        bits = -round(
+            math.log2(torch.finfo(like.dtype).eps)
+        )  # half a step beside them is not rounded
         word = _shift(self._words(shape, event_dim), 64 - bits)
         return word.to(_real(like)).add_(0.5).mul_(2.0**-bits).to(like.dtype)
 
@@ -225,10 +230,13 @@ class RowNoise(NoiseSource):
         row = len(shape) - event_dim - 1
         if base.event_shape == () and row >= 0 and shape[row] == len(self.rows):
             if type(base).sample is Categorical.sample:
-                return inverted(base.probs, self.uniform(shape, base.probs, event_dim))
-            like = torch.empty((), dtype=_dtype(base), device=self.rows.device)
+                probs = base.probs.to(_real(base.probs))
+                return inverted(probs, self.uniform(shape, probs, event_dim))
+            dtype = _dtype(base)
+            like = torch.empty((), dtype=at_least_single(dtype), device=self.rows.device)
             with contextlib.suppress(NotImplementedError):
-                return base.icdf(self.uniform(shape, like, event_dim))
+                out: Tensor = base.icdf(self.uniform(shape, like, event_dim))
+                return out.to(dtype) if out.is_floating_point() else out
         seed = int(self._words((len(self.rows),), 0)[0]) % _SEEDS
         return SeededNoise(seed).draw(distribution, sample_shape)
 
@@ -254,7 +262,7 @@ def inverted(probs: Tensor, uniform: Tensor) -> Tensor:
         probs: batch + (k,), non-negative; they need not sum to one.
         uniform: sample + batch, in [0, 1).
     """
-    edges = probs.cumsum(-1)
+    edges = probs.to(uniform.dtype).cumsum(-1)
     edges = edges.expand(*uniform.shape, -1).contiguous()
     # Scaled, no place lies beyond the last symbol that has a probability.
     place = uniform.unsqueeze(-1) * edges[..., -1:]
@@ -320,11 +328,11 @@ def _shift(word: Tensor, bits: int) -> Tensor:
 
 
 def _real(like: Tensor) -> torch.dtype:
-    return torch.promote_types(like.dtype, torch.float32)
+    return at_least_single(like.dtype)
 
 
 def _dtype(distribution: Any) -> torch.dtype:
-    """The dtype of a distribution's parameters."""
+    """The dtype that a distribution's parameters promote to."""
     found = (getattr(distribution, name, None) for name in distribution.arg_constraints)
     kinds = [x.dtype for x in found if isinstance(x, Tensor) and x.is_floating_point()]
-    return kinds[0] if kinds else torch.get_default_dtype()
+    return functools.reduce(torch.promote_types, kinds) if kinds else torch.get_default_dtype()
