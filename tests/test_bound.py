@@ -255,7 +255,7 @@ def test_the_posterior_variance_is_worth_more_than_steps():
     error = gap.std() / math.sqrt(len(gap))
     assert -4 * error <= gap.mean() <= 0.02 + 4 * error and error < 0.003
     gap, error = gap_per_dimension(mixture(25, point_mass=True), times, 1000)
-    assert gap > 4.0 and error < 0.5
+    assert gap > 4.0 + 8 * error  # 14 with an error of .5
 
 
 def test_point_mass_gap_falls_like_one_over_steps():

@@ -241,7 +241,8 @@ def test_one_probe_has_no_error_bar():
 
 def test_probes_belong_to_the_instance():
     x = mixture_law().sample((4,))
-    first, second = (flow(trace=Hutchinson(2), **FINE) for _ in range(2))
+    # Probes of signs are alike too often: in two dimensions all four rows agree in one of 50 pairs.
+    first, second = (flow(trace=Hutchinson(2, gaussian), **FINE) for _ in range(2))
     before = torch.get_rng_state()
     assert first.log_prob(x).equal(first.log_prob(x))
     assert first.expand((4,)).log_prob(x).equal(first.log_prob(x))
