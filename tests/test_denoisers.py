@@ -500,6 +500,12 @@ def test_parameterization(bad):
         GaussianDenoiser(Net(), GaussianProcess(Cosine()), bad)
 
 
+@pytest.mark.parametrize("bad", ["learned", LearnedVariance, unit_variance])
+def test_variance(bad):
+    with pytest.raises(ValueError, match=r"^variance: got .*expected LearnedVariance\(\)"):
+        GaussianDenoiser(Net(), GaussianProcess(Cosine()), variance=bad)
+
+
 @pytest.mark.parametrize("values", [[0.0], [1.0, 0.0], [0.0, 0.0], [[0.0, 1.0]], [0.0, torch.nan]])
 def test_values(values):
     with pytest.raises(ValueError, match=r"^values: got shape .* increasing"):

@@ -46,6 +46,11 @@ class GaussianDenoiser(NetworkDenoiser):
                 f"parameterization: got {parameterization!r}, expected one of Noise(), Data(), V(), "
                 "Score(), Velocity(), EDMPreconditioning(...)"
             )
+        if not isinstance(variance, Variance | None):
+            raise ValueError(
+                f"variance: got {variance!r}, expected LearnedVariance(), TimeVariance(...), "
+                "EstimatedVariance(...) or None"
+            )
         self.variance = variance
 
     @property

@@ -8,10 +8,10 @@ import torch
 from pyro.infer.smcfilter import SMCFailed
 from tqdm import tqdm
 
-from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.denoisers import Denoiser, NetworkDenoiser
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.estimate import UNBIASED, Estimate
-from pyro_diffusion.guidance import MMPS, GuidedDenoiser, PlugIn, SampledGuidance
+from pyro_diffusion.guidance import MMPS, DiffPIR, GuidedDenoiser, PlugIn, SampledGuidance
 from pyro_diffusion.infer.particle_filter import ParticleFilter
 from pyro_diffusion.infer.particles import Particles
 from pyro_diffusion.infer.resampling import genealogical_variance
@@ -27,9 +27,11 @@ Filter = TypeVar("Filter", bound=ParticleFilter)
 def default_guidance(denoiser: Denoiser, likelihood: Any) -> GuidedDenoiser:
     """The guidance that asks most of a likelihood and gets it.
 
-    Moment matching (MMPS) for Normal observations of real data; the same on deviance residuals where every
-    other site has them (counts, heavy tails); :class:`~pyro_diffusion.guidance.PlugIn` for others with a
-    gradient, and draws (:class:`~pyro_diffusion.guidance.SampledGuidance`) for all the rest.
+    Gaussian conditioning for Normal observations of real data, and on deviance residuals where every other
+    site has them (counts, heavy tails): :class:`~pyro_diffusion.guidance.MMPS` for denoisers in closed form,
+    :class:`~pyro_diffusion.guidance.DiffPIR` for networks, whose derivative at high noise is mostly error.
+    :class:`~pyro_diffusion.guidance.PlugIn` for other likelihoods with a gradient, and draws
+    (:class:`~pyro_diffusion.guidance.SampledGuidance`) for all the rest.
 
     Args:
         denoiser: posterior of the prior.
@@ -43,13 +45,15 @@ def default_guidance(denoiser: Denoiser, likelihood: Any) -> GuidedDenoiser:
         return SampledGuidance(denoiser, likelihood)
     own = likelihood.batch_shape + likelihood.event_shape
     trial = torch.zeros(own, dtype=likelihood.prior.dtype, device=likelihood.prior.device)
+    learned = any(isinstance(module, NetworkDenoiser) for module in denoiser.modules())
+    conditioning = DiffPIR if learned else MMPS
     kinds = [likelihood]
     if hasattr(likelihood, "with_residuals"):
         kinds.append(likelihood.with_residuals("deviance"))
     for kind in kinds:
         with contextlib.suppress(ValueError):
             kind.residual(trial)
-            return MMPS(denoiser, kind)
+            return conditioning(denoiser, kind)
     return PlugIn(denoiser, likelihood)
 
 
