@@ -150,6 +150,7 @@ class BoundedDistribution(DenoisedDistribution):
 
     def _decoded(self, x: Tensor) -> Tensor:
         """Data drawn from the decoder at the end of a walk."""
+        self._check_outcome(x)
         law = self.decode(x)
         base = coordinates(law)
         for name in ("loc", "probs"):  # torch would draw integers from NaN
