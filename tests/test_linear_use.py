@@ -337,6 +337,39 @@ def test_information_gains_that_average_densities_are_refused():
     assert gain.isfinite().all()
 
 
+OUTER, HALF = dist.transforms.AffineTransform(0.0, 2.0), torch.tensor(0.5, dtype=F64)
+AROUND = {
+    "transform": lambda law: dist.TransformedDistribution(law, [OUTER]),
+    "mask": lambda law: law.mask(torch.tensor(False)),
+}
+
+
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+def test_estimates_of_one_instance_cancel_only_under_the_same_transforms_and_masks(around):
+    law = site(ZERO)
+
+    def draws(law):
+        return lambda: pyro.sample("z", law)
+
+    Importance(draws(around(law)), draws(around(law)), num_samples=2).run()
+    with pytest.raises(ValueError, match="got importance weights"):
+        Importance(draws(around(law)), draws(law), num_samples=2).run()
+
+
+@pytest.mark.parametrize(
+    "handler", [poutine.scale(scale=HALF), poutine.mask(mask=torch.tensor(False))]
+)
+def test_estimates_of_one_instance_cancel_only_at_the_same_scale(handler):
+    law = site(ZERO)
+
+    def model():
+        pyro.sample("z", law)
+
+    Importance(handler(model), handler(model), num_samples=2).run()
+    with pytest.raises(ValueError, match="got importance weights"):
+        Importance(handler(model), model, num_samples=2).run()
+
+
 def untouched():
     """An enumerated class beside a diffusion that does not depend on it."""
     with pyro.plate("data", 4):

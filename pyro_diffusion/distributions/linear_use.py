@@ -162,10 +162,27 @@ def _cancels(name: str, model_trace: Any = None, guide_trace: Any = None) -> boo
         return False
     if name not in model_trace or name not in guide_trace:
         return False
-    p, q = (unwrap_diffusion(t.nodes[name]["fn"]) for t in (model_trace, guide_trace))
-    if getattr(guide_trace.nodes[name]["fn"], "holds_prior", False):
+    sites = [trace.nodes[name] for trace in (model_trace, guide_trace)]
+    if not all(_equal(*(site[key] for site in sites)) for key in ("scale", "mask")):
+        return False
+    if getattr(sites[1]["fn"], "holds_prior", False):
         return True
-    return p is not None and q is not None and p.base._seed == q.base._seed
+    p, q = (unwrap_diffusion(site["fn"]) for site in sites)
+    if p is None or q is None or p.base._seed != q.base._seed or p.transforms != q.transforms:
+        return False
+    return len(p.masks) == len(q.masks) and all(
+        _equal(m, n) for (m, _), (n, _) in zip(p.masks, q.masks, strict=True)
+    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two scales or masks are the same; None is no mask, as True is."""
+    if a is b:
+        return True
+    if not (torch.is_tensor(a) or torch.is_tensor(b)):
+        return (a is None or a) == (b is None or b)
+    a, b = (torch.as_tensor(True if x is None else x).cpu() for x in (a, b))
+    return a.shape == b.shape and bool((a == b).all())
 
 
 def _enumerated(module: str, elbo: Any, trace: Any, guide_trace: Any) -> dict[str, int]:
