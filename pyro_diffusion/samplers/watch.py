@@ -63,7 +63,7 @@ class Watch:
             raise ValueError(
                 f"guidance: got {kind} whose estimate leaves the model{where}: it takes the state for noise "
                 f"of {value:.3g} standard deviations, expected {LARGEST_NOISE:g} at most. It overshoots: use "
-                "more steps or a smaller scale, MMPS or DataCovariance instead, or TwistedSMC"
+                "more steps, a smaller scale, MMPS (for networks DataCovariance), or TwistedSMC"
             )
         raise ValueError(
             f"denoiser: got NaN or infinite numbers from {kind}{where}, expected a network whose output is "
