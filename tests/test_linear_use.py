@@ -352,6 +352,7 @@ def test_estimates_of_one_instance_cancel_only_under_the_same_transforms_and_mas
         return lambda: pyro.sample("z", law)
 
     Importance(draws(around(law)), draws(around(law)), num_samples=2).run()
+    Importance(draws(law.mask(torch.tensor(True))), draws(law), num_samples=2).run()
     with pytest.raises(ValueError, match="got importance weights"):
         Importance(draws(around(law)), draws(law), num_samples=2).run()
 

@@ -7,6 +7,7 @@ to the frames that ask, and which latents it enumerates to the trace that they h
 """
 
 import sys
+from itertools import zip_longest
 from types import FrameType
 from typing import Any
 
@@ -170,8 +171,8 @@ def _cancels(name: str, model_trace: Any = None, guide_trace: Any = None) -> boo
     p, q = (unwrap_diffusion(site["fn"]) for site in sites)
     if p is None or q is None or p.base._seed != q.base._seed or p.transforms != q.transforms:
         return False
-    return len(p.masks) == len(q.masks) and all(
-        _equal(m, n) for (m, _), (n, _) in zip(p.masks, q.masks, strict=True)
+    return all(
+        _equal(m, n) for (m, _), (n, _) in zip_longest(p.masks, q.masks, fillvalue=(None, 0))
     )
 
 
@@ -182,7 +183,7 @@ def _equal(a: Any, b: Any) -> bool:
     if not (torch.is_tensor(a) or torch.is_tensor(b)):
         return (a is None or a) == (b is None or b)
     a, b = (torch.as_tensor(True if x is None else x).cpu() for x in (a, b))
-    return a.shape == b.shape and bool((a == b).all())
+    return bool((a == b).all())
 
 
 def _enumerated(module: str, elbo: Any, trace: Any, guide_trace: Any) -> dict[str, int]:
