@@ -293,8 +293,9 @@ def test_substitutions_do_not_deny_what_two_together_allow():
             for k in range(3)
         ]
     )
-    # Four errors of the evidence (1e-4 for a false alarm), and the shares well within what was denied, 0.5:
-    # one run's scatter by .06, so the tolerance is five errors of the mean of eight.
-    gap = runs[0].log_evidence.value - float(one.square().sum().log())
-    assert abs(gap) < 4 * runs[0].log_evidence.standard_error < 1
+    # Weights have heavy tails here, so that one run's own error bar is not enough: over 64 runs the evidence
+    # scatters by .11 of itself and a share by .06. The tolerances are five errors of the mean of eight; what
+    # was denied is a share of 0.5.
+    found_evidence = torch.tensor([run.log_evidence.value for run in runs], dtype=F64).exp().mean()
+    torch.testing.assert_close(found_evidence, one.square().sum(), atol=0, rtol=0.2)
     torch.testing.assert_close(found, truth, atol=0.1, rtol=0)

@@ -259,12 +259,15 @@ def test_effective_sample_size_and_khat():
     )
     # exp(k E) with E exponential has a Pareto tail of index exactly k.
     tail = torch.tensor([0.2, 0.5, 0.9], dtype=F64)
-    weights = tail * torch.empty(20_000, 3, dtype=F64).exponential_()
+    weights = tail.repeat(20) * torch.empty(20_000, 60, dtype=F64).exponential_()
     result = from_log_weights(weights, 1, 1)
-    torch.testing.assert_close(result.khat, tail, atol=0.12, rtol=0)
+    # One estimate scatters by .06 to .1; the mean of twenty by .022, and its bias is up to .025 (outside in
+    # 1e-5 of seeds).
+    khat = result.khat.unflatten(0, (20, 3)).mean(0)
+    torch.testing.assert_close(khat, tail, atol=0.12, rtol=0)
     assert bool((from_log_weights(-weights, 1, 1).khat < 0).all())  # bounded: it has no tail
     assert bool(((result.ess >= 1) & (result.ess <= 20_000)).all())
-    assert bool((result.ess.diff() < 0).all())
+    assert bool((result.ess.unflatten(0, (20, 3)).median(0).values.diff() < 0).all())
 
 
 @pytest.mark.parametrize("samples", [30, 100, 400, 2500])
