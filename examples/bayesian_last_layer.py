@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
             "spread": float(held_out.std(0).median()),
         }
         print(f"{count} points:", ", ".join(f"{name} {value:.3f}" for name, value in row.items()))
-    draw(results, axis).savefig(args.out / "spread.png", dpi=120)
+    draw(results, axis).savefig(args.out / "spread.png", dpi=120, bbox_inches="tight")
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
 
 
