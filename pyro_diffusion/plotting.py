@@ -112,6 +112,8 @@ def reverse_trajectory(
     ]
     values, at = values[chosen], at[chosen]
     if values.ndim == 3 and values.shape[2] == 2:
+        if not np.isfinite(values).all():
+            raise ValueError("states: got NaN or infinite points, expected finite ones")
         return _point_panels(values, at)
     if values.ndim not in (4, 5):
         raise ValueError(
@@ -291,11 +293,14 @@ def rank_histogram(
         ValueError: if there are no ranks, a rank is out of range, or bins are too many.
     """
     values = _numpy(ranks)
-    if values.ndim != 1 or not len(values) or values.min() < 0 or values.max() > draws:
+    check_positive_int("draws", draws)
+    check_positive_int("bins", bins)
+    inside = (values >= 0) & (values <= draws)
+    if values.ndim != 1 or not len(values) or not inside.all():
         raise ValueError(
             f"ranks: got shape {values.shape}, expected (simulations,) with values in 0 ... {draws}"
         )
-    if not 1 <= bins <= draws + 1:
+    if bins > draws + 1:
         raise ValueError(f"bins: got {bins}, expected 1 to {draws + 1}")
     ax = ax or _axes((4.5, 2.6))
     home = np.arange(draws + 1) * bins // (draws + 1)

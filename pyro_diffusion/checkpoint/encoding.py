@@ -79,8 +79,10 @@ def _encode_key(key: object, where: str) -> Json:
 
 
 def _put(value: Tensor, where: str, path: tuple[object, ...], tensors: dict[str, Tensor]) -> str:
-    if value.layout != torch.strided or value.is_quantized or value.dtype == torch.complex128:
-        raise TypeError(f"{where}: got {value.layout}, {value.dtype}, expected a plain tensor")
+    plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+    if not plain or value.dtype == torch.complex128:
+        kind = f"{value.layout}, {value.dtype} on {value.device}"
+        raise TypeError(f"{where}: got {kind}, expected a plain tensor")
     base = name = "/".join(str(key) for key in path) or "tensor"
     count = 1
     # taken by a key such as "a/b" beside "a" with "b", or by the format itself

@@ -84,16 +84,21 @@ def posterior_to_arviz(
         groups["log_likelihood"] = _by_chain(pointwise, chains)
         if predicted:
             groups["posterior_predictive"] = _by_chain(predicted, chains)
-        groups["observed_data"] = {k: np.asarray(v.detach().cpu()) for k, v in observed.items()}
+        groups["observed_data"] = {k: _array(v) for k, v in observed.items()}
     groups["posterior"] = _by_chain(values, chains)
     return build(groups, attrs=attrs, dims=dims)
 
 
 def _by_chain(values: Mapping[str, Tensor], chains: int) -> dict[str, Any]:
     return {
-        name: np.asarray(value.detach().cpu()).reshape(chains, -1, *value.shape[1:])
-        for name, value in values.items()
+        name: _array(value).reshape(chains, -1, *value.shape[1:]) for name, value in values.items()
     }
+
+
+def _array(value: Tensor) -> np.ndarray:
+    # NumPy has no bfloat16.
+    value = value.float() if value.dtype == torch.bfloat16 else value
+    return np.asarray(value.detach().cpu())
 
 
 def _check_count(values: Draws, chains: int) -> int:

@@ -139,7 +139,7 @@ def wasserstein_bound(
         check_gaussian(reference)
     check_data(data, process.event_dim)
     check_positive_int("points", points, at_least=2)
-    check_number("eta", eta, at_least=0)
+    check_number("eta", eta, at_least=0, at_most=1e3)
     ends = process.schedule.log_snr_min, process.schedule.log_snr_max
     log_snr = torch.linspace(*ends, points, dtype=data.dtype, device=data.device)
     levels = process.schedule.level(process.schedule.time_of_log_snr(log_snr), check=False)
