@@ -155,6 +155,8 @@ class ForwardProcess(DefinedModule, PreciseModule):
             ValueError: for times outside [0, 1], s after t, or eta outside [0, 1].
         """
         early, late = self.level(s, xt, "s", "xt"), self.level(t, xt)
+        if not isinstance(t, Level):
+            check_broadcast("posterior", posterior.batch_shape + posterior.event_shape, xt.shape)
         if eta != 0 and not (isinstance(s, Level) or isinstance(t, Level)):
             check_order(early, late)
         return self.combine(xt, posterior, self.coefficients(early, late, eta))
