@@ -47,7 +47,7 @@ class DiffusionSDE(BoundedDistribution):
         denoiser: posterior p(x_0 | x_t) of a Gaussian process.
         event_shape: shape of one datum; its length is the process's ``event_dim``.
         steps: number of even steps in t that sampling takes.
-        eta: share of noise of the reverse SDE, >= 0; 0 is the probability-flow ODE.
+        eta: share of noise of the reverse SDE, from 0 to 1000; 0 is the probability-flow ODE.
         method: torchsde method, see :class:`~pyro_diffusion.dynamics.SDESolver`.
         adaptive: whether sampling chooses its steps (``steps`` is then ignored).
         rtol: relative tolerance of adaptive steps.

@@ -163,7 +163,7 @@ class ReverseSDE(GaussianSDE):
     Args:
         denoiser: posterior p(x_0 | x_t) under a Gaussian process; its mean is read.
         event_shape: shape of one datum.
-        eta: share of the noise, >= 0.
+        eta: share of the noise, from 0 to 1000.
         context: tensors for the denoiser, one row per row of the state.
         prior: a denoiser of the same process.
         noise_type: see :class:`GaussianSDE`.

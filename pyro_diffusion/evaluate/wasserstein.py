@@ -122,7 +122,7 @@ def wasserstein_bound(
         reference: the exact denoiser, where it is known.
         lipschitz: ``lipschitz(levels)``, the one-sided Lipschitz constants of x_t -> x0_hat at a vector of
             levels.
-        eta: 1 for the reverse SDE, 0 for the probability-flow ODE.
+        eta: 1 for the reverse SDE, 0 for the probability-flow ODE; at most 1000.
         points: levels of the quadrature, even in log-SNR.
 
     Returns:

@@ -48,12 +48,13 @@ class Heun(DDIM):
     overshoots.
 
     Args:
-        churn: how much noise is renewed over the whole walk, >= 0 (S_churn of the paper).
-        noise: factor of the fresh noise, > 0 (S_noise; a little above 1 makes up for what networks remove).
+        churn: how much noise is renewed over the whole walk, from 0 to 1e6 (S_churn of the paper).
+        noise: factor of the fresh noise, > 0 and at most 1000 (S_noise; a little above 1 makes up for what
+            networks remove).
         between: the range of :math:`\rho` in which noise is renewed (S_tmin, S_tmax).
 
     Raises:
-        ValueError: if churn is negative or noise not positive, or the range is not increasing.
+        ValueError: for churn or noise outside these limits, or a range that is not increasing.
 
     References:
         Karras et al., Elucidating the design space, arXiv 2206.00364, algorithm 2.

@@ -32,7 +32,8 @@ class Cosine(TwoEndedSchedule, VariancePreserving):
     Args:
         log_snr_max: log-SNR at t = 0.
         log_snr_min: log-SNR at t = 1.
-        shift: moves the whole curve, for high-resolution images (log of base over actual resolution).
+        shift: moves the whole curve, for high-resolution images (log of base over actual resolution);
+            within 40 of zero.
 
     Raises:
         ValueError: if ``log_snr_max <= log_snr_min``, or the shift is not within 40 of zero.
