@@ -34,11 +34,11 @@ class CheckpointError(ValueError):
     """A file is no readable checkpoint, or is the checkpoint of something else."""
 
 
-def write(path: Path, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def write_file(path: Path, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a header and its tensors, all or nothing.
 
     Raises:
-        ValueError: if the header is larger than :func:`read` accepts.
+        ValueError: if the header is larger than :func:`read_file` accepts.
     """
     header = {"version": VERSION, **header}
     header["checksum"] = checksum(header, tensors)
@@ -51,8 +51,8 @@ def write(path: Path, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> 
     _replace(path, data)
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What :func:`write` wrote: the header and the tensors, of one and the same file.
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What :func:`write_file` wrote: the header and the tensors, of one and the same file.
 
     Raises:
         OSError: if the file cannot be opened, ``FileNotFoundError`` if there is none.

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_diffusion.checkpoint import files
 from pyro_diffusion.checkpoint.encoding import Json, decode, encode
-from pyro_diffusion.checkpoint.files import CheckpointError
+from pyro_diffusion.checkpoint.files import CheckpointError, read_file, write_file
 from pyro_diffusion.nn.definition import definition_differences
 
 
@@ -48,7 +47,7 @@ def save(
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     tree = encode(state, "state", (), tensors)
-    files.write(path, {"description": _as_json(description or {}), "state": tree}, tensors)
+    write_file(path, {"description": _as_json(description or {}), "state": tree}, tensors)
 
 
 def load(
@@ -72,7 +71,7 @@ def load(
             differ, naming the keys with both values.
     """
     path = Path(path)
-    header, tensors = files.read(path)
+    header, tensors = read_file(path)
     if description is not None:
         _compare(path, header["description"], _as_json(description))
     try:
@@ -91,7 +90,7 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: as :func:`load`.
         CheckpointError: if the file is truncated, damaged or no checkpoint.
     """
-    return files.read(Path(path))[0]["description"]
+    return read_file(Path(path))[0]["description"]
 
 
 def save_module(

@@ -610,7 +610,7 @@ def plotting_calls() -> list[Call]:
         Call(
             "plotting.schedule",
             plotting.schedule,
-            of({"schedule": schedules.Cosine(), "points": 11}),
+            of({"schedule": schedules.Cosine(), "num_points": 11}),
             weight=0.3,
         ),
         Call(
@@ -622,7 +622,7 @@ def plotting_calls() -> list[Call]:
         Call(
             "plotting.rank_histogram",
             plotting.rank_histogram,
-            of({"ranks": torch.arange(40) % 10, "draws": 9, "bins": 5, "level": 0.9}),
+            of({"ranks": torch.arange(40) % 10, "num_samples": 9, "bins": 5, "level": 0.9}),
             weight=0.3,
         ),
     ]
