@@ -24,8 +24,9 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import TableDenoiser
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.guidance import ProgramLikelihood, SampledGuidance, SubstitutionGuidance
+from pyro_diffusion.guidance import SampledGuidance, SubstitutionGuidance
 from pyro_diffusion.infer import TwistedSMC
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, Uniform, coordinates
 from pyro_diffusion.schedules import Rectified
 

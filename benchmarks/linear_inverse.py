@@ -33,8 +33,9 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.guidance import MMPS, GuidedDenoiser, PiGDM, ProgramLikelihood
+from pyro_diffusion.guidance import MMPS, GuidedDenoiser, PiGDM
 from pyro_diffusion.infer import Particles, TwistedSMC
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.samplers import Ancestral, Langevin, PredictorCorrector
 from pyro_diffusion.schedules import Level, VarianceExploding, focused_log_snr

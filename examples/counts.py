@@ -26,9 +26,10 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.guidance import GuidedDenoiser, ProgramLikelihood
+from pyro_diffusion.guidance import GuidedDenoiser
 from pyro_diffusion.infer import Particles, TwistedSMC
 from pyro_diffusion.infer.resampling import genealogical_variance
+from pyro_diffusion.likelihoods import ProgramLikelihood
 
 ALL = torch.ones(digits.EVENT_SHAPE, dtype=torch.bool)
 

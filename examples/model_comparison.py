@@ -27,9 +27,9 @@ from torch import Tensor
 
 from pyro_diffusion import plotting
 from pyro_diffusion.denoisers import LevelsDenoiser
-from pyro_diffusion.guidance import ProgramLikelihood
 from pyro_diffusion.infer import TwistedSMC
 from pyro_diffusion.infer.resampling import genealogical_variance
+from pyro_diffusion.likelihoods import ProgramLikelihood
 
 CLASSES = conditional_digits.CLASSES
 SEEN = inpainting()

@@ -34,9 +34,9 @@ from tqdm import trange
 
 from pyro_diffusion import plotting
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.guidance import ProgramLikelihood
 from pyro_diffusion.infer import AutoTwistedSMC, ParticleGibbs, Particles, TwistedSMC
 from pyro_diffusion.infer.resampling import genealogical_variance
+from pyro_diffusion.likelihoods import ProgramLikelihood
 
 PRIOR = (0.0, 1.0)  # of log s
 

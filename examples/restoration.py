@@ -29,8 +29,9 @@ from torch import Tensor
 from pyro_diffusion import plotting
 from pyro_diffusion.denoisers import LevelsDenoiser
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.guidance import DataCovariance, ProgramLikelihood
+from pyro_diffusion.guidance import DataCovariance
 from pyro_diffusion.infer import AutoGuidance, Particles, TwistedSMC
+from pyro_diffusion.likelihoods import ProgramLikelihood
 
 HIGH = digits.LEVELS - 1
 Operator = Callable[[Tensor], Tensor]

@@ -34,10 +34,10 @@ from pyro_diffusion.guidance import (
     DiffPIR,
     PiGDM,
     PlugIn,
-    ProgramLikelihood,
     SampledGuidance,
 )
 from pyro_diffusion.infer import DDPM, TwistedSMC
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, CategoricalProcess, GaussianProcess, Uniform
 from pyro_diffusion.samplers import DDIM
 from pyro_diffusion.schedules import (

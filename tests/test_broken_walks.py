@@ -10,8 +10,9 @@ from torch import nn
 
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
-from pyro_diffusion.guidance import MMPS, DataCovariance, PlugIn, ProgramLikelihood
+from pyro_diffusion.guidance import MMPS, DataCovariance, PlugIn
 from pyro_diffusion.infer import AutoGuidance
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.samplers import DDIM, Ancestral
 from pyro_diffusion.schedules import Cosine

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from pyro_diffusion.denoisers import GaussianDenoiser
 from pyro_diffusion.distributions import Diffusion, RedDiff
-from pyro_diffusion.guidance import DAPS, ProgramLikelihood, daps
+from pyro_diffusion.guidance import DAPS, daps
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.samplers import DDIM, AdamsMoulton, simulate
 from pyro_diffusion.schedules import Cosine, Level, LogLinear, Rectified, uniform_log_snr

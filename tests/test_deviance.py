@@ -11,10 +11,17 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.guidance import MMPS, TMPD, DiffPIR, PiGDM, PlugIn, ProgramLikelihood
-from pyro_diffusion.guidance.deviance import deviance_residual
+from pyro_diffusion.guidance import (
+    MMPS,
+    TMPD,
+    DiffPIR,
+    PiGDM,
+    PlugIn,
+)
 from pyro_diffusion.infer import TwistedSMC
 from pyro_diffusion.infer.twisted_smc import default_guidance
+from pyro_diffusion.likelihoods import ProgramLikelihood
+from pyro_diffusion.likelihoods.deviance import deviance_residual
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import LogLinear, uniform
 from tests.exact import mixture

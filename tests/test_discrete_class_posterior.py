@@ -5,8 +5,8 @@ import pyro.distributions as dist
 import torch
 
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.guidance import ProgramLikelihood
 from pyro_diffusion.infer import TwistedSMC
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from tests.classes import LOCS as LOCS64
 from tests.classes import SCALE, NormalClass
 from tests.classes import WEIGHTS as WEIGHTS64

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import MixtureDenoiser, TableDenoiser
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.guidance import ProgramLikelihood, SampledGuidance, SubstitutionGuidance
+from pyro_diffusion.guidance import SampledGuidance, SubstitutionGuidance
 from pyro_diffusion.infer import TwistedSMC
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform, coordinates
 from pyro_diffusion.schedules import LogLinear, Rectified, uniform
 

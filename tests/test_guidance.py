@@ -19,11 +19,11 @@ from pyro_diffusion.guidance import (
     GuidedDenoiser,
     PiGDM,
     PlugIn,
-    ProgramLikelihood,
     conjugate_gradients,
     gmres,
 )
-from pyro_diffusion.guidance.linearization import solve
+from pyro_diffusion.likelihoods import ProgramLikelihood
+from pyro_diffusion.likelihoods.linearization import solve
 from pyro_diffusion.processes import GaussianProcess, coordinates
 from pyro_diffusion.samplers import AdamsMoulton, Ancestral, DPMSolverPP, ancestral, heun, simulate
 from pyro_diffusion.schedules import Cosine, LogLinear, uniform_log_snr

@@ -20,8 +20,8 @@ from pyro_diffusion.distributions import (
     QuantizedDecoder,
 )
 from pyro_diffusion.distributions.deferred import Deferred
-from pyro_diffusion.guidance import ProgramLikelihood
 from pyro_diffusion.infer import AutoGuidance, AutoTwistedSMC, ChainReparam
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.schedules import LogLinear, Rectified
 

@@ -12,8 +12,9 @@ from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 
 from pyro_diffusion.denoisers import MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.guidance import MMPS, ProgramLikelihood
+from pyro_diffusion.guidance import MMPS
 from pyro_diffusion.infer import AutoGuidance, AutoTwistedSMC, ParticleGibbs
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import LogLinear
 

@@ -14,8 +14,9 @@ from torch import nan
 
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
-from pyro_diffusion.guidance import MMPS, DataCovariance, PlugIn, ProgramLikelihood
+from pyro_diffusion.guidance import MMPS, DataCovariance, PlugIn
 from pyro_diffusion.infer import TwistedSMC
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.optim import JointOptim
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine

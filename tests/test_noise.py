@@ -24,7 +24,8 @@ from pyro_diffusion.distributions import (
     Weighted,
 )
 from pyro_diffusion.dynamics import Hutchinson
-from pyro_diffusion.guidance import ProgramLikelihood, SampledGuidance
+from pyro_diffusion.guidance import SampledGuidance
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess, SeededNoise, draw, drawing_from
 from pyro_diffusion.schedules import Cosine
 from tests.laws import LAWS, Tiny, normal

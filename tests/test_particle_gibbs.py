@@ -14,11 +14,11 @@ from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import (
     MMPS,
     GuidedDenoiser,
-    ProgramLikelihood,
     SampledGuidance,
     Twisted,
 )
 from pyro_diffusion.infer import ConditionalFilter, ParticleGibbs, TwistedSMC
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.schedules import Cosine, LogLinear, Rectified, uniform
 from tests.laws import Tiny

@@ -15,8 +15,9 @@ from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlo
 from pyro_diffusion.dynamics import Hutchinson
 from pyro_diffusion.evaluate import posterior_to_arviz
 from pyro_diffusion.evaluate.arviz_versions import az
-from pyro_diffusion.guidance import MMPS, ProgramLikelihood
+from pyro_diffusion.guidance import MMPS
 from pyro_diffusion.infer import AutoGuidance, TwistedSMC
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import LogLinear
 

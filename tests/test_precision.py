@@ -28,7 +28,8 @@ from pyro_diffusion.distributions import (
     ProbabilityFlow,
     QuantizedDecoder,
 )
-from pyro_diffusion.guidance import MMPS, DataCovariance, ProgramLikelihood
+from pyro_diffusion.guidance import MMPS, DataCovariance
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.nn import MLP, LabelContext, TensorContext, Transformer, UNet
 from pyro_diffusion.nn.embedding import fourier_embedding
 from pyro_diffusion.optim import JointOptim

@@ -26,7 +26,7 @@ from pyro_diffusion.distributions import (
     QuantizedDecoder,
 )
 from pyro_diffusion.dynamics import ExactTrace, Hutchinson
-from pyro_diffusion.guidance import ProgramLikelihood
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.schedules import LogLinear, Rectified
 from tests.exact import mixture

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 from pyro_diffusion.denoisers import GaussianDenoiser, TableDenoiser
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.guidance import ProgramLikelihood, Replacement
+from pyro_diffusion.guidance import Replacement
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess, coordinates
 from pyro_diffusion.samplers import (
     DDIM,

@@ -19,8 +19,9 @@ from pyro_diffusion.dynamics import (
     trace,
     twice_differentiable_attention,
 )
-from pyro_diffusion.guidance import MMPS, PiGDM, PlugIn, ProgramLikelihood
-from pyro_diffusion.guidance.linearization import LinearizedChain
+from pyro_diffusion.guidance import MMPS, PiGDM, PlugIn
+from pyro_diffusion.guidance.linearized_denoiser import LinearizedChain
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.nn import MLP, UNet
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine

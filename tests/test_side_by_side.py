@@ -18,12 +18,12 @@ from pyro_diffusion.guidance import (
     DiffPIR,
     PiGDM,
     PlugIn,
-    ProgramLikelihood,
     Replacement,
     SampledGuidance,
     SubstitutionGuidance,
 )
 from pyro_diffusion.infer import ConditionalFilter, TwistedSMC
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing
 from pyro_diffusion.samplers import DDIM, Ancestral, Heun, RePaint
 from pyro_diffusion.schedules import LogLinear, Rectified, uniform

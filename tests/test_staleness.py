@@ -13,8 +13,8 @@ from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.distributions.base import kept_uniform
 from pyro_diffusion.dynamics import ReverseSDE, SDESolver
-from pyro_diffusion.guidance import ProgramLikelihood
 from pyro_diffusion.infer import DDPM, TwistedSMC
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine, LearnedSchedule, TabulatedBetas, uniform
 from tests.exact import BETAS, Gauge, mixture

@@ -15,7 +15,6 @@ from pyro_diffusion.distributions import Diffusion, DiffusionSDE, QuantizedDecod
 from pyro_diffusion.guidance import GuidedDenoiser, Twisted
 from pyro_diffusion.guidance.base import moved
 from pyro_diffusion.guidance.gaussian_conditioning import MMPS
-from pyro_diffusion.guidance.program import ProgramLikelihood
 from pyro_diffusion.guidance.sampled import SampledGuidance
 from pyro_diffusion.infer import ParticleFilter, TwistedSMC
 from pyro_diffusion.infer.resampling import (
@@ -24,6 +23,7 @@ from pyro_diffusion.infer.resampling import (
     resampled,
     systematic_ancestors,
 )
+from pyro_diffusion.likelihoods.program import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine, LogLinear, uniform
 from tests.exact import MEANS, VARIANCES, WEIGHTS, mixture

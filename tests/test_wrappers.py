@@ -13,9 +13,9 @@ from pyro.distributions.transforms import AffineTransform, ExpTransform
 from pyro_diffusion.denoisers import MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.distributions.wrappers import unwrap, unwrap_diffusion
-from pyro_diffusion.guidance import ProgramLikelihood
-from pyro_diffusion.guidance.whitening import whitened
 from pyro_diffusion.infer import AutoGuidance
+from pyro_diffusion.likelihoods import ProgramLikelihood
+from pyro_diffusion.likelihoods.whitening import whitened
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import LogLinear
 

@@ -12,7 +12,7 @@ from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_diffusion.guidance.program_run import check_fixed_rows
+from pyro_diffusion.likelihoods.run import check_fixed_rows
 from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
 
 __all__ = ["RankStatistics", "sbc"]

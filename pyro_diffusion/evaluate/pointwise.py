@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_diffusion.distributions import DenoisedDistribution, ProbabilityFlow
 from pyro_diffusion.distributions.wrappers import unwrap_diffusion
-from pyro_diffusion.guidance.program_run import (
+from pyro_diffusion.likelihoods.run import (
     Message,
     check_fixed_rows,
     log_density,

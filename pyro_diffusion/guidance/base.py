@@ -40,7 +40,7 @@ class GuidedDenoiser(Denoiser):
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior.
-        likelihood: log p(y | x_0), a :class:`~pyro_diffusion.guidance.ProgramLikelihood` or alike.
+        likelihood: log p(y | x_0), a :class:`~pyro_diffusion.likelihoods.ProgramLikelihood` or alike.
 
     Raises:
         ValueError: if ``denoiser`` is not a denoiser.

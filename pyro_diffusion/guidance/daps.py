@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_diffusion.guidance.linearization import LinearizedProgram, solve
+from pyro_diffusion.likelihoods.linearization import LinearizedProgram, solve
 from pyro_diffusion.precision import matmul
 from pyro_diffusion.processes import ForwardProcess, GaussianCoefficients, draw
 from pyro_diffusion.samplers import DDIM, Sampler, State
@@ -48,7 +48,7 @@ class DAPS(Sampler):
     processes only. ``inner`` network evaluations a step.
 
     Args:
-        likelihood: a :class:`~pyro_diffusion.guidance.ProgramLikelihood`.
+        likelihood: a :class:`~pyro_diffusion.likelihoods.ProgramLikelihood`.
         inner: reads of the denoiser in step 1.
         variance: a function of the level, :math:`r_t^2`; by default the paper's :math:`\sigma^2/\alpha^2`.
         moves: Langevin moves in step 2, each one gradient of the program; None for the exact draw.

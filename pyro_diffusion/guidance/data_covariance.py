@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance.gaussian_conditioning import GaussianConditioning
-from pyro_diffusion.guidance.linearization import LinearizedChain
+from pyro_diffusion.guidance.linearized_denoiser import LinearizedChain
 from pyro_diffusion.precision import matmul
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_finite

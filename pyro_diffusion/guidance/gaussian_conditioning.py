@@ -12,7 +12,8 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.analytic import check_gaussian
 from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser, moved
 from pyro_diffusion.guidance.krylov import conjugate_gradients, gmres
-from pyro_diffusion.guidance.linearization import LinearizedChain, solve
+from pyro_diffusion.guidance.linearized_denoiser import LinearizedChain
+from pyro_diffusion.likelihoods.linearization import solve
 from pyro_diffusion.precision import matmul
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_positive_int
@@ -74,7 +75,7 @@ class GaussianConditioning(GuidedDenoiser):
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process.
-        likelihood: a :class:`~pyro_diffusion.guidance.ProgramLikelihood` of Normal sites.
+        likelihood: a :class:`~pyro_diffusion.likelihoods.ProgramLikelihood` of Normal sites.
         solver: ``"direct"``, ``"cg"`` or ``"gmres"``; by default direct up to 64 residuals in a row, else cg.
         iterations: of a Krylov solver.
         full_gradient: whether the shift follows the whole log-twist (always direct).
@@ -248,7 +249,7 @@ class MMPS(GaussianConditioning):
         >>> import pyro.distributions as dist
         >>> from pyro_diffusion.denoisers import MixtureDenoiser
         >>> from pyro_diffusion.distributions import Diffusion
-        >>> from pyro_diffusion.guidance import ProgramLikelihood
+        >>> from pyro_diffusion.likelihoods import ProgramLikelihood
         >>> from pyro_diffusion.processes import GaussianProcess
         >>> from pyro_diffusion.schedules import Cosine
         >>> denoiser = MixtureDenoiser(GaussianProcess(Cosine()), torch.ones(1), torch.zeros(1, 2), 1.0)

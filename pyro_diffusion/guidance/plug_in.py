@@ -8,7 +8,7 @@ from torch import Tensor
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.analytic import check_gaussian
 from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser, moved
-from pyro_diffusion.guidance.linearization import detached
+from pyro_diffusion.guidance.linearized_denoiser import detached
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_number, check_tensor
@@ -88,7 +88,7 @@ class PlugIn(GuidedDenoiser):
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process.
-        likelihood: any :class:`~pyro_diffusion.guidance.ProgramLikelihood`.
+        likelihood: any :class:`~pyro_diffusion.likelihoods.ProgramLikelihood`.
         scale: factor of the shift.
         step_size: a :class:`DPSStep` in place of the gradient's own size.
 

@@ -10,7 +10,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.analytic import check_gaussian
 from pyro_diffusion.distributions.base import home
 from pyro_diffusion.guidance.base import GuidedDenoiser, check_denoiser
-from pyro_diffusion.guidance.linearization import LinearizedProgram
+from pyro_diffusion.likelihoods.linearization import LinearizedProgram
 from pyro_diffusion.processes import coordinates
 from pyro_diffusion.schedules import Level
 
@@ -39,7 +39,7 @@ class Replacement(GuidedDenoiser):
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process.
-        likelihood: a :class:`~pyro_diffusion.guidance.ProgramLikelihood` of Normal sites, each reading
+        likelihood: a :class:`~pyro_diffusion.likelihoods.ProgramLikelihood` of Normal sites, each reading
             coordinates of x_0, scaled or shifted at will.
 
     Raises:

@@ -20,15 +20,16 @@ from pyro_diffusion.distributions.base import plates_entered
 from pyro_diffusion.distributions.callers import called_from
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.distributions.wrappers import unwrap_diffusion
-from pyro_diffusion.guidance import GuidedDenoiser, ProgramLikelihood
-from pyro_diffusion.guidance.program import check_model
-from pyro_diffusion.guidance.program_run import isolated
-from pyro_diffusion.guidance.program_signature import structure
-from pyro_diffusion.guidance.program_sites import MissingLatents
-from pyro_diffusion.guidance.program_trials import Analysis
+from pyro_diffusion.guidance import GuidedDenoiser
 from pyro_diffusion.infer.posterior_law import PosteriorLaw
 from pyro_diffusion.infer.reparam import ChainReparam
 from pyro_diffusion.infer.twisted_smc import default_guidance
+from pyro_diffusion.likelihoods import ProgramLikelihood
+from pyro_diffusion.likelihoods.program import check_model
+from pyro_diffusion.likelihoods.run import isolated
+from pyro_diffusion.likelihoods.signature import structure
+from pyro_diffusion.likelihoods.sites import MissingLatents
+from pyro_diffusion.likelihoods.trials import Analysis
 from pyro_diffusion.samplers import Sampler
 from pyro_diffusion.validation import check_positive_int
 

@@ -10,10 +10,11 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.guidance import GuidedDenoiser, ProgramLikelihood
+from pyro_diffusion.guidance import GuidedDenoiser
 from pyro_diffusion.infer.auto_posterior import AutoPosterior, Density, Guidance, as_chain
 from pyro_diffusion.infer.reparam import reverse_chain
 from pyro_diffusion.infer.twisted_smc import Particles, TwistedSMC
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.samplers import Ancestral, Sampler, check_sampler
 from pyro_diffusion.validation import check_positive_int
 

@@ -11,7 +11,13 @@ from tqdm import tqdm
 from pyro_diffusion.denoisers import Denoiser, NetworkDenoiser
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.estimate import UNBIASED, Estimate
-from pyro_diffusion.guidance import MMPS, DiffPIR, GuidedDenoiser, PlugIn, SampledGuidance
+from pyro_diffusion.guidance import (
+    MMPS,
+    DiffPIR,
+    GuidedDenoiser,
+    PlugIn,
+    SampledGuidance,
+)
 from pyro_diffusion.infer.particle_filter import ParticleFilter
 from pyro_diffusion.infer.particles import Particles
 from pyro_diffusion.infer.resampling import genealogical_variance
@@ -82,8 +88,8 @@ class TwistedSMC:
 
     Args:
         diffusion: the prior, of the likelihood's batch shape or one that broadcasts to it.
-        likelihood: log p(y | x), a :class:`~pyro_diffusion.guidance.ProgramLikelihood` or alike. It makes the
-            target, whatever the guidance approximates.
+        likelihood: log p(y | x), a :class:`~pyro_diffusion.likelihoods.ProgramLikelihood` or alike. It
+            makes the target, whatever the guidance approximates.
         guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one;
             :func:`default_guidance` if None.
         num_particles: N >= 2.

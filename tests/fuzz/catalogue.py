@@ -14,8 +14,8 @@ from pyro_diffusion import (
     denoisers,
     distributions,
     dynamics,
-    guidance,
     infer,
+    likelihoods,
     processes,
     samplers,
     schedules,
@@ -76,9 +76,9 @@ NOT_CALLED: dict[str, str] = {
     "guidance.DAPSCoefficients": "made by the package, for reading",
     "guidance.KrylovSolution": "made by the package, for reading",
     "guidance.LinearizedChain": "made by the package, for reading",
-    "guidance.LinearizedProgram": "made by the package, for reading",
+    "likelihoods.LinearizedProgram": "made by the package, for reading",
     "guidance.Twisted": "made by the package, for reading",
-    "guidance.Whitened": "made by the package, for reading",
+    "likelihoods.Whitened": "made by the package, for reading",
     "processes.CategoricalCoefficients": "made by the package, for reading",
     "processes.GaussianCoefficients": "made by the package, for reading",
     "samplers.HeunCoefficients": "made by the package, for reading",
@@ -142,14 +142,14 @@ def chain(**changes: Any) -> Diffusion:
     return Diffusion(changes.pop("denoiser", gaussian()), (3,), 3, **changes)
 
 
-def read(y: Any = None) -> guidance.ProgramLikelihood:
+def read(y: Any = None) -> likelihoods.ProgramLikelihood:
     prior = Diffusion(exact(), (3,), steps=3)
 
     def model() -> None:
         x = pyro.sample("x", prior)
         pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=torch.ones(3))
 
-    return guidance.ProgramLikelihood(model)
+    return likelihoods.ProgramLikelihood(model)
 
 
 def program(y: Any) -> None:

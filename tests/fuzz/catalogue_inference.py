@@ -15,6 +15,7 @@ from pyro_diffusion import (
     evaluate,
     guidance,
     infer,
+    likelihoods,
     optim,
     plotting,
     schedules,
@@ -40,7 +41,7 @@ from tests.fuzz.catalogue import (
 from tests.laws import Tiny
 
 
-def spelled() -> guidance.ProgramLikelihood:
+def spelled() -> likelihoods.ProgramLikelihood:
     """A reading of the first of three symbols."""
     prior = Diffusion(symbols(), (3,), 3)
 
@@ -49,7 +50,7 @@ def spelled() -> guidance.ProgramLikelihood:
         logits = 2.0 * torch.nn.functional.one_hot(x[..., 0], 4)
         pyro.sample("y", dist.Categorical(logits=logits), obs=torch.tensor(1))
 
-    return guidance.ProgramLikelihood(model)
+    return likelihoods.ProgramLikelihood(model)
 
 
 def guidance_calls() -> list[Call]:
@@ -149,22 +150,24 @@ def guidance_calls() -> list[Call]:
             ),
         ),
         Call("guidance.ClassifierFreeGuidance", free, of({"scale": 2.0, "interval": (-1.0, 5.0)})),
-        Call("guidance.ProgramLikelihood.log_prob", likelihood.log_prob, x0),
-        Call("guidance.ProgramLikelihood.whitened", likelihood.whitened, x0),
-        Call("guidance.ProgramLikelihood.residual", likelihood.residual, x0),
-        Call("guidance.ProgramLikelihood.log_normalizer", likelihood.log_normalizer, x0),
-        Call("guidance.ProgramLikelihood.site_value", likelihood.site_value, x0),
+        Call("likelihoods.ProgramLikelihood.log_prob", likelihood.log_prob, x0),
+        Call("likelihoods.ProgramLikelihood.whitened", likelihood.whitened, x0),
+        Call("likelihoods.ProgramLikelihood.residual", likelihood.residual, x0),
+        Call("likelihoods.ProgramLikelihood.log_normalizer", likelihood.log_normalizer, x0),
+        Call("likelihoods.ProgramLikelihood.site_value", likelihood.site_value, x0),
         Call(
-            "guidance.ProgramLikelihood.with_residuals",
+            "likelihoods.ProgramLikelihood.with_residuals",
             likelihood.with_residuals,
             of({"residuals": "deviance"}),
         ),
         Call(
-            "guidance.ProgramLikelihood.with_latents", likelihood.with_latents, of({"latents": {}})
+            "likelihoods.ProgramLikelihood.with_latents",
+            likelihood.with_latents,
+            of({"latents": {}}),
         ),
         Call(
-            "guidance.ProgramLikelihood",
-            lambda **a: guidance.ProgramLikelihood(**a).log_prob(data()),
+            "likelihoods.ProgramLikelihood",
+            lambda **a: likelihoods.ProgramLikelihood(**a).log_prob(data()),
             of(
                 {
                     "model": program,
@@ -179,8 +182,8 @@ def guidance_calls() -> list[Call]:
         Call("guidance.conjugate_gradients", guidance.conjugate_gradients, of(solve)),
         Call("guidance.gmres", guidance.gmres, of(solve)),
         Call(
-            "guidance.deviance_residual",
-            guidance.deviance_residual,
+            "likelihoods.deviance_residual",
+            likelihoods.deviance_residual,
             of({"fn": dist.Poisson(torch.ones(3)), "value": torch.tensor([0.0, 1.0, 2.0])}),
         ),
     ]

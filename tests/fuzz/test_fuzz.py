@@ -118,7 +118,10 @@ def fuzz(count: int, seed: int) -> tuple[Counter[str], list[str]]:
 
 def public_names() -> set[str]:
     """What the package says is public, as module.name."""
-    modules = "schedules processes denoisers samplers distributions dynamics guidance infer evaluate nn optim"
+    modules = (
+        "schedules processes denoisers samplers distributions dynamics likelihoods guidance infer evaluate "
+        "nn optim"
+    )
     found = set()
     for module in modules.split():
         names = importlib.import_module(f"pyro_diffusion.{module}").__all__

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyro_diffusion.distributions import DenoisedDistribution
 from pyro_diffusion.distributions.wrappers import unwrap
-from pyro_diffusion.guidance.program_run import Message, log_density
-from pyro_diffusion.guidance.whitening import RESIDUALS, whitened
+from pyro_diffusion.likelihoods.run import Message, log_density
+from pyro_diffusion.likelihoods.whitening import RESIDUALS, whitened
 from pyro_diffusion.processes import (
     CategoricalProcess,
     GaussianProcess,

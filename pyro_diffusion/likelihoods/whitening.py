@@ -1,18 +1,30 @@
 """The whitened residual of an observed site."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_diffusion.distributions.wrappers import unwrap
-from pyro_diffusion.guidance.deviance import deviance_residual
-from pyro_diffusion.guidance.program_run import Message
+from pyro_diffusion.likelihoods.deviance import deviance_residual
+from pyro_diffusion.likelihoods.run import Message
 
-__all__ = ["RESIDUALS", "whitened"]
+__all__ = ["RESIDUALS", "Whitened", "whitened"]
 
 RESIDUALS = ("normal", "deviance")
+
+
+class Whitened(NamedTuple):
+    """A likelihood as a sum of squares: log p(y | x_0) = -\\|residual\\|^2 / 2 + log_normalizer.
+
+    Attributes:
+        residual: sample + batch + (m,).
+        log_normalizer: sample + batch, nats.
+    """
+
+    residual: Tensor
+    log_normalizer: Tensor
 
 
 def whitened(site: Message, residuals: str = "normal") -> tuple[Tensor, Tensor, int] | None:
@@ -25,7 +37,7 @@ def whitened(site: Message, residuals: str = "normal") -> tuple[Tensor, Tensor, 
 
     Args:
         site: an observed site.
-        residuals: ``"deviance"`` for :func:`~pyro_diffusion.guidance.deviance_residual` of sites
+        residuals: ``"deviance"`` for :func:`~pyro_diffusion.likelihoods.deviance_residual` of sites
             that are not Normal.
 
     Returns:

@@ -17,15 +17,15 @@ from pyro_diffusion.distributions import (
     QuantizedDecoder,
 )
 from pyro_diffusion.distributions.wrappers import unwrap_diffusion
-from pyro_diffusion.guidance.missing import without_missing
-from pyro_diffusion.guidance.program_run import (
+from pyro_diffusion.likelihoods.missing import without_missing
+from pyro_diffusion.likelihoods.run import (
     Message,
     isolated,
     log_density,
     observations,
     of_each_datum,
 )
-from pyro_diffusion.guidance.program_signature import signature_of
+from pyro_diffusion.likelihoods.signature import signature_of
 from pyro_diffusion.validation import check_finite
 
 __all__ = ["DiffusionSite", "First", "MissingLatents", "first_run"]

@@ -3,15 +3,15 @@
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import pyro
 import torch
 from pyro.poutine.block_messenger import BlockMessenger
 from torch import Tensor
 
-from pyro_diffusion.guidance.missing import without_missing
-from pyro_diffusion.guidance.program_run import (
+from pyro_diffusion.likelihoods.missing import without_missing
+from pyro_diffusion.likelihoods.run import (
     Message,
     collapse,
     handlers,
@@ -19,26 +19,14 @@ from pyro_diffusion.guidance.program_run import (
     observed,
     of_each_datum,
 )
-from pyro_diffusion.guidance.program_signature import structure
-from pyro_diffusion.guidance.program_sites import First, first_run
-from pyro_diffusion.guidance.program_trials import Analysis, agree, choose_way, look, trials
-from pyro_diffusion.guidance.whitening import RESIDUALS, whitened
+from pyro_diffusion.likelihoods.signature import structure
+from pyro_diffusion.likelihoods.sites import First, first_run
+from pyro_diffusion.likelihoods.trials import Analysis, agree, choose_way, look, trials
+from pyro_diffusion.likelihoods.whitening import RESIDUALS, Whitened, whitened
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.validation import check_event_shape
 
-__all__ = ["ProgramLikelihood", "Whitened"]
-
-
-class Whitened(NamedTuple):
-    """A likelihood as a sum of squares: log p(y | x_0) = -\\|residual\\|^2 / 2 + log_normalizer.
-
-    Attributes:
-        residual: sample + batch + (m,).
-        log_normalizer: sample + batch, nats.
-    """
-
-    residual: Tensor
-    log_normalizer: Tensor
+__all__ = ["ProgramLikelihood"]
 
 
 class ProgramLikelihood:
@@ -72,7 +60,7 @@ class ProgramLikelihood:
             on the left, broadcast against the sample dimensions of x_0: each particle may have its own noise
             scale.
         residuals: ``"normal"`` for those of Normal sites only; ``"deviance"`` for signed deviance residuals
-            of other sites (:func:`~pyro_diffusion.guidance.deviance_residual`), which are no linear
+            of other sites (:func:`~pyro_diffusion.likelihoods.deviance_residual`), which are no linear
             function of x_0 but make the same sum of squares. ``log_prob`` is the same for both.
         subsamples: indices of plates that the model subsamples, by name; those that it draws by itself must
             be told. Each datum of the site must have its own observations there, and the plates' factor N / B

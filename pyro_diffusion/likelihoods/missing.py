@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from pyro_diffusion.distributions.wrappers import Unwrapped, unwrap
-from pyro_diffusion.guidance.program_run import Message
+from pyro_diffusion.likelihoods.run import Message
 
 __all__ = ["without_missing"]
 

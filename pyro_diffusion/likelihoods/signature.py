@@ -7,7 +7,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_diffusion.distributions.wrappers import unwrap
-from pyro_diffusion.guidance.program_run import Message
+from pyro_diffusion.likelihoods.run import Message
 
 __all__ = ["signature_of", "structure"]
 

@@ -1,0 +1,83 @@
+"""The residual of a likelihood at a denoiser's mean, with products of both Jacobians."""
+
+import contextlib
+from typing import Any
+
+import torch
+from pyro.distributions import Delta, TorchDistribution
+from torch import Tensor
+
+from pyro_diffusion.denoisers import Denoiser, Quantized
+from pyro_diffusion.dynamics import twice_differentiable_attention
+from pyro_diffusion.guidance.base import moved
+from pyro_diffusion.likelihoods.linearization import LinearizedProgram
+from pyro_diffusion.processes import coordinates
+from pyro_diffusion.schedules import Level
+
+__all__ = ["LinearizedChain", "detached"]
+
+
+class LinearizedChain(LinearizedProgram):
+    r"""The same at :math:`\hat x_0(x_t)`, with :math:`J = \partial\hat x_0/\partial x_t` of the denoiser.
+
+    Denoiser and program are read once each.
+
+    Args:
+        denoiser: posterior p(x_0 | x_t) of the prior.
+        likelihood: what has ``whitened(x_0)``.
+        xt: state, batch + event.
+        level: where it is.
+        context: the denoiser's.
+        through: whether products with J will be asked for; if not, the denoiser is read without a graph.
+        graph: whether all of it stays differentiable in x_t.
+
+    Attributes:
+        prior: the denoiser's posterior, detached.
+        variance: its variance, or None for a point mass.
+
+    Raises:
+        ValueError: if the residual or the posterior mean has no gradient.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        likelihood: Any,
+        xt: Tensor,
+        level: Level,
+        context: dict[str, Tensor],
+        through: bool = True,
+        graph: bool = False,
+    ) -> None:
+        twice = twice_differentiable_attention() if graph else contextlib.nullcontext()
+        with torch.set_grad_enabled(through), twice:
+            self._xt = xt.detach().requires_grad_(through)
+            prior = denoiser(self._xt, level, **context)
+            self._mean = prior.mean
+        if through and not self._mean.requires_grad:
+            raise ValueError(
+                f"denoiser: got a {type(denoiser).__name__} whose mean has no gradient in x_t, expected a "
+                "differentiable one (DiffPIR asks for none)"
+            )
+        self.prior = detached(prior)
+        point_mass = isinstance(coordinates(prior), Delta)
+        self.variance = None if point_mass else (prior if graph else self.prior).variance
+        super().__init__(likelihood, self._mean, graph)
+
+    def back(self, v: Tensor) -> Tensor:
+        """J^T v: data space to itself, through the denoiser."""
+        return self._walk(self._mean, self._xt, v)
+
+    def score(self, log_twist: Tensor) -> Tensor:
+        """The gradient in x_t of a log-twist that was computed with the graph, detached."""
+        (gradient,) = torch.autograd.grad(log_twist, self._xt, torch.ones_like(log_twist))
+        return gradient
+
+
+def detached(posterior: TorchDistribution) -> TorchDistribution:
+    """The same posterior without a graph: a point mass, values with probabilities, or else a normal."""
+    base = coordinates(posterior)
+    if isinstance(base, Quantized):
+        quantized = Quantized(base.logits.detach(), base.values.detach(), validate_args=False)
+        return quantized.to_event(posterior.event_dim)
+    return moved(posterior, torch.zeros_like(posterior.mean))
