@@ -1,4 +1,4 @@
-"""Signal and noise scales over time, and the grids a chain walks on."""
+"""Signal and noise scales over time, and the time grids of a chain."""
 
 from pyro_diffusion.schedules.base import Grid, Level, Row, Schedule, table_row
 from pyro_diffusion.schedules.focused_grid import focused_log_snr

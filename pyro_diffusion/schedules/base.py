@@ -15,7 +15,7 @@ __all__ = ["Grid", "Level", "Schedule", "table_row"]
 
 
 class Level(NamedTuple):
-    r"""A point of a schedule: the time and everything a Gaussian formula wants there.
+    r"""A point of a schedule: the time and everything a Gaussian formula needs there.
 
     Attributes:
         t: time in [0, 1].
@@ -99,20 +99,18 @@ class Sources:
 class Schedule(DefinedModule, PreciseModule):
     r"""Signal and noise scales :math:`\alpha(t), \sigma(t)` over t in [0, 1] (0 = data, 1 = noise).
 
-    A schedule is two independent choices. The *curve* :math:`\lambda(t)` (``_curve`` and its inverse
-    ``_inverse_curve``) is strictly decreasing; the *gauge* (``_signal``, ``_noise``, ``_signal_slope``)
-    splits a log-SNR into :math:`\alpha` and :math:`\sigma`. The SDE
-    :math:`dx = f(t) x\,dt + g(t)\,dw` with the same marginals follows from both,
+    A schedule is two independent choices. The *curve* :math:`\lambda(t) = \log(\alpha^2/\sigma^2)` is
+    strictly decreasing; the *scaling* splits a log-SNR into :math:`\alpha(\lambda)` and
+    :math:`\sigma(\lambda)`. The SDE :math:`dx = f(t) x\,dt + g(t)\,dw` with the same marginals follows from
+    both,
 
     .. math::
         f = \frac{d\log\alpha}{d\lambda}\,\lambda'(t), \qquad g^2 = -\sigma^2\,\lambda'(t).
 
-    The raw curve may reach infinity at its ends. ``log_snr_max`` and ``log_snr_min`` cut it there: t in
-    [0, 1] is stretched over the part of the curve between them. Gaussian models refuse ends that their dtype
-    cannot hold: in float32 a log-SNR above 26, where the noise is lost in the rounding of data of unit scale,
-    or below -80.
-
-    A subclass gives the curve, its inverse and, to spare automatic differentiation, ``_curve_slope``.
+    The curve is given on a time u of its own and may reach infinity at its ends. ``log_snr_max`` and
+    ``log_snr_min`` cut it there: t in [0, 1] is stretched over the part of the curve between them. Gaussian
+    models refuse ends that their dtype cannot hold: in float32 a log-SNR above 26, where the noise is lost
+    in the rounding of data of unit scale, or below -80.
 
     Args:
         log_snr_max: log-SNR at t = 0.
@@ -121,6 +119,27 @@ class Schedule(DefinedModule, PreciseModule):
     Raises:
         ValueError: if the two ends are not finite (where the curve cannot reach infinity) or not in
             decreasing order.
+
+    **Implementing a schedule.** A subclass gives the curve, ``_curve(u)``, and its inverse,
+    ``_inverse_curve(log_snr)``; optionally ``_curve_slope(u)``, the derivative of the curve (by automatic
+    differentiation otherwise). It takes its scaling from
+    :class:`~pyro_diffusion.schedules.VariancePreserving` or gives another by three functions of the log-SNR:
+    ``_signal`` is :math:`\alpha`, ``_noise`` is :math:`\sigma`, ``_signal_slope`` is
+    :math:`d\log\alpha/d\lambda`. All take and return tensors of any shape. A curve that reaches infinity sets
+    ``reaches_infinity = True`` to allow infinite ends.
+
+    Example:
+        A curve that is flat around log-SNR 0 and steep at both ends, :math:`\lambda(u) = -\sinh u`.
+
+        >>> from pyro_diffusion.schedules import VariancePreserving
+        >>> class Sinh(VariancePreserving):
+        ...     def _curve(self, u):
+        ...         return -torch.sinh(u)
+        ...     def _inverse_curve(self, log_snr):
+        ...         return -torch.asinh(log_snr)
+        >>> schedule = Sinh(log_snr_max=10.0, log_snr_min=-10.0)
+        >>> [round(float(v), 3) for v in schedule.log_snr(torch.tensor([0.0, 0.25, 0.75, 1.0]))]
+        [10.0, 2.127, -2.127, -10.0]
 
     References:
         Kingma et al., Variational Diffusion Models, arXiv 2107.00630.
@@ -146,11 +165,13 @@ class Schedule(DefinedModule, PreciseModule):
         ends = torch.tensor([log_snr_max, log_snr_min], dtype=torch.float64)
         self._start, self._stop = (float(u) for u in self._inverse_curve(ends))
 
-    # The curve, on its own raw time.
+    # The curve, on a time u of its own.
     def _curve(self, u: Tensor) -> Tensor:
+        """Log-SNR at u."""
         raise NotImplementedError
 
     def _inverse_curve(self, log_snr: Tensor) -> Tensor:
+        """The u at which the curve has a log-SNR."""
         raise NotImplementedError
 
     def _curve_slope(self, u: Tensor) -> Tensor:
@@ -160,11 +181,13 @@ class Schedule(DefinedModule, PreciseModule):
             (slope,) = torch.autograd.grad(self._curve(u).sum(), u, create_graph=True)
         return slope
 
-    # The gauge.
+    # The scaling.
     def _signal(self, log_snr: Tensor) -> Tensor:
+        """Signal scale alpha."""
         raise NotImplementedError
 
     def _noise(self, log_snr: Tensor) -> Tensor:
+        """Noise scale sigma, alpha exp(-log-SNR / 2)."""
         raise NotImplementedError
 
     def _signal_slope(self, log_snr: Tensor) -> Tensor:
@@ -211,7 +234,7 @@ class Schedule(DefinedModule, PreciseModule):
         """Squared diffusion coefficient of the forward SDE, per unit of t."""
         return self._g2(inside(t))
 
-    # The same without a look at the times, for loops.
+    # The same without a check of the times, for loops.
     def _f(self, t: Tensor) -> Tensor:
         return self._signal_slope(self._log_snr(t)) * self._slope(t)
 
@@ -223,7 +246,7 @@ class Schedule(DefinedModule, PreciseModule):
 
         Args:
             t: times of any shape; those in less than float32 are raised to it.
-            check: whether to look at the values (a host round trip on GPU).
+            check: whether to check the values (a host round trip on GPU).
 
         Raises:
             ValueError: for times outside [0, 1].
@@ -240,7 +263,7 @@ class Schedule(DefinedModule, PreciseModule):
     ) -> Level:
         """The levels of a whole grid; those of the last grid are kept.
 
-        A model walks one grid again and again. A schedule with parameters is evaluated every time, and so is
+        A model uses one grid again and again. A schedule with parameters is evaluated every time, and so is
         any schedule on times that require a gradient; a grid changed in place is another grid.
 
         Args:
@@ -249,7 +272,7 @@ class Schedule(DefinedModule, PreciseModule):
             device: of the result, that of the times by default.
 
         Raises:
-            ValueError: for times outside [0, 1], where a look does not cost a wait (on the CPU).
+            ValueError: for times outside [0, 1], where the check costs no wait for a device (on the CPU).
         """
         check_tensor("times", times)
         place = (at_least_single(dtype or times.dtype), device or times.device)
@@ -258,7 +281,7 @@ class Schedule(DefinedModule, PreciseModule):
         if kept is not None and kept[:2] == (sources, place):
             level: Level = kept[2]
             return level
-        if times.device.type == "cpu":  # elsewhere a look would cost a wait
+        if times.device.type == "cpu":  # elsewhere the check would wait for the device
             check_times("times", times)
         if times.is_inference() and not torch.is_inference_mode_enabled():
             times = times.clone()  # autograd can save a copy
