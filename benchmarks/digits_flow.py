@@ -44,7 +44,7 @@ def flow_of(denoiser: LevelsDenoiser, log_snr_max: float, trace: Trace) -> Proba
 
 def dequantized(
     flow: ProbabilityFlow, x: Tensor, samples: int, uniform: bool
-) -> tuple[evaluate.Likelihood, float]:
+) -> tuple[evaluate.LogLikelihoodEstimate, float]:
     """Lower bound by dequantizations; and the probes' part of its mean's error (nats)."""
     schedule = flow.denoiser.process.schedule
     noise = math.exp(-schedule.log_snr_max / 2)
@@ -65,7 +65,7 @@ def dequantized(
         variances.append(density.standard_error.square())
         evaluations += density.evaluations
     terms = torch.stack(weights)
-    result = evaluate.Likelihood(
+    result = evaluate.LogLikelihoodEstimate(
         value=terms.mean(0),
         standard_error=terms.std(0) / math.sqrt(samples),
         kind="lower bound",
@@ -98,10 +98,10 @@ def main() -> None:
     title = f"first {len(x)} test images, bits/dim"
     print(f"\n{title:<46} {'value':>8} {'s.e.':>8} {'probes':>8} {'reads':>8}  kind")
     chain = digits.law(denoiser, 1000)
-    bound = evaluate.log_likelihood(chain, x, draws=500)
+    bound = evaluate.log_likelihood(chain, x, num_terms=500)
     line("bound, 1000 steps", bound.bits_per_dim, bound.kind)
     short = digits.law(denoiser, 100)
-    weighted = evaluate.importance_weighted(short, x, samples=8)
+    weighted = evaluate.importance_weighted(short, x, num_samples=8)
     line("8 weighted chains of 100 steps", weighted.bits_per_dim, weighted.kind)
     trace: Trace = Hutchinson(args.probes) if args.probes else ExactTrace()
     flow = flow_of(denoiser, args.log_snr, trace)

@@ -113,7 +113,7 @@ def weighting(denoiser: TableDenoiser, steps: int) -> bool:
     print(f"{'bound':>7} {gap:>10.4f} {'exact':>10}")
     law = Diffusion(denoiser, (LENGTH,), steps=steps)
     for samples in (10, 100, 1000):
-        estimate = importance_weighted(law, denoiser.sequences, samples=samples, batch_size=81)
+        estimate = importance_weighted(law, denoiser.sequences, num_samples=samples, batch_size=81)
         left = float((weight * (chain - estimate.value)).sum())
         error = float((weight * estimate.standard_error).square().sum().sqrt())
         print(f"{samples:>7} {left:>10.4f} {error:>10.4f}")

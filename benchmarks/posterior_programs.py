@@ -335,7 +335,7 @@ def calibration(args: argparse.Namespace) -> bool:
         pyro.set_rng_seed(19)
         start = time.perf_counter()
         table[name] = sbc(
-            model, posterior, simulations=args.simulations, quantities=quantities, parallel=True
+            model, posterior, num_simulations=args.simulations, quantities=quantities, parallel=True
         )
         values = "  ".join(f"{key} {table[name].p_value(key):.2g}" for key in quantities)
         low, high = table[name].envelope(0.95)
@@ -360,7 +360,7 @@ def picture(table: dict[str, RankStatistics]) -> Path:
     axes = figure.subplots(len(table), len(next(iter(table.values())).ranks))
     for row, (name, statistics) in zip(axes, table.items(), strict=True):
         for ax, (quantity, ranks) in zip(row, statistics.ranks.items(), strict=True):
-            plotting.rank_histogram(ranks, statistics.draws, bins=16, ax=ax)
+            plotting.rank_histogram(ranks, statistics.num_samples, bins=16, ax=ax)
             ax.set_title(f"{name}: {quantity}", fontsize="medium")
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "calibration.png"

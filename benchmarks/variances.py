@@ -142,9 +142,9 @@ def table(
     data: Tensor,
     all_terms: int,
     args: argparse.Namespace,
-) -> dict[str, dict[int, evaluate.Likelihood]]:
+) -> dict[str, dict[int, evaluate.LogLikelihoodEstimate]]:
     """Bounds of all rows at all numbers of steps, per datum."""
-    results: dict[str, dict[int, evaluate.Likelihood]] = {name: {} for name in rows}
+    results: dict[str, dict[int, evaluate.LogLikelihoodEstimate]] = {name: {} for name in rows}
     for steps in STEPS:
         draws = None if steps <= all_terms else args.draws
         for name, (denoiser, grids) in rows.items():
@@ -153,15 +153,15 @@ def table(
             pyro.set_rng_seed(args.seed)
             law = chain(denoiser, like, uniform(steps) if times is None else times)
             results[name][steps] = evaluate.log_likelihood(
-                law, data, draws=draws, batch_size=args.rows
+                law, data, num_terms=draws, batch_size=args.rows
             )
         tape.tapes.clear()
     return results
 
 
 def show(
-    results: dict[str, dict[int, evaluate.Likelihood]],
-    figure: Callable[[evaluate.Likelihood], Tensor],
+    results: dict[str, dict[int, evaluate.LogLikelihoodEstimate]],
+    figure: Callable[[evaluate.LogLikelihoodEstimate], Tensor],
     unit: str,
 ) -> None:
     """The table, with two errors: over data, and of the draws alone."""
@@ -179,7 +179,7 @@ def show(
     print(f"{'largest Monte-Carlo error, bits':<32}" + "".join(f"{worst[k]:>9.4f}" for k in STEPS))
 
 
-def bits(result: evaluate.Likelihood) -> Tensor:
+def bits(result: evaluate.LogLikelihoodEstimate) -> Tensor:
     """-log2 p(x) / d per datum."""
     return -result.value / (result.dimensions * math.log(2))
 
@@ -230,7 +230,7 @@ def optimal(denoiser: Denoiser, data: Tensor, count: int = 1000) -> Grids:
     return optimal_grids(times, costs, [k for k in STEPS if k <= count])
 
 
-def verdict(results: dict[str, dict[int, evaluate.Likelihood]]) -> bool:
+def verdict(results: dict[str, dict[int, evaluate.LogLikelihoodEstimate]]) -> bool:
     """What the papers' ordering asks of the table."""
 
     slack = 0.003  # bits/dim beyond chance that still count as no worse
@@ -276,7 +276,7 @@ def images(args: argparse.Namespace) -> bool:
     pyro.set_rng_seed(args.seed)
     analytic = analytic_variance(base, train[:400])
     held_out = like.encode(data["validation"])
-    residual = residual_variance(base, held_out, draws=2)
+    residual = residual_variance(base, held_out, num_samples=2)
 
     def batch() -> Tensor:
         return data["train"][torch.randint(len(train), (args.head_batch,))]
@@ -307,7 +307,7 @@ def images(args: argparse.Namespace) -> bool:
     return verdict(results)
 
 
-def plot(results: dict[str, dict[int, evaluate.Likelihood]], path: Path) -> None:
+def plot(results: dict[str, dict[int, evaluate.LogLikelihoodEstimate]], path: Path) -> None:
     """Bound against steps, one line a row."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     ax = figure.subplots()

@@ -128,35 +128,37 @@ def trained(out: Path) -> LevelsDenoiser:
     return trainer.denoiser
 
 
-def histogram(train: Tensor, test: Tensor) -> evaluate.Likelihood:
+def histogram(train: Tensor, test: Tensor) -> evaluate.LogLikelihoodEstimate:
     """The baseline of independent pixels: smoothed histograms, an exact likelihood."""
     counts = torch.nn.functional.one_hot(train, LEVELS).sum(0).double()
     pooled = counts.mean((0, 1, 2))
     probs = (counts + LEVELS * pooled / pooled.sum() + 0.05).log()
     probs = probs - probs.logsumexp(-1, keepdim=True)
     value = probs.expand(*test.shape, LEVELS).gather(-1, test.unsqueeze(-1)).flatten(1).sum(1)
-    return evaluate.Likelihood(value, torch.zeros_like(value), "exact", 0, test[0].numel())
+    return evaluate.LogLikelihoodEstimate(
+        value, torch.zeros_like(value), "exact", 0, test[0].numel()
+    )
 
 
 def score(
     denoiser: LevelsDenoiser, data: dict[str, Tensor], args: argparse.Namespace
-) -> dict[str, evaluate.Likelihood]:
+) -> dict[str, evaluate.LogLikelihoodEstimate]:
     """Bounds on held-out data and a baseline; importance weighting of few images on a short chain."""
     chain, few = law(denoiser, args.chain), data["test"][: args.weighted_images]
     short = law(denoiser, args.weighted_steps)
-    bound = {"draws": args.draws, "progress": args.progress}
+    bound = {"num_terms": args.draws, "progress": args.progress}
     return {
         "histogram": histogram(data["train"], data["test"]),
         "validation": evaluate.log_likelihood(chain, data["validation"], **bound),
         "test": evaluate.log_likelihood(chain, data["test"], **bound),
         "test_subset": evaluate.log_likelihood(short, few, progress=args.progress),
         "test_subset_weighted": evaluate.importance_weighted(
-            short, few, samples=args.weighted_samples, progress=args.progress
+            short, few, num_samples=args.weighted_samples, progress=args.progress
         ),
     }
 
 
-def report(results: dict[str, evaluate.Likelihood], args: argparse.Namespace) -> None:
+def report(results: dict[str, evaluate.LogLikelihoodEstimate], args: argparse.Namespace) -> None:
     """Print the table, write metrics.json and the ArviZ file."""
     titles = {
         "histogram": "test, independent pixels",
@@ -191,7 +193,7 @@ def report(results: dict[str, evaluate.Likelihood], args: argparse.Namespace) ->
 def draw(
     denoiser: LevelsDenoiser,
     losses: list[float],
-    result: evaluate.Likelihood,
+    result: evaluate.LogLikelihoodEstimate,
     data: dict[str, Tensor],
     args: argparse.Namespace,
 ) -> None:

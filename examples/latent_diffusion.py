@@ -30,7 +30,7 @@ from tqdm import trange
 from pyro_diffusion import evaluate, plotting
 from pyro_diffusion.denoisers import GaussianDenoiser, LearnedVariance
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.evaluate import Likelihood
+from pyro_diffusion.evaluate import LogLikelihoodEstimate
 from pyro_diffusion.nn import MLP
 from pyro_diffusion.optim import EMA
 from pyro_diffusion.processes import GaussianProcess
@@ -96,7 +96,7 @@ class LatentModel(nn.Module):
 
 
 @torch.no_grad()
-def elbo(latent: LatentModel, x: Tensor, draws: int) -> Likelihood:
+def elbo(latent: LatentModel, x: Tensor, draws: int) -> LogLikelihoodEstimate:
     """The lower bound of every image, from Pyro's own traces.
 
     A trace scores z under a diffusion by one term of its bound. Evaluation reads more of them: the same
@@ -110,12 +110,12 @@ def elbo(latent: LatentModel, x: Tensor, draws: int) -> Likelihood:
         q.compute_log_prob()
         log_prior, prior = p.nodes["z"]["log_prob"], latent.prior()
         if isinstance(prior, Diffusion):
-            bound = evaluate.log_likelihood(prior, q.nodes["z"]["value"], draws=20)
+            bound = evaluate.log_likelihood(prior, q.nodes["z"]["value"], num_terms=20)
             log_prior, reads = bound.value, reads + bound.evaluations
         values.append(p.nodes["x"]["log_prob"] + log_prior - q.nodes["z"]["log_prob"])
     each = torch.stack(values).double()
     error = each.std(0) / math.sqrt(draws)
-    return Likelihood(each.mean(0), error, "lower bound", reads, PIXELS)
+    return LogLikelihoodEstimate(each.mean(0), error, "lower bound", reads, PIXELS)
 
 
 def train(
@@ -168,7 +168,7 @@ def draw(panels: dict[str, Tensor]) -> Figure:
     return figure
 
 
-def report(results: dict[str, Likelihood]) -> dict[str, dict[str, float | str]]:
+def report(results: dict[str, LogLikelihoodEstimate]) -> dict[str, dict[str, float | str]]:
     """Print the table; the difference is paired by image (another training seed moves it, too)."""
     print(f"\n{'test ELBO, bits/dim':<22} {'value':>8} {'s.e.':>8}   kind")
     for prior, result in results.items():

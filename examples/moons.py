@@ -24,7 +24,7 @@ from tqdm import trange
 from pyro_diffusion import evaluate, plotting
 from pyro_diffusion.denoisers import GaussianDenoiser, LearnedVariance
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.evaluate import Likelihood
+from pyro_diffusion.evaluate import LogLikelihoodEstimate
 from pyro_diffusion.nn import MLP
 from pyro_diffusion.optim import EMA
 from pyro_diffusion.processes import GaussianProcess
@@ -42,7 +42,7 @@ def moons(count: int, seed: int) -> Tensor:
     return (torch.tensor(points, dtype=torch.float32) - CENTRE) / SCALE
 
 
-def true_likelihood(data: Tensor, points: int = 2000) -> Likelihood:
+def true_likelihood(data: Tensor, points: int = 2000) -> LogLikelihoodEstimate:
     """The density behind the data: normal noise around a uniform law on two half circles."""
     angle = torch.linspace(0, math.pi, points, dtype=torch.float64)
     upper = torch.stack([angle.cos(), angle.sin()], -1)
@@ -58,7 +58,7 @@ def true_likelihood(data: Tensor, points: int = 2000) -> Likelihood:
 
 def mixture_likelihood(
     train: Tensor, validation: Tensor, data: Tensor, args: argparse.Namespace
-) -> Likelihood:
+) -> LogLikelihoodEstimate:
     """The Gaussian mixture whose number of components is best on validation."""
     fits = [GaussianMixture(k, random_state=args.seed).fit(train) for k in args.components]
     best = max(fits, key=lambda fit: fit.score(validation))
@@ -66,9 +66,9 @@ def mixture_likelihood(
     return exact(torch.from_numpy(best.score_samples(data)))
 
 
-def exact(log_p: Tensor) -> Likelihood:
+def exact(log_p: Tensor) -> LogLikelihoodEstimate:
     """Log-densities known without error."""
-    return Likelihood(log_p.double(), torch.zeros(len(log_p)), "exact", 0, 2)
+    return LogLikelihoodEstimate(log_p.double(), torch.zeros(len(log_p)), "exact", 0, 2)
 
 
 def train(data: Tensor, args: argparse.Namespace) -> tuple[Diffusion, list[float]]:
@@ -100,22 +100,26 @@ def train(data: Tensor, args: argparse.Namespace) -> tuple[Diffusion, list[float
     return Diffusion(denoiser, (2,), steps=args.chain, progress=args.progress), losses
 
 
-def likelihoods(law: Diffusion, data: Tensor, args: argparse.Namespace) -> dict[str, Likelihood]:
+def likelihoods(
+    law: Diffusion, data: Tensor, args: argparse.Namespace
+) -> dict[str, LogLikelihoodEstimate]:
     """Bounds of the chain and of a shorter one, and importance weighting on the shorter."""
     options = {"batch_size": len(data), "progress": args.progress}
     short = law.replace(steps=args.short_chain)
     return {
-        f"diffusion, {law.steps} steps": evaluate.log_likelihood(law, data, samples=8, **options),
+        f"diffusion, {law.steps} steps": evaluate.log_likelihood(
+            law, data, num_samples=8, **options
+        ),
         f"diffusion, {short.steps} steps": evaluate.log_likelihood(
-            short, data, samples=8, **options
+            short, data, num_samples=8, **options
         ),
         f"diffusion, {short.steps} steps, weighted": evaluate.importance_weighted(
-            short, data, samples=args.samples, **options
+            short, data, num_samples=args.samples, **options
         ),
     }
 
 
-def report(rows: dict[str, Likelihood], truth: str) -> dict[str, dict[str, float | str]]:
+def report(rows: dict[str, LogLikelihoodEstimate], truth: str) -> dict[str, dict[str, float | str]]:
     """Print all models on the same points, paired with the truth, and return the figures."""
     print(
         f"\n{'held-out log-likelihood':<30} {'nats':>8} {'s.e.':>7} {'to truth':>9} {'s.e.':>7}   kind"
@@ -150,7 +154,11 @@ def points_figure(data: Tensor, samples: Tensor) -> Figure:
 
 
 def draw(
-    law: Diffusion, bound: Likelihood, losses: list[float], data: Tensor, args: argparse.Namespace
+    law: Diffusion,
+    bound: LogLikelihoodEstimate,
+    losses: list[float],
+    data: Tensor,
+    args: argparse.Namespace,
 ) -> None:
     """Every figure, into the output folder."""
     noise = law.denoiser.process.prior((2,)).expand((len(data),)).sample()

@@ -24,7 +24,7 @@ from tqdm import trange
 from pyro_diffusion import evaluate, plotting
 from pyro_diffusion.denoisers import CategoricalDenoiser
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.evaluate import Likelihood
+from pyro_diffusion.evaluate import LogLikelihoodEstimate
 from pyro_diffusion.nn import Transformer
 from pyro_diffusion.optim import EMA
 from pyro_diffusion.processes import Absorbing
@@ -108,7 +108,7 @@ def train(
             continue
         denoiser.eval()
         with ema.average_parameters():
-            now = evaluate.log_likelihood(law, validation, draws=32).bits_per_dim.value
+            now = evaluate.log_likelihood(law, validation, num_terms=32).bits_per_dim.value
         denoiser.train()
         bar.set_postfix({"validation bits/char": f"{now:.3f}"})
         if now < best:
@@ -135,13 +135,13 @@ def ngrams(text: Tensor, validation: Tensor, orders: int) -> list[Tensor]:
     return tables
 
 
-def ngram_score(tables: list[Tensor], windows: Tensor) -> Likelihood:
+def ngram_score(tables: list[Tensor], windows: Tensor) -> LogLikelihoodEstimate:
     """Windows stand alone, as they do for the diffusion: the first characters have a shorter past."""
     log_p = torch.zeros(len(windows), dtype=torch.float64)
     for i in range(windows.shape[1]):
         order = min(i + 1, len(tables))
         log_p += tables[order - 1][windows[:, i + 1 - order : i + 1].unbind(1)].log()
-    return Likelihood(log_p, torch.zeros(len(windows)), "exact", 0, windows.shape[1])
+    return LogLikelihoodEstimate(log_p, torch.zeros(len(windows)), "exact", 0, windows.shape[1])
 
 
 def infill(law: Diffusion, windows: Tensor, steps: int, progress: bool = False) -> Tensor:
@@ -166,7 +166,7 @@ def passage(law: Diffusion, characters: int, args: argparse.Namespace) -> str:
     return decode(text)
 
 
-def report(rows: dict[str, Likelihood]) -> dict[str, dict[str, float | str]]:
+def report(rows: dict[str, LogLikelihoodEstimate]) -> dict[str, dict[str, float | str]]:
     """Print the table, each model paired with the first, and return the figures."""
     first, metrics = next(iter(rows.values())), {}
     print(
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     text, validation, test = split(args.text, args.length)
     law = build(args)
     losses = train(law, text, validation, args)
-    bound = evaluate.log_likelihood(law, test, draws=args.draws, progress=args.progress)
+    bound = evaluate.log_likelihood(law, test, num_terms=args.draws, progress=args.progress)
     rows = {"diffusion": bound}
     tables = ngrams(text, validation, orders=4)
     for order, name in enumerate(("unigram", "bigram", "trigram", "4-gram"), start=1):

@@ -14,7 +14,7 @@ __all__ = [
     "LOWER_BOUND",
     "UNBIASED",
     "Estimate",
-    "Likelihood",
+    "LogLikelihoodEstimate",
     "Terms",
 ]
 
@@ -76,7 +76,7 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class LogLikelihoodEstimate:
     r"""Log-likelihoods of held-out data, one per datum.
 
     Attributes:
@@ -156,7 +156,7 @@ class Likelihood:
         return float(self.standard_error.square().sum().sqrt() / len(self.value))
 
     def __str__(self) -> str:
-        return f"Likelihood of {len(self)} data: {self.mean}; {self.bits_per_dim}"
+        return f"Log-likelihood of {len(self)} data: {self.mean}; {self.bits_per_dim}"
 
 
 def concatenate(parts: list[Tensor]) -> Tensor:

@@ -440,7 +440,7 @@ def test_categorical_site(kind):
 
     guide = guide_of("smc", model, num_particles=500)
     if kind == "guidance":
-        guide = AutoGuidance(model, functools.partial(SampledGuidance, draws=16))
+        guide = AutoGuidance(model, functools.partial(SampledGuidance, num_samples=16))
     runs = [Predictive(model, guide=guide, num_samples=400, parallel=True)() for _ in range(4)]
     x = torch.cat([run["x"] for run in runs])
     assert x.shape == (1600, 2)

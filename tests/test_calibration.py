@@ -31,9 +31,9 @@ def posterior(draws=39, shift=0.0, scale=1.0):
 
 def test_exact_posterior_gives_uniform_ranks():
     """Both p-values above 0.005; a right posterior fails one time in a hundred (the seed is fixed)."""
-    ranks = sbc(program, posterior(), simulations=1000, parallel=True)
+    ranks = sbc(program, posterior(), num_simulations=1000, parallel=True)
     assert set(ranks.ranks) == {"x[0]", "x[1]"}
-    assert ranks.draws == 39
+    assert ranks.num_samples == 39
     for name, values in ranks.ranks.items():
         assert values.shape == (1000,)
         assert values.min() == 0 and values.max() == 39
@@ -43,9 +43,9 @@ def test_exact_posterior_gives_uniform_ranks():
 
 @pytest.mark.parametrize("wrong", [{"shift": 0.15}, {"scale": 1.3}, {"scale": 0.75}])
 def test_wrong_posterior_is_found(wrong):
-    ranks = sbc(program, posterior(**wrong), simulations=1000, parallel=True)
+    ranks = sbc(program, posterior(**wrong), num_simulations=1000, parallel=True)
     assert ranks.p_value() < 1e-4
-    low, high = ranks.envelope(0.99, simulations=500)
+    low, high = ranks.envelope(0.99, num_simulations=500)
     assert not bool(((ranks.ecdf("x[0]") >= low) & (ranks.ecdf("x[0]") <= high)).all())
 
 
@@ -58,8 +58,8 @@ def test_prior_passes_unless_a_quantity_reads_the_data():
     def fit(sites):
         return Normal(sites["x"], 0.5).log_prob(sites["y"]).sum(-1)
 
-    assert sbc(program, prior, simulations=500, parallel=True).p_value() > 0.005
-    seen = sbc(program, prior, simulations=500, parallel=True, quantities={"fit": fit})
+    assert sbc(program, prior, num_simulations=500, parallel=True).p_value() > 0.005
+    seen = sbc(program, prior, num_simulations=500, parallel=True, quantities={"fit": fit})
     assert set(seen.ranks) == {"fit"}
     assert seen.p_value() < 1e-6
 
@@ -75,7 +75,7 @@ def test_ties_are_broken_at_random():
         odds = Normal(1.0, 1.0).log_prob(data["y"]) - Normal(0.0, 1.0).log_prob(data["y"])
         return {"x": Bernoulli(logits=odds + math.log(3 / 7)).sample((19,))}
 
-    ranks = sbc(coin, exact, simulations=1000)
+    ranks = sbc(coin, exact, num_simulations=1000)
     assert len(ranks.ranks["x"].unique()) == 20
     assert ranks.p_value() > 0.005
 
@@ -90,16 +90,16 @@ def test_thinning_and_plates():
         draws = Normal(data["y"] / 1.25, math.sqrt(0.2)).sample((19,))
         return {"x": draws.repeat_interleave(5, 0), "y": torch.zeros(95, 3)}
 
-    ranks = sbc(plated, sticky, simulations=400, thin=5)
-    assert ranks.draws == 19
+    ranks = sbc(plated, sticky, num_simulations=400, thin=5)
+    assert ranks.num_samples == 19
     assert ranks.p_value() > 0.005
-    assert sbc(plated, sticky, simulations=400).p_value(bins=32) < 1e-3
+    assert sbc(plated, sticky, num_simulations=400).p_value(bins=32) < 1e-3
 
 
 def test_chi_square_by_hand():
     """Against scipy, with as many ranks as bins, and uneven bins by their expected counts."""
     ranks = torch.randint(4, (200,))
-    table = RankStatistics({"x": ranks}, draws=3)
+    table = RankStatistics({"x": ranks}, num_samples=3)
     assert table.p_value("x", bins=4) == pytest.approx(stats.chisquare(ranks.bincount()).pvalue)
     ends = torch.stack([(ranks < 2).sum(), (ranks == 2).sum(), (ranks == 3).sum()])
     expected = stats.chisquare(ends, [100, 50, 50]).pvalue
@@ -121,9 +121,9 @@ def test_envelope_holds_simultaneously():
 
 def test_runs_repeat_with_the_seed():
     pyro.set_rng_seed(3)
-    first = sbc(program, posterior(), simulations=20)
+    first = sbc(program, posterior(), num_simulations=20)
     pyro.set_rng_seed(3)
-    again = sbc(program, posterior(), simulations=20)
+    again = sbc(program, posterior(), num_simulations=20)
     assert all(torch.equal(first.ranks[k], again.ranks[k]) for k in first.ranks)
 
 
@@ -150,13 +150,13 @@ def bad_factor():
         (program, lambda data: {}, {}, "posterior: got shapes"),
         (program, lambda data: {"x": torch.full((5, 2), math.nan)}, {}, "posterior: x"),
         (program, lambda data: {"x": torch.zeros(torch.randint(1, 9, ()), 2)}, {}, "same number"),
-        (program, posterior(), {"simulations": 3}, "simulations: got"),
+        (program, posterior(), {"num_simulations": 3}, "num_simulations: got"),
         (program, posterior(), {"thin": 0}, "thin: got"),
     ],
 )
 def test_bad_calibration_input(model, inference, options, message):
     with pytest.raises(ValueError, match=message):
-        sbc(model, inference, **{"simulations": 30, **options})
+        sbc(model, inference, **{"num_simulations": 30, **options})
 
 
 def test_bad_questions():

@@ -104,8 +104,8 @@ def test_the_bound_holds_on_normals(eta, mean, variance):
     truth, model = normal(0.2, 0.7), normal(mean, variance)
     data = truth.data().sample((1000,))
     exact = exact_distance(model, truth, eta)
-    near = wasserstein_bound(model, data, reference=truth, eta=eta, points=120)
-    far = wasserstein_bound(model, data, eta=eta, points=120)
+    near = wasserstein_bound(model, data, reference=truth, eta=eta, num_points=120)
+    far = wasserstein_bound(model, data, eta=eta, num_points=120)
     assert exact <= near.value <= far.value
     assert near.value < 12 * exact  # and it says something
 
@@ -115,7 +115,7 @@ def test_the_bound_is_sharp_where_only_the_mean_is_wrong(eta):
     """The errors then all point one way and no inequality of the proof loses anything."""
     truth, model = normal(0.0, 0.6), normal(0.8, 0.6)
     data = truth.data().sample((500,))
-    bound = wasserstein_bound(model, data, reference=truth, eta=eta, points=800)
+    bound = wasserstein_bound(model, data, reference=truth, eta=eta, num_points=800)
     assert_close(bound.score, math.sqrt(SIZE) * 0.8, rtol=2e-3, atol=0)
     assert abs(exact_distance(model, truth, eta) - bound.score) < 2e-2
     assert bound.prior + bound.smoothing < 0.05
@@ -151,14 +151,14 @@ def test_errors_of_the_prior_shrink_as_the_equation_says():
     sigma = math.sqrt(1 - alpha**2)
     square = alpha**2 * float(data.square().sum(-1).mean()) + SIZE * (1 - sigma) ** 2
     for eta in (0.0, 0.6, 1.0):
-        bound = wasserstein_bound(truth, data, reference=truth, eta=eta, points=1000)
+        bound = wasserstein_bound(truth, data, reference=truth, eta=eta, num_points=1000)
         expected = base ** ((1 + eta**2) / 2) / alpha * math.sqrt(square)
         assert_close(bound.prior, expected, rtol=1e-3, atol=0)
 
 
 def test_other_gauges():
     truth, model = (normal(m, 0.8, VarianceExploding(0.01, 50.0)) for m in (0.0, 0.5))
-    bound = wasserstein_bound(model, truth.data().sample((500,)), reference=truth, points=600)
+    bound = wasserstein_bound(model, truth.data().sample((500,)), reference=truth, num_points=600)
     assert_close(bound.score, math.sqrt(2) * 0.5, rtol=5e-3, atol=0)
 
 
@@ -168,7 +168,7 @@ def test_other_gauges():
 @each_schedule
 def test_an_exact_denoiser_has_no_residual(make):
     denoiser = mixture(make())
-    result = continuity_residual(denoiser, denoiser.data().sample((4000,)), draws=2)
+    result = continuity_residual(denoiser, denoiser.data().sample((4000,)), num_samples=2)
     assert result.z.shape == (10, 32)
     # 320 correlated standard normals; their largest exceeds 5 in fewer than 2e-4 of seeds.
     assert result.z.abs().max() < 5
@@ -196,10 +196,10 @@ def test_a_wrong_denoiser_has_one(error):
     parts = exact.process, exact.weights, exact.means, exact.variances
     denoiser, data = Perturbed(*parts), exact.data().sample((4000,))
     denoiser.error = error
-    result = continuity_residual(denoiser, data, draws=2)
+    result = continuity_residual(denoiser, data, num_samples=2)
     assert result.z.abs().max() > 8
     assert (result.rms >= 0).all() and result.rms.max() > 0.01
-    assert result.rms.max() > 3 * continuity_residual(exact, data, draws=2).rms.max()
+    assert result.rms.max() > 3 * continuity_residual(exact, data, num_samples=2).rms.max()
 
 
 @each_schedule
@@ -230,7 +230,7 @@ def test_residuals_of_images_and_float32():
     denoiser = Zero(GaussianProcess(Cosine()), torch.ones(1), torch.zeros(1, 4), 1.0)
     denoiser.process = process
     data = torch.randn(40, 1, 2, 2)
-    result = continuity_residual(denoiser, data, levels=torch.tensor([-1.0, 1.0]), functions=6)
+    result = continuity_residual(denoiser, data, levels=torch.tensor([-1.0, 1.0]), num_functions=6)
     assert result.value.shape == (2, 6) and result.value.dtype == torch.float32
     assert_close(result.log_snr, torch.tensor([-1.0, 1.0]), rtol=1e-4, atol=1e-4)
 
@@ -247,13 +247,16 @@ BAD = {
     "shapes": (lambda: wasserstein(torch.zeros(3, 2), torch.zeros(4, 2)), "x, y: got shapes"),
     "vectors": (lambda: sliced_wasserstein(torch.zeros(3), torch.zeros(3)), "x, y: got shapes"),
     "nan": (lambda: wasserstein(X, X * torch.nan), "y: got 8"),
-    "projections": (lambda: sliced_wasserstein(X, X, 0), "projections: got 0"),
+    "projections": (lambda: sliced_wasserstein(X, X, 0), "num_projections: got 0"),
     "process": (lambda: wasserstein_bound(categorical(), X), "denoiser: got Categorical"),
     "data": (lambda: wasserstein_bound(normal(), X[0]), "data: got shape"),
     "eta": (lambda: wasserstein_bound(normal(), X, eta=-1.0), "eta: got -1"),
-    "points": (lambda: wasserstein_bound(normal(), X, points=1), "points: got 1"),
+    "points": (lambda: wasserstein_bound(normal(), X, num_points=1), "num_points: got 1"),
     "levels": (lambda: continuity_residual(normal(), X, levels=0), "levels: got 0"),
-    "functions": (lambda: continuity_residual(normal(), X, functions=0), "functions: got 0"),
+    "functions": (
+        lambda: continuity_residual(normal(), X, num_functions=0),
+        "num_functions: got 0",
+    ),
     "one datum": (lambda: continuity_residual(normal(), X[:1]), "data: got shape"),
     "categorical": (lambda: continuity_residual(categorical(), X), "denoiser: got Categorical"),
 }

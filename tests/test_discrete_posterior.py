@@ -183,7 +183,7 @@ def test_sampled_twist_is_unbiased_and_its_posterior_right_with_many_draws(proce
     law = Diffusion(denoiser, (LENGTH,), times=uniform(STEPS, F64))
     likelihood = reading(law)
     xt = torch.tensor([[denoiser.process.noise.argmax(), 2, 2]]).expand(3000, 1, LENGTH)
-    guided = SampledGuidance(denoiser, likelihood, draws=3)
+    guided = SampledGuidance(denoiser, likelihood, num_samples=3)
     twisted = guided.twisted(xt, torch.tensor(0.7, dtype=F64))
     probs = coordinates(twisted.prior).probs[0, 0]
     tilted = probs * confusion()[:, READ].T
@@ -192,7 +192,7 @@ def test_sampled_twist_is_unbiased_and_its_posterior_right_with_many_draws(proce
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / 3000**0.5  # false alarm 6e-5
     # No symbol that the prior holds possible is lost, though three draws see few of them.
     assert (coordinates(twisted.posterior).probs[probs.expand(3000, 1, -1, -1) > 0] > 0).all()
-    many = SampledGuidance(denoiser, likelihood, draws=40_000).twisted(
+    many = SampledGuidance(denoiser, likelihood, num_samples=40_000).twisted(
         xt[:1], torch.tensor(0.7, dtype=F64)
     )
     found = coordinates(many.posterior).probs[0, 0]
@@ -211,7 +211,7 @@ def test_draws_guide_real_data_too():
     def model():
         pyro.sample("y", dist.Normal(pyro.sample("x", law), 1.0).to_event(1), obs=y)
 
-    guided = SampledGuidance(denoiser, ProgramLikelihood(model), draws=100_000)
+    guided = SampledGuidance(denoiser, ProgramLikelihood(model), num_samples=100_000)
     twisted = guided.twisted(torch.tensor([0.4, 0.1], dtype=F64), torch.tensor(0.5, dtype=F64))
     variance = twisted.prior.variance
     expected = twisted.prior.mean + variance / (variance + 1) * (y - twisted.prior.mean)
@@ -253,10 +253,10 @@ def test_bad_input():
     likelihood = reading(law)
     for draws in (0, 1.5):
         with pytest.raises(ValueError, match="draws: got"):
-            SampledGuidance(denoiser, likelihood, draws=draws)
-    for prior_draws in (0.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="prior_draws: got"):
-            SampledGuidance(denoiser, likelihood, prior_draws=prior_draws)
+            SampledGuidance(denoiser, likelihood, num_samples=draws)
+    for prior_count in (0.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="prior_count: got"):
+            SampledGuidance(denoiser, likelihood, prior_count=prior_count)
     real = MixtureDenoiser(
         GaussianProcess(LogLinear(10, -10)), torch.ones(1), torch.zeros(1, 2), 1.0
     )

@@ -42,7 +42,7 @@ def test_the_programs_of_a_first_page_train_and_sample(page: str) -> None:
 def test_the_tutorial_on_conditioning_runs_and_finds_what_it_says() -> None:
     shorter = {
         r"range\(100\)": "range(2)",
-        r"simulations=100": "simulations=10",
+        r"num_simulations=100": "num_simulations=10",
         r"losses\[-50:\]": "losses",
     }
     page = run("docs/tutorial_conditioning.md", shorter)

@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_diffusion import evaluate
 from pyro_diffusion.denoisers import Denoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Dequantization, Diffusion, Simple
-from pyro_diffusion.evaluate import Likelihood, from_log_weights
+from pyro_diffusion.evaluate import LogLikelihoodEstimate, from_log_weights
 from pyro_diffusion.evaluate.comparison import stacking_weights
 from pyro_diffusion.evaluate.pareto import pareto_khat
 from pyro_diffusion.processes import GaussianProcess
@@ -52,7 +52,7 @@ def normal(steps: int, point_mass: bool = False, d: int = 3) -> Diffusion:
 # --- the bound --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"samples": 4}, {"draws": 5}], ids=["all", "draws"])
+@pytest.mark.parametrize("options", [{"num_samples": 4}, {"num_terms": 5}], ids=["all", "some"])
 def test_bound_is_log_p_where_the_posterior_is_exact(options):
     law = normal(12)
     data = law.denoiser.data().sample((20,))
@@ -63,7 +63,7 @@ def test_bound_is_log_p_where_the_posterior_is_exact(options):
 
 
 @pytest.mark.parametrize("point_mass", [False, True])
-@pytest.mark.parametrize("options", [{"samples": 2}, {"draws": 3}], ids=["all", "draws"])
+@pytest.mark.parametrize("options", [{"num_samples": 2}, {"num_terms": 3}], ids=["all", "some"])
 def test_bound_is_the_mean_log_weight_of_the_chain(point_mass, options):
     """Against Pyro's traces of the chain, which share no arithmetic with the terms."""
     denoiser = mixture(LogLinear(7, -1), point_mass)  # cut early, so that the prior's term counts
@@ -77,7 +77,7 @@ def test_bound_is_the_mean_log_weight_of_the_chain(point_mass, options):
     assert bool((chains.mean(0) < denoiser.data().log_prob(data) + 0.2).all())
 
 
-@pytest.mark.parametrize("options", [{"samples": 3}, {"draws": 4}], ids=["all", "draws"])
+@pytest.mark.parametrize("options", [{"num_samples": 3}, {"num_terms": 4}], ids=["all", "some"])
 def test_standard_errors_are_calibrated(options):
     denoiser = mixture(LogLinear(6, -6))
     law = Diffusion(denoiser, (2,), times=uniform(10, F64))
@@ -87,8 +87,8 @@ def test_standard_errors_are_calibrated(options):
     scatter = result.value.view(400, 20).var(0).mean()
     claimed = result.standard_error.square().mean()
     # A variance from 20 x 399 degrees of freedom is known to some 3 %.
-    if "draws" in options:
-        assert 0.05 < scatter / claimed < 1.15  # conservative: evenly spaced draws scatter less
+    if "num_terms" in options:
+        assert 0.05 < scatter / claimed < 1.15  # conservative: evenly spaced terms scatter less
     else:
         assert 0.85 < scatter / claimed < 1.15
 
@@ -105,7 +105,7 @@ def test_terms_sum_to_minus_the_value_and_say_where():
     torch.testing.assert_close(
         terms.log_snr, law.denoiser.process.schedule.log_snr(law.times[1:]), check_dtype=False
     )
-    few = evaluate.log_likelihood(law, data, draws=2)
+    few = evaluate.log_likelihood(law, data, num_terms=2)
     assert few.terms.prior == pytest.approx(terms.prior, abs=1e-9)
     assert bool(torch.isfinite(few.terms.steps).all())
 
@@ -113,22 +113,22 @@ def test_terms_sum_to_minus_the_value_and_say_where():
 def test_terms_are_those_of_the_distribution():
     law = normal(5, point_mass=True)
     data = law.denoiser.data().sample((1000,))
-    terms = evaluate.log_likelihood(law, data, samples=4).terms
+    terms = evaluate.log_likelihood(law, data, num_samples=4).terms
     for j in range(1, 6):
         again = law.bound_terms(data.repeat(4, 1), j)
         error = float(again.std()) / math.sqrt(4000)
         assert abs(float(terms.steps[j - 1] - again.mean())) < LIMIT * math.sqrt(2) * error
 
 
-def test_draws_visit_long_chains_evenly():
+def test_terms_visit_long_chains_evenly():
     law = normal(200)
     data = law.denoiser.data().sample((500,))
-    result = evaluate.log_likelihood(law, data, draws=10)
+    result = evaluate.log_likelihood(law, data, num_terms=10)
     assert result.evaluations == 12  # 10 steps, and the decoder's two
     total = result.terms.prior + result.terms.decoder + float(result.terms.steps.sum())
     assert total == pytest.approx(-result.mean.value, abs=6 * result.monte_carlo_error)
-    # Fewer draws than steps: gaps are filled from the nearest visited step.
-    sparse = evaluate.log_likelihood(law, data[:3], draws=2).terms
+    # Fewer terms than steps: gaps are filled from the nearest visited step.
+    sparse = evaluate.log_likelihood(law, data[:3], num_terms=2).terms
     assert bool(torch.isfinite(sparse.steps).all())
     assert bool(torch.isinf(sparse.steps_standard_error).any())
 
@@ -165,7 +165,7 @@ def test_every_datum_meets_its_own_context(score):
     law = Diffusion(Shifted(), (2,), times=uniform(8, F64))
     truth = dist.Normal(shift, math.sqrt(0.5)).to_event(1)
     data = truth.sample()
-    result = score(law, data, context={"shift": shift}, samples=8, batch_size=4)
+    result = score(law, data, context={"shift": shift}, num_samples=8, batch_size=4)
     # A shift of 20 is seen by the prior at t = 1: alpha_1^2 20^2 is 0.018 nats. A wrong row costs hundreds.
     assert float((result.value - truth.log_prob(data)).abs().max()) < 2
 
@@ -226,7 +226,7 @@ def test_weighting_rises_to_log_p():
 def test_weighted_figures_are_calibrated():
     law = two_bumps(3, LogLinear(4, -4))
     data = torch.tensor([[-1.4], [0.9]], dtype=F64)
-    result = evaluate.importance_weighted(law, data.repeat(200, 1), samples=100, batch_size=400)
+    result = evaluate.importance_weighted(law, data.repeat(200, 1), num_samples=100, batch_size=400)
     scatter = result.value.view(200, 2).var(0)
     claimed = result.standard_error.view(200, 2).square().mean(0)
     # The delta method at 100 samples; a variance from 199 degrees of freedom is known to some 10 %.
@@ -239,9 +239,9 @@ def test_weighted_is_the_log_mean_of_its_weights():
     law = two_bumps(4, LogLinear(5, -5))
     data = law.sample((7,)).double()
     torch.manual_seed(3)
-    weights = evaluate.log_weights(law, data, samples=6, batch_size=3)
+    weights = evaluate.log_weights(law, data, num_samples=6, batch_size=3)
     torch.manual_seed(3)
-    result = evaluate.importance_weighted(law, data, samples=6, batch_size=3)
+    result = evaluate.importance_weighted(law, data, num_samples=6, batch_size=3)
     assert weights.shape == (6, 7)
     torch.testing.assert_close(result.value, weights.exp().mean(0).log())
     expected = weights.exp().sum(0).square() / weights.mul(2).exp().sum(0)
@@ -296,13 +296,13 @@ def test_khat_of_too_few_or_equal_weights_is_infinite():
 # --- figures and comparison -------------------------------------------------------------------------
 
 
-def figure(values: Tensor, kind: str = "exact", **extra: Tensor) -> Likelihood:
-    return Likelihood(values, torch.zeros(len(values), dtype=F64), kind, 1, 4, **extra)
+def figure(values: Tensor, kind: str = "exact", **extra: Tensor) -> LogLikelihoodEstimate:
+    return LogLikelihoodEstimate(values, torch.zeros(len(values), dtype=F64), kind, 1, 4, **extra)
 
 
 def test_units_and_errors_of_a_mean():
     values = torch.tensor([-3.0, -5.0, -4.0, -8.0], dtype=F64)
-    result = Likelihood(values, torch.full((4,), 0.2, dtype=F64), "lower bound", 9, 4)
+    result = LogLikelihoodEstimate(values, torch.full((4,), 0.2, dtype=F64), "lower bound", 9, 4)
     assert result.mean.value == pytest.approx(-5.0)
     assert result.mean.standard_error == pytest.approx(values.numpy().std(ddof=1) / 2)
     assert result.bits_per_dim.value == pytest.approx(5.0 / (4 * math.log(2)))
@@ -313,7 +313,7 @@ def test_units_and_errors_of_a_mean():
     assert result.monte_carlo_error == pytest.approx(0.2 / 2)
     assert (len(result), result.mean.kind, result.mean.evaluations) == (4, "lower bound", 9)
     assert "lower bound" in str(result)
-    alone = Likelihood(values[:1], torch.full((1,), 0.3, dtype=F64), "lower bound", 9, 4)
+    alone = LogLikelihoodEstimate(values[:1], torch.full((1,), 0.3, dtype=F64), "lower bound", 9, 4)
     assert alone.mean.standard_error == pytest.approx(0.3)
 
 
@@ -422,7 +422,7 @@ def test_compare_warns_of_mixed_kinds_and_heavy_tails():
 
 def test_arviz_round_trip(tmp_path):
     law = two_bumps(3, LogLinear(4, -4))
-    result = evaluate.importance_weighted(law, law.sample((6,)).double(), samples=30)
+    result = evaluate.importance_weighted(law, law.sample((6,)).double(), num_samples=30)
     path = str(tmp_path / "likelihood.nc")
     evaluate.to_arviz(result, name="y").to_netcdf(path)
     back = az.from_netcdf(path)
@@ -439,7 +439,9 @@ def test_arviz_round_trip(tmp_path):
 
 def test_arviz_groups_share_the_dimension_of_the_data():
     errors = torch.arange(5, dtype=F64)
-    result = Likelihood(torch.randn(5, dtype=F64), errors, "exact", 1, 4, ess=errors, khat=errors)
+    result = LogLikelihoodEstimate(
+        torch.randn(5, dtype=F64), errors, "exact", 1, 4, ess=errors, khat=errors
+    )
     groups = evaluate.to_arviz(result, name="y")
     for group, keys in (
         ("log_likelihood", ["y"]),
@@ -541,18 +543,18 @@ def test_dequantization_scores_alike_per_instance():
 
 DATA = torch.zeros(4, 3, dtype=F64)
 BAD = {
-    "one sample": (lambda: evaluate.log_likelihood(normal(3), DATA, samples=1), "samples"),
-    "one draw": (lambda: evaluate.log_likelihood(normal(3), DATA, draws=1), "draws"),
+    "one sample": (lambda: evaluate.log_likelihood(normal(3), DATA, num_samples=1), "num_samples"),
+    "one term": (lambda: evaluate.log_likelihood(normal(3), DATA, num_terms=1), "num_terms"),
     "shape": (lambda: evaluate.log_likelihood(normal(3), DATA[:, :2]), "data"),
     "empty": (lambda: evaluate.log_likelihood(normal(3), DATA[:0]), "data"),
     "nan": (lambda: evaluate.log_likelihood(normal(3), DATA * math.nan), "NaN"),
     "batch": (lambda: evaluate.log_likelihood(normal(3), DATA, batch_size=0), "batch_size"),
     "weighted, one sample": (
-        lambda: evaluate.importance_weighted(normal(3), DATA, samples=1),
-        "samples",
+        lambda: evaluate.importance_weighted(normal(3), DATA, num_samples=1),
+        "num_samples",
     ),
     "weighted, shape": (lambda: evaluate.importance_weighted(normal(3), DATA[:, :2]), "data"),
-    "weights, none": (lambda: evaluate.log_weights(normal(3), DATA, samples=0), "samples"),
+    "weights, none": (lambda: evaluate.log_weights(normal(3), DATA, num_samples=0), "num_samples"),
     "compare one": (lambda: evaluate.compare({"a": figure(torch.zeros(3))}), "likelihoods"),
     "compare sizes": (
         lambda: evaluate.compare({"a": figure(torch.zeros(3)), "b": figure(torch.zeros(4))}),

@@ -227,7 +227,7 @@ def test_quantiles_in_a_list_are_those_of_the_marginal(kind):
     guide.append(either)
     guide.append(guide_of(kind, noisy, particles=50))
     part, draws = guide[1], 40 if kind == "particles" else 400
-    low, high = part.quantiles([0.25, 0.75], y, draws=draws)["x"]
+    low, high = part.quantiles([0.25, 0.75], y, num_samples=draws)["x"]
     # The median of N(0, 1), and 4: 4.5 errors of a quantile, sqrt(q (1 - q) / n) / density, density .4 / 2.
     assert (low.abs() < 4.5 * math.sqrt(0.25 * 0.75 / draws) / 0.2).all()
     assert (high - 4).abs().max() < 0.5
@@ -241,7 +241,7 @@ def test_median_and_quantiles_of_a_list(kind):
     guide.append(guide_of(kind, noisy, particles=32))
     guide(y)
     state = torch.get_rng_state()
-    found = guide.median(y, draws=40)
+    found = guide.median(y, num_samples=40)
     assert not torch.equal(state, torch.get_rng_state())
     assert found["x"].shape == (2,)
     assert float(found["s"]) == pytest.approx(float(guide[0].median(y)["s"]))
@@ -249,7 +249,7 @@ def test_median_and_quantiles_of_a_list(kind):
     s = float(found["s"]) ** 2
     error = 0.2 * math.sqrt(s / (1 + s))
     assert ((found["x"] - y / (1 + s)).abs() < 5 * error + 0.1).all()
-    low, high = guide.quantiles([0.1, 0.9], y, draws=20)["x"]
+    low, high = guide.quantiles([0.1, 0.9], y, num_samples=20)["x"]
     assert (low < high).all()
     with pytest.raises(ValueError, match="latents: got no draws of s"):
         guide_of(kind, noisy).median(y)
@@ -269,7 +269,7 @@ def test_medians_before_the_first_call_and_in_a_list_of_lists():
     guide.append(inner)
     inner.append(AutoNormal(poutine.block(model, expose=["s"])))
     inner.append(AutoGuidance(model, MMPS))
-    assert inner[1].median(y, draws=10)["x"].shape == (2,)
+    assert inner[1].median(y, num_samples=10)["x"].shape == (2,)
     assert guide.median(y)["x"].shape == (2,)
 
 
@@ -283,7 +283,7 @@ def test_symbols_have_quantiles_too():
             value, density = super()._draw(likelihood, sample)
             return value.round().long(), density
 
-    found = Integers(model).quantiles([0.1, 0.5], draws=21)["x"]
+    found = Integers(model).quantiles([0.1, 0.5], num_samples=21)["x"]
     assert found.dtype == torch.long
 
 

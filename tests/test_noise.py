@@ -53,7 +53,7 @@ def program(law: Diffusion) -> Callable[[], None]:
 
 def guided(law: Diffusion) -> Diffusion:
     model = program(law)
-    guidance = SampledGuidance(law.denoiser, ProgramLikelihood(model), draws=3)
+    guidance = SampledGuidance(law.denoiser, ProgramLikelihood(model), num_samples=3)
     return Diffusion(guidance, law.event_shape, law.steps, decoder=law.decoder)
 
 

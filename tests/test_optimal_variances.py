@@ -96,7 +96,7 @@ def test_standard_errors_are_those_of_repetitions():
     values, errors = [], []
     for _ in range(150):
         data = denoiser.data().sample((200,))
-        measured = analytic_variance(denoiser, data, knots=knots, draws=2)
+        measured = analytic_variance(denoiser, data, knots=knots, num_samples=2)
         values.append(measured.value)
         errors.append(measured.standard_error)
     ratio = torch.stack(values).std(0) / torch.stack(errors).mean(0)
@@ -157,7 +157,7 @@ def test_variances_are_clipped():
     )
     denoiser.sure = True  # eps_hat = 0: v would be sigma^2/alpha^2
     knots = torch.tensor([-8.0, -5.0, 5.0], dtype=F64)
-    high = analytic_variance(denoiser, data, knots=knots, draws=20).value
+    high = analytic_variance(denoiser, data, knots=knots, num_samples=20).value
     assert_close(high[:2], data.var(0).mean().expand(2))
     # Its average over 20 * 150 draws scatters by 2.6%, and only downwards.
     assert 0.9 <= high[2] * torch.tensor(5.0, dtype=F64).exp() <= 1 + 1e-6
@@ -457,7 +457,7 @@ def test_chain_costs_are_divergences_averaged_over_data():
     variance = analytic_variance(exact, data, knots=20)
     for denoiser in (VarianceDenoiser(exact), VarianceDenoiser(exact, variance), exact):
         pyro.set_rng_seed(1)
-        costs = chain_costs(denoiser, data, times, draws=2)
+        costs = chain_costs(denoiser, data, times, num_samples=2)
         pyro.set_rng_seed(1)
         noise = torch.randn(2, 30, 2, dtype=F64)
         assert costs.shape == (7, 7) and torch.isinf(costs.tril()[costs.tril() != 0]).all()
@@ -559,7 +559,10 @@ BAD = {
         lambda: analytic_variance(isotropic(), torch.zeros(3, 4), knots=torch.tensor([1.0, 0.0])),
         "log_snr: got",
     ),
-    "draws": (lambda: analytic_variance(isotropic(), torch.zeros(3, 4), draws=0), "draws: got 0"),
+    "draws": (
+        lambda: analytic_variance(isotropic(), torch.zeros(3, 4), num_samples=0),
+        "num_samples: got 0",
+    ),
     "negative": (
         lambda: EstimatedVariance(torch.tensor([0.0, 1.0]), torch.tensor([1.0, -1.0])),
         "variance: got -1",

@@ -28,15 +28,17 @@ def chain(**options):
 
 VIEWS = {
     "log_likelihood": (
-        lambda law, data, **options: evaluate.log_likelihood(law, data, samples=8, **options),
+        lambda law, data, **options: evaluate.log_likelihood(law, data, num_samples=8, **options),
         chain,
     ),
     "log_likelihood of an SDE": (
-        lambda law, data, **options: evaluate.log_likelihood(law, data, draws=400, **options),
+        lambda law, data, **options: evaluate.log_likelihood(law, data, num_terms=400, **options),
         lambda **options: DiffusionSDE(Shifted(), (2,), **options),
     ),
     "importance_weighted": (
-        lambda law, data, **options: evaluate.importance_weighted(law, data, samples=4, **options),
+        lambda law, data, **options: evaluate.importance_weighted(
+            law, data, num_samples=4, **options
+        ),
         chain,
     ),
     "flow_log_likelihood": (
@@ -44,7 +46,7 @@ VIEWS = {
         lambda **options: ProbabilityFlow(Shifted(), (2,), **options),
     ),
     "log_weights": (
-        lambda law, data, **options: evaluate.log_weights(law, data, samples=4, **options),
+        lambda law, data, **options: evaluate.log_weights(law, data, num_samples=4, **options),
         chain,
     ),
 }
@@ -56,7 +58,7 @@ AVERAGES = {
         Shifted(), x, TIMES, context=context
     ),
     "continuity_residual": lambda x, **options: evaluate.continuity_residual(
-        Shifted(), x, levels=4, functions=8, **options
+        Shifted(), x, levels=4, num_functions=8, **options
     ),
 }
 

@@ -77,7 +77,7 @@ def test_predictions_get_a_group_of_their_own():
 
 def test_particles():
     run = particles()
-    data = posterior_to_arviz(run, program, draws=50)
+    data = posterior_to_arviz(run, program, num_samples=50)
     assert array(data, "posterior", "x").shape == (1, 50, 2)
     assert array(data, "sample_stats", "ess").shape == (1, 50)
     assert float(array(data, "sample_stats", "ess")[0, 0]) == pytest.approx(float(run.ess[-1]))

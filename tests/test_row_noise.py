@@ -156,7 +156,7 @@ def chunked() -> dict:
                 law, data, **o
             ),
             f"weights {name}": lambda law=law, data=data, **o: evaluate.log_weights(
-                law, data, samples=2, **o
+                law, data, num_samples=2, **o
             ),
         }
     law, data = double("normal")
@@ -168,11 +168,11 @@ def chunked() -> dict:
         return lambda **o: evaluate.flow_log_likelihood(view, data, **o)
 
     out |= {
-        "draws": lambda **o: evaluate.log_likelihood(law, data, draws=3, **o),
-        "importance": lambda **o: evaluate.importance_weighted(law, data, samples=6, **o),
+        "some terms": lambda **o: evaluate.log_likelihood(law, data, num_terms=3, **o),
+        "importance": lambda **o: evaluate.importance_weighted(law, data, num_samples=6, **o),
         "guided": lambda **o: evaluate.log_likelihood(guided(law), data, **o),
         "guided symbols": lambda **o: evaluate.log_likelihood(guided(symbols), words, **o),
-        "sde": lambda **o: evaluate.log_likelihood(sde, data, draws=5, **o),
+        "sde": lambda **o: evaluate.log_likelihood(sde, data, num_terms=5, **o),
         "flow": flow(),
         "flow probes": flow(Hutchinson(2)),
         "flow seeded probes": flow(HutchPlusPlus(2, seed=1)),
@@ -215,7 +215,7 @@ def test_estimates_over_data_do_not_depend_on_the_batch_size(estimate):
     data, results = mixture_law().sample((40,)), []
     for size in (40, 7, 1):
         torch.manual_seed(2)
-        results.append(estimate(mixture(LogLinear(6, -6)), data, draws=2, batch_size=size))
+        results.append(estimate(mixture(LogLinear(6, -6)), data, num_terms=2, batch_size=size))
     for result in results[1:]:
         torch.testing.assert_close(result.standard_error, results[0].standard_error)
 

@@ -418,7 +418,7 @@ def test_standard_normal_data_reach_their_likelihood():
     process = GaussianProcess(LogLinear(8.0, -8.0))
     denoiser = MixtureDenoiser(process, torch.ones(1, dtype=F64), torch.zeros(1, 3, dtype=F64), 1.0)
     data = denoiser.data().sample((2000,))
-    got = log_likelihood(DiffusionSDE(denoiser, (3,)), data, draws=64)
+    got = log_likelihood(DiffusionSDE(denoiser, (3,)), data, num_terms=64)
     gap = (got.value - denoiser.data().log_prob(data)) / 3
     assert abs(gap.mean()) <= 4 * gap.std() / 2000**0.5 and gap.std() / 2000**0.5 < 0.02
 
@@ -426,7 +426,7 @@ def test_standard_normal_data_reach_their_likelihood():
 def test_the_likelihood_table_tells_the_terms_apart():
     denoiser = mixture(LogLinear(6.0, -6.0))
     data = mixture_law().sample((200,))
-    got = log_likelihood(DiffusionSDE(denoiser, (2,)), data, draws=50)
+    got = log_likelihood(DiffusionSDE(denoiser, (2,)), data, num_terms=50)
     terms = got.terms
     assert got.kind == "lower bound" and got.evaluations == 52 and len(terms.steps) == 50
     total = terms.prior + terms.decoder + terms.reverse

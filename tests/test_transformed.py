@@ -42,11 +42,14 @@ VIEWS = {
     "flow": lambda: ProbabilityFlow(DENOISER, (D,)),
 }
 SCORES = {
-    "log_likelihood": ("chain", lambda law, y: evaluate.log_likelihood(law, y, samples=30)),
-    "log_likelihood by draws": ("SDE", lambda law, y: evaluate.log_likelihood(law, y, draws=400)),
+    "log_likelihood": ("chain", lambda law, y: evaluate.log_likelihood(law, y, num_samples=30)),
+    "log_likelihood by draws": (
+        "SDE",
+        lambda law, y: evaluate.log_likelihood(law, y, num_terms=400),
+    ),
     "importance_weighted": (
         "chain",
-        lambda law, y: evaluate.importance_weighted(law, y, samples=4, batch_size=3),
+        lambda law, y: evaluate.importance_weighted(law, y, num_samples=4, batch_size=3),
     ),
     "flow_log_likelihood": ("flow", lambda law, y: evaluate.flow_log_likelihood(law, y)),
 }
@@ -94,8 +97,10 @@ def test_the_jacobian_is_in_the_decoder_s_term():
     """Scaling by 100 costs log 100 a coordinate, and the decoder's term alone tells."""
     y = exact("affine").sample((50,))
     x = (y - SHIFT) / SCALE
-    plain = evaluate.log_likelihood(VIEWS["chain"](), x, samples=20).terms
-    scaled = evaluate.log_likelihood(transformed("affine", VIEWS["chain"]()), y, samples=20).terms
+    plain = evaluate.log_likelihood(VIEWS["chain"](), x, num_samples=20).terms
+    scaled = evaluate.log_likelihood(
+        transformed("affine", VIEWS["chain"]()), y, num_samples=20
+    ).terms
     assert scaled.prior == pytest.approx(plain.prior, abs=1e-9)
     assert scaled.reverse == pytest.approx(plain.reverse, abs=6 * plain.reverse_standard_error)
     log_det = float(SCALE.log().sum())
@@ -105,7 +110,7 @@ def test_the_jacobian_is_in_the_decoder_s_term():
 
 def test_log_weights_have_the_jacobian():
     y = exact("affine").sample((4,))
-    weights = evaluate.log_weights(transformed("affine", VIEWS["chain"]()), y, samples=3)
+    weights = evaluate.log_weights(transformed("affine", VIEWS["chain"]()), y, num_samples=3)
     torch.testing.assert_close(weights.mean(0), exact("affine").log_prob(y), atol=2e-3, rtol=0)
 
 

@@ -77,7 +77,7 @@ def analytic_variance(
     data: Tensor,
     *,
     knots: Tensor | int = 100,
-    draws: int = 1,
+    num_samples: int = 1,
     context: dict[str, Tensor] | None = None,
     batch_size: int = 512,
 ) -> EstimatedVariance:
@@ -101,7 +101,7 @@ def analytic_variance(
         data: real data x_0, (n,) + event, n >= 2 (``Diffusion.encode`` makes it from integers). Use training
             data.
         knots: increasing log-SNRs, or how many to space evenly between the schedule's ends.
-        draws: noise draws per datum and knot.
+        num_samples: noise draws per datum and knot.
         context: the denoiser's context, one row per datum.
         batch_size: data read together.
 
@@ -128,7 +128,7 @@ def analytic_variance(
     def cap(level: Level, data_variance: Tensor) -> Tensor:
         return torch.minimum((-level.log_snr).exp(), data_variance)
 
-    return _estimate(_analytic, cap, denoiser, data, knots, draws, context, batch_size)
+    return _estimate(_analytic, cap, denoiser, data, knots, num_samples, context, batch_size)
 
 
 def residual_variance(
@@ -136,7 +136,7 @@ def residual_variance(
     data: Tensor,
     *,
     knots: Tensor | int = 100,
-    draws: int = 1,
+    num_samples: int = 1,
     context: dict[str, Tensor] | None = None,
     batch_size: int = 512,
 ) -> EstimatedVariance:
@@ -153,7 +153,7 @@ def residual_variance(
         denoiser: as for :func:`analytic_variance`, and so are the others.
         data: real data x_0, (n,) + event, n >= 2.
         knots: increasing log-SNRs, or how many to space evenly between the schedule's ends.
-        draws: noise draws per datum and knot.
+        num_samples: noise draws per datum and knot.
         context: the denoiser's context, one row per datum.
         batch_size: data read together.
 
@@ -171,7 +171,7 @@ def residual_variance(
     def cap(level: Level, data_variance: Tensor) -> Tensor:
         return torch.full_like(level.log_snr, torch.inf)
 
-    return _estimate(_residual, cap, denoiser, data, knots, draws, context, batch_size)
+    return _estimate(_residual, cap, denoiser, data, knots, num_samples, context, batch_size)
 
 
 def _analytic(x0: Tensor, xt: Tensor, mean: Tensor, level: Level) -> Tensor:
@@ -190,14 +190,14 @@ def _estimate(
     denoiser: Denoiser,
     data: Tensor,
     knots: Tensor | int,
-    draws: int,
+    num_samples: int,
     context: dict[str, Tensor] | None,
     batch_size: int,
 ) -> EstimatedVariance:
     """Averages of a moment over data, noise and coordinates, knot by knot."""
     process = check_gaussian(denoiser)
     check_data(data, process.event_dim)
-    check_positive_int("draws", draws)
+    check_positive_int("num_samples", num_samples)
     check_positive_int("batch_size", batch_size)
     if not isinstance(knots, Tensor):
         ends = process.schedule.log_snr_min, process.schedule.log_snr_max
@@ -209,10 +209,10 @@ def _estimate(
         for level in map(levels.at, range(len(knots))):
             values = [
                 moment(x0, xt, mean, level).flatten(1).mean(1)
-                for x0, xt, mean in reads(denoiser, data, level, draws, context, batch_size)
+                for x0, xt, mean in reads(denoiser, data, level, num_samples, context, batch_size)
             ]
             # One number per datum: several draws of one datum are not independent.
-            per_datum = torch.cat(values).reshape(draws, len(data)).mean(0)
+            per_datum = torch.cat(values).reshape(num_samples, len(data)).mean(0)
             means.append(per_datum.mean())
             errors.append(per_datum.std() / len(data) ** 0.5)
     mean, spread = torch.stack(means), data.var(0).mean()
@@ -224,14 +224,14 @@ def reads(
     denoiser: Denoiser,
     data: Tensor,
     level: Level,
-    draws: int,
+    num_samples: int,
     context: dict[str, Tensor] | None,
     batch_size: int,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches of x_0, x_t and x0_hat at one level, draw after draw over the data."""
     context = check_context(denoiser, context, len(data))
     index = torch.arange(len(data), device=data.device)
-    for _ in range(draws):
+    for _ in range(num_samples):
         seed = fresh_seed()
         for start in range(0, len(data), batch_size):
             rows = slice(start, start + batch_size)

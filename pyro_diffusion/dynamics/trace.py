@@ -114,7 +114,7 @@ class Hutchinson(Trace):
     r"""Hutchinson's estimate :math:`v^\top J v` for random v with :math:`E[v v^\top] = I`: unbiased.
 
     Args:
-        probes: number of vectors v, each one estimate; the spread between them is the standard error.
+        num_probes: number of vectors v, each one estimate; the spread between them is the standard error.
         law: of the probes: :func:`rademacher`, :func:`gaussian`, :func:`sphere`, or any map of standard
             normal draws (..., d) to vectors of covariance I.
         seed: fixes the probes, for Markov chains and repeatable scores.
@@ -128,8 +128,8 @@ class Hutchinson(Trace):
 
     stochastic = True
 
-    def __init__(self, probes: int = 1, law: Law = rademacher, seed: int | None = None) -> None:
-        self.columns, self.law, self.seed = check_positive_int("probes", probes), law, seed
+    def __init__(self, num_probes: int = 1, law: Law = rademacher, seed: int | None = None) -> None:
+        self.columns, self.law, self.seed = check_positive_int("num_probes", num_probes), law, seed
         if seed is not None:
             self.seed = check_seed("seed", seed)
         if not callable(law):
@@ -138,13 +138,13 @@ class Hutchinson(Trace):
             )
 
     def probes(self, like: Tensor, noise: NoiseSource) -> Tensor:
-        """Random vectors, (probes, n, d)."""
+        """Random vectors, (num_probes, n, d)."""
         return self.law(_normal(self.columns, like, noise))
 
     def __call__(
         self, output: Tensor, rows: Tensor, probes: Tensor, differentiable: bool = False
     ) -> Tensor:
-        """One estimate per probe, (probes, n)."""
+        """One estimate per probe, (num_probes, n)."""
         return (probes * pull_back(output, rows, probes, differentiable)).sum(-1)
 
     def __repr__(self) -> str:
@@ -162,7 +162,7 @@ class HutchPlusPlus(Hutchinson):
     unbiased too, but not the derivative of one instance's figure.
 
     Args:
-        probes: number of vectors g, and of columns of S.
+        num_probes: number of vectors g, and of columns of S.
         law: of the probes g, see :class:`Hutchinson`.
         seed: fixes S and g.
 
@@ -174,7 +174,7 @@ class HutchPlusPlus(Hutchinson):
     """
 
     def probes(self, like: Tensor, noise: NoiseSource) -> Tensor:
-        """Random vectors for the sketch and for the rest, (2 probes, n, d)."""
+        """Random vectors for the sketch and for the rest, (2 num_probes, n, d)."""
         # Two sign vectors may be parallel, and then the sketch has no range to speak of.
         normal = _normal(2 * self.columns, like, noise)
         return torch.cat([normal[: self.columns], self.law(normal[self.columns :])])
@@ -182,7 +182,7 @@ class HutchPlusPlus(Hutchinson):
     def __call__(
         self, output: Tensor, rows: Tensor, probes: Tensor, differentiable: bool = False
     ) -> Tensor:
-        """One estimate per probe, (probes, n)."""
+        """One estimate per probe, (num_probes, n)."""
         sketch, rest = probes.split(self.columns)
         with torch.no_grad():
             image = pull_back(output, rows, sketch, differentiable=False, keep=True)
@@ -242,7 +242,7 @@ def check_trace(trace: object) -> Trace:
     """
     if not isinstance(trace, Trace):
         raise ValueError(
-            f"trace: got {trace!r}, expected a Trace such as ExactTrace() or Hutchinson(probes=4)"
+            f"trace: got {trace!r}, expected a Trace such as ExactTrace() or Hutchinson(num_probes=4)"
         )
     return trace
 

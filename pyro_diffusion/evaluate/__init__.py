@@ -1,6 +1,6 @@
 """Likelihoods with their error bars, comparisons, and the way to ArviZ."""
 
-from pyro_diffusion.estimate import Estimate, Likelihood, Terms
+from pyro_diffusion.estimate import Estimate, LogLikelihoodEstimate, Terms
 from pyro_diffusion.evaluate.bound import log_likelihood
 from pyro_diffusion.evaluate.calibration import RankStatistics, sbc
 from pyro_diffusion.evaluate.chain_costs import chain_costs
@@ -25,7 +25,7 @@ from pyro_diffusion.evaluate.wasserstein import (
 __all__ = [
     "ContinuityResidual",
     "Estimate",
-    "Likelihood",
+    "LogLikelihoodEstimate",
     "RankStatistics",
     "Terms",
     "TwoSampleTest",

@@ -5,7 +5,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.distributions import Bound, BoundedDistribution, Diffusion
-from pyro_diffusion.estimate import LOWER_BOUND, Likelihood, Terms, concatenate
+from pyro_diffusion.estimate import LOWER_BOUND, LogLikelihoodEstimate, Terms, concatenate
 from pyro_diffusion.evaluate.rows import Rows, batches, check_model, check_rows, checked_seed
 from pyro_diffusion.processes import SeededNoise, drawing_from
 from pyro_diffusion.schedules import uniform
@@ -13,64 +13,71 @@ from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["log_likelihood"]
 
-# Reads of a datum along a path without steps.
-DRAWS = 128
+# Terms per datum of a bound that is an integral over time.
+NUM_TERMS = 128
 
 
 def log_likelihood(
     diffusion: TorchDistribution,
     data: Tensor,
     *,
-    draws: int | None = None,
-    samples: int = 2,
+    num_terms: int | None = None,
+    num_samples: int = 2,
     context: dict[str, Tensor] | None = None,
     batch_size: int = 512,
     progress: bool = False,
     seed: int | None = None,
-) -> Likelihood:
+) -> LogLikelihoodEstimate:
     r"""Lower bounds of log p(x), one per datum, with standard errors and the bound's terms.
 
-    By default every one of the chain's K + 1 terms is estimated ``samples`` times. With ``draws``, each
-    datum instead gets that many terms at evenly spaced positions :math:`(u + m/M) \bmod 1` along the chain,
-    each weighted by K / M (the decoder's term is always estimated, ``samples`` times). Both are unbiased.
+    .. math:: -\log p(x) \le L_{prior} + L_{decoder} + \sum_{j=1}^K L_j(x), \qquad
+              \sum_{j=1}^K L_j \approx \frac KM \sum_{m=0}^{M-1} L_{j_m}, \quad
+              j_m = 1 + \lfloor K\,((u + m/M) \bmod 1) \rfloor, \quad u \sim U(0, 1).
 
-    A :class:`~pyro_diffusion.distributions.DiffusionSDE` has no steps: it is always read at M positions, and
-    its terms are the integrals over M equal slices of time. Under transforms, the log-determinant of their
-    Jacobian is in the values and in the decoder's term, which is then that of the data themselves.
+    By default each of the K reverse terms L_j is estimated, from S draws of the noise. With ``num_terms``, M
+    of them are instead, at evenly spaced positions along the chain that differ from datum to datum, from one
+    draw each. The decoder's term is always estimated from S draws. Both estimates are unbiased.
+
+    A :class:`~pyro_diffusion.distributions.DiffusionSDE` has no steps: its integrand is always evaluated at M
+    times, and its terms are the integrals over M equal slices of time.
+
+    Under transforms, the log-determinant of their Jacobian is in the values and in the decoder's term, which
+    is then that of the data themselves.
 
     Args:
         diffusion: the model, a chain or an SDE, batch shape (), perhaps under Pyro's transforms; networks
             should be in ``eval()`` mode.
         data: (n,) + event.
-        draws: number M of reverse reads per datum, >= 2; when None, all steps of a chain, 128 of an SDE.
-        samples: noise draws per term, >= 2.
+        num_terms: number M of reverse terms evaluated per datum, >= 2; when None, all K of a chain, 128 of an
+            SDE.
+        num_samples: number S of noise draws per term, >= 2; with ``num_terms``, of the decoder's term only.
         context: the denoiser's context, one row per datum.
-        batch_size: data read together.
+        batch_size: data evaluated together.
         progress: whether to show a progress bar.
         seed: of the noise; drawn from torch's global generator if None. A row's noise is a function of the
             seed and of the row's place, so ``batch_size`` changes values by rounding alone.
 
     Returns:
         Values in nats of kind "lower bound". Their standard error is that of independent draws; evenly
-        spaced ones scatter less, so with ``draws`` it is conservative.
+        spaced ones scatter less, so with ``num_terms`` it is conservative.
 
     Raises:
-        ValueError: for fewer than two draws or samples, bad data, a model with a batch shape or a context
+        ValueError: for fewer than two terms or samples, bad data, a model with a batch shape or a context
             without exactly one row per datum.
     """
-    check_positive_int("samples", samples, at_least=2)
+    check_positive_int("num_samples", num_samples, at_least=2)
     model = check_model("diffusion", diffusion, BoundedDistribution)
     view, chain = model.base, isinstance(model.base, Diffusion)
-    if draws is None and not chain:
-        draws = DRAWS
-    if draws is not None:
-        check_positive_int("draws", draws, at_least=2)
+    if num_terms is None and not chain:
+        num_terms = NUM_TERMS
+    if num_terms is not None:
+        check_positive_int("num_terms", num_terms, at_least=2)
     check_rows("data", data, diffusion.event_shape)
     seed = checked_seed(seed)
     if chain:  # a weighted objective trains; only the bound is reported
         with drawing_from(SeededNoise(seed)):
             view = view.replace(objective=Bound())
-    times = view.times if chain else uniform(draws or DRAWS)
+    times = view.times if chain else uniform(num_terms or NUM_TERMS)
     slices = len(times) - 1
     value, variance, tally = [], [], _Tally(slices)
     with torch.no_grad():
@@ -78,38 +85,40 @@ def log_likelihood(
             x = rows.x
             with drawing_from(rows.noise):
                 prior = law.prior_terms(x)
-                decoder = torch.stack([law.decoder_terms(x) - rows.log_det for _ in range(samples)])
-                place, cost = _reverse_costs(law, rows, slices, draws, samples)
-            if draws is None:  # (samples, K, n): sum over steps, independent samples
+                decoder = torch.stack(
+                    [law.decoder_terms(x) - rows.log_det for _ in range(num_samples)]
+                )
+                place, cost = _reverse_costs(law, rows, slices, num_terms, num_samples)
+            if num_terms is None:  # (S, K, n): sum over steps, independent samples
                 reverse = cost.mean(0).mean(0)
-                reverse_variance = (cost / slices).var(0).sum(0) / samples
+                reverse_variance = (cost / slices).var(0).sum(0) / num_samples
             else:  # (1, M, n)
-                reverse, reverse_variance = cost[0].mean(0), cost[0].var(0) / draws
+                reverse, reverse_variance = cost[0].mean(0), cost[0].var(0) / num_terms
             tally.add(prior, decoder, reverse, (place * slices).long(), cost / slices)
             value.append(-(prior + decoder.mean(0) + reverse))
-            variance.append(decoder.var(0) / samples + reverse_variance)
-    return Likelihood(
+            variance.append(decoder.var(0) / num_samples + reverse_variance)
+    return LogLikelihoodEstimate(
         value=concatenate(value),
         standard_error=concatenate(variance).sqrt(),
         kind=LOWER_BOUND,
-        evaluations=samples + (samples * slices if draws is None else draws),
+        evaluations=num_samples + (num_samples * slices if num_terms is None else num_terms),
         dimensions=diffusion.event_shape.numel(),
         terms=tally.terms(view.denoiser.process.schedule.log_snr(times[1:]).detach().cpu()),
     )
 
 
 def _reverse_costs(
-    model: BoundedDistribution, rows: Rows, slices: int, draws: int | None, samples: int
+    model: BoundedDistribution, rows: Rows, slices: int, num_terms: int | None, num_samples: int
 ) -> tuple[Tensor, Tensor]:
-    """Positions (M, n) that are read, and the reverse term (samples or 1, M, n) as each of them tells it."""
+    """Positions (M, n) along the chain, and the estimates (S or 1, M, n) of the reverse term there."""
     x, n = rows.x, len(rows.x)
-    if draws is None:  # the middle of every step
+    if num_terms is None:  # the middle of every step
         middle = (torch.arange(slices, device=x.device) + 0.5) / slices
         place = middle.unsqueeze(-1).expand(slices, n)
     else:
-        offset = torch.arange(draws, device=x.device).unsqueeze(-1) / draws
+        offset = torch.arange(num_terms, device=x.device).unsqueeze(-1) / num_terms
         place = (rows.noise.uniform((n,), offset) + offset) % 1
-    repeats = samples if draws is None else 1
+    repeats = num_samples if num_terms is None else 1
     cost = [torch.stack([model.reverse_terms(x, p) for p in place]) for _ in range(repeats)]
     return place, torch.stack(cost)
 

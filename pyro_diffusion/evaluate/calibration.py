@@ -25,28 +25,28 @@ class RankStatistics:
     r"""Ranks of true values among posterior draws, one per simulation.
 
     Attributes:
-        ranks: name of a test quantity -> (simulations,), integers in 0 ... ``draws``.
-        draws: number L of posterior draws that each true value is ranked among.
+        ranks: name of a test quantity -> (num_simulations,), integers in 0 ... ``num_samples``.
+        num_samples: number L of posterior draws that each true value is ranked among.
 
     Raises:
         ValueError: for ranks that are no integers in 0 to L.
     """
 
     ranks: Mapping[str, Tensor]
-    draws: int
+    num_samples: int
 
     def __post_init__(self) -> None:
-        check_positive_int("draws", self.draws)
+        check_positive_int("num_samples", self.num_samples)
         for name, ranks in self.ranks.items():
             what = f"ranks[{name!r}]"
             if check_tensor(what, ranks).dim() != 1 or ranks.is_floating_point() or not len(ranks):
                 raise ValueError(
                     f"{what}: got shape {tuple(ranks.shape)} of {ranks.dtype}, expected a vector of integers"
                 )
-            if not bool(((ranks >= 0) & (ranks <= self.draws)).all()):
+            if not bool(((ranks >= 0) & (ranks <= self.num_samples)).all()):
                 raise ValueError(
                     f"{what}: got {int(ranks.min())} to {int(ranks.max())}, expected ranks in 0 to "
-                    f"{self.draws}"
+                    f"{self.num_samples}"
                 )
 
     def p_value(self, name: str | None = None, bins: int | None = None) -> float:
@@ -66,23 +66,25 @@ class RankStatistics:
         if name is None:
             return min(1.0, min(self.p_value(each, bins) for each in self.ranks) * len(self.ranks))
         ranks = self._of(name)
-        wanted = min(20, len(ranks) // 5, self.draws + 1)
+        wanted = min(20, len(ranks) // 5, self.num_samples + 1)
         bins = max(2, wanted) if bins is None else check_positive_int("bins", bins, at_least=2)
-        if bins > self.draws + 1:
-            raise ValueError(f"bins: got {bins}, expected at most {self.draws + 1}, draws + 1")
+        if bins > self.num_samples + 1:
+            raise ValueError(
+                f"bins: got {bins}, expected at most {self.num_samples + 1}, num_samples + 1"
+            )
         # Bins hold equally many ranks, give or take one; what is expected follows the true number.
-        home = torch.arange(self.draws + 1) * bins // (self.draws + 1)
-        expected = home.bincount(minlength=bins) * (len(ranks) / (self.draws + 1))
+        home = torch.arange(self.num_samples + 1) * bins // (self.num_samples + 1)
+        expected = home.bincount(minlength=bins) * (len(ranks) / (self.num_samples + 1))
         observed = home[ranks.long()].bincount(minlength=bins)
         statistic = ((observed - expected).square() / expected).sum()
         return float(stats.chi2.sf(float(statistic), bins - 1))
 
     def ecdf(self, name: str) -> Tensor:
         """Share of the ranks below k, for k = 1 ... L; (k / (L + 1)) in expectation, shape (L,)."""
-        counts = self._of(name).bincount(minlength=self.draws + 1)
+        counts = self._of(name).bincount(minlength=self.num_samples + 1)
         return counts.cumsum(0)[:-1].double() / counts.sum()
 
-    def envelope(self, level: float = 0.95, simulations: int = 2000) -> tuple[Tensor, Tensor]:
+    def envelope(self, level: float = 0.95, num_simulations: int = 2000) -> tuple[Tensor, Tensor]:
         r"""Limits that the whole :meth:`ecdf` of an exact posterior keeps within, with probability ``level``.
 
         Binomial limits at every k, all at one pointwise level, which is adjusted so that they hold together:
@@ -90,7 +92,7 @@ class RankStatistics:
 
         Args:
             level: simultaneous coverage of one quantity's curve, in (0, 1).
-            simulations: sets of uniform ranks drawn to adjust it.
+            num_simulations: sets of uniform ranks drawn to adjust it.
 
         Returns:
             Lower and upper limits, each (L,).
@@ -98,13 +100,13 @@ class RankStatistics:
         References:
             Sailynoja, Burkner & Vehtari, arXiv 2103.10522, section 2.2.
         """
-        check_positive_int("simulations", simulations)
+        check_positive_int("num_simulations", num_simulations)
         if not 0 < level < 1:
             raise ValueError(f"level: got {level}, expected a number in (0, 1)")
-        n, size = len(next(iter(self.ranks.values()))), self.draws + 1
+        n, size = len(next(iter(self.ranks.values()))), self.num_samples + 1
         share = torch.arange(1, size, dtype=torch.float64) / size
-        uniform = torch.randint(size, (simulations, n))
-        counts = torch.zeros(simulations, size, dtype=torch.long)
+        uniform = torch.randint(size, (num_simulations, n))
+        counts = torch.zeros(num_simulations, size, dtype=torch.long)
         counts.scatter_add_(1, uniform, torch.ones_like(uniform))
         below = counts.cumsum(1)[:, :-1].numpy()
         tail = torch.as_tensor(stats.binom.cdf(below, n, share.numpy()))
@@ -125,7 +127,7 @@ def sbc(
     model: Callable[..., Any],
     posterior: Callable[[Values], Mapping[str, Tensor]],
     *args: Any,
-    simulations: int = 500,
+    num_simulations: int = 500,
     observed: Collection[str] | None = None,
     quantities: Mapping[str, Callable[[Values], Tensor]] | None = None,
     thin: int = 1,
@@ -153,7 +155,7 @@ def sbc(
         posterior: ``posterior(observations)``, with a dict of every observed site's value, returns draws
             {site: (L,) + the site's shape}, as ``Predictive`` and ``MCMC.get_samples`` do.
         args: the model's arguments.
-        simulations: number of pairs of latents and data.
+        num_simulations: number of pairs of latents and data.
         observed: names of the observed sites; by default those that the model observes when it is run (their
             values are then replaced by simulated ones).
         quantities: name -> function of {site: (n,) + shape} that returns (n,) + any shape, one test
@@ -176,23 +178,26 @@ def sbc(
         ...     x = pyro.sample("x", Normal(0.0, 1.0))
         ...     pyro.sample("y", Normal(x, 1.0), obs=torch.tensor(0.0))
         >>> exact = lambda data: {"x": Normal(data["y"] / 2, 0.5 ** 0.5).sample((99,))}
-        >>> ranks = sbc(model, exact, simulations=200)
+        >>> ranks = sbc(model, exact, num_simulations=200)
         >>> ranks.p_value() > 0.001
         True
 
     References:
         Talts et al., arXiv 1804.06788; Modrak et al., arXiv 2211.02383 (quantities that read the data).
     """
-    check_positive_int("simulations", simulations, at_least=10)
+    check_positive_int("num_simulations", num_simulations, at_least=10)
     check_positive_int("thin", thin)
     names = _observed(model, args, kwargs, observed)
     simulate = Predictive(
-        poutine.uncondition(model), num_samples=simulations, return_sites=None, parallel=parallel
+        poutine.uncondition(model),
+        num_samples=num_simulations,
+        return_sites=None,
+        parallel=parallel,
     )
     sites = {k: v.detach() for k, v in simulate(*args, **kwargs).items() if isinstance(v, Tensor)}
     ranks: dict[str, list[Tensor]] = {}
     counts = set()
-    for i in tqdm(range(simulations), desc="calibration", disable=not progress):
+    for i in tqdm(range(num_simulations), desc="calibration", disable=not progress):
         truth = {name: value[i] for name, value in sites.items()}
         data = {name: truth[name] for name in names}
         draws = {k: v.detach()[::thin] for k, v in posterior(dict(data)).items() if k not in data}

@@ -23,7 +23,7 @@ def chain_costs(
     data: Tensor,
     times: Tensor,
     *,
-    draws: int = 1,
+    num_samples: int = 1,
     context: dict[str, Tensor] | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -38,7 +38,7 @@ def chain_costs(
         denoiser: any denoiser under a Gaussian process, in ``eval()`` mode.
         data: real data x_0, (n,) + event, n >= 2; some hundred will do.
         times: (N + 1,), increasing candidates from t_0 to 1.
-        draws: noise draws per datum and time.
+        num_samples: noise draws per datum and time.
         context: the denoiser's context, one row per datum.
         progress: whether to show a progress bar.
 
@@ -55,19 +55,19 @@ def chain_costs(
     """
     process = check_gaussian(denoiser)
     check_data(data, process.event_dim)
-    check_positive_int("draws", draws)
+    check_positive_int("num_samples", num_samples)
     context = check_context(denoiser, context, len(data))
     check_grid(times, process.schedule)
     levels = process.schedule.level(times.to(data), check=False)
     snr = levels.log_snr.double().exp()
     costs = torch.full((len(times), len(times)), torch.inf, dtype=torch.float64, device=data.device)
     # One noise for all times: costs then vary smoothly along the chain, and no time is chosen for its luck.
-    noise = torch.randn(draws, *data.shape, dtype=data.dtype, device=data.device)
+    noise = torch.randn(num_samples, *data.shape, dtype=data.dtype, device=data.device)
     with torch.no_grad():
         for j in tqdm(range(1, len(times)), desc="pricing steps", disable=not progress):
             gain = snr[:j] - snr[j]
             prices = [_prices(denoiser, data, e, levels.at(j), gain, context) for e in noise]
-            costs[:j, j] = torch.stack(prices).sum(0) / (draws * len(data))
+            costs[:j, j] = torch.stack(prices).sum(0) / (num_samples * len(data))
     return costs
 
 

@@ -6,12 +6,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_diffusion.estimate import Likelihood
+from pyro_diffusion.estimate import LogLikelihoodEstimate
 
 __all__ = ["compare"]
 
 
-def compare(likelihoods: Mapping[str, Likelihood]) -> pd.DataFrame:
+def compare(likelihoods: Mapping[str, LogLikelihoodEstimate]) -> pd.DataFrame:
     r"""A paired comparison, best model first, in the columns of ``az.compare``.
 
     =============  ==========================================================================
@@ -77,5 +77,5 @@ def stacking_weights(values: Tensor, iterations: int = 1000) -> Tensor:
     return weights.squeeze(1)
 
 
-def _unreliable(likelihood: Likelihood) -> bool:
+def _unreliable(likelihood: LogLikelihoodEstimate) -> bool:
     return likelihood.khat is not None and bool((likelihood.khat > 0.7).any())

@@ -17,7 +17,7 @@ class ContinuityResidual:
     """Residuals of the continuity equation, one per level and test function.
 
     Attributes:
-        value: (levels, functions), per unit of log-SNR.
+        value: (levels, num_functions), per unit of log-SNR.
         standard_error: the same shape, over data.
         log_snr: (levels,).
     """
@@ -43,8 +43,8 @@ def continuity_residual(
     data: Tensor,
     *,
     levels: Tensor | int = 10,
-    functions: int = 32,
-    draws: int = 1,
+    num_functions: int = 32,
+    num_samples: int = 1,
     context: dict[str, Tensor] | None = None,
     batch_size: int = 512,
 ) -> ContinuityResidual:
@@ -69,8 +69,8 @@ def continuity_residual(
         denoiser: a denoiser under a Gaussian process, in ``eval()`` mode.
         data: real data x_0, (n,) + event, n >= 2.
         levels: log-SNRs, or how many to space evenly between the schedule's ends.
-        functions: number of test functions, the same at all levels.
-        draws: noise draws per datum and level.
+        num_functions: number of test functions, the same at all levels.
+        num_samples: noise draws per datum and level.
         context: the denoiser's context, one row per datum.
         batch_size: data read together.
 
@@ -95,17 +95,18 @@ def continuity_residual(
     """
     process = check_gaussian(denoiser)
     check_data(data, process.event_dim)
-    for name, number in (("functions", functions), ("draws", draws), ("batch_size", batch_size)):
-        check_positive_int(name, number)
+    check_positive_int("num_functions", num_functions)
+    check_positive_int("num_samples", num_samples)
+    check_positive_int("batch_size", batch_size)
     schedule = process.schedule
     if not isinstance(levels, Tensor):
         ends = schedule.log_snr_min, schedule.log_snr_max
         count = check_positive_int("levels", levels)
         levels = torch.linspace(*ends, count + 2, dtype=data.dtype, device=data.device)[1:-1]
     size = data[0].numel()
-    octave = 1 + torch.arange(functions, device=data.device) % 2
-    w = torch.randn(size, functions, dtype=data.dtype, device=data.device) * octave / size**0.5
-    b = 2 * torch.pi * torch.rand(functions, dtype=data.dtype, device=data.device)
+    octave = 1 + torch.arange(num_functions, device=data.device) % 2
+    w = torch.randn(size, num_functions, dtype=data.dtype, device=data.device) * octave / size**0.5
+    b = 2 * torch.pi * torch.rand(num_functions, dtype=data.dtype, device=data.device)
     spread = data.square().mean()
     at = schedule.level(schedule.time_of_log_snr(levels.to(data)), check=False)
     values, errors = [], []
@@ -114,15 +115,15 @@ def continuity_residual(
             width = (level.alpha.square() * spread + level.sigma.square()).sqrt()
             parts = [
                 _residual(xt, x0 - mean, level.alpha, w / width, b)
-                for x0, xt, mean in reads(denoiser, data, level, draws, context, batch_size)
+                for x0, xt, mean in reads(denoiser, data, level, num_samples, context, batch_size)
             ]
-            per_datum = torch.cat(parts).reshape(draws, len(data), functions).mean(0)
+            per_datum = torch.cat(parts).reshape(num_samples, len(data), num_functions).mean(0)
             values.append(per_datum.mean(0))
             errors.append(per_datum.std(0) / len(data) ** 0.5)
     return ContinuityResidual(torch.stack(values), torch.stack(errors), at.log_snr)
 
 
 def _residual(xt: Tensor, gap: Tensor, alpha: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """alpha/2 grad phi(x_t) . (x_0 - x0_hat), (n, functions)."""
+    """alpha/2 grad phi(x_t) . (x_0 - x0_hat), (n, num_functions)."""
     gradient = -torch.sin(xt.flatten(1) @ w + b)
     return 0.5 * alpha * gradient * (gap.flatten(1) @ w)

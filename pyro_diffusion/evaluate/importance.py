@@ -13,7 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.estimate import IMPORTANCE_WEIGHTED, Likelihood, concatenate
+from pyro_diffusion.estimate import IMPORTANCE_WEIGHTED, LogLikelihoodEstimate, concatenate
 from pyro_diffusion.evaluate.pareto import pareto_khat
 from pyro_diffusion.evaluate.rows import Rows, batches, check_model, check_rows, checked_seed
 from pyro_diffusion.infer import ChainReparam, forward_chain
@@ -27,12 +27,12 @@ def importance_weighted(
     diffusion: TorchDistribution,
     data: Tensor,
     *,
-    samples: int = 64,
+    num_samples: int = 64,
     context: dict[str, Tensor] | None = None,
     batch_size: int = 64,
     progress: bool = False,
     seed: int | None = None,
-) -> Likelihood:
+) -> LogLikelihoodEstimate:
     r"""Log p(x) by S importance samples of the whole chain from the forward process.
 
     .. math:: \log \tfrac1S \sum_{i=1}^S \frac{p(x, z_i)}{q(z_i | x)}, \qquad z = (x_{t_K}, \dots, x_{t_0}).
@@ -42,13 +42,13 @@ def importance_weighted(
 
     Args:
         diffusion: the model, batch shape (), perhaps under Pyro's transforms, whose Jacobian is counted; a
-            chain of few steps keeps the weights' variance and the cost (samples * (K + 1) network reads per
-            datum) low.
+            chain of few steps keeps the weights' variance and the cost (S (K + 1) network evaluations
+            per datum) low.
         data: (n,) + event.
-        samples: number S of chains per datum, >= 2. Below about 25 there is no tail to fit and every k-hat is
-            infinite.
+        num_samples: number S of chains per datum, >= 2. Below about 25 there is no tail to fit and every
+            k-hat is infinite.
         context: the denoiser's context, one row per datum.
-        batch_size: data read together.
+        batch_size: data evaluated together.
         progress: whether to show a progress bar.
         seed: of the noise; drawn from torch's global generator if None. A row's noise is a function of the
             seed and of the row's place, so ``batch_size`` changes values by rounding alone.
@@ -64,12 +64,12 @@ def importance_weighted(
     References:
         Burda et al., arXiv 1509.00519; Vehtari et al., Pareto smoothed importance sampling, arXiv 1507.02646.
     """
-    check_positive_int("samples", samples, at_least=2)
+    check_positive_int("num_samples", num_samples, at_least=2)
     model = check_model("diffusion", diffusion, Diffusion)
     weights = log_weights(
         diffusion,
         data,
-        samples=samples,
+        num_samples=num_samples,
         context=context,
         batch_size=batch_size,
         progress=progress,
@@ -77,7 +77,7 @@ def importance_weighted(
     )
     return from_log_weights(
         weights,
-        evaluations=samples * (model.base.steps + 1),
+        evaluations=num_samples * (model.base.steps + 1),
         dimensions=diffusion.event_shape.numel(),
     )
 
@@ -86,7 +86,7 @@ def log_weights(
     diffusion: TorchDistribution,
     data: Tensor,
     *,
-    samples: int = 1,
+    num_samples: int = 1,
     context: dict[str, Tensor] | None = None,
     batch_size: int = 64,
     progress: bool = False,
@@ -100,36 +100,38 @@ def log_weights(
     Args:
         diffusion: the model, batch shape (), perhaps under Pyro's transforms, whose Jacobian is counted.
         data: (n,) + event.
-        samples: chains per datum.
+        num_samples: number S of chains per datum.
         context: the denoiser's context, one row per datum.
-        batch_size: data read together.
+        batch_size: data evaluated together.
         progress: whether to show a progress bar.
         seed: of the noise; drawn from torch's global generator if None. A row's noise is a function of the
             seed and of the row's place, so ``batch_size`` changes values by rounding alone.
 
     Returns:
-        (samples, n), in nats, float64 on the host.
+        (S, n), in nats, float64 on the host.
 
     Raises:
-        ValueError: for bad data, ``samples < 1``, a model with a batch shape or a context without exactly one
-            row per datum.
+        ValueError: for bad data, ``num_samples < 1``, a model with a batch shape or a context without exactly
+            one row per datum.
     """
-    check_positive_int("samples", samples)
+    check_positive_int("num_samples", num_samples)
     model = check_model("diffusion", diffusion, Diffusion)
     check_rows("data", data, diffusion.event_shape)
     columns, seed = [], checked_seed(seed)
     with torch.no_grad():
         for rows, chain in batches(model, model.base, data, context, batch_size, progress, seed):
             with drawing_from(rows.noise):
-                columns.append(torch.stack([_log_weights(chain, rows) for _ in range(samples)]))
+                columns.append(torch.stack([_log_weights(chain, rows) for _ in range(num_samples)]))
     return torch.cat(columns, -1)
 
 
-def from_log_weights(log_weights: Tensor, evaluations: float, dimensions: int) -> Likelihood:
+def from_log_weights(
+    log_weights: Tensor, evaluations: float, dimensions: int
+) -> LogLikelihoodEstimate:
     """A likelihood from any model's log importance weights (a variational autoencoder's, say).
 
     Args:
-        log_weights: (samples, n), log p(x, z) - log q(z | x).
+        log_weights: (num_samples, n), log p(x, z) - log q(z | x).
         evaluations: network evaluations per datum, to report.
         dimensions: numbers in one datum.
 
@@ -138,7 +140,7 @@ def from_log_weights(log_weights: Tensor, evaluations: float, dimensions: int) -
     """
     if check_tensor("log_weights", log_weights).dim() != 2 or len(log_weights) < 2:
         raise ValueError(
-            f"log_weights: got shape {tuple(log_weights.shape)}, expected (samples, n), samples >= 2"
+            f"log_weights: got shape {tuple(log_weights.shape)}, expected (num_samples, n), num_samples >= 2"
         )
     if log_weights.numel() == 0 or not bool((log_weights < math.inf).all()):
         raise ValueError(
@@ -146,12 +148,12 @@ def from_log_weights(log_weights: Tensor, evaluations: float, dimensions: int) -
         )
     check_positive_int("dimensions", dimensions)
     log_weights = log_weights.double()
-    samples = len(log_weights)
-    value = log_weights.logsumexp(0) - math.log(samples)
+    num_samples = len(log_weights)
+    value = log_weights.logsumexp(0) - math.log(num_samples)
     relative = (log_weights - value).exp()
-    return Likelihood(
+    return LogLikelihoodEstimate(
         value=value,
-        standard_error=relative.std(0) / math.sqrt(samples),
+        standard_error=relative.std(0) / math.sqrt(num_samples),
         kind=IMPORTANCE_WEIGHTED,
         evaluations=evaluations,
         dimensions=dimensions,

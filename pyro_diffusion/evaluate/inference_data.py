@@ -8,7 +8,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_diffusion.estimate import Likelihood
+from pyro_diffusion.estimate import LogLikelihoodEstimate
 from pyro_diffusion.evaluate.arviz_versions import GOOD_K, build, elpd_data
 from pyro_diffusion.validation import check_positive_int
 
@@ -16,7 +16,7 @@ __all__ = ["to_arviz", "to_elpd"]
 
 
 def to_arviz(
-    likelihood: Likelihood | Sequence[Likelihood],
+    likelihood: LogLikelihoodEstimate | Sequence[LogLikelihoodEstimate],
     *,
     name: str = "x",
     posterior: Mapping[str, Tensor] | None = None,
@@ -40,7 +40,7 @@ def to_arviz(
         ValueError: if the draws do not fill the chains, or the likelihoods are of different kinds or numbers
             of data.
     """
-    draws = [likelihood] if isinstance(likelihood, Likelihood) else list(likelihood)
+    draws = [likelihood] if isinstance(likelihood, LogLikelihoodEstimate) else list(likelihood)
     check_positive_int("chains", chains)
     if not draws or len(draws) % chains:
         raise ValueError(
@@ -82,7 +82,7 @@ def to_arviz(
     return build(groups, attrs=attrs, dims=dims)
 
 
-def to_elpd(likelihood: Likelihood, *, name: str = "x") -> Any:
+def to_elpd(likelihood: LogLikelihoodEstimate, *, name: str = "x") -> Any:
     r"""Log-likelihoods of held-out data as the ``ELPDData`` that ``az.compare`` takes.
 
     ``az.compare`` computes leave-one-out figures of draws of parameters. A network at a point estimate has
@@ -102,7 +102,7 @@ def to_elpd(likelihood: Likelihood, *, name: str = "x") -> Any:
 
     Example:
         >>> held_out = torch.tensor([-1.0, -2.0, -1.5])
-        >>> elpd = to_elpd(Likelihood(held_out, torch.zeros(3), "exact", 1, 2))
+        >>> elpd = to_elpd(LogLikelihoodEstimate(held_out, torch.zeros(3), "exact", 1, 2))
         >>> elpd.n_data_points  # and then az.compare({"a": elpd, "b": ...})
         3
 

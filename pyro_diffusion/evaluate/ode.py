@@ -5,7 +5,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.distributions import ProbabilityFlow
-from pyro_diffusion.estimate import EXACT, UNBIASED, Likelihood, concatenate
+from pyro_diffusion.estimate import EXACT, UNBIASED, LogLikelihoodEstimate, concatenate
 from pyro_diffusion.evaluate.rows import batches, check_model, check_rows, checked_seed
 
 __all__ = ["flow_log_likelihood"]
@@ -19,7 +19,7 @@ def flow_log_likelihood(
     batch_size: int = 512,
     progress: bool = False,
     seed: int | None = None,
-) -> Likelihood:
+) -> LogLikelihoodEstimate:
     r"""Log p(x) by the ODE, one per datum, with standard errors over probes.
 
     Args:
@@ -53,7 +53,7 @@ def flow_log_likelihood(
             value.append(density.value + rows.log_det)
             error.append(density.standard_error)
             evaluations += density.evaluations * len(rows.x)
-    return Likelihood(
+    return LogLikelihoodEstimate(
         value=concatenate(value),
         standard_error=concatenate(error),
         kind=UNBIASED if model.base.trace.stochastic else EXACT,

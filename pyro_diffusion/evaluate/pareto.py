@@ -9,7 +9,7 @@ __all__ = ["pareto_khat"]
 
 
 def pareto_khat(log_weights: Tensor) -> Tensor:
-    r"""Pareto tail index of every column of (samples, n) log weights, (n,) on the CPU.
+    r"""Pareto tail index of every column of (num_samples, n) log weights, (n,) on the CPU.
 
     A generalized Pareto distribution is fitted to the excess of the :math:`\min(S/5, 3\sqrt S)` largest of S
     weights over the next one; above 0.7 their mean is unreliable. Infinite where fewer than five weights

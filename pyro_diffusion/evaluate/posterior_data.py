@@ -21,20 +21,20 @@ def posterior_to_arviz(
     *args: Any,
     site: str = "x",
     chains: int = 1,
-    draws: int | None = None,
+    num_samples: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Posterior draws as ArviZ ``InferenceData`` (0.23) or ``DataTree`` (1.x).
 
     Args:
-        posterior: draws {site: (chains * draws,) + shape}, as ``Predictive(model, guide=guide)`` and
+        posterior: draws {site: (chains * draws of each,) + shape}, as ``Predictive(model, guide=guide)`` and
             ``MCMC.get_samples`` return them (chain by chain); or particles of one or several independent runs
             of twisted SMC, each of which becomes a chain of draws resampled by weight.
         model: the program; with it come the groups ``log_likelihood`` and ``observed_data``.
         args: the model's arguments.
         site: name of the site that particles are values of.
         chains: number of chains of a dict of draws.
-        draws: draws of each particle run; as many as particles by default.
+        num_samples: draws of each particle run; as many as particles by default.
         kwargs: the model's keyword arguments.
 
     Returns:
@@ -70,7 +70,7 @@ def posterior_to_arviz(
         values = {k: v.detach() for k, v in posterior.items() if v.numel()}
     else:
         runs = [posterior] if isinstance(posterior, Particles) else list(posterior)
-        values, stats, chains = *_particle_draws(runs, site, draws), len(runs)
+        values, stats, chains = *_particle_draws(runs, site, num_samples), len(runs)
         groups["sample_stats"] = stats
         # Filters of one batch, in the same dimensions for every figure.
         dims = {k: [f"{site}_batch_dim_{i}" for i in range(v.ndim - 2)] for k, v in stats.items()}
@@ -112,13 +112,13 @@ def _check_count(values: Draws, chains: int) -> int:
 
 
 def _particle_draws(
-    runs: Sequence[Particles], site: str, draws: int | None
+    runs: Sequence[Particles], site: str, num_samples: int | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Equally weighted draws of every run, and what each run says of itself."""
     if not runs or not all(isinstance(run, Particles) for run in runs):
         kinds = [type(run).__name__ for run in runs]
         raise ValueError(f"posterior: got {kinds}, expected a dict of draws or Particles")
-    count = check_positive_int("draws", len(runs[0]) if draws is None else draws)
+    count = check_positive_int("num_samples", len(runs[0]) if num_samples is None else num_samples)
     values = torch.cat([run.sample((count,)) for run in runs])
     stats: dict[str, list[Any]] = {
         "ess": [run.ess[-1].cpu() for run in runs],

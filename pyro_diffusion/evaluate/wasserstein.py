@@ -36,7 +36,7 @@ def wasserstein(x: Tensor, y: Tensor) -> float:
     return float(cost[rows, columns].mean().sqrt())
 
 
-def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 256) -> float:
+def sliced_wasserstein(x: Tensor, y: Tensor, num_projections: int = 256) -> float:
     r"""Root mean square over random directions of the Wasserstein-2 distance of the projected samples.
 
     At most :math:`d^{-1/2}` times :func:`wasserstein` in mean square, and cheap for any sample size. A
@@ -45,16 +45,16 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 256) -> float:
     Args:
         x: (n,) + event.
         y: (n,) + event.
-        projections: number of directions.
+        num_projections: number of directions.
 
     Raises:
         ValueError: for shapes that differ, values that are not finite, or no projections.
     """
     _check_pair(x, y)
-    check_positive_int("projections", projections)
+    check_positive_int("num_projections", num_projections)
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     x, y = x.to(dtype), y.to(dtype)
-    directions = torch.randn(x[0].numel(), projections, dtype=x.dtype, device=x.device)
+    directions = torch.randn(x[0].numel(), num_projections, dtype=x.dtype, device=x.device)
     directions = directions / directions.norm(dim=0)
     gap = (x.flatten(1) @ directions).sort(0).values - (y.flatten(1) @ directions).sort(0).values
     return float(gap.square().mean().sqrt())
@@ -93,7 +93,7 @@ def wasserstein_bound(
     reference: Denoiser | None = None,
     lipschitz: Callable[[Level], Tensor] | None = None,
     eta: float = 1.0,
-    points: int = 200,
+    num_points: int = 200,
 ) -> WassersteinBound:
     r"""Upper bound of W2(data, model) from the denoising loss along the reverse SDE or ODE.
 
@@ -123,7 +123,7 @@ def wasserstein_bound(
         lipschitz: ``lipschitz(levels)``, the one-sided Lipschitz constants of x_t -> x0_hat at a vector of
             levels.
         eta: 1 for the reverse SDE, 0 for the probability-flow ODE; at most 1000.
-        points: levels of the quadrature, even in log-SNR.
+        num_points: levels of the quadrature, even in log-SNR.
 
     Returns:
         The bound with its parts.
@@ -138,13 +138,13 @@ def wasserstein_bound(
     if reference is not None:
         check_gaussian(reference)
     check_data(data, process.event_dim)
-    check_positive_int("points", points, at_least=2)
+    check_positive_int("num_points", num_points, at_least=2)
     check_number("eta", eta, at_least=0, at_most=1e3)
     ends = process.schedule.log_snr_min, process.schedule.log_snr_max
-    log_snr = torch.linspace(*ends, points, dtype=data.dtype, device=data.device)
+    log_snr = torch.linspace(*ends, num_points, dtype=data.dtype, device=data.device)
     levels = process.schedule.level(process.schedule.time_of_log_snr(log_snr), check=False)
     error, constant = [], []
-    for level in map(levels.at, range(points)):
+    for level in map(levels.at, range(num_points)):
         xt = draw(process.marginal(data, level)).detach()
         with torch.no_grad():
             target = data if reference is None else check_mean(reference(xt, level), data)
@@ -152,7 +152,7 @@ def wasserstein_bound(
         error.append(gap.flatten(1).square().sum(1).mean().sqrt())
         if lipschitz is None:
             constant.append(_one_sided_constant(denoiser, xt, level))
-    slope = torch.stack(constant) if lipschitz is None else lipschitz(levels).expand(points)
+    slope = torch.stack(constant) if lipschitz is None else lipschitz(levels).expand(num_points)
     rms, c = torch.stack(error), (1 + eta**2) / 2
     # From the data's end: the last level has growth 1.
     steps = _trapezoids(c * (levels.alpha * slope - 1), log_snr)

@@ -26,9 +26,9 @@ class SampledGuidance(GuidedDenoiser):
         p(x_{0,i} = k | x_t, y) \approx \frac{n \sum_m w_m [x^m_{0,i} = k] + c\, p(x_{0,i} = k | x_t)}{n + c},
         \qquad w_m = \frac{\ell_m}{\sum \ell} .
 
-    n is the effective number of draws :math:`1 / \sum w_m^2`, and c draws' worth of the prior keep every
-    symbol possible that the prior holds possible. Of real data the mean is moved likewise and the variance
-    kept.
+    n is the effective number of draws :math:`1 / \sum w_m^2`, and a pseudo-count of c draws of the prior
+    keeps every symbol possible that the prior holds possible. Of real data the mean is averaged likewise and
+    the variance kept.
 
     The twist is an unbiased estimate of :math:`\int p(x_0|x_t)\, p(y|x_0)\, dx_0` for the posterior as the
     denoiser states it (per-symbol independent for categorical data). Twisted SMC stays exact with it. Alone
@@ -39,8 +39,8 @@ class SampledGuidance(GuidedDenoiser):
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior, any process.
         likelihood: log p(y | x_0).
-        draws: M.
-        prior_draws: c > 0.
+        num_samples: number M of draws.
+        prior_count: pseudo-count c > 0 of draws of the prior.
 
     Raises:
         ValueError: for no draws, or c not positive.
@@ -51,26 +51,26 @@ class SampledGuidance(GuidedDenoiser):
     """
 
     def __init__(
-        self, denoiser: Denoiser, likelihood: Any, draws: int = 16, prior_draws: float = 1.0
+        self, denoiser: Denoiser, likelihood: Any, num_samples: int = 16, prior_count: float = 1.0
     ) -> None:
         super().__init__(denoiser, likelihood)
-        self.draws = check_positive_int("draws", draws)
-        if not 0 < prior_draws < math.inf:
-            raise ValueError(f"prior_draws: got {prior_draws}, expected a positive number")
-        self.prior_draws = float(prior_draws)
+        self.num_samples = check_positive_int("num_samples", num_samples)
+        if not 0 < prior_count < math.inf:
+            raise ValueError(f"prior_count: got {prior_count}, expected a positive number")
+        self.prior_count = float(prior_count)
 
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
         """Prior, posterior and the log of an estimated twist (one network read)."""
         with torch.no_grad():
             prior = self.denoiser(xt, t, **context)
-            x0 = draw(prior, (self.draws,))
+            x0 = draw(prior, (self.num_samples,))
             log_likelihood = self.likelihood.log_prob(x0)
-            log_twist = log_likelihood.logsumexp(0) - math.log(self.draws)
+            log_twist = log_likelihood.logsumexp(0) - math.log(self.num_samples)
             # Draws that all are impossible say nothing.
             spread = log_likelihood - log_twist.where(log_twist > -math.inf, 0.0)
             weights = spread.where(log_twist > -math.inf, 0.0).softmax(0)
             effective = weights.square().sum(0).reciprocal()
-            share = effective / (effective + self.prior_draws)
+            share = effective / (effective + self.prior_count)
             return Twisted(prior, self._posterior(prior, x0, weights, share), log_twist)
 
     def _posterior(

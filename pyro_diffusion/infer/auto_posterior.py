@@ -135,41 +135,41 @@ class AutoPosterior(AutoGuide):
                 stack.enter_context(plates[frame.name])
             return self._emit(likelihood, likelihood.site_law, nesting)
 
-    def median(self, *args: Any, draws: int = 100, **kwargs: Any) -> dict[str, Tensor]:
-        """Median of every coordinate over so many draws; see :meth:`quantiles`."""
-        found = self.quantiles([0.5], *args, draws=draws, **kwargs)
+    def median(self, *args: Any, num_samples: int = 100, **kwargs: Any) -> dict[str, Tensor]:
+        """Median of every coordinate over ``num_samples`` draws; see :meth:`quantiles`."""
+        found = self.quantiles([0.5], *args, num_samples=num_samples, **kwargs)
         return {name: value.squeeze(0) for name, value in found.items()}
 
     def quantiles(
-        self, quantiles: list[float], *args: Any, draws: int = 100, **kwargs: Any
+        self, quantiles: list[float], *args: Any, num_samples: int = 100, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Quantiles of every coordinate over so many draws, each (quantiles,) + the site's shape.
+        """Quantiles of every coordinate over ``num_samples`` draws, each (quantiles,) + the site's shape.
 
         They are those of the marginal: in a list, each draw is given a fresh draw of the guides before this
         one, and not their medians. Particles then take a run for each draw.
         """
-        check_positive_int("draws", draws)
+        check_positive_int("num_samples", num_samples)
         if not all(0 <= q <= 1 for q in quantiles):
             raise ValueError(f"quantiles: got {quantiles}, expected numbers in [0, 1]")
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         with torch.no_grad(), isolated():
-            others = self._draws_of_others(draws, args, kwargs)
+            others = self._draws_of_others(num_samples, args, kwargs)
             self._heard = others
             likelihood = self._likelihood(args, kwargs, 0, {})
-            value = self._draw(likelihood, torch.Size([draws]))[0]
+            value = self._draw(likelihood, torch.Size([num_samples]))[0]
         real = value if value.is_floating_point() else value.double()
         at = torch.tensor(quantiles, dtype=real.dtype, device=value.device)
         rule = "linear" if value is real else "nearest"
         return {likelihood.site: real.quantile(at, dim=0, interpolation=rule).to(value.dtype)}
 
-    def _draws_of_others(self, draws: int, args: Any, kwargs: Any) -> dict[str, Tensor]:
-        """Joint draws of the guides before this one in its list, (draws,) + the shape of each site."""
+    def _draws_of_others(self, num_samples: int, args: Any, kwargs: Any) -> dict[str, Tensor]:
+        """Joint draws of the guides before this one in its list, (num_samples,) + the shape of each site."""
         if self.master is None:
             return {}
         master = self.master()
         drawn: list[dict[str, Tensor]] = []
-        for _ in range(draws):
+        for _ in range(num_samples):
             master._create_plates(*args, **kwargs)
             self._heard = {}
             for part in _before(master, self):

@@ -408,7 +408,13 @@ def denoiser_calls() -> list[Call]:
         return normal(denoisers.VarianceDenoiser(mean, head, Tiny((3,)))(**gauss))
 
     quantized = {"logits": torch.zeros(2, 4), "values": torch.tensor([-1.0, 0.0, 0.5, 1.0])}
-    fit = {"denoiser": gaussian(False), "data": data(8), "knots": 5, "draws": 1, "batch_size": 4}
+    fit = {
+        "denoiser": gaussian(False),
+        "data": data(8),
+        "knots": 5,
+        "num_samples": 1,
+        "batch_size": 4,
+    }
 
     def fitted(function: Any, **arguments: Any) -> Any:
         found = function(**arguments)
@@ -855,12 +861,12 @@ def dynamics_calls() -> list[Call]:
         Call(
             "dynamics.Hutchinson",
             lambda **a: traced(dynamics.Hutchinson(**a)),
-            of({"probes": 2, "law": dynamics.gaussian, "seed": 0}),
+            of({"num_probes": 2, "law": dynamics.gaussian, "seed": 0}),
         ),
         Call(
             "dynamics.HutchPlusPlus",
             lambda **a: traced(dynamics.HutchPlusPlus(**a)),
-            of({"probes": 2, "seed": 0}),
+            of({"num_probes": 2, "seed": 0}),
         ),
         Call("dynamics.Solver", solved, of(solver)),
         Call(

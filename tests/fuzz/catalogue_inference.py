@@ -62,7 +62,7 @@ def guidance_calls() -> list[Call]:
         "PiGDM": {"data_variance": 1.0, **gaussian_kinds},
         "DiffPIR": {"lam": 1.0, **gaussian_kinds},
         "DataCovariance": {"covariance": torch.eye(3)},
-        "SampledGuidance": {"draws": 4, "prior_draws": 1.0},
+        "SampledGuidance": {"num_samples": 4, "prior_count": 1.0},
     }
 
     def built(kind: str, **arguments: Any) -> Any:
@@ -201,7 +201,7 @@ def infer_calls() -> list[Call]:
         return (
             guide.quantiles(args=(), **arguments)
             if False
-            else guide.quantiles(arguments["quantiles"], y, draws=arguments["draws"])
+            else guide.quantiles(arguments["quantiles"], y, num_samples=arguments["num_samples"])
         )
 
     def filtered(**arguments: Any) -> Any:
@@ -232,13 +232,13 @@ def infer_calls() -> list[Call]:
         Call(
             "infer.AutoPosterior.quantiles",
             functools.partial(quantiles, guide),
-            of({"quantiles": [0.1, 0.9], "draws": 3}),
+            of({"quantiles": [0.1, 0.9], "num_samples": 3}),
             weight=0.5,
         ),
         Call(
             "infer.AutoPosterior.median",
-            lambda draws: guide.median(y, draws=draws),
-            of({"draws": 3}),
+            lambda num_samples: guide.median(y, num_samples=num_samples),
+            of({"num_samples": 3}),
             weight=0.5,
         ),
         Call(
@@ -323,12 +323,12 @@ def evaluate_calls() -> list[Call]:
         Call(
             "evaluate.log_likelihood",
             functools.partial(score, chain()),
-            lambda: {"data": data(), "draws": 2, "samples": 2, "batch_size": 3},
+            lambda: {"data": data(), "num_terms": 2, "num_samples": 2, "batch_size": 3},
         ),
         Call(
             "evaluate.log_likelihood.sde",
             functools.partial(score, sde),
-            lambda: {"data": data(), "draws": 2, "samples": 2, "batch_size": 3},
+            lambda: {"data": data(), "num_terms": 2, "num_samples": 2, "batch_size": 3},
         ),
         Call(
             "evaluate.log_likelihood.context",
@@ -338,14 +338,14 @@ def evaluate_calls() -> list[Call]:
         Call(
             "evaluate.importance_weighted",
             functools.partial(evaluate.importance_weighted, chain()),
-            lambda: {"data": data(), "samples": 2, "batch_size": 3},
+            lambda: {"data": data(), "num_samples": 2, "batch_size": 3},
             True,
             weight=0.5,
         ),
         Call(
             "evaluate.log_weights",
             functools.partial(evaluate.log_weights, chain()),
-            lambda: {"data": data(), "samples": 1, "batch_size": 3},
+            lambda: {"data": data(), "num_samples": 1, "batch_size": 3},
             weight=0.5,
         ),
         Call(
@@ -362,7 +362,7 @@ def evaluate_calls() -> list[Call]:
         Call(
             "evaluate.chain_costs",
             evaluate.chain_costs,
-            lambda: {"denoiser": gaussian(), "data": data(), "times": TIMES, "draws": 1},
+            lambda: {"denoiser": gaussian(), "data": data(), "times": TIMES, "num_samples": 1},
             True,
         ),
         Call(
@@ -372,8 +372,8 @@ def evaluate_calls() -> list[Call]:
                 "denoiser": gaussian(),
                 "data": data(),
                 "levels": 3,
-                "functions": 4,
-                "draws": 1,
+                "num_functions": 4,
+                "num_samples": 1,
                 "batch_size": 3,
             },
         ),
@@ -385,7 +385,7 @@ def evaluate_calls() -> list[Call]:
                 "data": data(),
                 "reference": exact(),
                 "eta": 1.0,
-                "points": 5,
+                "num_points": 5,
             },
             weight=0.5,
         ),
@@ -393,7 +393,7 @@ def evaluate_calls() -> list[Call]:
         Call(
             "evaluate.sliced_wasserstein",
             evaluate.sliced_wasserstein,
-            lambda: {**pair(), "projections": 8},
+            lambda: {**pair(), "num_projections": 8},
         ),
         Call(
             "evaluate.c2st",
@@ -404,8 +404,8 @@ def evaluate_calls() -> list[Call]:
             "evaluate.to_elpd", evaluate.to_elpd, of({"likelihood": known, "name": "x"}), weight=0.5
         ),
         Call(
-            "evaluate.Likelihood",
-            lambda **a: evaluate.Likelihood(**a).mean,
+            "evaluate.LogLikelihoodEstimate",
+            lambda **a: evaluate.LogLikelihoodEstimate(**a).mean,
             of(
                 {
                     "value": known.value,
@@ -434,7 +434,7 @@ def evaluate_calls() -> list[Call]:
         Call(
             "evaluate.sbc",
             simulate,
-            of({"simulations": 10, "thin": 1, "parallel": False}),
+            of({"num_simulations": 10, "thin": 1, "parallel": False}),
             weight=0.5,
         ),
         Call("evaluate.RankStatistics.p_value", ranks.p_value, of({"name": "x", "bins": 5})),
@@ -442,12 +442,12 @@ def evaluate_calls() -> list[Call]:
         Call(
             "evaluate.RankStatistics.envelope",
             ranks.envelope,
-            of({"level": 0.9, "simulations": 20}),
+            of({"level": 0.9, "num_simulations": 20}),
         ),
         Call(
             "evaluate.RankStatistics",
             lambda **a: evaluate.RankStatistics(**a).p_value(),
-            of({"ranks": {"x": torch.arange(40) % 10}, "draws": 9}),
+            of({"ranks": {"x": torch.arange(40) % 10}, "num_samples": 9}),
         ),
     ]
 
