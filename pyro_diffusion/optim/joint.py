@@ -11,7 +11,8 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from pyro_diffusion import checkpoint
+from pyro_diffusion.checkpoint import load as load_state
+from pyro_diffusion.checkpoint import save as save_state
 from pyro_diffusion.validation import check_number
 
 __all__ = ["JointOptim"]
@@ -117,11 +118,11 @@ class JointOptim(PyroOptim):
 
     def save(self, filename: str) -> None:
         """Write the state as a checkpoint (safetensors, see :mod:`pyro_diffusion.checkpoint`)."""
-        checkpoint.save(filename, self.get_state())
+        save_state(filename, self.get_state())
 
     def load(self, filename: str, map_location: Any = None) -> None:
-        """Read what :meth:`save` wrote; nothing is unpickled."""
-        self.set_state(checkpoint.load(filename))
+        """Load what :meth:`save` wrote; nothing is unpickled."""
+        self.set_state(load_state(filename))
 
     def _built(self, params: Any) -> torch.optim.Optimizer:
         try:
