@@ -215,7 +215,7 @@ def test_estimates_over_data_do_not_depend_on_the_batch_size(estimate):
     data, results = mixture_law().sample((40,)), []
     for size in (40, 7, 1):
         torch.manual_seed(2)
-        results.append(estimate(mixture(LogLinear(6, -6)), data, num_terms=2, batch_size=size))
+        results.append(estimate(mixture(LogLinear(6, -6)), data, num_samples=2, batch_size=size))
     for result in results[1:]:
         torch.testing.assert_close(result.standard_error, results[0].standard_error)
 
