@@ -252,7 +252,7 @@ def test_bad_input():
     law = Diffusion(denoiser, (LENGTH,), times=uniform(STEPS, F64))
     likelihood = reading(law)
     for draws in (0, 1.5):
-        with pytest.raises(ValueError, match="draws: got"):
+        with pytest.raises(ValueError, match="num_samples: got"):
             SampledGuidance(denoiser, likelihood, num_samples=draws)
     for prior_count in (0.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="prior_count: got"):

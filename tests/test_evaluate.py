@@ -455,7 +455,7 @@ def test_arviz_groups_share_the_dimension_of_the_data():
 def test_arviz_layout_is_chain_by_chain():
     draws = [figure(torch.full((2,), float(k), dtype=F64)) for k in range(6)]
     theta = torch.arange(6, dtype=F64)
-    groups = evaluate.to_arviz(draws, posterior={"theta": theta}, chains=2)
+    groups = evaluate.to_arviz(draws, posterior={"theta": theta}, num_chains=2)
     expected = np.array([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
     np.testing.assert_array_equal(groups["posterior"]["theta"].to_numpy(), expected)
     values = groups["log_likelihood"]["x"].to_numpy()
@@ -473,7 +473,7 @@ def test_loo_of_parameter_draws():
         mean = data.sum() / noise**2 / precision
         theta = mean + torch.randn(chains * draws, dtype=F64) / math.sqrt(precision)
         per_draw = [figure(dist.Normal(value, noise).log_prob(data)) for value in theta]
-        groups[name] = evaluate.to_arviz(per_draw, posterior={"theta": theta}, chains=chains)
+        groups[name] = evaluate.to_arviz(per_draw, posterior={"theta": theta}, num_chains=chains)
         left = precision - 1 / noise**2
         predictive = dist.Normal(
             (data.sum() - data) / noise**2 / left, math.sqrt(noise**2 + 1 / left)
@@ -561,12 +561,12 @@ BAD = {
         "likelihoods",
     ),
     "arviz chains": (
-        lambda: evaluate.to_arviz([figure(torch.zeros(3))] * 3, chains=2),
-        "chains",
+        lambda: evaluate.to_arviz([figure(torch.zeros(3))] * 3, num_chains=2),
+        "num_chains",
     ),
     "arviz uneven chains": (
         lambda: evaluate.to_arviz(
-            [figure(torch.zeros(3))] * 4, posterior={"theta": torch.zeros(3)}, chains=2
+            [figure(torch.zeros(3))] * 4, posterior={"theta": torch.zeros(3)}, num_chains=2
         ),
         "posterior: got",
     ),

@@ -54,7 +54,7 @@ def array(data, group, name):
 def test_draws_of_predictive():
     """The pointwise log-likelihood is that of the draws; predictions of y stay apart from the posterior."""
     draws = Predictive(program, guide=AutoGuidance(program, MMPS), num_samples=12)()
-    data = posterior_to_arviz(draws, program, chains=2)
+    data = posterior_to_arviz(draws, program, num_chains=2)
     x = array(data, "posterior", "x")
     assert x.shape == (2, 6, 2)
     x = x.reshape(12, 2)
@@ -121,7 +121,7 @@ def test_other_latents_and_no_model():
         pyro.sample("y", Normal(s, 1.0), obs=torch.tensor(0.3))
 
     draws = {"s": torch.rand(8)}
-    data = posterior_to_arviz(draws, two, chains=2)
+    data = posterior_to_arviz(draws, two, num_chains=2)
     assert array(data, "log_likelihood", "y").shape == (2, 4)
     data = posterior_to_arviz(draws)
     assert array(data, "posterior", "s").shape == (1, 8)
@@ -154,7 +154,9 @@ def left_out(scale):
 @pytest.mark.filterwarnings("ignore:The inplace keyword")  # ArviZ 0.23 under pandas 3
 def test_compare_of_two_exports_is_the_exact_difference():
     exports = {
-        str(scale): posterior_to_arviz(mean_posterior(scale), mean_program, scale=scale, chains=4)
+        str(scale): posterior_to_arviz(
+            mean_posterior(scale), mean_program, scale=scale, num_chains=4
+        )
         for scale in (1.0, 2.0)
     }
     table = az.compare(exports)
@@ -263,14 +265,14 @@ def wide_program():
 @pytest.mark.parametrize(
     ("posterior", "options", "message"),
     [
-        ({"x": torch.zeros(5, 2)}, {"chains": 2}, "posterior: got"),
+        ({"x": torch.zeros(5, 2)}, {"num_chains": 2}, "posterior: got"),
         ({"x": torch.zeros(5, 2), "s": torch.zeros(4)}, {}, "posterior: got"),
         ({}, {}, "posterior: got"),
         ([], {}, "posterior: got"),
         (["x"], {}, "expected a dict of draws or Particles"),
         ({"w": torch.zeros(5, 2)}, {"model": program}, "no draws of x"),
         ({"x": torch.zeros(5, 3)}, {"model": program}, "expected \\(2,\\)"),
-        ({"x": torch.zeros(5, 2)}, {"chains": 0}, "chains: got 0"),
+        ({"x": torch.zeros(5, 2)}, {"num_chains": 0}, "num_chains: got 0"),
         (
             {"x": torch.zeros(5, 3, 2)},
             {"model": wide_program},

@@ -20,16 +20,17 @@ def to_arviz(
     *,
     name: str = "x",
     posterior: Mapping[str, Tensor] | None = None,
-    chains: int = 1,
+    num_chains: int = 1,
 ) -> Any:
     """Per-datum log-likelihoods as ArviZ ``InferenceData`` (0.23) or ``DataTree`` (1.x).
 
     Args:
         likelihood: one likelihood of the data, or one per draw of the model's parameters, chain by chain.
         name: name of the variable in the ``log_likelihood`` group.
-        posterior: the draws themselves, each (chains * draws,) + shape, chain by chain; with them ``az.loo``
-            and ``az.compare`` work. A model without draws of parameters is compared by :func:`to_elpd`.
-        chains: number of chains that the draws come from.
+        posterior: the draws themselves, each (number of draws,) + shape, chain by chain; with them
+            ``az.loo`` and ``az.compare`` work. A model without draws of parameters is compared by
+            :func:`to_elpd`.
+        num_chains: number of chains that the draws come from.
 
     Returns:
         Groups ``log_likelihood`` (chain, draw, n) in nats, ``sample_stats`` with each value's Monte-Carlo
@@ -41,10 +42,10 @@ def to_arviz(
             of data.
     """
     draws = [likelihood] if isinstance(likelihood, LogLikelihoodEstimate) else list(likelihood)
-    check_positive_int("chains", chains)
-    if not draws or len(draws) % chains:
+    check_positive_int("num_chains", num_chains)
+    if not draws or len(draws) % num_chains:
         raise ValueError(
-            f"chains: got {len(draws)} draw(s) for {chains} chain(s), expected a multiple"
+            f"num_chains: got {len(draws)} draw(s) for {num_chains} chain(s), expected a multiple"
         )
     kinds = {draw.kind for draw in draws}
     if len(kinds) > 1:
@@ -60,7 +61,7 @@ def to_arviz(
 
     def stack(rows: Sequence[Tensor]) -> np.ndarray:
         array = np.stack([np.asarray(row.detach().cpu()) for row in rows])
-        return array.reshape(chains, -1, *array.shape[1:])
+        return array.reshape(num_chains, -1, *array.shape[1:])
 
     stats = {"standard_error": stack([draw.standard_error for draw in draws])}
     for key in ("ess", "khat"):

@@ -20,20 +20,20 @@ def posterior_to_arviz(
     model: Callable[..., Any] | None = None,
     *args: Any,
     site: str = "x",
-    chains: int = 1,
+    num_chains: int = 1,
     num_samples: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Posterior draws as ArviZ ``InferenceData`` (0.23) or ``DataTree`` (1.x).
 
     Args:
-        posterior: draws {site: (chains * draws of each,) + shape}, as ``Predictive(model, guide=guide)`` and
+        posterior: draws {site: (number of draws,) + shape}, as ``Predictive(model, guide=guide)`` and
             ``MCMC.get_samples`` return them (chain by chain); or particles of one or several independent runs
             of twisted SMC, each of which becomes a chain of draws resampled by weight.
         model: the program; with it come the groups ``log_likelihood`` and ``observed_data``.
         args: the model's arguments.
         site: name of the site that particles are values of.
-        chains: number of chains of a dict of draws.
+        num_chains: number of chains of a dict of draws.
         num_samples: draws of each particle run; as many as particles by default.
         kwargs: the model's keyword arguments.
 
@@ -70,28 +70,29 @@ def posterior_to_arviz(
         values = {k: v.detach() for k, v in posterior.items() if v.numel()}
     else:
         runs = [posterior] if isinstance(posterior, Particles) else list(posterior)
-        values, stats, chains = *_particle_draws(runs, site, num_samples), len(runs)
+        values, stats, num_chains = *_particle_draws(runs, site, num_samples), len(runs)
         groups["sample_stats"] = stats
         # Filters of one batch, in the same dimensions for every figure.
         dims = {k: [f"{site}_batch_dim_{i}" for i in range(v.ndim - 2)] for k, v in stats.items()}
         attrs |= _evidence(runs)
-    count = _check_count(values, check_positive_int("chains", chains))
+    count = _check_count(values, check_positive_int("num_chains", num_chains))
     if model is not None:
         latents = latent_draws(model, args, kwargs, values)
         pointwise, observed = pointwise_log_likelihood(model, args, kwargs, latents, count)
         values |= latents
         predicted = {name: values.pop(name) for name in observed if name in values}
-        groups["log_likelihood"] = _by_chain(pointwise, chains)
+        groups["log_likelihood"] = _by_chain(pointwise, num_chains)
         if predicted:
-            groups["posterior_predictive"] = _by_chain(predicted, chains)
+            groups["posterior_predictive"] = _by_chain(predicted, num_chains)
         groups["observed_data"] = {k: _array(v) for k, v in observed.items()}
-    groups["posterior"] = _by_chain(values, chains)
+    groups["posterior"] = _by_chain(values, num_chains)
     return build(groups, attrs=attrs, dims=dims)
 
 
-def _by_chain(values: Mapping[str, Tensor], chains: int) -> dict[str, Any]:
+def _by_chain(values: Mapping[str, Tensor], num_chains: int) -> dict[str, Any]:
     return {
-        name: _array(value).reshape(chains, -1, *value.shape[1:]) for name, value in values.items()
+        name: _array(value).reshape(num_chains, -1, *value.shape[1:])
+        for name, value in values.items()
     }
 
 
@@ -101,12 +102,12 @@ def _array(value: Tensor) -> np.ndarray:
     return np.asarray(value.detach().cpu())
 
 
-def _check_count(values: Draws, chains: int) -> int:
+def _check_count(values: Draws, num_chains: int) -> int:
     lengths = {name: len(value) if value.dim() else 0 for name, value in values.items()}
     count = next(iter(lengths.values()), 0)
-    if count < 1 or count % chains or set(lengths.values()) != {count}:
+    if count < 1 or count % num_chains or set(lengths.values()) != {count}:
         raise ValueError(
-            f"posterior: got {lengths} draws for {chains} chain(s), expected one number, a multiple"
+            f"posterior: got {lengths} draws for {num_chains} chain(s), expected one number, a multiple"
         )
     return count
 

@@ -420,7 +420,7 @@ def evaluate_calls() -> list[Call]:
         Call(
             "evaluate.to_arviz",
             evaluate.to_arviz,
-            of({"likelihood": known, "name": "x", "chains": 1}),
+            of({"likelihood": known, "name": "x", "num_chains": 1}),
             weight=0.5,
         ),
         Call(
@@ -428,7 +428,7 @@ def evaluate_calls() -> list[Call]:
             lambda **a: evaluate.posterior_to_arviz(
                 a.pop("posterior"), program, torch.ones(3), **a
             ),
-            lambda: {"posterior": {"x": data(6)}, "site": "x", "chains": 2},
+            lambda: {"posterior": {"x": data(6)}, "site": "x", "num_chains": 2},
             weight=0.5,
         ),
         Call(
