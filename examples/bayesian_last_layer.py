@@ -26,12 +26,16 @@ from sklearn.datasets import make_moons
 from torch import Tensor
 from tqdm import trange
 
-from pyro_diffusion import plotting
-from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser
-from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
-from pyro_diffusion.nn import MLP
-from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.schedules import LogLinear
+from pyro_diffusion import (
+    MLP,
+    Diffusion,
+    GaussianDenoiser,
+    GaussianProcess,
+    LogLinear,
+    ProbabilityFlow,
+    denoisers,
+    plotting,
+)
 
 # Two views of one denoiser: what is trained, and its densities.
 chain = partial(Diffusion, event_shape=(2,), steps=100)
@@ -45,7 +49,7 @@ def moons(count: int, seed: int) -> Tensor:
     return (torch.tensor(points, dtype=torch.float32) - CENTRE) / SCALE
 
 
-def denoiser(width: int) -> Denoiser:
+def denoiser(width: int) -> denoisers.Denoiser:
     """A network whose last weight is normal a priori, with the scale of a layer's first values."""
     network = MLP(2, hidden=(width, width))
     to_pyro_module_(network)
@@ -57,12 +61,14 @@ def denoiser(width: int) -> Denoiser:
 class Model(PyroModule):
     """Points under one view of the denoiser; the weights are one for all points."""
 
-    def __init__(self, denoiser: Denoiser, batch: int) -> None:
+    def __init__(self, denoiser: denoisers.Denoiser, batch: int) -> None:
         super().__init__()
         to_pyro_module_(denoiser)  # so that weights are named by their place in the model
         self.denoiser, self.batch = denoiser, batch
 
-    def forward(self, x: Tensor, view: Callable[[Denoiser], Diffusion | ProbabilityFlow]) -> Tensor:
+    def forward(
+        self, x: Tensor, view: Callable[[denoisers.Denoiser], Diffusion | ProbabilityFlow]
+    ) -> Tensor:
         """The program."""
         law = view(self.denoiser)  # here the weights are drawn: before the plate
         with pyro.plate("data", len(x), subsample_size=min(self.batch, len(x))) as index:

@@ -27,14 +27,21 @@ from sklearn.svm import SVC
 from torch import Tensor, nn
 from tqdm import trange
 
-from pyro_diffusion import checkpoint, plotting
-from pyro_diffusion.denoisers import Denoiser, LevelsDenoiser, uniform_levels
-from pyro_diffusion.distributions import Diffusion, QuantizedDecoder
-from pyro_diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance
-from pyro_diffusion.nn import LabelContext, UNet, fourier_embedding
-from pyro_diffusion.optim import EMA, JointOptim
-from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.schedules import Cosine
+from pyro_diffusion import (
+    EMA,
+    Cosine,
+    Diffusion,
+    GaussianProcess,
+    LevelsDenoiser,
+    QuantizedDecoder,
+    UNet,
+    checkpoint,
+    denoisers,
+    guidance,
+    optim,
+    plotting,
+)
+from pyro_diffusion.nn import LabelContext, fourier_embedding
 
 CLASSES = 10
 
@@ -57,10 +64,10 @@ def build(args: argparse.Namespace) -> LevelsDenoiser:
         dropout=args.dropout,
         context={"label": LabelContext(CLASSES, 4 * args.width, dropout=args.null)},
     )
-    return LevelsDenoiser(network, process, uniform_levels(digits.LEVELS))
+    return LevelsDenoiser(network, process, denoisers.uniform_levels(digits.LEVELS))
 
 
-def law(denoiser: Denoiser, steps: int, label: Tensor | None = None) -> Diffusion:
+def law(denoiser: denoisers.Denoiser, steps: int, label: Tensor | None = None) -> Diffusion:
     """The chain over images, of the labels' batch shape if there are any."""
     return Diffusion(
         denoiser,
@@ -95,7 +102,7 @@ def fit(module: nn.Module, model: Any, data: tuple[Tensor, ...], steps: int, arg
     """SVI of an observed program on minibatches; the module keeps its averaged weights."""
     settings = {"lr": args.lr, "weight_decay": args.weight_decay}
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR
-    optimizer = JointOptim(torch.optim.AdamW, settings, scheduler, {"T_max": steps})
+    optimizer = optim.JointOptim(torch.optim.AdamW, settings, scheduler, {"T_max": steps})
     svi, ema = SVI(model, lambda *batch: None, optimizer, Trace_ELBO()), EMA(module, 0.995)
     module.train()
     for _ in trange(steps, desc=type(module).__name__, disable=not args.progress):
@@ -154,7 +161,7 @@ def trained(args: argparse.Namespace) -> tuple[LevelsDenoiser, Classifier]:
     return both
 
 
-def accuracy(denoiser: Denoiser, classifier: Classifier) -> dict[str, float]:
+def accuracy(denoiser: denoisers.Denoiser, classifier: Classifier) -> dict[str, float]:
     """Of the classifier on held-out digits, by noise level."""
     x0, label = digits.load()["test"].float() / 8 - 1, labels()["test"]
     found = {}
@@ -197,10 +204,10 @@ def methods(
     """The laws to draw from, by title."""
     laws = {}
     for scale in args.scales:
-        guided = ClassifierGuidance(denoiser, classifier, label, scale)
+        guided = guidance.ClassifierGuidance(denoiser, classifier, label, scale)
         laws[f"classifier, w = {scale:g}"] = law(guided, args.chain).expand(label.shape)
     for scale in args.scales:
-        free = ClassifierFreeGuidance(denoiser, scale)
+        free = guidance.ClassifierFreeGuidance(denoiser, scale)
         laws[f"classifier-free, w = {scale:g}"] = law(free, args.chain, label)
     return laws
 

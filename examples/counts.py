@@ -24,12 +24,10 @@ import torch
 from restoration import HIGH, by_covariance, coverage, panels, prior, rmse
 from torch import Tensor
 
-from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion import Diffusion, ProgramLikelihood, TwistedSMC, denoisers
 from pyro_diffusion.guidance import GuidedDenoiser
-from pyro_diffusion.infer import Particles, TwistedSMC
+from pyro_diffusion.infer import Particles
 from pyro_diffusion.infer.resampling import genealogical_variance
-from pyro_diffusion.likelihoods import ProgramLikelihood
 
 ALL = torch.ones(digits.EVENT_SHAPE, dtype=torch.bool)
 
@@ -54,7 +52,7 @@ def infer(law: Diffusion, y: Tensor, train: Tensor, args: argparse.Namespace) ->
     """Particles of the posterior, guided by deviance residuals and weighed by the Poisson law."""
     conditioning = by_covariance(train)
 
-    def guidance(denoiser: Denoiser, likelihood: ProgramLikelihood) -> GuidedDenoiser:
+    def guidance(denoiser: denoisers.Denoiser, likelihood: ProgramLikelihood) -> GuidedDenoiser:
         return conditioning(denoiser, likelihood.with_residuals("deviance"))
 
     likelihood = ProgramLikelihood(program(law, args), (y,))

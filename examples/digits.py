@@ -21,14 +21,21 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_diffusion import checkpoint, evaluate, plotting
-from pyro_diffusion.denoisers import LevelsDenoiser, uniform_levels
-from pyro_diffusion.distributions import Diffusion, QuantizedDecoder
-from pyro_diffusion.nn import UNet
-from pyro_diffusion.optim import EMA, JointOptim
-from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.samplers import recorder, simulate
-from pyro_diffusion.schedules import Cosine
+from pyro_diffusion import (
+    EMA,
+    Cosine,
+    Diffusion,
+    GaussianProcess,
+    LevelsDenoiser,
+    QuantizedDecoder,
+    UNet,
+    checkpoint,
+    denoisers,
+    evaluate,
+    optim,
+    plotting,
+    samplers,
+)
 
 LEVELS, EVENT_SHAPE = 17, (1, 8, 8)
 
@@ -45,7 +52,7 @@ def build(args: argparse.Namespace) -> LevelsDenoiser:
     """A U-Net read as a posterior over the levels of every pixel."""
     process = GaussianProcess(Cosine(log_snr_max=12.0, log_snr_min=-9.0, shift=1.25), event_dim=3)
     network = UNet(1, width=args.width, blocks=args.blocks, outputs=LEVELS, dropout=args.dropout)
-    return LevelsDenoiser(network, process, uniform_levels(LEVELS))
+    return LevelsDenoiser(network, process, denoisers.uniform_levels(LEVELS))
 
 
 def law(denoiser: LevelsDenoiser, steps: int) -> Diffusion:
@@ -59,7 +66,7 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, images: Tensor) -> None:
         self.args, self.images, self.denoiser = args, images, build(args)
         self.ema = EMA(self.denoiser, args.ema)
-        optimizer = JointOptim(
+        optimizer = optim.JointOptim(
             torch.optim.AdamW,
             {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True},
             torch.optim.lr_scheduler.CosineAnnealingLR,
@@ -201,8 +208,8 @@ def draw(
     chain = law(denoiser, args.chain)
     with torch.no_grad():
         noise = denoiser.process.prior(EVENT_SHAPE).expand((args.samples,)).sample()
-        states, record = recorder()
-        simulate(
+        states, record = samplers.recorder()
+        samplers.simulate(
             denoiser, chain.times, noise, chain.sampler, progress=args.progress, callback=record
         )
         images = chain.decode(states[-1]).sample()

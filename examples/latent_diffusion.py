@@ -27,14 +27,17 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import trange
 
-from pyro_diffusion import evaluate, plotting
-from pyro_diffusion.denoisers import GaussianDenoiser, LearnedVariance
-from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.evaluate import LogLikelihoodEstimate
-from pyro_diffusion.nn import MLP
-from pyro_diffusion.optim import EMA
-from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.schedules import LogLinear
+from pyro_diffusion import (
+    EMA,
+    MLP,
+    Diffusion,
+    GaussianDenoiser,
+    GaussianProcess,
+    LearnedVariance,
+    LogLinear,
+    evaluate,
+    plotting,
+)
 
 LEVELS, PIXELS = 17, 64
 
@@ -96,7 +99,7 @@ class LatentModel(nn.Module):
 
 
 @torch.no_grad()
-def elbo(latent: LatentModel, x: Tensor, draws: int) -> LogLikelihoodEstimate:
+def elbo(latent: LatentModel, x: Tensor, draws: int) -> evaluate.LogLikelihoodEstimate:
     """The lower bound of every image, from Pyro's own traces.
 
     A trace scores z under a diffusion by one term of its bound. Evaluation reads more of them: the same
@@ -115,7 +118,7 @@ def elbo(latent: LatentModel, x: Tensor, draws: int) -> LogLikelihoodEstimate:
         values.append(p.nodes["x"]["log_prob"] + log_prior - q.nodes["z"]["log_prob"])
     each = torch.stack(values).double()
     error = each.std(0) / math.sqrt(draws)
-    return LogLikelihoodEstimate(each.mean(0), error, "lower bound", reads, PIXELS)
+    return evaluate.LogLikelihoodEstimate(each.mean(0), error, "lower bound", reads, PIXELS)
 
 
 def train(
@@ -168,7 +171,7 @@ def draw(panels: dict[str, Tensor]) -> Figure:
     return figure
 
 
-def report(results: dict[str, LogLikelihoodEstimate]) -> dict[str, dict[str, float | str]]:
+def report(results: dict[str, evaluate.LogLikelihoodEstimate]) -> dict[str, dict[str, float | str]]:
     """Print the table; the difference is paired by image (another training seed moves it, too)."""
     print(f"\n{'test ELBO, bits/dim':<22} {'value':>8} {'s.e.':>8}   kind")
     for prior, result in results.items():

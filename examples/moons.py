@@ -21,15 +21,18 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 from tqdm import trange
 
-from pyro_diffusion import evaluate, plotting
-from pyro_diffusion.denoisers import GaussianDenoiser, LearnedVariance
-from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.evaluate import LogLikelihoodEstimate
-from pyro_diffusion.nn import MLP
-from pyro_diffusion.optim import EMA
-from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.samplers import recorder, simulate
-from pyro_diffusion.schedules import LogLinear
+from pyro_diffusion import (
+    EMA,
+    MLP,
+    Diffusion,
+    GaussianDenoiser,
+    GaussianProcess,
+    LearnedVariance,
+    LogLinear,
+    evaluate,
+    plotting,
+    samplers,
+)
 
 NOISE = 0.08
 # Constants, not statistics of the sample: every density below is that of (x - CENTRE) / SCALE.
@@ -42,7 +45,7 @@ def moons(count: int, seed: int) -> Tensor:
     return (torch.tensor(points, dtype=torch.float32) - CENTRE) / SCALE
 
 
-def true_likelihood(data: Tensor, points: int = 2000) -> LogLikelihoodEstimate:
+def true_likelihood(data: Tensor, points: int = 2000) -> evaluate.LogLikelihoodEstimate:
     """The density behind the data: normal noise around a uniform law on two half circles."""
     angle = torch.linspace(0, math.pi, points, dtype=torch.float64)
     upper = torch.stack([angle.cos(), angle.sin()], -1)
@@ -58,7 +61,7 @@ def true_likelihood(data: Tensor, points: int = 2000) -> LogLikelihoodEstimate:
 
 def mixture_likelihood(
     train: Tensor, validation: Tensor, data: Tensor, args: argparse.Namespace
-) -> LogLikelihoodEstimate:
+) -> evaluate.LogLikelihoodEstimate:
     """The Gaussian mixture whose number of components is best on validation."""
     fits = [GaussianMixture(k, random_state=args.seed).fit(train) for k in args.components]
     best = max(fits, key=lambda fit: fit.score(validation))
@@ -66,9 +69,9 @@ def mixture_likelihood(
     return exact(torch.from_numpy(best.score_samples(data)))
 
 
-def exact(log_p: Tensor) -> LogLikelihoodEstimate:
+def exact(log_p: Tensor) -> evaluate.LogLikelihoodEstimate:
     """Log-densities known without error."""
-    return LogLikelihoodEstimate(log_p.double(), torch.zeros(len(log_p)), "exact", 0, 2)
+    return evaluate.LogLikelihoodEstimate(log_p.double(), torch.zeros(len(log_p)), "exact", 0, 2)
 
 
 def train(data: Tensor, args: argparse.Namespace) -> tuple[Diffusion, list[float]]:
@@ -102,7 +105,7 @@ def train(data: Tensor, args: argparse.Namespace) -> tuple[Diffusion, list[float
 
 def likelihoods(
     law: Diffusion, data: Tensor, args: argparse.Namespace
-) -> dict[str, LogLikelihoodEstimate]:
+) -> dict[str, evaluate.LogLikelihoodEstimate]:
     """Bounds of the chain and of a shorter one, and importance weighting on the shorter."""
     options = {"batch_size": len(data), "progress": args.progress}
     short = law.replace(steps=args.short_chain)
@@ -119,7 +122,9 @@ def likelihoods(
     }
 
 
-def report(rows: dict[str, LogLikelihoodEstimate], truth: str) -> dict[str, dict[str, float | str]]:
+def report(
+    rows: dict[str, evaluate.LogLikelihoodEstimate], truth: str
+) -> dict[str, dict[str, float | str]]:
     """Print all models on the same points, paired with the truth, and return the figures."""
     print(
         f"\n{'held-out log-likelihood':<30} {'nats':>8} {'s.e.':>7} {'to truth':>9} {'s.e.':>7}   kind"
@@ -155,16 +160,16 @@ def points_figure(data: Tensor, samples: Tensor) -> Figure:
 
 def draw(
     law: Diffusion,
-    bound: LogLikelihoodEstimate,
+    bound: evaluate.LogLikelihoodEstimate,
     losses: list[float],
     data: Tensor,
     args: argparse.Namespace,
 ) -> None:
     """Every figure, into the output folder."""
     noise = law.denoiser.process.prior((2,)).expand((len(data),)).sample()
-    states, record = recorder()
+    states, record = samplers.recorder()
     with torch.no_grad():
-        simulate(
+        samplers.simulate(
             law.denoiser, law.times, noise, law.sampler, progress=args.progress, callback=record
         )
         samples = law.decode(states[-1]).sample()

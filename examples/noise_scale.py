@@ -32,11 +32,7 @@ from restoration import HIGH, blurring, by_covariance, panels, prior
 from torch import Tensor
 from tqdm import trange
 
-from pyro_diffusion import plotting
-from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.infer import AutoTwistedSMC, ParticleGibbs, Particles, TwistedSMC
-from pyro_diffusion.infer.resampling import genealogical_variance
-from pyro_diffusion.likelihoods import ProgramLikelihood
+from pyro_diffusion import AutoTwistedSMC, Diffusion, ProgramLikelihood, TwistedSMC, infer, plotting
 
 PRIOR = (0.0, 1.0)  # of log s
 
@@ -59,7 +55,7 @@ def program(law: Diffusion) -> Callable[[Tensor], None]:
 
 def on_a_grid(
     law: Diffusion, y: Tensor, guidance: Callable[..., Any], args: Any
-) -> tuple[Tensor, Particles]:
+) -> tuple[Tensor, infer.Particles]:
     """Scales, and particles of p(x | y, s) for each of them: a plate with a filter for every scale."""
     scales = torch.linspace(math.log(0.5), math.log(8.0), args.grid).exp()
 
@@ -74,14 +70,16 @@ def on_a_grid(
     return scales, smc.run()
 
 
-def quadrature(scales: Tensor, particles: Particles) -> dict[str, Any]:
+def quadrature(scales: Tensor, particles: infer.Particles) -> dict[str, Any]:
     """Posterior of log s on the grid: weights, moments, and their Monte-Carlo errors (delta method)."""
     at = scales.log().double()
     log_z = particles.log_evidence_terms.double()
     weights = (log_z + dist.Normal(*PRIOR).log_prob(at)).softmax(0)
     mean = (weights * at).sum()
     sd = (weights * (at - mean).square()).sum().sqrt()
-    noise = genealogical_variance(particles.log_weights, particles.root, particles.correction)
+    noise = infer.resampling.genealogical_variance(
+        particles.log_weights, particles.root, particles.correction
+    )
     error = (weights.square() * (at - mean).square() * noise).sum().sqrt()
     spread = (weights.square() * ((at - mean).square() - sd**2).square() * noise).sum().sqrt()
     found = {"mean": mean, "mean_error": error, "sd": sd, "sd_error": spread / (2 * sd)}
@@ -115,7 +113,7 @@ def by_svi(law: Diffusion, y: Tensor, guidance: Callable[..., Any], args: Any) -
 
 def by_gibbs(law: Diffusion, y: Tensor, guidance: Callable[..., Any], args: Any) -> dict[str, Any]:
     """Draws of the joint posterior by particle Gibbs."""
-    kernel = ParticleGibbs(
+    kernel = infer.ParticleGibbs(
         program(law), guidance=guidance, num_particles=args.gibbs_particles, others_steps=2
     )
     mcmc = MCMC(kernel, args.sweeps, args.warmup, disable_progbar=not args.progress)

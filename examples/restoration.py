@@ -26,12 +26,16 @@ from matplotlib.figure import Figure
 from pyro.infer import Predictive
 from torch import Tensor
 
-from pyro_diffusion import plotting
-from pyro_diffusion.denoisers import LevelsDenoiser
-from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion import (
+    AutoGuidance,
+    Diffusion,
+    LevelsDenoiser,
+    ProgramLikelihood,
+    TwistedSMC,
+    infer,
+    plotting,
+)
 from pyro_diffusion.guidance import DataCovariance
-from pyro_diffusion.infer import AutoGuidance, Particles, TwistedSMC
-from pyro_diffusion.likelihoods import ProgramLikelihood
 
 HIGH = digits.LEVELS - 1
 Operator = Callable[[Tensor], Tensor]
@@ -95,7 +99,7 @@ def restore(
     y: Tensor,
     guidance: Callable[..., Any],
     args: argparse.Namespace,
-) -> tuple[Particles, Tensor]:
+) -> tuple[infer.Particles, Tensor]:
     """Particles of the posterior, and draws of guidance alone."""
     model = program(law, operator, args.sd)
     likelihood = ProgramLikelihood(model, (y,))
@@ -105,7 +109,7 @@ def restore(
     return smc.run(), guided
 
 
-def coverage(particles: Particles, x: Tensor, level: float = 0.9) -> Tensor:
+def coverage(particles: infer.Particles, x: Tensor, level: float = 0.9) -> Tensor:
     """Which true pixels lie within the central interval of the posterior."""
     draws = particles.sample((1000,)).float()
     low, high = draws.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]), dim=0)
@@ -120,7 +124,7 @@ def rmse(estimate: Tensor, x: Tensor, rows: Tensor) -> tuple[float, float]:
 
 
 def report(
-    name: str, particles: Particles, guided: Tensor, x: Tensor, rows: Tensor, mean: Tensor
+    name: str, particles: infer.Particles, guided: Tensor, x: Tensor, rows: Tensor, mean: Tensor
 ) -> dict[str, Any]:
     """Print one task's figures and return them; errors are over the pixels marked in ``rows``."""
     inside = coverage(particles, x)[:, rows].double().mean(1)
@@ -173,7 +177,9 @@ def reading(y: Tensor, keep: Tensor | None) -> Tensor:
     return image
 
 
-def draw(particles: Particles, y: Tensor, x: Tensor, keep: Tensor | None, shown: int) -> Figure:
+def draw(
+    particles: infer.Particles, y: Tensor, x: Tensor, keep: Tensor | None, shown: int
+) -> Figure:
     """Truth, readings, posterior mean and standard deviation, and draws."""
     draws = particles.sample((shown,)).transpose(0, 1).flatten(0, 1)
     return panels(

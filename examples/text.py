@@ -21,15 +21,17 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 from tqdm import trange
 
-from pyro_diffusion import evaluate, plotting
-from pyro_diffusion.denoisers import CategoricalDenoiser
-from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.evaluate import LogLikelihoodEstimate
+from pyro_diffusion import (
+    EMA,
+    Absorbing,
+    CategoricalDenoiser,
+    Diffusion,
+    evaluate,
+    plotting,
+    samplers,
+    schedules,
+)
 from pyro_diffusion.nn import Transformer
-from pyro_diffusion.optim import EMA
-from pyro_diffusion.processes import Absorbing
-from pyro_diffusion.samplers import simulate
-from pyro_diffusion.schedules import Rectified
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 STATES = MASK = len(ALPHABET)  # symbols are 0 ... STATES - 1, and the mask comes after them
@@ -65,7 +67,7 @@ def build(args: argparse.Namespace) -> Diffusion:
         outputs=STATES,
     )
     # alpha(t) = 1 - t is the probability that a character is not masked yet.
-    denoiser = CategoricalDenoiser(network, Absorbing(Rectified.full(), STATES))
+    denoiser = CategoricalDenoiser(network, Absorbing(schedules.Rectified.full(), STATES))
     return Diffusion(denoiser, (args.length,), steps=args.chain)
 
 
@@ -135,13 +137,15 @@ def ngrams(text: Tensor, validation: Tensor, orders: int) -> list[Tensor]:
     return tables
 
 
-def ngram_score(tables: list[Tensor], windows: Tensor) -> LogLikelihoodEstimate:
+def ngram_score(tables: list[Tensor], windows: Tensor) -> evaluate.LogLikelihoodEstimate:
     """Windows stand alone, as they do for the diffusion: the first characters have a shorter past."""
     log_p = torch.zeros(len(windows), dtype=torch.float64)
     for i in range(windows.shape[1]):
         order = min(i + 1, len(tables))
         log_p += tables[order - 1][windows[:, i + 1 - order : i + 1].unbind(1)].log()
-    return LogLikelihoodEstimate(log_p, torch.zeros(len(windows)), "exact", 0, windows.shape[1])
+    return evaluate.LogLikelihoodEstimate(
+        log_p, torch.zeros(len(windows)), "exact", 0, windows.shape[1]
+    )
 
 
 def infill(law: Diffusion, windows: Tensor, steps: int, progress: bool = False) -> Tensor:
@@ -152,7 +156,7 @@ def infill(law: Diffusion, windows: Tensor, steps: int, progress: bool = False) 
     share = float((windows == MASK).double().mean())
     times = torch.linspace(0, share, steps + 1)
     with torch.no_grad():
-        return simulate(law.denoiser, times, windows, law.sampler, progress=progress)
+        return samplers.simulate(law.denoiser, times, windows, law.sampler, progress=progress)
 
 
 def passage(law: Diffusion, characters: int, args: argparse.Namespace) -> str:
@@ -166,7 +170,7 @@ def passage(law: Diffusion, characters: int, args: argparse.Namespace) -> str:
     return decode(text)
 
 
-def report(rows: dict[str, LogLikelihoodEstimate]) -> dict[str, dict[str, float | str]]:
+def report(rows: dict[str, evaluate.LogLikelihoodEstimate]) -> dict[str, dict[str, float | str]]:
     """Print the table, each model paired with the first, and return the figures."""
     first, metrics = next(iter(rows.values())), {}
     print(

@@ -26,12 +26,8 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 from tqdm import trange
 
-from pyro_diffusion import plotting
-from pyro_diffusion.denoisers import GaussianDenoiser
-from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.nn import MLP, TensorContext
-from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.schedules import LogLinear
+from pyro_diffusion import MLP, Diffusion, GaussianDenoiser, GaussianProcess, LogLinear, plotting
+from pyro_diffusion.nn import TensorContext
 
 
 class Setting(NamedTuple):
