@@ -19,7 +19,8 @@ from torch import Tensor
 from pyro_diffusion.denoisers import TableDenoiser
 from pyro_diffusion.distributions import Diffusion, divergence
 from pyro_diffusion.evaluate import importance_weighted
-from pyro_diffusion.processes import Absorbing, CategoricalProcess, Uniform, coordinates
+from pyro_diffusion.processes import Absorbing, CategoricalProcess, Uniform
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level, Rectified, uniform
 
 LENGTH, STATES = 4, 3

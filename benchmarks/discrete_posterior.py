@@ -27,7 +27,8 @@ from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import SampledGuidance, SubstitutionGuidance
 from pyro_diffusion.infer import TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
-from pyro_diffusion.processes import Absorbing, Uniform, coordinates
+from pyro_diffusion.processes import Absorbing, Uniform
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Rectified
 
 LENGTH, STATES, RIGHT = 4, 3, 0.7

@@ -27,7 +27,8 @@ from pyro_diffusion.guidance import (
     PiGDM,
 )
 from pyro_diffusion.likelihoods import ProgramLikelihood
-from pyro_diffusion.processes import GaussianProcess, coordinates
+from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.samplers import DDIM, AdamsMoulton, DPMSolverPP, Sampler, simulate
 from pyro_diffusion.schedules import LogLinear, uniform_log_snr
 

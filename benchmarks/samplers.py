@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_diffusion.denoisers import Data, MixtureDenoiser, Noise, V, Velocity
-from pyro_diffusion.processes import GaussianProcess, coordinates
+from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.samplers import (
     DDIM,
     AdamsBashforth,

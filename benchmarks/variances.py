@@ -39,8 +39,10 @@ from pyro_diffusion.denoisers import (
 from pyro_diffusion.distributions import Diffusion, MomentRegression
 from pyro_diffusion.nn import MLP, UNet
 from pyro_diffusion.optim import EMA, JointOptim
-from pyro_diffusion.processes import GaussianProcess, coordinates
-from pyro_diffusion.schedules import Cosine, Level, optimal_grids, uniform
+from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.processes.base import coordinates
+from pyro_diffusion.schedules import Cosine, Level, uniform
+from pyro_diffusion.schedules.optimal_grid import optimal_grids
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples import digits

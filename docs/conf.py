@@ -54,7 +54,10 @@ nitpick_ignore_regex = [
     # Parts of annotations and bases that are not for users, and an error of Pyro's in "Raises".
     (
         r"py:(class|exc)",
-        r"pyro_diffusion\..+\.(Analysis|Filter|NoClosedForms|PreciseModule|Solved|Sources|TwoEndedSchedule)|SMCFailed",
+        r"pyro_diffusion\..+\.("
+        r"\w*Coefficients|Analysis|Filter|NoClosedForms|NoiseSource|PreciseModule|ScheduleLike|"
+        r"Solved|Sources|TwoEndedSchedule"
+        r")|SMCFailed",
     ),
 ]
 

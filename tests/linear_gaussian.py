@@ -8,7 +8,8 @@ from torch import Tensor
 from pyro_diffusion.denoisers import Denoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.likelihoods import ProgramLikelihood
-from pyro_diffusion.processes import GaussianProcess, coordinates
+from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.samplers import simulate
 from pyro_diffusion.schedules import Level, LogLinear, Schedule
 

@@ -7,7 +7,8 @@ import torch
 from pyro.distributions import Categorical
 from torch.testing import assert_close
 
-from pyro_diffusion.processes import Absorbing, CategoricalProcess, Uniform, coordinates
+from pyro_diffusion.processes import Absorbing, CategoricalProcess, Uniform
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Cosine, LogLinear, Rectified
 from tests.exact import DTYPES
 

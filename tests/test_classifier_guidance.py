@@ -17,7 +17,8 @@ from pyro_diffusion.guidance import (
     NoiseAwareGuidance,
     SimilarityGuidance,
 )
-from pyro_diffusion.processes import Absorbing, GaussianProcess, coordinates
+from pyro_diffusion.processes import Absorbing, GaussianProcess
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.samplers import DDIM, Ancestral
 from pyro_diffusion.schedules import LogLinear, Rectified, VarianceExploding
 from tests.exact import MEANS, VARIANCES, WEIGHTS, mixture

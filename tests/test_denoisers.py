@@ -28,7 +28,8 @@ from pyro_diffusion.denoisers import (
     uniform_levels,
     unit_variance,
 )
-from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform, coordinates
+from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import EDM as KarrasSchedule
 from pyro_diffusion.schedules import Cosine, Level, LogLinear, Rectified
 from tests.exact import DTYPES, MEANS, VARIANCES, WEIGHTS

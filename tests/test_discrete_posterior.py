@@ -14,7 +14,8 @@ from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import SampledGuidance, SubstitutionGuidance
 from pyro_diffusion.infer import TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
-from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform, coordinates
+from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import LogLinear, Rectified, uniform
 
 F64 = torch.float64

@@ -8,7 +8,8 @@ from pyro.distributions import Delta
 from torch.testing import assert_close
 
 from pyro_diffusion.denoisers import MixtureDenoiser, TableDenoiser
-from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform, coordinates
+from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Cosine, Rectified, VarianceExploding
 from tests.exact import DTYPES, MEANS, SCHEDULES, VARIANCES, WEIGHTS, mixture, mixture_law
 

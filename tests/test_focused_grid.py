@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyro_diffusion.schedules import Cosine, Rectified, check_grid, focused_log_snr, uniform_log_snr
+from pyro_diffusion.schedules import Cosine, Rectified, focused_log_snr, uniform_log_snr
+from pyro_diffusion.schedules.grids import check_grid
 from tests.exact import SCHEDULES
 
 F64 = torch.float64

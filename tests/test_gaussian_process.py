@@ -8,7 +8,8 @@ from pyro.distributions import Delta, Normal
 from torch.testing import assert_close
 
 from pyro_diffusion.denoisers import Quantized
-from pyro_diffusion.processes import GaussianProcess, coordinates
+from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Cosine, Level, Rectified, TabulatedBetas, uniform
 from tests.exact import BETAS, DTYPES, SCHEDULES
 

@@ -11,12 +11,12 @@ from pyro_diffusion.schedules import (
     Rectified,
     Schedule,
     VarianceExploding,
-    check_grid,
     karras,
     quadratic,
     uniform,
     uniform_log_snr,
 )
+from pyro_diffusion.schedules.grids import check_grid
 from tests.exact import DTYPES, SCHEDULES
 
 GRIDS = {

@@ -24,7 +24,8 @@ from pyro_diffusion.guidance import (
 )
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.likelihoods.linearization import solve
-from pyro_diffusion.processes import GaussianProcess, coordinates
+from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.samplers import AdamsMoulton, Ancestral, DPMSolverPP, ancestral, heun, simulate
 from pyro_diffusion.schedules import Cosine, LogLinear, uniform_log_snr
 from tests.exact import mixture

@@ -37,15 +37,10 @@ from pyro_diffusion.distributions import Diffusion, MomentRegression, QuantizedD
 from pyro_diffusion.evaluate import chain_costs, log_likelihood
 from pyro_diffusion.nn import MLP
 from pyro_diffusion.optim import JointOptim
-from pyro_diffusion.processes import Absorbing, GaussianProcess, coordinates
-from pyro_diffusion.schedules import (
-    Cosine,
-    Rectified,
-    optimal_grid,
-    optimal_grids,
-    step_costs,
-    uniform,
-)
+from pyro_diffusion.processes import Absorbing, GaussianProcess
+from pyro_diffusion.processes.base import coordinates
+from pyro_diffusion.schedules import Cosine, Rectified, optimal_grid, uniform
+from pyro_diffusion.schedules.optimal_grid import optimal_grids, step_costs
 from tests.exact import SCHEDULES, mixture
 from tests.laws import Tiny
 

@@ -10,7 +10,8 @@ from pyro_diffusion.denoisers import GaussianDenoiser, TableDenoiser
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import Replacement
 from pyro_diffusion.likelihoods import ProgramLikelihood
-from pyro_diffusion.processes import Absorbing, GaussianProcess, coordinates
+from pyro_diffusion.processes import Absorbing, GaussianProcess
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.samplers import (
     DDIM,
     AdamsBashforth,

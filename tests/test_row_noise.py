@@ -15,8 +15,8 @@ from pyro_diffusion import evaluate
 from pyro_diffusion.denoisers import Quantized, analytic_variance
 from pyro_diffusion.distributions import DiffusionSDE, DiscretizedNormal, ProbabilityFlow
 from pyro_diffusion.dynamics import Hutchinson, HutchPlusPlus, gaussian
-from pyro_diffusion.processes import RowNoise, SeededNoise, draw, drawing_from
-from pyro_diffusion.processes.noise import _GAMMA, _mix, inverted
+from pyro_diffusion.processes import SeededNoise, draw, drawing_from
+from pyro_diffusion.processes.noise import _GAMMA, RowNoise, _mix, inverted
 from pyro_diffusion.schedules import LogLinear
 from tests.exact import mixture, mixture_law
 from tests.laws import LAWS

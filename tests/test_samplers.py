@@ -15,16 +15,10 @@ from pyro_diffusion.denoisers import (
     Noise,
     TableDenoiser,
 )
-from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform, coordinates
-from pyro_diffusion.samplers import (
-    DDIM,
-    Ancestral,
-    Sampler,
-    State,
-    check_sampler,
-    recorder,
-    simulate,
-)
+from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
+from pyro_diffusion.processes.base import coordinates
+from pyro_diffusion.samplers import DDIM, Ancestral, Sampler, State, recorder, simulate
+from pyro_diffusion.samplers.base import check_sampler
 from pyro_diffusion.schedules import (
     EDM,
     Cosine,

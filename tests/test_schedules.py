@@ -11,7 +11,6 @@ from torch.testing import assert_close
 from pyro_diffusion.schedules import (
     EDM,
     Cosine,
-    Grid,
     Level,
     LinearBeta,
     LogLinear,
@@ -22,7 +21,7 @@ from pyro_diffusion.schedules import (
     VariancePreserving,
     uniform,
 )
-from pyro_diffusion.schedules.base import log_expm1
+from pyro_diffusion.schedules.base import Grid, log_expm1
 from tests.exact import BETAS, DTYPES, SCHEDULES
 
 # torch's forward-mode machinery compiles some rules of its own when it is first used.

@@ -8,13 +8,8 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers.base import Denoiser, check_context
 from pyro_diffusion.denoisers.variances import TimeVariance
-from pyro_diffusion.processes import (
-    GaussianProcess,
-    RowNoise,
-    draw,
-    drawing_from,
-    fresh_seed,
-)
+from pyro_diffusion.processes import GaussianProcess, draw, drawing_from
+from pyro_diffusion.processes.noise import RowNoise, fresh_seed
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
 

@@ -17,7 +17,8 @@ from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.distributions.no_closed_forms import NoClosedForms
 from pyro_diffusion.distributions.shape_runs import kept_example
 from pyro_diffusion.precision import at_least_single
-from pyro_diffusion.processes import draw, fresh_seed
+from pyro_diffusion.processes import draw
+from pyro_diffusion.processes.noise import fresh_seed
 from pyro_diffusion.schedules import Level, uniform
 from pyro_diffusion.validation import Shape, check_sizes, check_tensor
 

@@ -13,8 +13,10 @@ from pyro_diffusion.distributions.base import DenoisedDistribution, broadcast
 from pyro_diffusion.distributions.decoders import Decoder, check_decoder, default_decoder
 from pyro_diffusion.distributions.linear_use import check_linear_use
 from pyro_diffusion.distributions.objectives import Bound, Objective, check_objective, divergence
-from pyro_diffusion.processes import GaussianProcess, SeededNoise, coordinates, draw, drawing_from
-from pyro_diffusion.schedules import Level, check_grid
+from pyro_diffusion.processes import GaussianProcess, SeededNoise, draw, drawing_from
+from pyro_diffusion.processes.base import coordinates
+from pyro_diffusion.schedules import Level
+from pyro_diffusion.schedules.grids import check_grid
 from pyro_diffusion.validation import (
     Shape,
     check_event_shape,

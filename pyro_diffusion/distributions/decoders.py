@@ -11,12 +11,8 @@ from pyro_diffusion.denoisers import Quantized
 from pyro_diffusion.distributions.discretized import DiscretizedNormal
 from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.precision import PreciseModule
-from pyro_diffusion.processes import (
-    CategoricalProcess,
-    ForwardProcess,
-    GaussianProcess,
-    coordinates,
-)
+from pyro_diffusion.processes import CategoricalProcess, ForwardProcess, GaussianProcess
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_finite, check_integers, check_number, check_positive_int
 

@@ -5,7 +5,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_diffusion.processes import fresh_seed
+from pyro_diffusion.processes.noise import fresh_seed
 from pyro_diffusion.validation import check_positive_int, check_tensor
 
 __all__ = ["Dequantization"]

@@ -12,7 +12,8 @@ from pyro_diffusion.distributions.decoders import Decoder
 from pyro_diffusion.distributions.objectives import Objective
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.processes import draw
-from pyro_diffusion.samplers import Ancestral, Sampler, check_sampler, simulate
+from pyro_diffusion.samplers import Ancestral, Sampler, simulate
+from pyro_diffusion.samplers.base import check_sampler
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import Shape, check_expands, check_positive_int, check_tensor
 

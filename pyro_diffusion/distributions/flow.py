@@ -23,7 +23,8 @@ from pyro_diffusion.dynamics import (
     end_angles,
     transport,
 )
-from pyro_diffusion.processes import GaussianProcess, NoiseSource, RowNoise, draw
+from pyro_diffusion.processes import GaussianProcess, draw
+from pyro_diffusion.processes.noise import NoiseSource, RowNoise
 from pyro_diffusion.validation import (
     Shape,
     check_event_shape,

@@ -10,7 +10,8 @@ from torch.distributions import kl_divergence
 
 from pyro_diffusion.denoisers import Denoiser, HeadNormal, NoiseHead, VarianceDenoiser
 from pyro_diffusion.distributions.decoders import Decoder
-from pyro_diffusion.processes import ForwardProcess, GaussianProcess, coordinates, draw
+from pyro_diffusion.processes import ForwardProcess, GaussianProcess, draw
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
 
 __all__ = ["Bound", "Hybrid", "MomentRegression", "Objective", "Simple", "Weighted", "divergence"]

@@ -16,7 +16,8 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.dynamics.attention import twice_differentiable_attention
 from pyro_diffusion.dynamics.trace import Trace
-from pyro_diffusion.processes import GaussianProcess, NoiseSource, RowNoise
+from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.processes.noise import NoiseSource, RowNoise
 from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.validation import check_number, check_positive_int, check_tensor
 

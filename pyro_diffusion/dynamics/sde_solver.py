@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_diffusion.dynamics.brownian import IndependentIncrements, brownian_interval
 from pyro_diffusion.dynamics.sde import GaussianSDE, Node
-from pyro_diffusion.schedules import Grid
+from pyro_diffusion.schedules.base import Grid
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["METHODS", "Method", "SDESolver"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.precision import full_precision
-from pyro_diffusion.processes import NoiseSource
+from pyro_diffusion.processes.noise import NoiseSource
 from pyro_diffusion.validation import check_positive_int, check_seed, check_tensor
 
 __all__ = [

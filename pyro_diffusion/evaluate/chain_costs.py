@@ -8,8 +8,10 @@ from tqdm import tqdm
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.analytic import check_data, check_gaussian, check_mean
 from pyro_diffusion.denoisers.base import check_context
-from pyro_diffusion.processes import coordinates
-from pyro_diffusion.schedules import Level, check_grid, step_costs
+from pyro_diffusion.processes.base import coordinates
+from pyro_diffusion.schedules import Level
+from pyro_diffusion.schedules.grids import check_grid
+from pyro_diffusion.schedules.optimal_grid import step_costs
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["chain_costs"]
@@ -29,10 +31,10 @@ def chain_costs(
 ) -> Tensor:
     r"""The bound's cost of the step from t_j to t_i for every pair i < j of candidate times (nats per datum).
 
-    A step's cost is a function of the posterior at t_j and of :math:`e^{\lambda_i} - e^{\lambda_j}`
-    (:func:`~pyro_diffusion.schedules.step_costs`), so one network read per datum and time prices all steps
-    that start there. Unbiased for *any* variance of the posterior: none, one number, or one per
-    coordinate. The decoder's and the prior's terms are the same for all grids with the same ends.
+    A step's cost is a function of the posterior at t_j and of :math:`e^{\lambda_i} - e^{\lambda_j}`, so one
+    network evaluation per datum and time gives the costs of all steps that start there. Unbiased for *any*
+    variance of the posterior: none, one number, or one per coordinate. The decoder's and the prior's terms
+    are the same for all grids with the same ends.
 
     Args:
         denoiser: any denoiser under a Gaussian process, in ``eval()`` mode.

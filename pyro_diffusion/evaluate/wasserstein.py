@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.analytic import check_data, check_gaussian, check_mean
-from pyro_diffusion.processes import GaussianProcess, coordinates, draw
+from pyro_diffusion.processes import GaussianProcess, draw
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_finite, check_number, check_positive_int, check_tensor
 

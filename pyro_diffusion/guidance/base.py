@@ -6,7 +6,7 @@ from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.processes import coordinates
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
 
 __all__ = ["GuidedDenoiser", "Twisted", "check_denoiser", "moved"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser, Quantized
 from pyro_diffusion.guidance.base import check_denoiser
-from pyro_diffusion.processes import coordinates
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
 
 __all__ = ["ClassifierFreeGuidance", "Scale", "check_scale"]

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from pyro_diffusion.likelihoods.linearization import LinearizedProgram, solve
 from pyro_diffusion.precision import matmul
-from pyro_diffusion.processes import ForwardProcess, GaussianCoefficients, draw
+from pyro_diffusion.processes import ForwardProcess, draw
+from pyro_diffusion.processes.gaussian import GaussianCoefficients
 from pyro_diffusion.samplers import DDIM, Sampler, State
 from pyro_diffusion.samplers.base import Read
-from pyro_diffusion.schedules import Level, table_row
+from pyro_diffusion.schedules import Level
+from pyro_diffusion.schedules.base import table_row
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["DAPS", "DAPSCoefficients"]

@@ -11,7 +11,7 @@ from pyro_diffusion.denoisers import Denoiser, Quantized
 from pyro_diffusion.dynamics import twice_differentiable_attention
 from pyro_diffusion.guidance.base import moved
 from pyro_diffusion.likelihoods.linearization import LinearizedProgram
-from pyro_diffusion.processes import coordinates
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
 
 __all__ = ["LinearizedChain", "detached"]

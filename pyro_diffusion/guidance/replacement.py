@@ -11,7 +11,7 @@ from pyro_diffusion.denoisers.analytic import check_gaussian
 from pyro_diffusion.distributions.base import home
 from pyro_diffusion.guidance.base import GuidedDenoiser, check_denoiser
 from pyro_diffusion.likelihoods.linearization import LinearizedProgram
-from pyro_diffusion.processes import coordinates
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
 
 __all__ = ["Replacement"]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, moved
-from pyro_diffusion.processes import CategoricalProcess, coordinates, draw
+from pyro_diffusion.processes import CategoricalProcess, draw
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_positive_int
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted
-from pyro_diffusion.processes import CategoricalProcess, coordinates
+from pyro_diffusion.processes import CategoricalProcess
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
 
 __all__ = ["SubstitutionGuidance"]

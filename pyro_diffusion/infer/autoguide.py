@@ -15,7 +15,8 @@ from pyro_diffusion.infer.auto_posterior import AutoPosterior, Density, Guidance
 from pyro_diffusion.infer.reparam import reverse_chain
 from pyro_diffusion.infer.twisted_smc import Particles, TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
-from pyro_diffusion.samplers import Ancestral, Sampler, check_sampler
+from pyro_diffusion.samplers import Ancestral, Sampler
+from pyro_diffusion.samplers.base import check_sampler
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["AutoGuidance", "AutoTwistedSMC"]

@@ -10,7 +10,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_diffusion.infer.resampling import multinomial_ancestors, systematic_ancestors
-from pyro_diffusion.processes import RowNoise, fresh_seed
+from pyro_diffusion.processes.noise import RowNoise, fresh_seed
 from pyro_diffusion.validation import Shape, check_positive_int
 
 __all__ = ["ParticleFilter"]

@@ -15,7 +15,7 @@ from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.distributions.deferred import Deferred, unscored
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.distributions.wrappers import Unwrapped, check_wrappers, unwrap_diffusion
-from pyro_diffusion.processes import coordinates
+from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.samplers.watch import Watch
 from pyro_diffusion.schedules import Level
 

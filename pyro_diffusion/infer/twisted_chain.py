@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import GuidedDenoiser
-from pyro_diffusion.processes import coordinates
-from pyro_diffusion.schedules import Grid, table_row
+from pyro_diffusion.processes.base import coordinates
+from pyro_diffusion.schedules.base import Grid, table_row
 
 __all__ = ["Proposal", "Target", "TwistedChain"]
 

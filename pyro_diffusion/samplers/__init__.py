@@ -1,21 +1,10 @@
 """Samplers: one class each, with a single step, walked by one loop."""
 
 from pyro_diffusion.samplers.ancestral import DDIM, Ancestral
-from pyro_diffusion.samplers.base import Sampler, State, check_sampler, recorder, simulate
-from pyro_diffusion.samplers.heun import Heun, HeunCoefficients
-from pyro_diffusion.samplers.langevin import (
-    AnnealedLangevin,
-    Langevin,
-    PredictorCorrector,
-    PredictorCorrectorCoefficients,
-)
-from pyro_diffusion.samplers.multistep import (
-    AdamsBashforth,
-    AdamsMoulton,
-    DPMSolverPP,
-    MultistepCoefficients,
-    UniPC,
-)
+from pyro_diffusion.samplers.base import Sampler, State, recorder, simulate
+from pyro_diffusion.samplers.heun import Heun
+from pyro_diffusion.samplers.langevin import AnnealedLangevin, Langevin, PredictorCorrector
+from pyro_diffusion.samplers.multistep import AdamsBashforth, AdamsMoulton, DPMSolverPP, UniPC
 from pyro_diffusion.samplers.repaint import RePaint
 
 __all__ = [
@@ -26,16 +15,12 @@ __all__ = [
     "AnnealedLangevin",
     "DPMSolverPP",
     "Heun",
-    "HeunCoefficients",
     "Langevin",
-    "MultistepCoefficients",
     "PredictorCorrector",
-    "PredictorCorrectorCoefficients",
     "RePaint",
     "Sampler",
     "State",
     "UniPC",
-    "check_sampler",
     "recorder",
     "simulate",
 ]

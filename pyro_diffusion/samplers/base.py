@@ -12,7 +12,8 @@ from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.precision import at_least_single
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.samplers.watch import Watch
-from pyro_diffusion.schedules import Grid, Level, table_row
+from pyro_diffusion.schedules import Level
+from pyro_diffusion.schedules.base import Grid, table_row
 from pyro_diffusion.validation import check_tensor, check_times
 
 __all__ = ["Sampler", "State", "check_sampler", "simulate"]

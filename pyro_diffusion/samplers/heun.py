@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_diffusion.processes import ForwardProcess, GaussianCoefficients, draw
+from pyro_diffusion.processes import ForwardProcess, draw
+from pyro_diffusion.processes.gaussian import GaussianCoefficients
 from pyro_diffusion.samplers.ancestral import DDIM
 from pyro_diffusion.samplers.base import Read, State
 from pyro_diffusion.schedules import Level

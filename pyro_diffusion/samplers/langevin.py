@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_diffusion.processes import ForwardProcess, GaussianCoefficients, GaussianProcess, draw
+from pyro_diffusion.processes import ForwardProcess, GaussianProcess, draw
+from pyro_diffusion.processes.gaussian import GaussianCoefficients
 from pyro_diffusion.samplers.base import Read, Sampler, State, check_sampler
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_positive_int

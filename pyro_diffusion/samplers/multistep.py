@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Data, EDMPreconditioning, Parameterization
-from pyro_diffusion.processes import ForwardProcess, GaussianCoefficients
+from pyro_diffusion.processes import ForwardProcess
+from pyro_diffusion.processes.gaussian import GaussianCoefficients
 from pyro_diffusion.samplers.ancestral import DDIM
 from pyro_diffusion.samplers.base import Read, State
 from pyro_diffusion.samplers.exponential import average_weights, canonical, step_rule

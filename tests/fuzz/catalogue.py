@@ -59,7 +59,6 @@ NOT_CALLED: dict[str, str] = {
     "guidance.GuidedDenoiser": "a base class",
     "guidance.NoiseAwareGuidance": "a base class",
     "nn.DefinedModule": "a base class",
-    "processes.NoiseSource": "a base class",
     "samplers.Sampler": "a base class",
     "schedules.VariancePreserving": "a base class",
     "denoisers.Coefficients": "made by the package, for reading",
@@ -79,23 +78,14 @@ NOT_CALLED: dict[str, str] = {
     "likelihoods.LinearizedProgram": "made by the package, for reading",
     "guidance.Twisted": "made by the package, for reading",
     "likelihoods.Whitened": "made by the package, for reading",
-    "processes.CategoricalCoefficients": "made by the package, for reading",
-    "processes.GaussianCoefficients": "made by the package, for reading",
-    "samplers.HeunCoefficients": "made by the package, for reading",
-    "samplers.MultistepCoefficients": "made by the package, for reading",
-    "samplers.PredictorCorrectorCoefficients": "made by the package, for reading",
     "samplers.State": "made by the package, for reading",
     "schedules.Level": "made by the package, for reading",
-    "schedules.Grid": "made by the package, for reading",
-    "schedules.Row": "made by the package, for reading",
     "infer.ConditionalFilter": "takes nothing to spoil, or objects of the caller",
     "infer.ParticleFilter": "takes nothing to spoil, or objects of the caller",
     "infer.ChainReparam": "takes nothing to spoil, or objects of the caller",
     "dynamics.METHODS": "takes nothing to spoil, or objects of the caller",
     "dynamics.twice_differentiable_attention": "takes nothing to spoil, or objects of the caller",
-    "processes.fresh_seed": "takes nothing to spoil, or objects of the caller",
     "samplers.recorder": "takes nothing to spoil, or objects of the caller",
-    "schedules.table_row": "takes nothing to spoil, or objects of the caller",
 }
 
 PROCESS = processes.GaussianProcess(schedules.Cosine())
@@ -250,22 +240,9 @@ def schedule_calls() -> list[Call]:
             of({**by_schedule, "centre": 0.0, "width": 3.0}),
         ),
         Call(
-            "schedules.check_grid", schedules.check_grid, of({"times": TIMES, "schedule": cosine})
-        ),
-        Call(
             "schedules.optimal_grid",
             schedules.optimal_grid,
             of({"times": schedules.uniform(4), "costs": costs, "steps": 2}),
-        ),
-        Call(
-            "schedules.optimal_grids",
-            schedules.optimal_grids,
-            of({"times": schedules.uniform(4), "costs": costs, "steps": [2, 3]}),
-        ),
-        Call(
-            "schedules.step_costs",
-            schedules.step_costs,
-            of({"gain": torch.ones(2), "variance": torch.ones(2), "residual": torch.ones(2)}),
         ),
     ]
 
@@ -318,18 +295,12 @@ def process_calls() -> list[Call]:
             lambda seed: drawn(processes.SeededNoise(seed)),
             of({"seed": 3}),
         ),
-        Call(
-            "processes.RowNoise",
-            lambda **a: processes.RowNoise(**a).normal((2, 3), torch.zeros(()), 1),
-            of({"seed": 3, "rows": torch.arange(2)}),
-        ),
         Call("processes.drawing_from", drawn, of({"noise": processes.SeededNoise(1)})),
         Call(
             "processes.draw",
             functools.partial(processes.draw, law),
             of({"sample_shape": (2,)}),
         ),
-        Call("processes.coordinates", processes.coordinates, of({"distribution": law})),
         Call(
             "processes.GaussianProcess",
             functools.partial(built, processes.GaussianProcess),
@@ -610,7 +581,6 @@ def sampler_calls() -> list[Call]:
             lambda x: samplers.simulate(gaussian(), TIMES, x, samplers.Ancestral()),
             lambda: {"x": data()},
         ),
-        Call("samplers.check_sampler", samplers.check_sampler, of({"sampler": samplers.DDIM()})),
     ]
 
 
