@@ -1,4 +1,4 @@
-"""Checks at the door: each error names the argument, what it was and what was expected."""
+"""Checks of arguments: each error names the argument, what it was and what was expected."""
 
 import math
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ LARGEST_COUNT = 2**31 - 1
 def check_tensor(name: str, x: object, boolean: bool = False, meta: bool = False) -> Tensor:
     """Refuse anything but a dense tensor of real numbers or integers that has values.
 
-    Looks at the tensor's kind alone, so it costs no wait for a device. With ``boolean``, truth values pass,
-    with ``meta``, tensors that have a shape alone.
+    Checks the tensor's kind, not its values, so it does not wait for the device. With ``boolean``, truth
+    values pass, with ``meta``, tensors that have a shape alone.
 
     Raises:
         ValueError: for another object, a sparse tensor, one on the device ``meta``, and for booleans and
@@ -185,7 +185,7 @@ def check_times(name: str, t: Tensor) -> None:
     """
     check_tensor(name, t)
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return  # a look would be part of the trace
+        return  # the check would be part of the trace
     if not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(
             f"{name}: got times from {float(t.min()):g} to {float(t.max()):g}, "

@@ -24,7 +24,7 @@ def save(
     The bytes go to a new file of a name of its own in the same folder, are flushed to the disk, and
     the file then takes the name ``path`` in one step. A process killed at any moment leaves either
     the old checkpoint or the new one; of several processes that write to a path the last one wins;
-    and whoever reads meanwhile reads one or the other.
+    and another process that loads it meanwhile gets one or the other.
 
     Args:
         path: the file, by convention ``*.safetensors``.
@@ -53,7 +53,7 @@ def save(
 def load(
     path: str | os.PathLike[str], description: Mapping[str, Any] | None = None
 ) -> dict[Any, Any]:
-    """Reads back what :func:`save` wrote.
+    """Loads what :func:`save` wrote.
 
     Args:
         path: the file.

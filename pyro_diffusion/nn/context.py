@@ -56,7 +56,7 @@ class LabelContext(_Context):
 
     Raises:
         ValueError: when called with labels that are not integers, not one-dimensional, or out of
-            range. The check reads the extreme labels, on a GPU this waits for the device.
+            range. The check needs the extreme labels, so on a GPU it waits for the device.
 
     References:
         Ho and Salimans 2022, Classifier-Free Diffusion Guidance, algorithm 1.
@@ -71,7 +71,7 @@ class LabelContext(_Context):
         self.weight = nn.Parameter(torch.randn(classes, features) * features**-0.5)
 
     def encode(self, value: Tensor) -> Tensor:
-        """Looks labels up, without dropout."""
+        """Embeds labels, without dropout."""
         if (
             check_operand("label", value, self.weight, boolean=True).is_floating_point()
             or value.dtype == torch.bool
@@ -128,7 +128,7 @@ class TensorContext(_Context):
 
 
 class Conditioning(nn.Module):
-    r"""Everything a network is told besides ``x``, as one vector a row.
+    r"""Everything a network is conditioned on, the noise level and the context, as one vector a row.
 
     .. math::
 

@@ -22,7 +22,7 @@ class DefinedModule(nn.Module):
 
     Its :meth:`definition` travels in the *metadata* of its state dict, beside the version that torch keeps
     there: keys and tensors of the state dict are the same with and without it. Loading compares it, so that
-    a model that was trained on a log-SNR from 7 to -7 is not read as one from 10 to -7.
+    a model that was trained on a log-SNR from 7 to -7 is not loaded into one from 10 to -7.
     :mod:`pyro_diffusion.checkpoint`, ``torch.save`` and copies keep the metadata. A state dict without it,
     such as an older file or a plain ``dict(state)``, is loaded unchecked: with the latter you give trained
     weights to another model on purpose.

@@ -1,4 +1,4 @@
-"""How a network is told the noise level."""
+"""Embedding of the noise level."""
 
 import math
 
@@ -29,7 +29,7 @@ def fourier_embedding(log_snr: Tensor, features: int) -> Tensor:
 
     Returns:
         A tensor of shape ``log_snr.shape + (features,)``, of the device and dtype of ``log_snr``, in at least
-        float32: in half precision neighbouring levels would look the same.
+        float32: in half precision neighbouring levels would be embedded alike.
 
     Raises:
         ValueError: if ``features`` is odd or not positive.

@@ -12,7 +12,7 @@ from .context import Conditioning
 
 
 class MLP(nn.Module):
-    r"""A perceptron on vectors, told the noise level at every layer.
+    r"""A perceptron on vectors, conditioned on the noise level at every layer.
 
     .. math::
 

@@ -29,7 +29,8 @@ class LearnedSchedule(VariancePreserving):
     r"""Log-SNR :math:`\lambda(t) = \lambda_{max} - (\lambda_{max} - \lambda_{min})\,h(t)` with learned h.
 
     h is a monotone rational-quadratic spline from (0, 0) to (1, 1) on evenly spaced knots; its heights and
-    slopes are Parameters, its inverse and derivative closed forms. It starts as the straight line
+    slopes are Parameters, its inverse and derivative closed forms. The scaling is that of
+    :class:`~pyro_diffusion.schedules.VariancePreserving`. It starts as the straight line
     (:class:`LogLinear`). As part of a denoiser's process it is trained with it.
 
     The continuous-time bound does not depend on h, only its estimate's variance does: under
@@ -110,7 +111,7 @@ class LearnedSchedule(VariancePreserving):
         ends = heights.new_tensor([0.0, 1.0])
         knots = torch.cat([ends[:1], heights.cumsum(0)[:-1], ends[1:]])
         raw = self.slopes.to(dtype=like.dtype, device=like.device)
-        # softplus, moved so that 0 stands for the slope 1
+        # softplus, shifted so that 0 stands for the slope 1
         slopes = FLOOR + (1 - FLOOR) * nn.functional.softplus(raw + math.log(math.e - 1))
         return knots, knots.diff(), slopes
 

@@ -53,9 +53,11 @@ class _LinearRate(Schedule):
 class LinearBeta(_LinearRate, VariancePreserving):
     r"""VP-SDE with :math:`\beta(u) = \beta_{min} + u(\beta_{max} - \beta_{min})`.
 
-    .. math:: -\log\alpha^2(u) = \tfrac12 u^2 (\beta_{max} - \beta_{min}) + u\,\beta_{min}
+    .. math:: B(u) = -\log\alpha^2(u) = \tfrac12 u^2 (\beta_{max} - \beta_{min}) + u\,\beta_{min}, \qquad
+              \lambda(u) = -\log\big(e^{B(u)} - 1\big),
 
-    The curve starts where the log-SNR is ``log_snr_max`` (u > 0) and ends at u = 1.
+    with the scaling of :class:`~pyro_diffusion.schedules.VariancePreserving`. The curve starts where the
+    log-SNR is ``log_snr_max`` (u > 0) and ends at u = 1.
 
     Args:
         beta_min: rate at u = 0, per unit time, > 0.
@@ -83,10 +85,10 @@ class SubVP(_LinearRate):
     r"""Sub-VP-SDE: the signal of :class:`LinearBeta` under less noise, :math:`\sigma = 1 - \alpha^2`.
 
     .. math:: dx = -\tfrac12\beta x\,dt + \sqrt{\beta (1 - e^{-2B})}\,dw, \qquad
-              \alpha = e^{-B/2} = \big(z + \sqrt{1 + z^2}\big)^{-1},\quad z = \tfrac12 e^{-\lambda/2}
+              \alpha = e^{-B/2} = \big(z + \sqrt{1 + z^2}\big)^{-1},\quad z = \tfrac12 e^{-\lambda/2},
 
-    with B the integral of :math:`\beta`. Its log-SNR decreases strictly,
-    :math:`\lambda' = -\beta\coth(B/2)`, so it has a bridge as every other schedule has.
+    with B the integral of :math:`\beta`. Its log-SNR :math:`\lambda = -B - 2\log(1 - e^{-B})` decreases
+    strictly, :math:`\lambda' = -\beta\coth(B/2)`, so it has a bridge as every other schedule has.
 
     Args:
         beta_min: rate at u = 0, per unit time, > 0.

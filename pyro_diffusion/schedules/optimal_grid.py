@@ -50,7 +50,7 @@ def optimal_grid(times: Tensor, costs: Tensor, steps: int) -> Tensor:
     Args:
         times: (N + 1,), increasing candidates.
         costs: (N + 1, N + 1), ``costs[i, j]`` the cost of the step from t_j to t_i, i < j; other entries are
-            not read. :func:`~pyro_diffusion.evaluate.chain_costs` estimates them on data.
+            ignored. :func:`~pyro_diffusion.evaluate.chain_costs` estimates them on data.
         steps: number of steps, at most N.
 
     Returns:

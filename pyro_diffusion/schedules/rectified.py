@@ -13,6 +13,9 @@ __all__ = ["Rectified"]
 class Rectified(TwoEndedSchedule):
     r"""Linear interpolation :math:`x_t = (1 - u)\,x_0 + u\,\epsilon` of flow matching and rectified flow.
 
+    .. math:: \lambda(u) = 2\log\frac{1 - u}{u}, \qquad \alpha = \mathrm{sigmoid}(\lambda/2) = 1 - u, \qquad
+              \sigma = \mathrm{sigmoid}(-\lambda/2) = u
+
     With the default ends the curve is cut where the log-SNR is finite. Infinite ends give u = t exactly:
     signal 1 at t = 0 and 0 at t = 1, which Gaussian chains refuse and categorical processes want (there
     ``alpha(t)`` is the probability that a symbol survives).

@@ -21,6 +21,9 @@ def _check_sigmas(sigma_min: float, sigma_max: float) -> None:
 class VarianceExploding(Schedule):
     r"""Geometric noise :math:`\sigma(t) = \sigma_{min} (\sigma_{max}/\sigma_{min})^t`, signal scale 1.
 
+    .. math:: \lambda(t) = -2\log\sigma_{min} - 2 t \log(\sigma_{max}/\sigma_{min}), \qquad
+              \alpha = 1, \qquad \sigma = e^{-\lambda/2}
+
     Args:
         sigma_min: noise scale at t = 0, > 0.
         sigma_max: noise scale at t = 1, above the diameter of the data.
@@ -58,9 +61,11 @@ class VarianceExploding(Schedule):
 class EDM(VarianceExploding):
     r"""Karras schedule: :math:`\sigma(t)^{1/\rho}` linear in t, signal scale 1.
 
-    .. math:: \sigma(t) = (\sigma_{min}^{1/\rho} + t\,(\sigma_{max}^{1/\rho} - \sigma_{min}^{1/\rho}))^\rho
+    .. math:: \sigma(t) = (\sigma_{min}^{1/\rho} + t\,(\sigma_{max}^{1/\rho} - \sigma_{min}^{1/\rho}))^\rho,
+              \qquad \lambda = -2\log\sigma, \qquad \alpha = 1
 
-    A uniform grid in t is the rho grid of the paper.
+    On the time :math:`u = \sigma^{1/\rho}` the curve is :math:`\lambda(u) = -2\rho\log u`. A uniform grid in
+    t is the rho grid of the paper.
 
     Args:
         sigma_min: noise scale at t = 0, > 0.

@@ -14,7 +14,13 @@ __all__ = ["Cosine", "LogLinear", "TabulatedBetas", "VariancePreserving"]
 
 
 class VariancePreserving(Schedule):
-    r"""Gauge :math:`\alpha^2 = \mathrm{sigmoid}(\lambda), \sigma^2 = \mathrm{sigmoid}(-\lambda)`."""
+    r"""The scaling :math:`\alpha^2 + \sigma^2 = 1`, which keeps data of unit variance at unit variance.
+
+    .. math:: \alpha^2 = \mathrm{sigmoid}(\lambda), \qquad \sigma^2 = \mathrm{sigmoid}(-\lambda), \qquad
+              \frac{d\log\alpha}{d\lambda} = \tfrac12\,\mathrm{sigmoid}(-\lambda)
+
+    A base class: a subclass gives the curve (see :class:`~pyro_diffusion.schedules.Schedule`).
+    """
 
     def _signal(self, log_snr: Tensor) -> Tensor:
         return torch.exp(0.5 * nn.functional.logsigmoid(log_snr))  # half of it does not underflow
@@ -27,13 +33,18 @@ class VariancePreserving(Schedule):
 
 
 class Cosine(TwoEndedSchedule, VariancePreserving):
-    r"""Cosine schedule :math:`\lambda(u) = -2\log\tan(\pi u/2) + 2\,\text{shift}`.
+    r"""Cosine schedule: without a shift :math:`\alpha = \cos(\pi u/2), \sigma = \sin(\pi u/2)`.
+
+    .. math:: \lambda(u) = -2\log\tan(\pi u/2) + 2\,\text{shift}, \qquad
+              u = \tfrac2\pi \arctan e^{\text{shift} - \lambda/2},
+
+    with the scaling of :class:`VariancePreserving`.
 
     Args:
         log_snr_max: log-SNR at t = 0.
         log_snr_min: log-SNR at t = 1.
-        shift: moves the whole curve, for high-resolution images (log of base over actual resolution);
-            within 40 of zero.
+        shift: shifts the curve by twice its value, for high-resolution images (log of base over actual
+            resolution); within 40 of zero.
 
     Raises:
         ValueError: if ``log_snr_max <= log_snr_min``, or the shift is not within 40 of zero.
@@ -71,6 +82,8 @@ class Cosine(TwoEndedSchedule, VariancePreserving):
 class LogLinear(VariancePreserving):
     r"""Log-SNR linear in time, :math:`\lambda(t) = \lambda_{max} + t\,(\lambda_{min} - \lambda_{max})`.
 
+    The scaling is that of :class:`VariancePreserving`.
+
     Args:
         log_snr_max: log-SNR at t = 0.
         log_snr_min: log-SNR at t = 1.
@@ -98,9 +111,13 @@ class LogLinear(VariancePreserving):
 class TabulatedBetas(VariancePreserving):
     r"""Any table :math:`\beta_1 \dots \beta_T`, with :math:`\alpha^2_i = \prod_{j \le i} (1 - \beta_j)`.
 
-    The T noise levels sit at the uniform times :math:`t_i = (i - 1)/(T - 1)`; between them the log-SNR is
-    interpolated linearly. A uniform grid of T - 1 steps therefore *is* the table: the chain has the
-    latents x_1 ... x_T of DDPM, and the decoder reads the first of them.
+    .. math:: \lambda_i = \log\frac{\alpha_i^2}{1 - \alpha_i^2}
+              = -\log\Big(e^{-\sum_{j \le i} \log(1 - \beta_j)} - 1\Big),
+
+    with the scaling of :class:`VariancePreserving`. The T noise levels are those at the uniform times
+    :math:`t_i = (i - 1)/(T - 1)`; between them the log-SNR is interpolated linearly. A uniform grid of T - 1
+    steps therefore *is* the table: the chain has the latents x_1 ... x_T of DDPM, and the decoder starts from
+    the first of them.
 
     Args:
         betas: at least two numbers in (0, 1).
