@@ -36,11 +36,11 @@ from pyro_diffusion.denoisers import MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
 from pyro_diffusion.distributions.red_diff import RedDiff
 from pyro_diffusion.evaluate import RankStatistics, sbc, sliced_wasserstein
-from pyro_diffusion.guidance import DAPS, PlugIn
+from pyro_diffusion.guidance import PlugIn
 from pyro_diffusion.infer import AutoGuidance, TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.samplers import simulate
+from pyro_diffusion.samplers import DAPS, simulate
 from pyro_diffusion.schedules import LogLinear
 
 RESULTS = Path(__file__).parents[1] / "results" / "posterior_programs"

@@ -393,7 +393,7 @@ BASE = mixture(LogLinear(10.0, -10.0))
         (lambda: ClassifierFreeGuidance(BASE, None), "scale: got None"),
         (lambda: ClassifierFreeGuidance(BASE, 2.0, interval=(1.0, -1.0)), "interval: got"),
         (lambda: ClassifierFreeGuidance(BASE, 2.0, interval=3.0), "interval: got"),
-        (lambda: NoiseAwareGuidance(nn.Linear(1, 1), None), "denoiser: got Linear"),
+        (lambda: NoiseAwareGuidance(nn.Linear(1, 1)), "denoiser: got Linear"),
     ],
 )
 def test_bad_input_is_refused(build, message):

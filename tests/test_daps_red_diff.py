@@ -10,10 +10,9 @@ from torch.testing import assert_close
 
 from pyro_diffusion.denoisers import GaussianDenoiser
 from pyro_diffusion.distributions import Diffusion, RedDiff
-from pyro_diffusion.guidance import DAPS, daps
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
-from pyro_diffusion.samplers import DDIM, AdamsMoulton, simulate
+from pyro_diffusion.samplers import DAPS, DDIM, AdamsMoulton, daps, simulate
 from pyro_diffusion.schedules import Cosine, Level, LogLinear, Rectified, uniform_log_snr
 from tests.exact import mixture
 from tests.laws import Tiny
@@ -60,18 +59,19 @@ def test_daps_is_exact_for_normals(monkeypatch, d, m):
     assert_close(covariance, smeared)
 
 
-def test_inner_walk_is_the_flow():
-    """Many inner reads come to the end of the probability flow from x_t."""
+def test_inner_steps_follow_the_flow(monkeypatch):
+    """Many inner evaluations come to the end of the probability flow from x_t."""
     denoiser = mixture(LogLinear(10.0, -10.0), point_mass=True)
     reading = Reading(torch.eye(2, dtype=F64)[:1], torch.zeros(1, dtype=F64), 1e3)
     seen = {}
+    likelihood = reading.likelihood(denoiser)
 
-    class Watched(DAPS):
-        def _conditioned(self, center, variance):
-            seen["x0"], seen["variance"] = center, variance
-            return center
+    def sample_near(center, variance):
+        seen["x0"], seen["variance"] = center, variance
+        return center
 
-    sampler = Watched(reading.likelihood(denoiser), inner=200)
+    monkeypatch.setattr(likelihood, "sample_near", sample_near)
+    sampler = DAPS(likelihood, inner=200)
     times = uniform_log_snr(denoiser.process.schedule, 2, F64)
     x = torch.randn(7, 2, dtype=F64)
     simulate(denoiser, times[[0, 2]], x, sampler)
@@ -102,7 +102,7 @@ def test_langevin_moves_reach_their_target():
 
     sampler = DAPS(ProgramLikelihood(model), moves=150)
     center, variance = torch.tensor([0.5, 0.2], dtype=F64), torch.tensor(0.8, dtype=F64)
-    x = sampler._moved(center.expand(4000, 2), variance, 150)
+    x = sampler._langevin(center.expand(4000, 2), variance, 150)
     grid = torch.linspace(-6, 6, 4001, dtype=F64)
     rate = torch.nn.functional.softplus(3 * grid)
     for i, count in enumerate((7.0, 0.0)):
@@ -119,7 +119,7 @@ def test_langevin_steps_adapt_to_sharp_readings():
     denoiser = isotropic(torch.zeros(1, dtype=F64), 1.0)
     reading = Reading(torch.ones(1, 1, dtype=F64), torch.tensor([2.0], dtype=F64), 1e-2)
     sampler = DAPS(reading.likelihood(denoiser), moves=200)
-    x = sampler._moved(torch.zeros(400, 1, dtype=F64), torch.tensor(10.0, dtype=F64), 200)
+    x = sampler._langevin(torch.zeros(400, 1, dtype=F64), torch.tensor(10.0, dtype=F64), 200)
     # The median distance of a normal is 0.674 standard deviations.
     assert 0.5e-2 < float((x - 2).abs().median()) < 1e-2
 
@@ -176,6 +176,8 @@ def test_daps_bad_arguments():
         pyro.sample("y", dist.Poisson(x.exp()).to_event(1), obs=torch.ones(2))
 
     likelihood = ProgramLikelihood(model)
+    with pytest.raises(ValueError, match="likelihood: got MixtureDenoiser, expected a Likelihood"):
+        DAPS(denoiser)
     with pytest.raises(ValueError, match="inner: got 0"):
         DAPS(likelihood, inner=0)
     with pytest.raises(ValueError, match="moves: got 0"):

@@ -102,7 +102,7 @@ def test_repr():
     law = law.expand((4,))
     assert "batch_shape=(4,), steps=50" in repr(law)
     assert repr(law.to_event(1)) == f"Independent({law!r}, 1)"
-    guided = Diffusion(GuidedDenoiser(network, None), (2,), steps=1)
+    guided = Diffusion(GuidedDenoiser(network), (2,), steps=1)
     assert "GuidedDenoiser(GaussianDenoiser(MLP))" in repr(guided)
     law = DiffusionSDE(DENOISER, (2,), steps=20)
     assert repr(law) == "DiffusionSDE(MixtureDenoiser, event_shape=(2,), steps=20, method='euler')"

@@ -34,6 +34,9 @@ Y, NOISE = torch.tensor([1.5, -0.5], dtype=F64), 0.4
 class Misguided(GuidedDenoiser):
     """A twist that is wrong, so that weights are uneven all the way."""
 
+    def __init__(self, denoiser, likelihood):
+        super().__init__(denoiser)
+
     def twisted(self, xt, t, **context):
         prior = self.denoiser(xt, t, **context)
         return Twisted(prior, prior, 1.5 * xt.sum(-1).sin())

@@ -282,7 +282,7 @@ def test_log_prob_is_the_formula(name):
     likelihood = ProgramLikelihood(case.program)
     assert likelihood.site == "x" and likelihood.event_shape == (2,)
     assert likelihood.batch_shape == case.batch and likelihood.factorized == case.factorized
-    assert likelihood._vectorized[False] == case.vectorized
+    assert likelihood.analysis.vectorized[False] == case.vectorized
     kept = case.batch if case.factorized else (1,) * len(case.batch)
     for sample in [(), (1,), (3,), (2, 3)]:
         x0 = torch.randn(*sample, *case.batch, 2, dtype=D)
@@ -407,7 +407,7 @@ def test_latents_may_differ_by_particle(written):
 
     s, b = torch.tensor(0.7, dtype=D), torch.randn(3, dtype=D)
     likelihood = ProgramLikelihood(model, (YN3,), latents={"s": s, "b": b})
-    assert likelihood._vectorized == {False: True, True: written == "for a batch"}
+    assert likelihood.analysis.vectorized == {False: True, True: written == "for a batch"}
     x0 = torch.randn(5, N, 2, dtype=D)
 
     def formula(x0, s, b):
@@ -440,7 +440,7 @@ def test_a_wrong_broadcast_is_noticed():
         pyro.sample("y", dist.Normal(mean(x), s).to_event(1), obs=Y3)
 
     likelihood = ProgramLikelihood(model, latents={"s": torch.tensor(0.5, dtype=D)})
-    assert likelihood._vectorized == {False: True, True: False}
+    assert likelihood.analysis.vectorized == {False: True, True: False}
     s, x0 = torch.tensor([0.5, 1.0, 2.0], dtype=D), torch.randn(3, 2, dtype=D)
     found = likelihood.with_latents({"s": s}).log_prob(x0)
     torch.testing.assert_close(found, normal(Y3, mean(x0), s[:, None]).sum(-1))

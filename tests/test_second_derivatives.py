@@ -20,7 +20,7 @@ from pyro_diffusion.dynamics import (
     twice_differentiable_attention,
 )
 from pyro_diffusion.guidance import MMPS, PiGDM, PlugIn
-from pyro_diffusion.guidance.linearized_denoiser import LinearizedChain
+from pyro_diffusion.guidance.linearized_denoiser import LinearizedDenoiser
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.nn import MLP, UNet
 from pyro_diffusion.processes import GaussianProcess
@@ -290,7 +290,7 @@ def test_guidance_differentiates_denoisers_and_programs_twice(build, size):
     level = prior.process.level(t, xt)
 
     # Products with B are the transposes of those with B^T.
-    at = LinearizedChain(prior, likelihood, xt, level, {})
+    at = LinearizedDenoiser(prior, likelihood, xt, level, {})
     u, v = torch.randn_like(at.residual), torch.randn_like(at.mean)
     torch.testing.assert_close((at.push(v) * u).sum(), (at.pull(u) * v).sum())
     assert torch.isfinite(MMPS(prior, likelihood, solver="gmres")(xt, t).mean).all()

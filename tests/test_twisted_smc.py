@@ -42,7 +42,10 @@ ONE = MixtureDenoiser(
 
 
 class Unguided(GuidedDenoiser):
-    """Walks the prior; the twist knows nothing."""
+    """The prior itself, with a constant twist."""
+
+    def __init__(self, denoiser, likelihood):
+        super().__init__(denoiser)
 
     def twisted(self, xt, t, **context):
         prior = self.denoiser(xt, t, **context)
@@ -51,6 +54,9 @@ class Unguided(GuidedDenoiser):
 
 class Misguided(GuidedDenoiser):
     """A proposal and a twist that are both wrong, and unlike each other."""
+
+    def __init__(self, denoiser, likelihood):
+        super().__init__(denoiser)
 
     def twisted(self, xt, t, **context):
         prior = self.denoiser(xt, t, **context)

@@ -7,7 +7,6 @@ from pyro_diffusion.guidance.classifier import (
     SimilarityGuidance,
 )
 from pyro_diffusion.guidance.classifier_free import ClassifierFreeGuidance
-from pyro_diffusion.guidance.daps import DAPS, DAPSCoefficients
 from pyro_diffusion.guidance.data_covariance import DataCovariance
 from pyro_diffusion.guidance.gaussian_conditioning import (
     MMPS,
@@ -16,27 +15,21 @@ from pyro_diffusion.guidance.gaussian_conditioning import (
     GaussianConditioning,
     PiGDM,
 )
-from pyro_diffusion.guidance.krylov import KrylovSolution, conjugate_gradients, gmres
-from pyro_diffusion.guidance.linearized_denoiser import LinearizedChain
 from pyro_diffusion.guidance.plug_in import DPSStep, PlugIn
 from pyro_diffusion.guidance.replacement import Replacement
 from pyro_diffusion.guidance.sampled import SampledGuidance
 from pyro_diffusion.guidance.substitution import SubstitutionGuidance
 
 __all__ = [
-    "DAPS",
     "MMPS",
     "TMPD",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
-    "DAPSCoefficients",
     "DPSStep",
     "DataCovariance",
     "DiffPIR",
     "GaussianConditioning",
     "GuidedDenoiser",
-    "KrylovSolution",
-    "LinearizedChain",
     "NoiseAwareGuidance",
     "PiGDM",
     "PlugIn",
@@ -45,6 +38,4 @@ __all__ = [
     "SimilarityGuidance",
     "SubstitutionGuidance",
     "Twisted",
-    "conjugate_gradients",
-    "gmres",
 ]

@@ -1,6 +1,6 @@
 """What a guided denoiser is: p(x_0 | x_t) bent towards observations, with how well x_t explains them."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor
@@ -40,7 +40,6 @@ class GuidedDenoiser(Denoiser):
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior.
-        likelihood: log p(y | x_0), a :class:`~pyro_diffusion.likelihoods.ProgramLikelihood` or alike.
 
     Raises:
         ValueError: if ``denoiser`` is not a denoiser.
@@ -48,10 +47,9 @@ class GuidedDenoiser(Denoiser):
 
     guided = True
 
-    def __init__(self, denoiser: Denoiser, likelihood: Any) -> None:
+    def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(check_denoiser(denoiser).process)
         self.denoiser = denoiser
-        self.likelihood = likelihood
 
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
         """Prior, posterior and log-twist at x_t, detached (one network read)."""

@@ -30,7 +30,6 @@ class NoiseAwareGuidance(GuidedDenoiser):
 
     Args:
         denoiser: posterior p(x_0 | x_t) of a Gaussian process.
-        likelihood: whatever the twist is made of.
         scale: multiplies the log-twist, a number or a function of a
             :class:`~pyro_diffusion.schedules.Level`.
 
@@ -38,14 +37,14 @@ class NoiseAwareGuidance(GuidedDenoiser):
         ValueError: for a process that is not Gaussian, or a wrong scale.
     """
 
-    def __init__(self, denoiser: Denoiser, likelihood: Any, scale: Scale = 1.0) -> None:
+    def __init__(self, denoiser: Denoiser, scale: Scale = 1.0) -> None:
         process = check_denoiser(denoiser).process
         if not isinstance(process, GaussianProcess):
             raise ValueError(
                 f"denoiser: got one of a {type(process).__name__}, expected one of a GaussianProcess "
                 "(symbols have no gradient: use twisted SMC)"
             )
-        super().__init__(denoiser, likelihood)
+        super().__init__(denoiser)
         self.scale = check_scale(scale)
 
     def log_twist(self, xt: Tensor, log_snr: Tensor) -> Tensor:
@@ -133,13 +132,14 @@ class ClassifierGuidance(NoiseAwareGuidance):
                 f"classifier: got {type(classifier).__name__}, expected a function of (x_t, log-SNR) that "
                 "returns a distribution"
             )
-        super().__init__(denoiser, classifier, scale)
+        super().__init__(denoiser, scale)
+        self.classifier = classifier
         self.value = check_tensor("value", torch.as_tensor(value), boolean=True)
 
     def log_twist(self, xt: Tensor, log_snr: Tensor) -> Tensor:
         """log p(y | x_t) in nats, of the batch shape of xt."""
         try:
-            out: Tensor = self.likelihood(xt, log_snr).log_prob(self.value.to(xt.device))
+            out: Tensor = self.classifier(xt, log_snr).log_prob(self.value.to(xt.device))
         except Exception as error:
             error.add_note(
                 f"classifier, value: got a value of shape {tuple(self.value.shape)} ({self.value.dtype}), "
@@ -192,12 +192,12 @@ class SimilarityGuidance(NoiseAwareGuidance):
             )
         if similarity not in ("cosine", "dot"):
             raise ValueError(f"similarity: got {similarity!r}, expected 'cosine' or 'dot'")
-        super().__init__(denoiser, features, scale)
-        self.target, self.similarity = target, similarity
+        super().__init__(denoiser, scale)
+        self.features, self.target, self.similarity = features, target, similarity
 
     def log_twist(self, xt: Tensor, log_snr: Tensor) -> Tensor:
         """The similarity, of the batch shape of xt."""
-        found = self.likelihood(xt, log_snr)
+        found = self.features(xt, log_snr)
         found = found.to(at_least_single(found.dtype))
         target = self.target.to(found)
         if found.shape[-1:] != target.shape[-1:]:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance.gaussian_conditioning import GaussianConditioning
-from pyro_diffusion.guidance.linearized_denoiser import LinearizedChain
+from pyro_diffusion.guidance.linearized_denoiser import LinearizedDenoiser
+from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.precision import matmul
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_finite
@@ -51,7 +52,7 @@ class DataCovariance(GaussianConditioning):
     vectors: Tensor
 
     def __init__(
-        self, denoiser: Denoiser, likelihood: Any, *, covariance: Tensor, **options: Any
+        self, denoiser: Denoiser, likelihood: Likelihood, *, covariance: Tensor, **options: Any
     ) -> None:
         super().__init__(denoiser, likelihood, **options)
         n = likelihood.event_shape.numel()
@@ -69,7 +70,7 @@ class DataCovariance(GaussianConditioning):
         self.register_buffer("values", values)
         self.register_buffer("vectors", vectors)
 
-    def covariance(self, at: LinearizedChain, level: Level, v: Tensor) -> Tensor:
+    def covariance(self, at: LinearizedDenoiser, level: Level, v: Tensor) -> Tensor:
         """V v, diagonal in the principal components of the data."""
         event = v.shape[v.dim() - self.process.event_dim :]
         snr = (level.alpha / level.sigma).square()

@@ -12,7 +12,9 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.analytic import check_gaussian
 from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser, moved
 from pyro_diffusion.guidance.krylov import conjugate_gradients, gmres
-from pyro_diffusion.guidance.linearized_denoiser import LinearizedChain
+from pyro_diffusion.guidance.linearized_denoiser import LinearizedDenoiser
+from pyro_diffusion.likelihoods import Likelihood
+from pyro_diffusion.likelihoods.base import check_likelihood
 from pyro_diffusion.likelihoods.linearization import solve
 from pyro_diffusion.precision import matmul
 from pyro_diffusion.schedules import Level
@@ -91,15 +93,16 @@ class GaussianConditioning(GuidedDenoiser):
     def __init__(
         self,
         denoiser: Denoiser,
-        likelihood: Any,
+        likelihood: Likelihood,
         *,
         solver: str | None = None,
         iterations: int = 8,
         full_gradient: bool = False,
     ) -> None:
         check_gaussian(check_denoiser(denoiser))
-        super().__init__(denoiser, likelihood)
-        likelihood.check_gradient()
+        super().__init__(denoiser)
+        self.likelihood = check_likelihood(likelihood)
+        self.likelihood.check_gradient()
         if solver not in (None, "direct", *KRYLOV):
             raise ValueError(f"solver: got {solver!r}, expected 'direct', 'cg' or 'gmres'")
         if full_gradient and (solver in KRYLOV or not self.through):
@@ -110,15 +113,15 @@ class GaussianConditioning(GuidedDenoiser):
         self.solver, self.iterations = solver, check_positive_int("iterations", iterations)
         self.full_gradient = bool(full_gradient)
 
-    def covariance(self, at: LinearizedChain, level: Level, v: Tensor) -> Tensor:
+    def covariance(self, at: LinearizedDenoiser, level: Level, v: Tensor) -> Tensor:
         """V v in data space."""
         raise NotImplementedError
 
-    def shift(self, at: LinearizedChain, level: Level, solved: Solved) -> Tensor:
+    def shift(self, at: LinearizedDenoiser, level: Level, solved: Solved) -> Tensor:
         """G B^T S^{-1} r in data space: how far the posterior's mean is from the prior's."""
         return solved.image
 
-    def posterior(self, at: LinearizedChain, level: Level, solved: Solved) -> TorchDistribution:
+    def posterior(self, at: LinearizedDenoiser, level: Level, solved: Solved) -> TorchDistribution:
         """The denoiser's posterior, moved."""
         return moved(at.prior, self.shift(at, level, solved))
 
@@ -142,7 +145,7 @@ class GaussianConditioning(GuidedDenoiser):
         with torch.no_grad():
             return self.posterior(at, level, solved)
 
-    def _full(self, at: LinearizedChain, level: Level) -> Twisted:
+    def _full(self, at: LinearizedDenoiser, level: Level) -> Twisted:
         """The shift by the whole gradient; what it adds to the papers' is limited row by row."""
         with torch.enable_grad():
             solved, log_twist = self._direct(at, level)
@@ -160,16 +163,16 @@ class GaussianConditioning(GuidedDenoiser):
 
     def _linearized(
         self, xt: Tensor, t: Tensor | Level, context: dict[str, Tensor]
-    ) -> tuple[LinearizedChain, Level]:
+    ) -> tuple[LinearizedDenoiser, Level]:
         level = self.process.level(t, xt)
-        at = LinearizedChain(
+        at = LinearizedDenoiser(
             *(self.denoiser, self.likelihood, xt, level, context),
             through=self.through,
             graph=self.full_gradient,
         )
         return at, level
 
-    def _direct(self, at: LinearizedChain, level: Level) -> tuple[Solved, Tensor]:
+    def _direct(self, at: LinearizedDenoiser, level: Level) -> tuple[Solved, Tensor]:
         """The system solved, and the log-twist."""
         rows = at.rows()
         images = torch.stack([self.covariance(at, level, row) for row in rows])
@@ -177,7 +180,7 @@ class GaussianConditioning(GuidedDenoiser):
         solved = Solved(at.combined(rows, u), at.combined(images, u))
         return solved, log_evidence + at.log_normalizer
 
-    def _iterated(self, at: LinearizedChain, level: Level, solver: Callable[..., Any]) -> Solved:
+    def _iterated(self, at: LinearizedDenoiser, level: Level, solver: Callable[..., Any]) -> Solved:
         def apply(p: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
             pulled = at.pull(p)
             image = self.covariance(at, level, pulled)
@@ -214,7 +217,7 @@ class PiGDM(GaussianConditioning):
     def __init__(
         self,
         denoiser: Denoiser,
-        likelihood: Any,
+        likelihood: Likelihood,
         *,
         data_variance: float | None = None,
         **options: Any,
@@ -226,14 +229,14 @@ class PiGDM(GaussianConditioning):
             )
         self.data_variance = data_variance
 
-    def covariance(self, at: LinearizedChain, level: Level, v: Tensor) -> Tensor:
+    def covariance(self, at: LinearizedDenoiser, level: Level, v: Tensor) -> Tensor:
         """A variance by coordinate: the denoiser's, or that of normal data."""
         if self.data_variance is None and at.variance is not None:
             return v * at.variance
         s2 = 1.0 if self.data_variance is None else self.data_variance
         return v * (s2 * level.sigma**2 / (s2 * level.alpha**2 + level.sigma**2))
 
-    def shift(self, at: LinearizedChain, level: Level, solved: Solved) -> Tensor:
+    def shift(self, at: LinearizedDenoiser, level: Level, solved: Solved) -> Tensor:
         """Through the denoiser."""
         return level.sigma**2 / level.alpha * at.back(solved.pulled)
 
@@ -264,7 +267,7 @@ class MMPS(GaussianConditioning):
         Rozet et al., arXiv 2405.13712, section 4.
     """
 
-    def covariance(self, at: LinearizedChain, level: Level, v: Tensor) -> Tensor:
+    def covariance(self, at: LinearizedDenoiser, level: Level, v: Tensor) -> Tensor:
         """Through the denoiser."""
         return level.sigma**2 / level.alpha * at.back(v)
 
@@ -282,7 +285,7 @@ class TMPD(MMPS):
         Boys et al., arXiv 2310.06721, section 3 (the row sums here are of the whitened system).
     """
 
-    def _direct(self, at: LinearizedChain, level: Level) -> tuple[Solved, Tensor]:
+    def _direct(self, at: LinearizedDenoiser, level: Level) -> tuple[Solved, Tensor]:
         ones = torch.ones_like(at.residual)
         row_sums = 1 + at.push(self.covariance(at, level, at.pull(ones))).clamp(min=0)
         pulled = at.pull(at.residual / row_sums)
@@ -290,7 +293,7 @@ class TMPD(MMPS):
         solved = Solved(pulled, self.covariance(at, level, pulled))
         return solved, log_evidence + at.log_normalizer
 
-    def _iterated(self, at: LinearizedChain, level: Level, solver: Callable[..., Any]) -> Solved:
+    def _iterated(self, at: LinearizedDenoiser, level: Level, solver: Callable[..., Any]) -> Solved:
         return self._direct(at, level)[0]
 
 
@@ -319,13 +322,13 @@ class DiffPIR(GaussianConditioning):
     through = False
 
     def __init__(
-        self, denoiser: Denoiser, likelihood: Any, *, lam: float = 1.0, **options: Any
+        self, denoiser: Denoiser, likelihood: Likelihood, *, lam: float = 1.0, **options: Any
     ) -> None:
         super().__init__(denoiser, likelihood, **options)
         if not lam > 0:
             raise ValueError(f"lam: got {lam}, expected a number > 0")
         self.lam = float(lam)
 
-    def covariance(self, at: LinearizedChain, level: Level, v: Tensor) -> Tensor:
+    def covariance(self, at: LinearizedDenoiser, level: Level, v: Tensor) -> Tensor:
         """A multiple of the identity."""
         return v * (level.sigma**2 / (level.alpha**2 * self.lam))

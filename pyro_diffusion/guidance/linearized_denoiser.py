@@ -1,7 +1,6 @@
 """The residual of a likelihood at a denoiser's mean, with products of both Jacobians."""
 
 import contextlib
-from typing import Any
 
 import torch
 from pyro.distributions import Delta, TorchDistribution
@@ -10,25 +9,26 @@ from torch import Tensor
 from pyro_diffusion.denoisers import Denoiser, Quantized
 from pyro_diffusion.dynamics import twice_differentiable_attention
 from pyro_diffusion.guidance.base import moved
-from pyro_diffusion.likelihoods.linearization import LinearizedProgram
+from pyro_diffusion.likelihoods import Likelihood
+from pyro_diffusion.likelihoods.linearization import LinearizedLikelihood
 from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
 
-__all__ = ["LinearizedChain", "detached"]
+__all__ = ["LinearizedDenoiser", "detached"]
 
 
-class LinearizedChain(LinearizedProgram):
-    r"""The same at :math:`\hat x_0(x_t)`, with :math:`J = \partial\hat x_0/\partial x_t` of the denoiser.
+class LinearizedDenoiser(LinearizedLikelihood):
+    r"""A linearized likelihood at :math:`\hat x_0(x_t)`, with :math:`J = \partial\hat x_0/\partial x_t`.
 
-    Denoiser and program are read once each.
+    Denoiser and likelihood are evaluated once each.
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior.
-        likelihood: what has ``whitened(x_0)``.
+        likelihood: one with residuals.
         xt: state, batch + event.
         level: where it is.
         context: the denoiser's.
-        through: whether products with J will be asked for; if not, the denoiser is read without a graph.
+        through: whether products with J will be asked for; if not, the denoiser is evaluated without a graph.
         graph: whether all of it stays differentiable in x_t.
 
     Attributes:
@@ -42,7 +42,7 @@ class LinearizedChain(LinearizedProgram):
     def __init__(
         self,
         denoiser: Denoiser,
-        likelihood: Any,
+        likelihood: Likelihood,
         xt: Tensor,
         level: Level,
         context: dict[str, Tensor],
@@ -62,11 +62,11 @@ class LinearizedChain(LinearizedProgram):
         self.prior = detached(prior)
         point_mass = isinstance(coordinates(prior), Delta)
         self.variance = None if point_mass else (prior if graph else self.prior).variance
-        super().__init__(likelihood, self._mean, graph)
+        super().__init__(likelihood.whitened, self._mean, graph)
 
     def back(self, v: Tensor) -> Tensor:
         """J^T v: data space to itself, through the denoiser."""
-        return self._walk(self._mean, self._xt, v)
+        return self._vjp(self._mean, self._xt, v)
 
     def score(self, log_twist: Tensor) -> Tensor:
         """The gradient in x_t of a log-twist that was computed with the graph, detached."""

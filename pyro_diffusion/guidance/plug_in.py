@@ -1,7 +1,5 @@
 r"""Guidance by the likelihood of the posterior mean: diffusion posterior sampling."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -9,6 +7,8 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.analytic import check_gaussian
 from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser, moved
 from pyro_diffusion.guidance.linearized_denoiser import detached
+from pyro_diffusion.likelihoods import Likelihood
+from pyro_diffusion.likelihoods.base import check_likelihood
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_number, check_tensor
@@ -64,7 +64,9 @@ class DPSStep:
         # The nearest time of the grid: rounding must not choose another step.
         return shares[torch.bucketize(level.t.contiguous(), (grid.t[1:] + grid.t[:-1]) / 2)]
 
-    def energy(self, likelihood: Any, x0: Tensor, log_prob: Tensor | None) -> tuple[Tensor, Tensor]:
+    def energy(
+        self, likelihood: Likelihood, x0: Tensor, log_prob: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """E of every row, and what its gradient is multiplied by: zeta / root of E."""
         if self.squared_norm:
             energy = likelihood.residual(x0).square().sum(-1)
@@ -103,14 +105,15 @@ class PlugIn(GuidedDenoiser):
     def __init__(
         self,
         denoiser: Denoiser,
-        likelihood: Any,
+        likelihood: Likelihood,
         *,
         scale: float = 1.0,
         step_size: DPSStep | None = None,
     ) -> None:
         check_gaussian(check_denoiser(denoiser))
-        super().__init__(denoiser, likelihood)
-        likelihood.check_gradient()
+        super().__init__(denoiser)
+        self.likelihood = check_likelihood(likelihood)
+        self.likelihood.check_gradient()
         check_number("scale", scale, above=0)
         if not (step_size is None or isinstance(step_size, DPSStep)):
             raise ValueError(f"step_size: got {step_size!r}, expected DPSStep(zeta, times)")

@@ -10,7 +10,8 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.analytic import check_gaussian
 from pyro_diffusion.distributions.base import home
 from pyro_diffusion.guidance.base import GuidedDenoiser, check_denoiser
-from pyro_diffusion.likelihoods.linearization import LinearizedProgram
+from pyro_diffusion.likelihoods import Likelihood
+from pyro_diffusion.likelihoods.base import check_likelihood
 from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
 
@@ -53,10 +54,11 @@ class Replacement(GuidedDenoiser):
     reading: Tensor
     precision: Tensor
 
-    def __init__(self, denoiser: Denoiser, likelihood: Any) -> None:
+    def __init__(self, denoiser: Denoiser, likelihood: Likelihood) -> None:
         check_gaussian(check_denoiser(denoiser))
-        super().__init__(denoiser, likelihood)
-        likelihood.check_gradient()
+        super().__init__(denoiser)
+        self.likelihood = check_likelihood(likelihood)
+        self.likelihood.check_gradient()
         reading, precision = _readings(likelihood, *home(denoiser))
         self.register_buffer("reading", reading, persistent=False)
         self.register_buffer("precision", precision, persistent=False)
@@ -90,7 +92,7 @@ class Replacement(GuidedDenoiser):
 
 
 def _readings(
-    likelihood: Any, dtype: torch.dtype | None, device: torch.device | None
+    likelihood: Likelihood, dtype: torch.dtype | None, device: torch.device | None
 ) -> tuple[Tensor, Tensor]:
     """What was read of every coordinate and how precisely (0 if it was not), batch + event.
 
@@ -99,11 +101,11 @@ def _readings(
     """
     shape = (*likelihood.batch_shape, *likelihood.event_shape)
     origin = torch.zeros(shape, dtype=dtype, device=device)
-    here = LinearizedProgram(likelihood, origin)
+    here = likelihood.linearized(origin)
     residual, rows = here.residual, here.rows()
     # Another place tells whether the reading is linear; its numbers are no round ones.
     elsewhere = 0.7 + torch.arange(origin.numel(), dtype=dtype, device=device).sin().reshape(shape)
-    there = LinearizedProgram(likelihood, elsewhere)
+    there = likelihood.linearized(elsewhere)
     table = here.flat(rows)
     single = bool(((table != 0).sum(-1) <= 1).all())
     if not (single and torch.allclose(rows, there.rows())):

@@ -1,7 +1,6 @@
 """Guidance without gradients: the likelihood of draws from the denoiser's own posterior."""
 
 import math
-from typing import Any
 
 import torch
 from pyro.distributions import Categorical, TorchDistribution
@@ -9,6 +8,8 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, moved
+from pyro_diffusion.likelihoods import Likelihood
+from pyro_diffusion.likelihoods.base import check_likelihood
 from pyro_diffusion.processes import CategoricalProcess, draw
 from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
@@ -52,9 +53,14 @@ class SampledGuidance(GuidedDenoiser):
     """
 
     def __init__(
-        self, denoiser: Denoiser, likelihood: Any, num_samples: int = 16, prior_count: float = 1.0
+        self,
+        denoiser: Denoiser,
+        likelihood: Likelihood,
+        num_samples: int = 16,
+        prior_count: float = 1.0,
     ) -> None:
-        super().__init__(denoiser, likelihood)
+        super().__init__(denoiser)
+        self.likelihood = check_likelihood(likelihood)
         self.num_samples = check_positive_int("num_samples", num_samples)
         if not 0 < prior_count < math.inf:
             raise ValueError(f"prior_count: got {prior_count}, expected a positive number")

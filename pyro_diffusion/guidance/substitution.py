@@ -1,7 +1,6 @@
 """Plug-in guidance for symbols: what the likelihood says of every single substitution."""
 
 import math
-from typing import Any
 
 import torch
 from pyro.distributions import Categorical
@@ -9,6 +8,8 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted
+from pyro_diffusion.likelihoods import Likelihood
+from pyro_diffusion.likelihoods.base import check_likelihood
 from pyro_diffusion.processes import CategoricalProcess
 from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
@@ -46,8 +47,9 @@ class SubstitutionGuidance(GuidedDenoiser):
         ValueError: for another process, or a floor outside [0, 1).
     """
 
-    def __init__(self, denoiser: Denoiser, likelihood: Any, floor: float = 0.05) -> None:
-        super().__init__(denoiser, likelihood)
+    def __init__(self, denoiser: Denoiser, likelihood: Likelihood, floor: float = 0.05) -> None:
+        super().__init__(denoiser)
+        self.likelihood = check_likelihood(likelihood)
         if not 0 <= floor < 1:
             raise ValueError(f"floor: got {floor}, expected a number in [0, 1)")
         self.floor = float(floor)

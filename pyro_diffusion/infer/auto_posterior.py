@@ -24,18 +24,18 @@ from pyro_diffusion.guidance import GuidedDenoiser
 from pyro_diffusion.infer.posterior_law import PosteriorLaw
 from pyro_diffusion.infer.reparam import ChainReparam
 from pyro_diffusion.infer.twisted_smc import default_guidance
-from pyro_diffusion.likelihoods import ProgramLikelihood
+from pyro_diffusion.likelihoods import Likelihood, ProgramLikelihood
+from pyro_diffusion.likelihoods.analysis import Analysis
 from pyro_diffusion.likelihoods.program import check_model
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.likelihoods.signature import structure
 from pyro_diffusion.likelihoods.sites import MissingLatents
-from pyro_diffusion.likelihoods.trials import Analysis
 from pyro_diffusion.samplers import Sampler
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["AutoPosterior", "as_chain"]
 
-Guidance = Callable[[Denoiser, Any], GuidedDenoiser]
+Guidance = Callable[[Denoiser, Likelihood], GuidedDenoiser]
 Density = Callable[[], Tensor]
 
 
@@ -133,7 +133,7 @@ class AutoPosterior(AutoGuide):
         with ExitStack() as stack:
             for frame in site["cond_indep_stack"]:
                 stack.enter_context(plates[frame.name])
-            return self._emit(likelihood, likelihood.site_law, nesting)
+            return self._emit(likelihood, likelihood.site_distribution, nesting)
 
     def median(self, *args: Any, num_samples: int = 100, **kwargs: Any) -> dict[str, Tensor]:
         """Median of every coordinate over ``num_samples`` draws; see :meth:`quantiles`."""

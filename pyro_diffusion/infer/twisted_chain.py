@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import GuidedDenoiser
+from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules.base import Grid, table_row
 
@@ -28,7 +29,9 @@ class TwistedChain:
     The likelihood is the target's; the guided denoiser may know another, which makes its twist.
     """
 
-    def __init__(self, diffusion: Diffusion, guided: GuidedDenoiser, likelihood: Any) -> None:
+    def __init__(
+        self, diffusion: Diffusion, guided: GuidedDenoiser, likelihood: Likelihood
+    ) -> None:
         self.diffusion, self.guided, self.likelihood = diffusion, guided, likelihood
         self.process = diffusion.denoiser.process
         self.device = diffusion.device or diffusion.times.device
@@ -39,8 +42,7 @@ class TwistedChain:
         self._like = self.prior.sample()
         self.renew()
         # Data that have observations of their own are filtered side by side.
-        apart = getattr(self.likelihood, "factorized", False)
-        self.filters = diffusion.batch_shape if apart else torch.Size()
+        self.filters = diffusion.batch_shape if likelihood.factorized else torch.Size()
 
     def renew(self) -> None:
         """Evaluate the schedule as it is now: it may have been trained or loaded since."""

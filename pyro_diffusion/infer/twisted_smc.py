@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from pyro_diffusion.denoisers import Denoiser, NetworkDenoiser
 from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.distributions.base import home
 from pyro_diffusion.estimate import UNBIASED, Estimate
 from pyro_diffusion.guidance import (
     MMPS,
@@ -22,15 +23,17 @@ from pyro_diffusion.infer.particle_filter import ParticleFilter
 from pyro_diffusion.infer.particles import Particles
 from pyro_diffusion.infer.resampling import genealogical_variance
 from pyro_diffusion.infer.twisted_chain import Proposal, Target, TwistedChain
+from pyro_diffusion.likelihoods import Likelihood
+from pyro_diffusion.likelihoods.base import check_likelihood
 from pyro_diffusion.processes import GaussianProcess
 
 __all__ = ["Particles", "TwistedSMC", "default_guidance"]
 
-Guidance = Callable[[Denoiser, Any], GuidedDenoiser]
+Guidance = Callable[[Denoiser, Likelihood], GuidedDenoiser]
 Filter = TypeVar("Filter", bound=ParticleFilter)
 
 
-def default_guidance(denoiser: Denoiser, likelihood: Any) -> GuidedDenoiser:
+def default_guidance(denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
     """The guidance that asks most of a likelihood and gets it.
 
     Gaussian conditioning for Normal observations of real data, and on deviance residuals where every other
@@ -50,13 +53,11 @@ def default_guidance(denoiser: Denoiser, likelihood: Any) -> GuidedDenoiser:
     except ValueError:
         return SampledGuidance(denoiser, likelihood)
     own = likelihood.batch_shape + likelihood.event_shape
-    trial = torch.zeros(own, dtype=likelihood.prior.dtype, device=likelihood.prior.device)
+    dtype, device = home(denoiser)
+    trial = torch.zeros(own, dtype=dtype, device=device)
     learned = any(isinstance(module, NetworkDenoiser) for module in denoiser.modules())
     conditioning = DiffPIR if learned else MMPS
-    kinds = [likelihood]
-    if hasattr(likelihood, "with_residuals"):
-        kinds.append(likelihood.with_residuals("deviance"))
-    for kind in kinds:
+    for kind in (likelihood, likelihood.with_residuals("deviance")):
         with contextlib.suppress(ValueError):
             kind.residual(trial)
             return conditioning(denoiser, kind)
@@ -88,7 +89,7 @@ class TwistedSMC:
 
     Args:
         diffusion: the prior, of the likelihood's batch shape or one that broadcasts to it.
-        likelihood: log p(y | x), a :class:`~pyro_diffusion.likelihoods.ProgramLikelihood` or alike. It
+        likelihood: log p(y | x), a :class:`~pyro_diffusion.likelihoods.ProgramLikelihood` or another. It
             makes the target, whatever the guidance approximates.
         guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one;
             :func:`default_guidance` if None.
@@ -109,7 +110,7 @@ class TwistedSMC:
     def __init__(
         self,
         diffusion: Diffusion,
-        likelihood: Any,
+        likelihood: Likelihood,
         guidance: Guidance | None = None,
         num_particles: int = 1024,
         ess_threshold: float = 0.5,
@@ -121,7 +122,7 @@ class TwistedSMC:
             raise ValueError(
                 f"diffusion: got {type(diffusion).__name__}, expected a Diffusion (the chain of any denoiser)"
             )
-        self.likelihood, self.progress = likelihood, progress
+        self.likelihood, self.progress = check_likelihood(likelihood), progress
         self.diffusion = diffusion.expand(likelihood.batch_shape)
         guided = (guidance or default_guidance)(diffusion.denoiser, likelihood)
         if not isinstance(guided, GuidedDenoiser):

@@ -1,28 +1,28 @@
 """The residual of a likelihood at one x_0, products of its Jacobian, and their Gaussian system."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_diffusion.dynamics import twice_differentiable_attention
+from pyro_diffusion.likelihoods.whitening import Whitened
 from pyro_diffusion.precision import matmul
 
-__all__ = ["LinearizedProgram", "solve"]
+__all__ = ["LinearizedLikelihood", "solve"]
 
 SLACK = 0.1  # how far below 1 an eigenvalue of S may fall before it is raised
 
 
-class LinearizedProgram:
-    r"""The whitened residual :math:`r(x_0)` of a Normal program, and :math:`B = -\partial r/\partial x_0`.
+class LinearizedLikelihood:
+    r"""The whitened residual :math:`r(x_0)` of a likelihood, and :math:`B = -\partial r/\partial x_0`.
 
-    The program is run once; every product is a walk back through it. *Data space* has the shape of x_0,
-    *residual space* that of r, rows + (m,): its rows are the data, or whole plates of them if the program
-    does not factorize over data. Rows never mix.
+    The likelihood is evaluated once; every product is a backward pass through it. *Data space* has the shape
+    of x_0, *residual space* that of r, rows + (m,): its rows are the data, or whole plates of them if the
+    likelihood does not factorize over data. Rows never mix.
 
     Args:
-        likelihood: what has ``whitened(x_0)``.
+        whitened: residual and log-normalizer as a function of x_0.
         x0: where, batch + event.
         graph: whether all of it stays differentiable in what x_0 came from; detached otherwise.
 
@@ -35,12 +35,14 @@ class LinearizedProgram:
         ValueError: if the residual has no gradient.
     """
 
-    def __init__(self, likelihood: Any, x0: Tensor, graph: bool = False) -> None:
+    def __init__(
+        self, whitened: Callable[[Tensor], Whitened], x0: Tensor, graph: bool = False
+    ) -> None:
         self.graph = graph
-        # `push` differentiates the program twice.
+        # `push` differentiates the likelihood twice.
         with torch.enable_grad(), twice_differentiable_attention():
             self._x0 = x0 if graph else x0.detach().requires_grad_()
-            self._residual, log_normalizer = likelihood.whitened(self._x0)
+            self._residual, log_normalizer = whitened(self._x0)
         if not self._residual.requires_grad:
             raise ValueError(
                 "likelihood: got a residual without a gradient in x_0, expected a program that can be "
@@ -58,7 +60,7 @@ class LinearizedProgram:
 
     def pull(self, u: Tensor) -> Tensor:
         """B^T u: from residual space to data space."""
-        return self._walk(self._residual, self._x0, -u)
+        return self._vjp(self._residual, self._x0, -u)
 
     def push(self, v: Tensor) -> Tensor:
         """B v: from data space to residual space."""
@@ -69,16 +71,17 @@ class LinearizedProgram:
                 (pulled,) = torch.autograd.grad(self._residual, self._x0, -u, create_graph=True)
             self._dual = (u, pulled)
         u, pulled = self._dual
-        return self._walk(pulled, u, v)
+        return self._vjp(pulled, u, v)
 
-    def _walk(self, end: Tensor, start: Tensor, weights: Tensor) -> Tensor:
+    def _vjp(self, end: Tensor, start: Tensor, weights: Tensor) -> Tensor:
+        """The Jacobian of ``end`` in ``start``, transposed, times weights."""
         (product,) = torch.autograd.grad(
             end, start, weights, retain_graph=True, create_graph=self.graph
         )
         return product
 
     def rows(self) -> Tensor:
-        """The rows of B, (m,) + data space (m walks)."""
+        """The rows of B, (m,) + data space (m backward passes)."""
         basis = torch.eye(self.size, dtype=self.residual.dtype, device=self.residual.device)
         return torch.stack([self.pull(e.expand_as(self.residual)) for e in basis])
 
@@ -94,6 +97,29 @@ class LinearizedProgram:
     def combined(self, rows: Tensor, u: Tensor) -> Tensor:
         """Sum of (m,) + data space under weights of residual space."""
         return matmul(u.unsqueeze(-2), self.flat(rows)).reshape(self.mean.shape)
+
+    def sample(self, variance: Tensor) -> Tensor:
+        r"""A draw of x_0 from :math:`p(y | x_0)\,\mathcal N(x_0; \text{mean}, v)`, linearized at the mean.
+
+        Of :math:`z \sim \mathcal N(0, v)` and :math:`e \sim \mathcal N(0, I)` in residual space it is
+
+        .. math:: \text{mean} + z + v B^T (I + v B B^T)^{-1} (r - B z + e),
+
+        exact where the residual is an affine function of x_0.
+
+        Args:
+            variance: v, one number.
+
+        References:
+            Hoffman & Ribak, 1991 (a draw conditioned by its own residual).
+        """
+        z = variance.sqrt() * torch.randn_like(self.mean)
+        rows = self.rows()
+        b = self.flat(rows)
+        product = matmul(b, self.per_row(z).unsqueeze(-1)).squeeze(-1)
+        gap = self.residual - product + torch.randn_like(self.residual)
+        u = solve(variance * matmul(b, b.mT), gap)[0]
+        return self.mean + z + variance * self.combined(rows, u)
 
 
 def solve(gap: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:

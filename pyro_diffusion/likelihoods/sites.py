@@ -1,4 +1,4 @@
-"""Where a Pyro program has its diffusion site, and whether its likelihood can be read."""
+"""Where a Pyro program has its diffusion site, and whether its likelihood can be extracted."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -28,31 +28,31 @@ from pyro_diffusion.likelihoods.run import (
 from pyro_diffusion.likelihoods.signature import signature_of
 from pyro_diffusion.validation import check_finite
 
-__all__ = ["DiffusionSite", "First", "MissingLatents", "first_run"]
+__all__ = ["DiffusionSite", "FirstRun", "MissingLatents", "first_run"]
 
 
 class DiffusionSite(NamedTuple):
-    """A sample site whose law is a diffusion, perhaps transformed.
+    """A sample site whose distribution is a diffusion, perhaps transformed.
 
     Attributes:
         name: of the site.
-        law: the diffusion, at its full batch shape (plates included).
+        diffusion: at its full batch shape (plates included).
         transforms: from x_0's scale to the site's value, first to last.
         batch_dims: how many dimensions of the site's value are batch; the diffusion may have more.
         plates: dimension (from the right) of each plate around the site, by name.
-        whole: the site's own distribution, with all that stands around the diffusion.
+        distribution: the site's own, with all that stands around the diffusion.
     """
 
     name: str
-    law: DenoisedDistribution
+    diffusion: DenoisedDistribution
     transforms: tuple[Any, ...]
     batch_dims: int
     plates: dict[str, int]
-    whole: Any
+    distribution: Any
 
     def value(self, x0: Tensor) -> Tensor:
         """x_0 as the site's value: through the decoder's scale and the transforms."""
-        decoder = getattr(self.law, "decoder", None)
+        decoder = getattr(self.diffusion, "decoder", None)
         if isinstance(decoder, QuantizedDecoder):
             # The integers' own line: differentiable, and exact where x_0 is one of the levels.
             x0 = (x0 - decoder.low) / decoder.width
@@ -64,7 +64,7 @@ class DiffusionSite(NamedTuple):
 REDRAWS = 5  # of latents that seem to matter to no observation
 
 
-class _FirstRun(Messenger):
+class _TrialMessenger(Messenger):
     """Gives every diffusion a trial value, so that nothing is sampled from one, and latents theirs."""
 
     def __init__(
@@ -77,7 +77,7 @@ class _FirstRun(Messenger):
         super().__init__()
         self.trial, self.latents, self.named = trial, latents, named
         self.subsamples, self.chance = subsamples, set[str]()
-        self.told: dict[str, Tensor] = {}
+        self.given: dict[str, Tensor] = {}
         self.sites: dict[str, DiffusionSite] = {}
         self.trials: list[Tensor] = []
         self.dims: dict[str, tuple[int, int]] = {}
@@ -103,7 +103,7 @@ class _FirstRun(Messenger):
                 name, found.base, found.transforms, len(fn.batch_shape), plates, fn
             )
             self.sites[name] = site
-            self.trials.append(self.trial(site.law))
+            self.trials.append(self.trial(site.diffusion))
             msg["value"] = site.value(self.trials[-1])
         else:
             value = fn(*msg["args"], **msg["kwargs"]).detach()
@@ -111,14 +111,14 @@ class _FirstRun(Messenger):
             self.drawn[name] = msg["value"]
 
     def _subsample(self, msg: Any) -> None:
-        """Give a subsampled plate the indices that are told, or note that it draws them anew."""
-        name, told = msg["name"], self.subsamples.get(msg["name"])
+        """Give a subsampled plate the indices that are given, or note that it draws them anew."""
+        name, given = msg["name"], self.subsamples.get(msg["name"])
         own, fn = msg["value"], msg["fn"]
-        if own is None and told is not None:
-            msg["value"] = self.told[name] = told
+        if own is None and given is not None:
+            msg["value"] = self.given[name] = given
         elif own is None and fn.subsample_size is not None and fn.subsample_size < fn.size:
             self.chance.add(name)
-        elif told is not None and not torch.equal(torch.as_tensor(own), told.to("cpu")):
+        elif given is not None and not torch.equal(torch.as_tensor(own), given.to("cpu")):
             raise ValueError(
                 f"plate {name!r}: got other indices in the model than in the guide, expected the same (pass "
                 "create_plates to the outermost guide, with the model's own subsample)"
@@ -133,7 +133,7 @@ class MissingLatents(ValueError):
         self.names = names
 
 
-class First(NamedTuple):
+class FirstRun(NamedTuple):
     """What the first run of a program tells.
 
     Attributes:
@@ -144,7 +144,7 @@ class First(NamedTuple):
         observed: the observed sites.
         factorized: whether each datum of the site has its own observations.
         signature: what tells one structure of the program from another.
-        subsamples: the indices that plates were told.
+        subsamples: the indices that plates were given.
     """
 
     site: DiffusionSite
@@ -164,12 +164,12 @@ def first_run(
     trial: Callable[[DenoisedDistribution], Tensor],
     subsamples: dict[str, Tensor],
     known: Any = None,
-) -> First:
+) -> FirstRun:
     """Run a program once and find its sites.
 
     Args:
         program: the model with its arguments.
-        named: the diffusion site's name, if it is told.
+        named: the diffusion site's name, if it is given.
         latents: values of other latents.
         trial: gives every diffusion its value.
         subsamples: indices of subsampled plates.
@@ -179,49 +179,49 @@ def first_run(
         ValueError: for no diffusion site, several, an observed one, other latents, plates of which a
             subsample tells not enough, no observations, or such as are not finite though no mask hides them.
     """
-    run = _FirstRun(trial, latents, named, subsamples)
+    run = _TrialMessenger(trial, latents, named, subsamples)
     nodes = _traced(run, program)
     site = _choose(nodes, run.sites, named)
     _check_names(nodes, site, latents)
-    reads = _reads(nodes, latents)
-    if not reads:
+    sites = _observed_sites(nodes, latents)
+    if not sites:
         raise ValueError(
             "model: got no observed site and no factor, expected at least one (pass data with `obs=`, or use "
             "pyro.condition)"
         )
-    factorized = _factorizes(site, site.law.batch_shape, reads)
-    _check_subsamples(nodes[site.name], reads, factorized, run.chance)
-    for node in reads:
+    factorized = _factorizes(site, site.diffusion.batch_shape, sites)
+    _check_subsamples(nodes[site.name], sites, factorized, run.chance)
+    for node in sites:
         _check_exact(node)
         if torch.is_tensor(node["value"]):
             check_finite(f"site {node['name']!r}", node["value"])
-    signature = signature_of(nodes, latents, _total(reads))
-    idle = _idle(reads, run.drawn, [nodes[site.name]["value"], *_tensors(site.law)])
+    signature = signature_of(nodes, latents, _total(sites))
+    idle = _idle(sites, run.drawn, [nodes[site.name]["value"], *_tensors(site.diffusion)])
     redraws = 1 if signature == known else REDRAWS
     for _ in range(redraws if idle else 0):
         # What no gradient shows, a comparison or a rounding: the same x_0 with other values of them.
         kept = iter(run.trials)
-        again = _FirstRun(functools.partial(_next, kept), latents, named, subsamples)
-        others = _reads(_traced(again, program), latents)
-        if not torch.equal(_total(reads).detach(), _total(others).detach()):
+        again = _TrialMessenger(functools.partial(_next, kept), latents, named, subsamples)
+        others = _observed_sites(_traced(again, program), latents)
+        if not torch.equal(_total(sites).detach(), _total(others).detach()):
             idle = {}
             break
     _check_given(nodes, site, {*latents, *idle})
-    frames = [f for node in (nodes[site.name], *reads) for f in node["cond_indep_stack"]]
+    frames = [f for node in (nodes[site.name], *sites) for f in node["cond_indep_stack"]]
     nesting = max([site.batch_dims, *(-f.dim for f in frames if f.dim is not None)])
-    return First(site, nesting, idle, run.dims, reads, factorized, signature, run.told)
+    return FirstRun(site, nesting, idle, run.dims, sites, factorized, signature, run.given)
 
 
-def _reads(nodes: dict[str, Message], latents: dict[str, Tensor]) -> list[Message]:
+def _observed_sites(nodes: dict[str, Message], latents: dict[str, Tensor]) -> list[Message]:
     return [without_missing(of_each_datum(node)) for node in observations(nodes, latents)]
 
 
 def _check_subsamples(
-    node: Message, reads: list[Message], factorized: bool, chance: set[str]
+    node: Message, sites: list[Message], factorized: bool, chance: set[str]
 ) -> None:
     """Refuse a subsampled plate unless each datum of the site is in it with its own observations."""
     around = {f.name for f in node["cond_indep_stack"]}
-    frames = [f for site in (node, *reads) for f in site["cond_indep_stack"]]
+    frames = [f for site in (node, *sites) for f in site["cond_indep_stack"]]
     for frame in frames:
         if frame.full_size in (None, frame.size):
             continue
@@ -289,12 +289,12 @@ def _check_names(
             )
 
 
-def _next(values: Iterator[Tensor], law: DenoisedDistribution) -> Tensor:
-    del law
+def _next(values: Iterator[Tensor], prior: DenoisedDistribution) -> Tensor:
+    del prior
     return next(values)
 
 
-def _traced(run: _FirstRun, program: Callable[[], Any]) -> dict[str, Message]:
+def _traced(run: _TrialMessenger, program: Callable[[], Any]) -> dict[str, Message]:
     """The sample sites of a run."""
     with isolated(), torch.inference_mode(False), torch.enable_grad(), poutine.trace() as tracer:
         try:
@@ -308,19 +308,20 @@ def _traced(run: _FirstRun, program: Callable[[], Any]) -> dict[str, Message]:
     return {k: node for k, node in traced.items() if node["type"] == "sample"}
 
 
-def _total(reads: list[Message]) -> Tensor:
-    parts = [log_density(node).sum() for node in reads]
+def _total(sites: list[Message]) -> Tensor:
+    parts = [log_density(node).sum() for node in sites]
     return sum(parts[1:], parts[0])
 
 
-def _tensors(law: DenoisedDistribution) -> list[Tensor]:
+def _tensors(prior: DenoisedDistribution) -> list[Tensor]:
     """What the prior itself is made of."""
-    return [*law.context.values(), *law.denoiser.buffers(), *law.denoiser.parameters()]
+    denoiser = prior.denoiser
+    return [*prior.context.values(), *denoiser.buffers(), *denoiser.parameters()]
 
 
-def _idle(reads: list[Message], drawn: dict[str, Tensor], prior: list[Tensor]) -> dict[str, Tensor]:
+def _idle(sites: list[Message], drawn: dict[str, Tensor], prior: list[Tensor]) -> dict[str, Tensor]:
     """Latents that neither observations nor the prior depend on: predictions, what `obs_mask` leaves out."""
-    total = _total(reads)
+    total = _total(sites)
     total = sum((v.sum() for v in prior if v.requires_grad), total)
     values = {name: value for name, value in drawn.items() if value.requires_grad}
     if not values:
@@ -355,21 +356,21 @@ def _check_given(nodes: dict[str, Message], site: DiffusionSite, given: set[str]
 
 def _check_exact(node: Message) -> None:
     found, name = unwrap_diffusion(node["fn"]), node["name"]
-    law = None if found is None else found.base
-    got = f"site {name!r}: got an observed {type(law).__name__}"
-    if isinstance(law, BoundedDistribution):
+    diffusion = None if found is None else found.base
+    got = f"site {name!r}: got an observed {type(diffusion).__name__}"
+    if isinstance(diffusion, BoundedDistribution):
         raise ValueError(
             f"{got}, whose log_prob is a random bound, expected its value as latents={{{name!r}: value}} "
             "(which leaves its own density out), or a ProbabilityFlow"
         )
-    if isinstance(law, ProbabilityFlow) and law.trace.stochastic:
+    if isinstance(diffusion, ProbabilityFlow) and diffusion.trace.stochastic:
         raise ValueError(
-            f"{got} with {type(law.trace).__name__}(), whose log_prob is a random estimate (with a seed, "
-            "too: each row has its own probes), expected one with ExactTrace()"
+            f"{got} with {type(diffusion.trace).__name__}(), whose log_prob is a random estimate (with a "
+            "seed, too: each row has its own probes), expected one with ExactTrace()"
         )
 
 
-def _factorizes(site: DiffusionSite, batch: torch.Size, reads: list[Message]) -> bool:
+def _factorizes(site: DiffusionSite, batch: torch.Size, sites: list[Message]) -> bool:
     if batch.numel() == 1:
         return True
     if len(batch) != site.batch_dims:
@@ -379,5 +380,5 @@ def _factorizes(site: DiffusionSite, batch: torch.Size, reads: list[Message]) ->
         size == 1 or d in dims for d, size in zip(range(-len(batch), 0), batch, strict=True)
     )
     return declared and all(
-        set(site.plates) <= {f.name for f in node["cond_indep_stack"]} for node in reads
+        set(site.plates) <= {f.name for f in node["cond_indep_stack"]} for node in sites
     )

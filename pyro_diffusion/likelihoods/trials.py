@@ -3,7 +3,7 @@
 import itertools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,59 +19,45 @@ from pyro_diffusion.processes import (
     drawing_from,
 )
 
-__all__ = ["Analysis", "Look", "agree", "choose_way", "look", "trials"]
+__all__ = ["Dependence", "agree", "choose_vectorization", "find_dependence", "trials"]
 
 TRIALS = 3
 
 
-class Look(NamedTuple):
-    """What trial runs tell of the observed sites.
+class Dependence(NamedTuple):
+    """How observed sites depend on x_0.
 
     Attributes:
         dependent: names of those that depend on x_0.
-        rigid: names of those that change with x_0 but have no gradient.
-        unfit: name and law of a site that depends on x_0 and has no residual, for each kind of residual that
-            some site lacks.
-        batch: a number of draws that no dimension of the program has: a wrong broadcast then fails, or shows
-            in the numbers.
+        without_gradient: names of those that change with x_0 but have no gradient.
+        without_residual: name and distribution of a site that depends on x_0 and has no residual, for each
+            kind of residual that some site lacks.
+        batch_size: a number of draws that no dimension of the program has: a wrong broadcast then fails, or
+            shows in the numbers.
         varying: names of those whose log-density differs between the trial draws.
     """
 
     dependent: frozenset[str]
-    rigid: tuple[str, ...]
-    unfit: dict[str, tuple[str, str]]
-    batch: int
+    without_gradient: tuple[str, ...]
+    without_residual: dict[str, tuple[str, str]]
+    batch_size: int
     varying: frozenset[str]
 
 
-class Analysis(NamedTuple):
-    """What trial runs found, and the structure that it holds for.
-
-    Attributes:
-        signature: of the program, its arguments and latents.
-        look: what depends on x_0.
-        vectorized: whether a batch is put left of the plates, with one set of latents and with many.
-    """
-
-    signature: Any
-    look: Look
-    vectorized: dict[bool, bool]
-
-
-def trials(law: DenoisedDistribution) -> Tensor:
+def trials(prior: DenoisedDistribution) -> Tensor:
     """A few x_0 to try a program on, the same at each call; the global generators are left alone."""
-    process = law.denoiser.process
-    shape = (TRIALS, *law.batch_shape, *law.event_shape)
+    process = prior.denoiser.process
+    shape = (TRIALS, *prior.batch_shape, *prior.event_shape)
     generator = torch.Generator().manual_seed(0)
     if isinstance(process, CategoricalProcess):
-        return torch.randint(process.states, shape, generator=generator).to(law.device)
+        return torch.randint(process.states, shape, generator=generator).to(prior.device)
     if isinstance(process, GaussianProcess):
-        return torch.randn(shape, generator=generator, dtype=law.dtype).to(law.device)
+        return torch.randn(shape, generator=generator, dtype=prior.dtype).to(prior.device)
     with drawing_from(SeededNoise(0)):
-        return law.sample(torch.Size((TRIALS,)))
+        return prior.sample(torch.Size((TRIALS,)))
 
 
-def look(run: Callable[[Tensor], list[Message]], draws: Tensor) -> Look:
+def find_dependence(run: Callable[[Tensor], list[Message]], draws: Tensor) -> Dependence:
     """Run a program singly on trial draws.
 
     Raises:
@@ -102,40 +88,46 @@ def look(run: Callable[[Tensor], list[Message]], draws: Tensor) -> Look:
                 sizes |= {*log_prob.shape, *site["fn"].event_shape}
     varying = {k for k, v in densities.items() if not all(torch.equal(v[0], x) for x in v)}
     dependent = frozenset(linked | varying)
-    unfit = {}
+    without_residual = {}
     for kind in RESIDUALS:
         others = [k for k in densities if k in dependent and whitened(sites[k], kind) is None]
         if others:
-            unfit[kind] = others[0], _law_name(sites[others[0]])
-    batch = next(n for n in itertools.count(TRIALS) if n not in sizes)
-    return Look(dependent, tuple(sorted(varying - sloped)), unfit, batch, frozenset(varying))
+            without_residual[kind] = others[0], _distribution_name(sites[others[0]])
+    batch_size = next(n for n in itertools.count(TRIALS) if n not in sizes)
+    return Dependence(
+        dependent,
+        tuple(sorted(varying - sloped)),
+        without_residual,
+        batch_size,
+        frozenset(varying),
+    )
 
 
-def choose_way(read: Callable[[bool], Tensor], expected: Tensor) -> bool:
+def choose_vectorization(log_prob: Callable[[bool], Tensor], expected: Tensor) -> bool:
     """Whether a batch can be put left of a program's plates (True), or must be run under vmap (False).
 
     Args:
-        read: log-probabilities of trial draws, run in that way.
+        log_prob: log-probabilities of trial draws, run in that way.
         expected: those of single runs.
 
     Raises:
         ValueError: if neither gives the same numbers.
     """
-    said = []
-    for way in (True, False):
+    failures = []
+    for vectorized in (True, False):
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
-                got = read(way)
+                got = log_prob(vectorized)
         except Exception as error:  # whatever a program that is not written for batches may raise
-            said.append(f"{type(error).__name__}: {error}".strip().splitlines()[0])
+            failures.append(f"{type(error).__name__}: {error}".strip().splitlines()[0])
             continue
         if agree(got, expected):
-            return way
-        said.append("other numbers than single runs")
+            return vectorized
+        failures.append("other numbers than single runs")
     raise ValueError(
-        f"model: got no batch of x_0 through it. With a dimension left of all plates: {said[0]}. Under "
-        f"torch.func.vmap: {said[1]}. Expected a program without randomness of its own that indexes data "
+        f"model: got no batch of x_0 through it. With a dimension left of all plates: {failures[0]}. Under "
+        f"torch.func.vmap: {failures[1]}. Expected a program without randomness of its own that indexes data "
         "from the right (x[..., 0], sum(-1)), or one that vmap can run (no branch on values)"
     )
 
@@ -148,5 +140,5 @@ def agree(got: Tensor, expected: Tensor) -> bool:
     return got.shape == expected.shape and torch.allclose(got, expected, tolerance, slack)
 
 
-def _law_name(site: Message) -> str:
+def _distribution_name(site: Message) -> str:
     return type(unwrap(site["fn"], torch.distributions.TransformedDistribution).base).__name__

@@ -37,8 +37,7 @@ def whitened(site: Message, residuals: str = "normal") -> tuple[Tensor, Tensor, 
 
     Args:
         site: an observed site.
-        residuals: ``"deviance"`` for :func:`~pyro_diffusion.likelihoods.deviance_residual` of sites
-            that are not Normal.
+        residuals: ``"deviance"`` for signed deviance residuals of sites that are not Normal.
 
     Returns:
         r and n, of one shape, sample + batch + event, and their number of event dimensions; None if the site

@@ -18,6 +18,7 @@ from pyro_diffusion import (
     likelihoods,
     optim,
     plotting,
+    samplers,
     schedules,
 )
 from pyro_diffusion import nn as networks
@@ -75,7 +76,7 @@ def guidance_calls() -> list[Call]:
     x0 = lambda: {"x0": data()}  # noqa: E731
 
     def daps(**arguments: Any) -> Any:
-        return chain(sampler=guidance.DAPS(read(), **arguments)).sample((2,))
+        return chain(sampler=samplers.DAPS(read(), **arguments)).sample((2,))
 
     def step(**arguments: Any) -> Any:
         guided = guidance.PlugIn(exact(), read(), step_size=guidance.DPSStep(**arguments))
@@ -92,10 +93,6 @@ def guidance_calls() -> list[Call]:
         posterior = guided(data(2), torch.tensor(0.5), label=torch.tensor([0, 1]))
         return posterior.mean
 
-    def identity(x: Any) -> Any:
-        return 2 * x, (x,)
-
-    solve = {"apply": identity, "b": torch.ones(2, 3), "iterations": 2}
     return [
         *(
             Call(
@@ -123,7 +120,7 @@ def guidance_calls() -> list[Call]:
             step,
             of({"zeta": 1.0, "times": TIMES, "eta": 1.0, "squared_norm": True}),
         ),
-        Call("guidance.DAPS", daps, of({"inner": 2, "moves": 2})),
+        Call("samplers.DAPS", daps, of({"inner": 2, "moves": 2})),
         Call(
             "guidance.ClassifierGuidance",
             functools.partial(wrapped, guidance.ClassifierGuidance),
@@ -178,13 +175,6 @@ def guidance_calls() -> list[Call]:
                 }
             ),
             weight=2,
-        ),
-        Call("guidance.conjugate_gradients", guidance.conjugate_gradients, of(solve)),
-        Call("guidance.gmres", guidance.gmres, of(solve)),
-        Call(
-            "likelihoods.deviance_residual",
-            likelihoods.deviance_residual,
-            of({"fn": dist.Poisson(torch.ones(3)), "value": torch.tensor([0.0, 1.0, 2.0])}),
         ),
     ]
 

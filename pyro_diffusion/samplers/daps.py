@@ -1,29 +1,43 @@
 r"""Decoupled annealing: a draw of x_0 given x_t and y at every level, noised anew for the next."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from pyro_diffusion.likelihoods.linearization import LinearizedProgram, solve
-from pyro_diffusion.precision import matmul
 from pyro_diffusion.processes import ForwardProcess, draw
 from pyro_diffusion.processes.gaussian import GaussianCoefficients
-from pyro_diffusion.samplers import DDIM, Sampler, State
-from pyro_diffusion.samplers.base import Read
+from pyro_diffusion.samplers.ancestral import DDIM
+from pyro_diffusion.samplers.base import Read, Sampler, State
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.schedules.base import table_row
 from pyro_diffusion.validation import check_positive_int
 
-__all__ = ["DAPS", "DAPSCoefficients"]
+__all__ = ["DAPS"]
+
+
+@runtime_checkable
+class Observations(Protocol):
+    """What the sampler asks of a likelihood; see :class:`~pyro_diffusion.likelihoods.Likelihood`."""
+
+    def check_gradient(self) -> None:
+        """Refuse a likelihood without a gradient in x_0."""
+
+    def log_prob(self, x0: Tensor) -> Tensor:
+        """log p(y | x_0) in nats, one number for each row."""
+        ...
+
+    def sample_near(self, center: Tensor, variance: Tensor) -> Tensor:
+        """A draw of x_0 from p(y | x_0) N(x_0; center, variance), linearized at the center."""
+        ...
 
 
 class DAPSCoefficients(NamedTuple):
-    """Rows of the walk to x_0 within each step.
+    """Rows of the path to x_0 within each step.
 
     Attributes:
-        levels: where the denoiser is read, rows + (inner,).
+        levels: where the denoiser is evaluated, rows + (inner,).
         bridges: from each to the next, rows + (inner - 1,).
         variance: r^2, rows.
     """
@@ -36,28 +50,32 @@ class DAPSCoefficients(NamedTuple):
 class DAPS(Sampler):
     r"""Decoupled annealing posterior sampling. At each level t:
 
-    1. :math:`\tilde x_0` from x_t by ``inner`` deterministic reads of the denoiser, evenly in log-SNR;
+    1. :math:`\tilde x_0` from x_t by ``inner`` deterministic steps (DDIM), evenly in log-SNR;
     2. a draw of :math:`x_0` from :math:`p(y | x_0)\,\mathcal N(x_0; \tilde x_0, r_t^2)`;
     3. :math:`x_s \sim q(x_s | x_0)`, of no memory of x_t.
 
-    A sampler, not a guidance: it walks with the *prior's* denoiser. Step 2 is one exact draw for linear
-    Normal observations (for others it is that of the program linearized at :math:`\tilde x_0`), or
-    ``moves`` of Metropolis-adjusted Langevin dynamics for any differentiable likelihood, started at
-    :math:`\tilde x_0` with a step of its own for each row that adapts in the first half of the moves.
+    A sampler, not a guidance: it takes the *prior's* denoiser. Step 2 is one exact draw for linear Normal
+    observations (for others that of the likelihood linearized at :math:`\tilde x_0`), or ``moves`` of
+    Metropolis-adjusted Langevin dynamics for any differentiable likelihood, started at :math:`\tilde x_0`
+    with a step size of its own for each row that adapts in the first half of the moves:
 
-    Approximate, as :math:`p(x_0|x_t)` is no such normal. Exact in law for isotropic normal data with
+    .. math:: x' = x + h\, g(x) + \sqrt{2 h}\, \epsilon, \qquad
+              g(x) = \nabla \log p(y | x) - (x - \tilde x_0) / r_t^2 .
+
+    Approximate, as :math:`p(x_0|x_t)` is no such normal. Exact in distribution for isotropic normal data with
     ``inner=1`` (then :math:`\tilde x_0` is the posterior mean) and ``variance`` the posterior's. Gaussian
     processes only. ``inner`` network evaluations a step.
 
     Args:
-        likelihood: a :class:`~pyro_diffusion.likelihoods.ProgramLikelihood`.
-        inner: reads of the denoiser in step 1.
+        likelihood: a :class:`~pyro_diffusion.likelihoods.Likelihood`.
+        inner: evaluations of the denoiser in step 1.
         variance: a function of the level, :math:`r_t^2`; by default the paper's :math:`\sigma^2/\alpha^2`.
-        moves: Langevin moves in step 2, each one gradient of the program; None for the exact draw.
+        moves: Langevin moves in step 2, each one gradient of the likelihood; None for the exact draw.
 
     Raises:
-        ValueError: if inner or moves < 1, the variance is not callable, or the likelihood has no gradient;
-            when called, for a process that is not Gaussian, or observations that are not Normal and no moves.
+        ValueError: for what is no likelihood or has no gradient, inner or moves < 1, or a variance that is
+            not callable; when called, for a process that is not Gaussian, or observations that are not
+            Normal and no moves.
 
     References:
         Zhang et al., arXiv 2407.01521, algorithm 1 (unadjusted there, with tuned steps).
@@ -65,12 +83,17 @@ class DAPS(Sampler):
 
     def __init__(
         self,
-        likelihood: Any,
+        likelihood: Observations,
         *,
         inner: int = 5,
         variance: Callable[[Level], Tensor] | None = None,
         moves: int | None = None,
     ) -> None:
+        if not isinstance(likelihood, Observations):
+            raise ValueError(
+                f"likelihood: got {type(likelihood).__name__}, expected a Likelihood such as "
+                "ProgramLikelihood"
+            )
         likelihood.check_gradient()
         self.likelihood = likelihood
         self.inner = self.evaluations = check_positive_int("inner", inner)
@@ -84,7 +107,7 @@ class DAPS(Sampler):
         return f"DAPS(inner={self.inner}, moves={self.moves})"
 
     def coefficients(self, process: ForwardProcess, s: Level, t: Level) -> DAPSCoefficients:
-        """The inner walks: from t towards the grid's first time, where only reading would remain.
+        """The inner steps: from t towards the grid's first time, where no more than the mean remains.
 
         Raises:
             ValueError: for a process that is not Gaussian.
@@ -106,31 +129,19 @@ class DAPS(Sampler):
         t: Level,
         c: DAPSCoefficients,
     ) -> State:
-        """Walk to x_0, draw it given y, noise it to s."""
+        """Follow the flow to x_0, draw it given y, noise it to s."""
         x = state.x
         for i in range(self.inner):
             x0 = read(x, c.levels.at(i)).mean
             if i < self.inner - 1:
                 x = self._flow.cross(process, x, x0, table_row(c.bridges, i))
         if self.moves is None:
-            x0 = self._conditioned(x0, c.variance)
+            x0 = self.likelihood.sample_near(x0, c.variance)
         else:
-            x0 = self._moved(x0, c.variance, self.moves)
+            x0 = self._langevin(x0, c.variance, self.moves)
         return State(draw(process.marginal(x0, s)).detach())
 
-    def _conditioned(self, center: Tensor, variance: Tensor) -> Tensor:
-        """A draw of the prior moved by its own residual: exact where the residual is affine."""
-        at = LinearizedProgram(self.likelihood, center)
-        drawn = variance.sqrt() * torch.randn_like(center)
-        rows = at.rows()
-        flat = at.flat(rows)
-        lead = at.residual.shape[:-1]
-        read = matmul(flat, drawn.reshape(*lead, -1, 1)).squeeze(-1)
-        gap = at.residual - read + torch.randn_like(at.residual)
-        u = solve(variance * matmul(flat, flat.mT), gap)[0]
-        return center + drawn + variance * at.combined(rows, u)
-
-    def _moved(self, center: Tensor, variance: Tensor, moves: int) -> Tensor:
+    def _langevin(self, center: Tensor, variance: Tensor, moves: int) -> Tensor:
         """Metropolis-adjusted Langevin moves, with steps adapted towards the acceptance 0.574."""
 
         def target(x0: Tensor) -> tuple[Tensor, Tensor]:
