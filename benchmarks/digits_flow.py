@@ -97,10 +97,10 @@ def main() -> None:
     x = digits.load()["test"][: args.images]
     title = f"first {len(x)} test images, bits/dim"
     print(f"\n{title:<46} {'value':>8} {'s.e.':>8} {'probes':>8} {'reads':>8}  kind")
-    chain = digits.law(denoiser, 1000)
+    chain = digits.diffusion(denoiser, 1000)
     bound = evaluate.log_likelihood(chain, x, num_terms=500)
     line("bound, 1000 steps", bound.bits_per_dim, bound.kind)
-    short = digits.law(denoiser, 100)
+    short = digits.diffusion(denoiser, 100)
     weighted = evaluate.importance_weighted(short, x, num_samples=8)
     line("8 weighted chains of 100 steps", weighted.bits_per_dim, weighted.kind)
     trace: Trace = Hutchinson(args.probes) if args.probes else ExactTrace()

@@ -272,7 +272,7 @@ def images(args: argparse.Namespace) -> bool:
     """The trained digits: bits per dimension of test images."""
     data = digits.load()
     base = digits.trained(args.digits)
-    like = digits.law(base, 1000)
+    like = digits.diffusion(base, 1000)
     train = like.encode(data["train"])
     tape, test = Tape(base), data["test"][: args.images]
     pyro.set_rng_seed(args.seed)

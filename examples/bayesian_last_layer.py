@@ -70,9 +70,9 @@ class Model(PyroModule):
         self, x: Tensor, view: Callable[[denoisers.Denoiser], Diffusion | ProbabilityFlow]
     ) -> Tensor:
         """The program."""
-        law = view(self.denoiser)  # here the weights are drawn: before the plate
+        site = view(self.denoiser)  # here the weights are drawn: before the plate
         with pyro.plate("data", len(x), subsample_size=min(self.batch, len(x))) as index:
-            return pyro.sample("x", law, obs=x[index])
+            return pyro.sample("x", site, obs=x[index])
 
 
 def train(data: Tensor, args: argparse.Namespace) -> tuple[Model, AutoNormal]:

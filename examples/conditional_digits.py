@@ -1,8 +1,8 @@
 """Digits of a class that one asks for: classifier guidance beside classifier-free guidance.
 
 One network is trained on digits and their labels by plain SVI; a tenth of the labels is dropped, so that it
-is also read without one. A small classifier is trained on noisy digits. Classifier guidance is the unlabelled
-read, moved by the classifier's gradient; classifier-free guidance pushes the labelled read away from the
+is also evaluated without one. A small classifier is trained on noisy digits. Classifier guidance shifts the
+unlabelled mean by the classifier's gradient; classifier-free guidance pushes the labelled mean away from the
 unlabelled one. A support vector machine, trained on clean digits, judges what comes out.
 
 Run: python examples/conditional_digits.py
@@ -67,7 +67,7 @@ def build(args: argparse.Namespace) -> LevelsDenoiser:
     return LevelsDenoiser(network, process, denoisers.uniform_levels(digits.LEVELS))
 
 
-def law(denoiser: denoisers.Denoiser, steps: int, label: Tensor | None = None) -> Diffusion:
+def diffusion(denoiser: denoisers.Denoiser, steps: int, label: Tensor | None = None) -> Diffusion:
     """The chain over images, of the labels' batch shape if there are any."""
     return Diffusion(
         denoiser,
@@ -125,7 +125,7 @@ def train(args: argparse.Namespace) -> tuple[LevelsDenoiser, Classifier]:
         pyro.module("denoiser", denoiser)
         scale = 1 / (len(x) * x[0].numel() * math.log(2))  # the loss in bits per pixel
         with pyro.plate("data", len(x)), poutine.scale(scale=scale):
-            pyro.sample("x", law(denoiser, 1000, label), obs=x)
+            pyro.sample("x", diffusion(denoiser, 1000, label), obs=x)
 
     def noisy_labels(x: Tensor, label: Tensor) -> None:
         pyro.module("classifier", classifier)
@@ -201,15 +201,15 @@ def diversity(x: Tensor, label: Tensor) -> tuple[float, float]:
 def methods(
     denoiser: LevelsDenoiser, classifier: Classifier, label: Tensor, args: argparse.Namespace
 ) -> dict[str, Diffusion]:
-    """The laws to draw from, by title."""
-    laws = {}
+    """The diffusions to draw from, by title."""
+    diffusions = {}
     for scale in args.scales:
         guided = guidance.ClassifierGuidance(denoiser, classifier, label, scale)
-        laws[f"classifier, w = {scale:g}"] = law(guided, args.chain).expand(label.shape)
+        diffusions[f"classifier, w = {scale:g}"] = diffusion(guided, args.chain).expand(label.shape)
     for scale in args.scales:
         free = guidance.ClassifierFreeGuidance(denoiser, scale)
-        laws[f"classifier-free, w = {scale:g}"] = law(free, args.chain, label)
-    return laws
+        diffusions[f"classifier-free, w = {scale:g}"] = diffusion(free, args.chain, label)
+    return diffusions
 
 
 def report(rows: dict[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, list[float]]]:
@@ -226,7 +226,7 @@ def report(rows: dict[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, list[f
 
 
 def draw(rows: dict[str, tuple[Tensor, Tensor]], each: int) -> Figure:
-    """One panel a law: a column a class."""
+    """One panel for each diffusion, one column for each class."""
     figure = Figure(figsize=(9.6, 1.2 + 1.1 * each * len(rows) / 4), layout="constrained")
     axes = figure.subplots(-(-len(rows) // 2), 2, squeeze=False).flatten()
     for ax in axes[len(rows) :]:
@@ -254,7 +254,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--null", type=float, default=0.1, help="share of labels dropped")
     parser.add_argument("--width", type=int, default=32, help="channels of the networks")
     parser.add_argument("--chain", type=int, default=60, help="steps of a sampled chain")
-    parser.add_argument("--samples", type=int, default=20, help="images of each class and law")
+    parser.add_argument(
+        "--samples", type=int, default=20, help="images of each class and diffusion"
+    )
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="w")
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(argv)

@@ -37,26 +37,26 @@ def rate(x: Tensor, args: argparse.Namespace) -> Tensor:
     return args.background + args.peak * x.float().clamp(min=0) / HIGH
 
 
-def program(law: Diffusion, args: argparse.Namespace) -> Callable[[Tensor], None]:
+def program(diffusion: Diffusion, args: argparse.Namespace) -> Callable[[Tensor], None]:
     """The generative model of counts y, (n, 1, 8, 8)."""
 
     def model(y: Tensor) -> None:
         with pyro.plate("images", len(y)):
-            x = pyro.sample("x", law)
+            x = pyro.sample("x", diffusion)
             pyro.sample("y", dist.Poisson(rate(x, args)).to_event(3), obs=y)
 
     return model
 
 
-def infer(law: Diffusion, y: Tensor, train: Tensor, args: argparse.Namespace) -> Particles:
-    """Particles of the posterior, guided by deviance residuals and weighed by the Poisson law."""
+def infer(diffusion: Diffusion, y: Tensor, train: Tensor, args: argparse.Namespace) -> Particles:
+    """Particles of the posterior, guided by deviance residuals and weighed by the Poisson likelihood."""
     conditioning = by_covariance(train)
 
     def guidance(denoiser: denoisers.Denoiser, likelihood: ProgramLikelihood) -> GuidedDenoiser:
         return conditioning(denoiser, likelihood.with_residuals("deviance"))
 
-    likelihood = ProgramLikelihood(program(law, args), (y,))
-    return TwistedSMC(law, likelihood, guidance, args.particles, progress=args.progress).run()
+    likelihood = ProgramLikelihood(program(diffusion, args), (y,))
+    return TwistedSMC(diffusion, likelihood, guidance, args.particles, progress=args.progress).run()
 
 
 def independent(train: Tensor, y: Tensor, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
@@ -133,12 +133,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    law = digits.law(prior(args), args.steps)
+    diffusion = digits.diffusion(prior(args), args.steps)
     pyro.set_rng_seed(args.seed)
     data = digits.load()
     x = data["test"][: args.images]
     y = torch.poisson(rate(x, args))
-    particles = infer(law, y, data["train"], args)
+    particles = infer(diffusion, y, data["train"], args)
     metrics = report(particles, x, y, data["train"], args)
     draws = particles.sample((args.shown,)).transpose(0, 1).flatten(0, 1)
     figure = panels(

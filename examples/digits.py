@@ -4,7 +4,7 @@ Run: python examples/digits.py
 Longer: python examples/digits.py --steps 5000 --dropout 0.4 --weight-decay 0.2 --out results/digits_longer
 
 Integers 0..16 are modelled as integers: the denoiser returns a posterior over the 17 levels of each pixel,
-the decoder reads it as probabilities. Training is plain SVI. A run that was killed goes on from its
+the decoder takes them as probabilities. Training is plain SVI. A run that was killed goes on from its
 checkpoint and ends where it would have ended.
 """
 
@@ -49,13 +49,13 @@ def load() -> dict[str, Tensor]:
 
 
 def build(args: argparse.Namespace) -> LevelsDenoiser:
-    """A U-Net read as a posterior over the levels of every pixel."""
+    """A U-Net that gives a posterior over the levels of every pixel."""
     process = GaussianProcess(Cosine(log_snr_max=12.0, log_snr_min=-9.0, shift=1.25), event_dim=3)
     network = UNet(1, width=args.width, blocks=args.blocks, outputs=LEVELS, dropout=args.dropout)
     return LevelsDenoiser(network, process, denoisers.uniform_levels(LEVELS))
 
 
-def law(denoiser: LevelsDenoiser, steps: int) -> Diffusion:
+def diffusion(denoiser: LevelsDenoiser, steps: int) -> Diffusion:
     """The chain over images."""
     return Diffusion(denoiser, EVENT_SHAPE, steps, decoder=QuantizedDecoder(LEVELS))
 
@@ -82,7 +82,7 @@ class Trainer:
         pyro.module("denoiser", self.denoiser)
         scale = 1 / (len(x) * x[0].numel() * np.log(2))
         with pyro.plate("data", len(x)), poutine.scale(scale=scale):
-            pyro.sample("x", law(self.denoiser, self.args.chain), obs=x)
+            pyro.sample("x", diffusion(self.denoiser, self.args.chain), obs=x)
 
     def train(self) -> None:
         """Go from the checkpoint, if there is one, to the last step."""
@@ -110,7 +110,7 @@ class Trainer:
         checkpoint.save(self.path, state, self.description)
 
     def resume(self) -> None:
-        """Read it back."""
+        """Load it again."""
         if not self.path.exists():
             return
         state = checkpoint.load(self.path, self.description)
@@ -151,8 +151,8 @@ def score(
     denoiser: LevelsDenoiser, data: dict[str, Tensor], args: argparse.Namespace
 ) -> dict[str, evaluate.LogLikelihoodEstimate]:
     """Bounds on held-out data and a baseline; importance weighting of few images on a short chain."""
-    chain, few = law(denoiser, args.chain), data["test"][: args.weighted_images]
-    short = law(denoiser, args.weighted_steps)
+    chain, few = diffusion(denoiser, args.chain), data["test"][: args.weighted_images]
+    short = diffusion(denoiser, args.weighted_steps)
     bound = {"num_terms": args.draws, "progress": args.progress}
     return {
         "histogram": histogram(data["train"], data["test"]),
@@ -205,7 +205,7 @@ def draw(
     args: argparse.Namespace,
 ) -> None:
     """Every figure, into the output folder."""
-    chain = law(denoiser, args.chain)
+    chain = diffusion(denoiser, args.chain)
     with torch.no_grad():
         noise = denoiser.process.prior(EVENT_SHAPE).expand((args.samples,)).sample()
         states, record = samplers.recorder()
@@ -214,11 +214,11 @@ def draw(
         )
         images = chain.decode(states[-1]).sample()
     shown = torch.linspace(0, args.chain, 8).long()
-    walk = torch.stack([states[j] for j in shown])[:, :6]
+    path = torch.stack([states[j] for j in shown])[:, :6]
     figures = {
         "samples": plotting.sample_grid(images, low=0, high=LEVELS - 1).figure,
         "data": plotting.sample_grid(data["test"][: args.samples], low=0, high=LEVELS - 1).figure,
-        "trajectory": plotting.reverse_trajectory(walk, chain.times.flip(0)[shown]),
+        "trajectory": plotting.reverse_trajectory(path, chain.times.flip(0)[shown]),
         "bound_per_step": plotting.bound_per_step(
             result.terms.log_snr,
             result.terms.steps,
@@ -248,7 +248,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=32, help="channels of the U-Net")
     parser.add_argument("--blocks", type=int, default=1, help="blocks a level of the U-Net")
     parser.add_argument("--chain", type=int, default=1000, help="steps of the chain")
-    parser.add_argument("--draws", type=int, default=96, help="steps read per image when scoring")
+    parser.add_argument(
+        "--draws", type=int, default=96, help="steps evaluated per image when scoring"
+    )
     parser.add_argument("--weighted-images", type=int, default=36)
     parser.add_argument("--weighted-steps", type=int, default=100)
     parser.add_argument("--weighted-samples", type=int, default=8)

@@ -75,7 +75,7 @@ class LatentModel(nn.Module):
             self.denoiser = GaussianDenoiser(network, process, variance=LearnedVariance())
 
     def prior(self) -> dist.TorchDistribution:
-        """The law of z."""
+        """The distribution of z."""
         if self.denoiser is None:
             return dist.Normal(torch.zeros(self.latent), 1.0).to_event(1)
         return Diffusion(self.denoiser, (self.latent,), steps=self.chain)
@@ -102,10 +102,10 @@ class LatentModel(nn.Module):
 def elbo(latent: LatentModel, x: Tensor, draws: int) -> evaluate.LogLikelihoodEstimate:
     """The lower bound of every image, from Pyro's own traces.
 
-    A trace scores z under a diffusion by one term of its bound. Evaluation reads more of them: the same
+    A trace scores z under a diffusion by one term of its bound. Evaluation takes more of them: the same
     expectation with less noise.
     """
-    values, reads = [], 2 * draws  # of encoder and decoder
+    values, evaluations = [], 2 * draws  # of encoder and decoder
     for _ in range(draws):
         q = poutine.trace(latent.guide).get_trace(len(x), x)
         p = poutine.trace(poutine.replay(latent.model, q)).get_trace(len(x), x)
@@ -114,11 +114,11 @@ def elbo(latent: LatentModel, x: Tensor, draws: int) -> evaluate.LogLikelihoodEs
         log_prior, prior = p.nodes["z"]["log_prob"], latent.prior()
         if isinstance(prior, Diffusion):
             bound = evaluate.log_likelihood(prior, q.nodes["z"]["value"], num_terms=20)
-            log_prior, reads = bound.value, reads + bound.evaluations
+            log_prior, evaluations = bound.value, evaluations + bound.evaluations
         values.append(p.nodes["x"]["log_prob"] + log_prior - q.nodes["z"]["log_prob"])
     each = torch.stack(values).double()
     error = each.std(0) / math.sqrt(draws)
-    return evaluate.LogLikelihoodEstimate(each.mean(0), error, "lower bound", reads, PIXELS)
+    return evaluate.LogLikelihoodEstimate(each.mean(0), error, "lower bound", evaluations, PIXELS)
 
 
 def train(

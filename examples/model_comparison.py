@@ -34,11 +34,11 @@ SEEN = inpainting()
 def program(denoiser: LevelsDenoiser, y: Tensor, args: argparse.Namespace) -> Callable[[], None]:
     """Every reading under every class: two plates, so each pair has particles of its own."""
     classes = torch.arange(CLASSES).unsqueeze(-1).expand(-1, len(y))
-    law = conditional_digits.law(denoiser, args.chain, classes)
+    diffusion = conditional_digits.diffusion(denoiser, args.chain, classes)
 
     def model() -> None:
         with pyro.plate("classes", CLASSES, dim=-2), pyro.plate("images", len(y), dim=-1):
-            x = pyro.sample("x", law)
+            x = pyro.sample("x", diffusion)
             seen = dist.Normal(SEEN(x.float()), args.sd).to_event(1)
             pyro.sample("y", seen, obs=y.expand(CLASSES, -1, -1))
 

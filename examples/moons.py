@@ -46,7 +46,7 @@ def moons(count: int, seed: int) -> Tensor:
 
 
 def true_likelihood(data: Tensor, points: int = 2000) -> evaluate.LogLikelihoodEstimate:
-    """The density behind the data: normal noise around a uniform law on two half circles."""
+    """The density behind the data: normal noise around a uniform distribution on two half circles."""
     angle = torch.linspace(0, math.pi, points, dtype=torch.float64)
     upper = torch.stack([angle.cos(), angle.sin()], -1)
     lower = torch.stack([1 - angle.cos(), 0.5 - angle.sin()], -1)
@@ -104,14 +104,14 @@ def train(data: Tensor, args: argparse.Namespace) -> tuple[Diffusion, list[float
 
 
 def likelihoods(
-    law: Diffusion, data: Tensor, args: argparse.Namespace
+    diffusion: Diffusion, data: Tensor, args: argparse.Namespace
 ) -> dict[str, evaluate.LogLikelihoodEstimate]:
     """Bounds of the chain and of a shorter one, and importance weighting on the shorter."""
     options = {"batch_size": len(data), "progress": args.progress}
-    short = law.replace(steps=args.short_chain)
+    short = diffusion.replace(steps=args.short_chain)
     return {
-        f"diffusion, {law.steps} steps": evaluate.log_likelihood(
-            law, data, num_samples=8, **options
+        f"diffusion, {diffusion.steps} steps": evaluate.log_likelihood(
+            diffusion, data, num_samples=8, **options
         ),
         f"diffusion, {short.steps} steps": evaluate.log_likelihood(
             short, data, num_samples=8, **options
@@ -159,25 +159,30 @@ def points_figure(data: Tensor, samples: Tensor) -> Figure:
 
 
 def draw(
-    law: Diffusion,
+    diffusion: Diffusion,
     bound: evaluate.LogLikelihoodEstimate,
     losses: list[float],
     data: Tensor,
     args: argparse.Namespace,
 ) -> None:
     """Every figure, into the output folder."""
-    noise = law.denoiser.process.prior((2,)).expand((len(data),)).sample()
+    noise = diffusion.denoiser.process.prior((2,)).expand((len(data),)).sample()
     states, record = samplers.recorder()
     with torch.no_grad():
         samplers.simulate(
-            law.denoiser, law.times, noise, law.sampler, progress=args.progress, callback=record
+            diffusion.denoiser,
+            diffusion.times,
+            noise,
+            diffusion.sampler,
+            progress=args.progress,
+            callback=record,
         )
-        samples = law.decode(states[-1]).sample()
-    shown = torch.linspace(0, law.steps, 7).long()
+        samples = diffusion.decode(states[-1]).sample()
+    shown = torch.linspace(0, diffusion.steps, 7).long()
     figures = {
         "samples": points_figure(data, samples),
         "trajectory": plotting.reverse_trajectory(
-            torch.stack([states[j] for j in shown]), law.times.flip(0)[shown]
+            torch.stack([states[j] for j in shown]), diffusion.times.flip(0)[shown]
         ),
         "bound_per_step": plotting.bound_per_step(
             bound.terms.log_snr,
@@ -186,7 +191,7 @@ def draw(
             axis="log_snr",
         ).figure,
         "loss": plotting.loss_curve(losses).figure,
-        "schedule": plotting.schedule(law.denoiser.process.schedule),
+        "schedule": plotting.schedule(diffusion.denoiser.process.schedule),
     }
     for name, figure in figures.items():
         figure.savefig(args.out / f"{name}.png", dpi=120)
@@ -225,12 +230,12 @@ def main(argv: list[str] | None = None) -> None:
         moons(count, 3 * args.seed + part)
         for part, count in enumerate((args.points, args.held_out, args.held_out))
     )
-    law, losses = train(data, args)
-    rows = likelihoods(law, test, args)
+    diffusion, losses = train(data, args)
+    rows = likelihoods(diffusion, test, args)
     rows["Gaussian mixture"] = mixture_likelihood(data, validation, test, args)
     rows["the data's own density"] = true_likelihood(test)
     metrics = report(rows, truth="the data's own density")
-    draw(law, next(iter(rows.values())), losses, test, args)
+    draw(diffusion, next(iter(rows.values())), losses, test, args)
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
     print(f"figures and metrics.json are in {args.out}")
 

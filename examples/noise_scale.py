@@ -42,31 +42,31 @@ def observe(x: Tensor) -> Tensor:
     return blurring()(x.float()).unflatten(-1, (8, 8))[..., ::2].flatten(-2)
 
 
-def program(law: Diffusion) -> Callable[[Tensor], None]:
+def program(diffusion: Diffusion) -> Callable[[Tensor], None]:
     """The generative model of one image's readings y, (32,)."""
 
     def model(y: Tensor) -> None:
         s = pyro.sample("s", dist.LogNormal(*PRIOR))
-        x = pyro.sample("x", law)
+        x = pyro.sample("x", diffusion)
         pyro.sample("y", dist.Normal(observe(x), s).to_event(1), obs=y)
 
     return model
 
 
 def on_a_grid(
-    law: Diffusion, y: Tensor, guidance: Callable[..., Any], args: Any
+    diffusion: Diffusion, y: Tensor, guidance: Callable[..., Any], args: Any
 ) -> tuple[Tensor, infer.Particles]:
     """Scales, and particles of p(x | y, s) for each of them: a plate with a filter for every scale."""
     scales = torch.linspace(math.log(0.5), math.log(8.0), args.grid).exp()
 
     def model() -> None:
         with pyro.plate("scales", len(scales)):
-            x = pyro.sample("x", law)
+            x = pyro.sample("x", diffusion)
             reading = dist.Normal(observe(x), scales.unsqueeze(-1)).to_event(1)
             pyro.sample("y", reading, obs=y.expand(len(scales), -1))
 
     likelihood = ProgramLikelihood(model)
-    smc = TwistedSMC(law, likelihood, guidance, args.particles, progress=args.progress)
+    smc = TwistedSMC(diffusion, likelihood, guidance, args.particles, progress=args.progress)
     return scales, smc.run()
 
 
@@ -87,9 +87,11 @@ def quadrature(scales: Tensor, particles: infer.Particles) -> dict[str, Any]:
     return {**{k: float(v) for k, v in found.items()}, "weights": weights, "image": image}
 
 
-def by_svi(law: Diffusion, y: Tensor, guidance: Callable[..., Any], args: Any) -> dict[str, Any]:
+def by_svi(
+    diffusion: Diffusion, y: Tensor, guidance: Callable[..., Any], args: Any
+) -> dict[str, Any]:
     """The normal approximation of log s that maximizes a true ELBO; averages over the last half."""
-    model = program(law)
+    model = program(diffusion)
     guide = AutoGuideList(model)
     guide.append(AutoNormal(poutine.block(model, hide=["x"]), init_scale=0.2))
     guide.append(AutoTwistedSMC(model, guidance, args.guide_particles))
@@ -111,10 +113,12 @@ def by_svi(law: Diffusion, y: Tensor, guidance: Callable[..., Any], args: Any) -
     }
 
 
-def by_gibbs(law: Diffusion, y: Tensor, guidance: Callable[..., Any], args: Any) -> dict[str, Any]:
+def by_gibbs(
+    diffusion: Diffusion, y: Tensor, guidance: Callable[..., Any], args: Any
+) -> dict[str, Any]:
     """Draws of the joint posterior by particle Gibbs."""
     kernel = infer.ParticleGibbs(
-        program(law), guidance=guidance, num_particles=args.gibbs_particles, others_steps=2
+        program(diffusion), guidance=guidance, num_particles=args.gibbs_particles, others_steps=2
     )
     mcmc = MCMC(kernel, args.sweeps, args.warmup, disable_progbar=not args.progress)
     mcmc.run(y)
@@ -206,19 +210,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    law = digits.law(prior(args), args.steps)
+    diffusion = digits.diffusion(prior(args), args.steps)
     pyro.set_rng_seed(args.seed)
     data = digits.load()
     x, guidance = data["test"][args.image], by_covariance(data["train"])
     y = observe(x)
     y = y + args.sd * torch.randn_like(y)
-    scales, particles = on_a_grid(law, y, guidance, args)
+    scales, particles = on_a_grid(diffusion, y, guidance, args)
     found = {"quadrature": quadrature(scales, particles)}
     log_z, at = particles.log_evidence_terms.double(), scales.log().double()
     joint = log_z + dist.Normal(*PRIOR).log_prob(at)
     found["quadrature"]["log_evidence"] = float(joint.logsumexp(0) + at.diff().mean().log())
-    found["SVI"] = by_svi(law, y, guidance, args)
-    found["particle Gibbs"] = by_gibbs(law, y, guidance, args)
+    found["SVI"] = by_svi(diffusion, y, guidance, args)
+    found["particle Gibbs"] = by_gibbs(diffusion, y, guidance, args)
     metrics = report(found, x, args)
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
     draw(found, scales, args.sd).savefig(args.out / "noise_scale.png", dpi=150)

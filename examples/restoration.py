@@ -3,9 +3,9 @@
     x ~ Diffusion(...)                 the model of digits.py, integers 0 ... 16
     y ~ Normal(A x, sd)                A hides pixels, or blurs
 
-The program is all that is written down. Its likelihood is read from it, particles are guided by it, and what
-comes out is a posterior: means, standard deviations, draws and the evidence, over test images that the prior
-has never seen. Beside twisted SMC stands guidance alone, which nothing corrects.
+The program is all that is written down. Its likelihood is extracted from it, particles are guided by it, and
+what comes out is a posterior: means, standard deviations, draws and the evidence, over test images that the
+prior has never seen. Beside twisted SMC stands guidance alone, which nothing corrects.
 
 Run: python examples/restoration.py
 """
@@ -82,28 +82,28 @@ def blurring(width: float = 1.0) -> Operator:
     return lambda x: (rows @ x @ rows.mT).flatten(-3)
 
 
-def program(law: Diffusion, operator: Operator, sd: float) -> Callable[[Tensor], None]:
+def program(diffusion: Diffusion, operator: Operator, sd: float) -> Callable[[Tensor], None]:
     """The generative model of noisy readings y, (n, m)."""
 
     def model(y: Tensor) -> None:
         with pyro.plate("images", len(y)):
-            x = pyro.sample("x", law)
+            x = pyro.sample("x", diffusion)
             pyro.sample("y", dist.Normal(operator(x.float()), sd).to_event(1), obs=y)
 
     return model
 
 
 def restore(
-    law: Diffusion,
+    diffusion: Diffusion,
     operator: Operator,
     y: Tensor,
     guidance: Callable[..., Any],
     args: argparse.Namespace,
 ) -> tuple[infer.Particles, Tensor]:
     """Particles of the posterior, and draws of guidance alone."""
-    model = program(law, operator, args.sd)
+    model = program(diffusion, operator, args.sd)
     likelihood = ProgramLikelihood(model, (y,))
-    smc = TwistedSMC(law, likelihood, guidance, args.particles, progress=args.progress)
+    smc = TwistedSMC(diffusion, likelihood, guidance, args.particles, progress=args.progress)
     guide = AutoGuidance(model, guidance)
     guided = Predictive(model, guide=guide, num_samples=args.draws, parallel=True)(y)["x"]
     return smc.run(), guided
@@ -216,7 +216,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    law = digits.law(prior(args), args.steps)
+    diffusion = digits.diffusion(prior(args), args.steps)
     pyro.set_rng_seed(args.seed)
     data, keep = digits.load(), visible_half()
     x, mean = data["test"][: args.images], data["train"].double().mean(0)
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, (operator, seen, rows) in tasks.items():
         y = operator(x.float())
         y = y + args.sd * torch.randn_like(y)
-        particles, guided = restore(law, operator, y, guidance, args)
+        particles, guided = restore(diffusion, operator, y, guidance, args)
         metrics[name] = report(name, particles, guided, x, rows, mean)
         figure = draw(particles, y, x, seen, args.shown)
         figure.savefig(args.out / f"{name}.png", dpi=150, bbox_inches="tight")

@@ -57,7 +57,7 @@ def split(path: Path, length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def build(args: argparse.Namespace) -> Diffusion:
-    """A transformer read as the posterior of every character, and the chain over windows."""
+    """A transformer that gives the posterior of every character, and the chain over windows."""
     network = Transformer(
         states=STATES + 1,
         length=args.length,
@@ -72,10 +72,10 @@ def build(args: argparse.Namespace) -> Diffusion:
 
 
 def train(
-    law: Diffusion, text: Tensor, validation: Tensor, args: argparse.Namespace
+    diffusion: Diffusion, text: Tensor, validation: Tensor, args: argparse.Namespace
 ) -> list[float]:
     """Fit by SVI on windows at any position; of the averaged weights, keep the best on validation."""
-    denoiser, windows = law.denoiser, text.unfold(0, args.length, 1)
+    denoiser, windows = diffusion.denoiser, text.unfold(0, args.length, 1)
     scale = 1 / (len(windows) * args.length * math.log(2))  # the loss in bits per character
 
     def model() -> None:
@@ -110,7 +110,7 @@ def train(
             continue
         denoiser.eval()
         with ema.average_parameters():
-            now = evaluate.log_likelihood(law, validation, num_terms=32).bits_per_dim.value
+            now = evaluate.log_likelihood(diffusion, validation, num_terms=32).bits_per_dim.value
         denoiser.train()
         bar.set_postfix({"validation bits/char": f"{now:.3f}"})
         if now < best:
@@ -148,7 +148,7 @@ def ngram_score(tables: list[Tensor], windows: Tensor) -> evaluate.LogLikelihood
     )
 
 
-def infill(law: Diffusion, windows: Tensor, steps: int, progress: bool = False) -> Tensor:
+def infill(diffusion: Diffusion, windows: Tensor, steps: int, progress: bool = False) -> Tensor:
     """Draw the masked characters of windows (n, length) given the others.
 
     The chain starts at the time by which that share of characters is masked; those that are not masked stay.
@@ -156,17 +156,21 @@ def infill(law: Diffusion, windows: Tensor, steps: int, progress: bool = False) 
     share = float((windows == MASK).double().mean())
     times = torch.linspace(0, share, steps + 1)
     with torch.no_grad():
-        return samplers.simulate(law.denoiser, times, windows, law.sampler, progress=progress)
+        return samplers.simulate(
+            diffusion.denoiser, times, windows, diffusion.sampler, progress=progress
+        )
 
 
-def passage(law: Diffusion, characters: int, args: argparse.Namespace) -> str:
+def passage(diffusion: Diffusion, characters: int, args: argparse.Namespace) -> str:
     """A sampled window, continued by half a window at a time."""
     half = args.length // 2
-    text = infill(law, torch.full((1, args.length), MASK), args.sample_steps, args.progress)[0]
+    text = infill(diffusion, torch.full((1, args.length), MASK), args.sample_steps, args.progress)[
+        0
+    ]
     while len(text) < characters:
         rest = torch.full((args.length - half,), MASK)
         window = torch.cat([text[-half:], rest]).unsqueeze(0)
-        text = torch.cat([text, infill(law, window, args.sample_steps)[0, half:]])
+        text = torch.cat([text, infill(diffusion, window, args.sample_steps)[0, half:]])
     return decode(text)
 
 
@@ -208,7 +212,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=64, help="features of the transformer")
     parser.add_argument("--depth", type=int, default=2, help="blocks of the transformer")
     parser.add_argument("--chain", type=int, default=1000, help="steps of the chain")
-    parser.add_argument("--draws", type=int, default=256, help="steps of it read per test window")
+    parser.add_argument("--draws", type=int, default=256, help="steps evaluated per test window")
     parser.add_argument("--check-every", type=int, default=200, help="steps between validations")
     parser.add_argument("--sample-steps", type=int, default=64, help="steps of a sampled window")
     parser.add_argument("--characters", type=int, default=320, help="length of the passage")
@@ -221,9 +225,9 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     pyro.set_rng_seed(args.seed)
     text, validation, test = split(args.text, args.length)
-    law = build(args)
-    losses = train(law, text, validation, args)
-    bound = evaluate.log_likelihood(law, test, num_terms=args.draws, progress=args.progress)
+    diffusion = build(args)
+    losses = train(diffusion, text, validation, args)
+    bound = evaluate.log_likelihood(diffusion, test, num_terms=args.draws, progress=args.progress)
     rows = {"diffusion": bound}
     tables = ngrams(text, validation, orders=4)
     for order, name in enumerate(("unigram", "bigram", "trigram", "4-gram"), start=1):
@@ -231,8 +235,8 @@ def main(argv: list[str] | None = None) -> None:
     metrics = report(rows)
     window, gap = torch.full((1, args.length), MASK), encode(args.gap)[: args.length]
     window[0, : len(gap)] = gap
-    filled = decode(infill(law, window, args.sample_steps)[0])
-    sample = passage(law, args.characters, args)
+    filled = decode(infill(diffusion, window, args.sample_steps)[0])
+    sample = passage(diffusion, args.characters, args)
     print(
         f"\na gap filled in:\n  {decode(window[0])}\n  {filled}\n\na sampled passage:\n  {sample}\n"
     )
@@ -241,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     figures = {
         "loss": plotting.loss_curve(losses, unit="bits/char"),
         "bound_per_step": plotting.bound_per_step(
-            law.times[1:], bound.terms.steps, bound.terms.steps_standard_error
+            diffusion.times[1:], bound.terms.steps, bound.terms.steps_standard_error
         ),
     }
     for name, ax in figures.items():

@@ -1,7 +1,7 @@
 """Classes found without labels: a mixture of diffusions whose class is a latent variable.
 
 p(x) = sum_k p(k) p(x | k), one network for all classes, and q(k | x), a small classifier. The class is
-enumerated in the guide, so stock SVI with TraceEnum_ELBO reads the network once a class, and the ELBO is
+enumerated in the guide, so stock SVI with TraceEnum_ELBO evaluates the network once a class and the ELBO is
 linear in the diffusion's estimate. The network is told the class only where noise is above a floor, which
 training lowers: the class decides what is coarse, what is fine must follow. Labels score, they never train.
 
@@ -87,7 +87,7 @@ class Mixture:
         start = self.denoiser.process.schedule.time_of_log_snr(torch.tensor(floor + 1.0))
         self.times = torch.linspace(float(start), 1, self.chain + 1)
 
-    def law(self, k: Tensor) -> Diffusion:
+    def diffusion(self, k: Tensor) -> Diffusion:
         """p(x | k)."""
         return Diffusion(self.denoiser, self.event_shape, times=self.times, context={"k": k})
 
@@ -96,7 +96,7 @@ class Mixture:
         pyro.module("denoiser", self.denoiser)
         with pyro.plate("data", len(x)), poutine.scale(scale=1 / len(x)):
             k = pyro.sample("k", dist.Categorical(torch.ones(self.setting.classes)))
-            pyro.sample("x", self.law(k), obs=x)
+            pyro.sample("x", self.diffusion(k), obs=x)
 
     def guide(self, x: Tensor) -> None:
         """q(k | x), enumerated. Its entropy counts ``temperature`` times: once, and the loss is the ELBO."""
@@ -148,7 +148,7 @@ def draw(mixture: Mixture, x: Tensor) -> Figure:
     classes = torch.arange(2).repeat_interleave(len(x) // 2)
     panels = {
         "held-out rows by class": (x, mixture.classifier(x).argmax(-1)),
-        "draws of each class": (mixture.law(classes).sample(), classes),
+        "draws of each class": (mixture.diffusion(classes).sample(), classes),
     }
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
