@@ -20,8 +20,8 @@ from pyro_diffusion.denoisers import TableDenoiser
 from pyro_diffusion.distributions import Diffusion, divergence
 from pyro_diffusion.evaluate import importance_weighted
 from pyro_diffusion.processes import Absorbing, CategoricalProcess, Uniform
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level, Rectified, uniform
+from pyro_diffusion.unwrapping import per_coordinate
 
 LENGTH, STATES = 4, 3
 
@@ -69,7 +69,7 @@ def model_log_prob(denoiser: TableDenoiser, steps: int) -> Tensor:
         else:
             s = Level(*(v[j - 1] for v in levels))
             kernel, targets = process.reverse(states, posterior, s, t), states
-        probs = coordinates(kernel).probs  # (states, length, symbols)
+        probs = per_coordinate(kernel).probs  # (states, length, symbols)
         joint = probs[:, 0, targets[:, 0]]
         for i in range(1, LENGTH):
             joint = joint * probs[:, i, targets[:, i]]

@@ -28,8 +28,8 @@ from pyro_diffusion.guidance import SampledGuidance, SubstitutionGuidance
 from pyro_diffusion.infer import TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, Uniform
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Rectified
+from pyro_diffusion.unwrapping import per_coordinate
 
 LENGTH, STATES, RIGHT = 4, 3, 0.7
 READ = torch.tensor([0, 2, 1, 1])
@@ -44,7 +44,7 @@ def chain_law(law: Diffusion) -> Tensor:
         kernel, targets = denoiser(states, times[j]), denoiser.sequences
         if j:
             kernel, targets = process.reverse(states, kernel, times[j - 1], times[j]), states
-        probs = coordinates(kernel).probs
+        probs = per_coordinate(kernel).probs
         mass = mass @ math.prod(probs[:, i, targets[:, i]] for i in range(LENGTH))
     return mass
 

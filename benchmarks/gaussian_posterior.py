@@ -19,18 +19,12 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.guidance import (
-    MMPS,
-    TMPD,
-    DiffPIR,
-    GuidedDenoiser,
-    PiGDM,
-)
+from pyro_diffusion.guidance import MMPS, TMPD, DiffPIR, GuidedDenoiser, PiGDM
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.samplers import DDIM, AdamsMoulton, DPMSolverPP, Sampler, simulate
 from pyro_diffusion.schedules import LogLinear, uniform_log_snr
+from pyro_diffusion.unwrapping import per_coordinate
 
 Guidance = Callable[..., GuidedDenoiser]
 
@@ -76,7 +70,7 @@ class Problem:
         law = Diffusion(guided, self.mean.shape, times=times, sampler=sampler)
         d = len(self.mean)
         x = torch.cat([torch.zeros(1, d), torch.eye(d)])
-        last = coordinates(law.decode(simulate(guided, times, x, sampler)))
+        last = per_coordinate(law.decode(simulate(guided, times, x, sampler)))
         matrix = (last.mean[1:] - last.mean[0]).mT
         start = guided.process.prior((d,)).variance.diag()
         return last.mean[0], matrix @ start @ matrix.mT + last.variance[0].diag()

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from pyro_diffusion.denoisers import Data, MixtureDenoiser, Noise, V, Velocity
 from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.samplers import (
     DDIM,
     AdamsBashforth,
@@ -43,6 +42,7 @@ from pyro_diffusion.schedules import (
     focused_log_snr,
     uniform_log_snr,
 )
+from pyro_diffusion.unwrapping import per_coordinate
 
 EVALUATIONS = (5, 8, 10, 20, 50)
 Walk = Callable[[MixtureDenoiser, Tensor, Tensor], Tensor]
@@ -244,7 +244,7 @@ def fed(noises: Tensor) -> Iterator[None]:
     feed = iter(noises)
 
     def draw(kernel: object) -> Tensor:
-        base = coordinates(kernel)
+        base = per_coordinate(kernel)
         return base.mean + base.stddev * next(feed)[:, None]
 
     with mock.patch.object(ancestral, "draw", draw), mock.patch.object(heun, "draw", draw):

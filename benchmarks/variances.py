@@ -40,9 +40,9 @@ from pyro_diffusion.distributions import Diffusion, MomentRegression
 from pyro_diffusion.nn import MLP, UNet
 from pyro_diffusion.optim import EMA, JointOptim
 from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Cosine, Level, uniform
 from pyro_diffusion.schedules.optimal_grid import optimal_grids
+from pyro_diffusion.unwrapping import per_coordinate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples import digits
@@ -66,7 +66,7 @@ class Tape(Denoiser):
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """What the base says, or said."""
         if self.place == len(self.tape):
-            law = coordinates(self.base(xt, t, **context))
+            law = per_coordinate(self.base(xt, t, **context))
             point = isinstance(law, Delta)
             self.tape.append((xt, law.mean, law.mean if point else law.variance.sqrt()))
         seen, mean, scale = self.tape[self.place]

@@ -9,9 +9,9 @@ from pyro_diffusion.denoisers import Denoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.samplers import simulate
 from pyro_diffusion.schedules import Level, LogLinear, Schedule
+from pyro_diffusion.unwrapping import per_coordinate
 
 F64 = torch.float64
 
@@ -114,7 +114,7 @@ class Feed:
 
     def draw(self, kernel) -> Tensor:
         """A draw of a normal kernel."""
-        base = coordinates(kernel)
+        base = per_coordinate(kernel)
         mean = base.mean
         return mean + base.stddev * self.noise(mean)
 

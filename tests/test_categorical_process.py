@@ -8,8 +8,8 @@ from pyro.distributions import Categorical
 from torch.testing import assert_close
 
 from pyro_diffusion.processes import Absorbing, CategoricalProcess, Uniform
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Cosine, LogLinear, Rectified
+from pyro_diffusion.unwrapping import per_coordinate
 from tests.exact import DTYPES
 
 F64 = torch.float64
@@ -48,7 +48,7 @@ def survival(process, t):
 
 
 def probs(law):
-    return coordinates(law).probs
+    return per_coordinate(law).probs
 
 
 # Contract

@@ -18,9 +18,9 @@ from pyro_diffusion.guidance import (
     SimilarityGuidance,
 )
 from pyro_diffusion.processes import Absorbing, GaussianProcess
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.samplers import DDIM, Ancestral
 from pyro_diffusion.schedules import LogLinear, Rectified, VarianceExploding
+from pyro_diffusion.unwrapping import per_coordinate
 from tests.exact import MEANS, VARIANCES, WEIGHTS, mixture
 from tests.laws import Tiny
 
@@ -207,9 +207,9 @@ def test_a_point_mass_stays_one():
     prior = mixture(LogLinear(10.0, -10.0), point_mass=True)
     xt, t = states(3), torch.tensor(0.5)
     guided = ClassifierGuidance(prior, Labels(), torch.tensor(0))
-    assert isinstance(coordinates(guided(xt, t)), Delta)
+    assert isinstance(per_coordinate(guided(xt, t)), Delta)
     free = ClassifierFreeGuidance(Labelled(prior.process, True), 2.0)
-    assert isinstance(coordinates(free(xt, t, label=torch.tensor(0))), Delta)
+    assert isinstance(per_coordinate(free(xt, t, label=torch.tensor(0))), Delta)
 
 
 def test_scale_one_is_the_conditional_model_from_one_read():
@@ -286,9 +286,9 @@ def test_categorical_posteriors_combine_by_logits():
     cond, null = base(xt, t, label=label), base(xt, t)
     guided = ClassifierFreeGuidance(base, 2.5)(xt, t, label=label)
     assert type(guided) is type(cond)
-    law = coordinates(guided)
+    law = per_coordinate(guided)
     assert isinstance(law, Categorical) and torch.isfinite(law.probs).all()
-    p, q = coordinates(cond).probs, coordinates(null).probs
+    p, q = per_coordinate(cond).probs, per_coordinate(null).probs
     wanted = torch.where(q > 0, p**2.5 * q.clamp(min=1e-300) ** -1.5, torch.zeros_like(p))
     torch.testing.assert_close(law.probs, wanted / wanted.sum(-1, keepdim=True))
     assert (law.probs[:, 1:].argmax(-1) == xt[:, 1:]).all()
@@ -307,7 +307,7 @@ def test_impossible_symbols_stay_impossible():
 
     base = Table(Absorbing(Rectified.full(), 5))
     guided = ClassifierFreeGuidance(base, 3.0)(torch.tensor([5]), 0.5, label=torch.tensor(0))
-    probs = coordinates(guided).probs[0]
+    probs = per_coordinate(guided).probs[0]
     assert (
         torch.isfinite(probs).all() and (probs[[2, 3]] == 0).all() and (probs[[0, 1, 4]] > 0).all()
     )
@@ -323,7 +323,7 @@ def test_quantized_posteriors_combine_by_mean():
     xt, t, label = torch.randn(6, 3), torch.tensor(0.5), torch.tensor([0, 1, 2, 0, 1, 2])
     cond, null = base(xt, t, label=label), base(xt, t)
     guided = ClassifierFreeGuidance(base, 2.0)(xt, t, label=label)
-    assert isinstance(coordinates(guided), Normal)
+    assert isinstance(per_coordinate(guided), Normal)
     torch.testing.assert_close(guided.mean, 2 * cond.mean - null.mean)
     torch.testing.assert_close(guided.variance, cond.variance)
 

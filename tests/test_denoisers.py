@@ -29,9 +29,9 @@ from pyro_diffusion.denoisers import (
     unit_variance,
 )
 from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import EDM as KarrasSchedule
 from pyro_diffusion.schedules import Cosine, Level, LogLinear, Rectified
+from pyro_diffusion.unwrapping import per_coordinate
 from tests.exact import DTYPES, MEANS, VARIANCES, WEIGHTS
 
 F64 = torch.float64
@@ -125,7 +125,7 @@ def draw(shape, symbols, dtype=torch.float32):
 
 def numbers(law):
     """What identifies a posterior, per datum."""
-    base = coordinates(law)
+    base = per_coordinate(law)
     if isinstance(base, Categorical):
         return (base.probs,)
     return base.mean, base.variance
@@ -155,7 +155,7 @@ def test_shapes(make, event, symbols, dtype, batch):
         for value in numbers(law):
             assert value.dtype == dtype and bool(torch.isfinite(value).all())
         if symbols:
-            assert coordinates(law).probs.shape == (*xt.shape, denoiser.process.states)
+            assert per_coordinate(law).probs.shape == (*xt.shape, denoiser.process.states)
 
 
 @each
@@ -384,7 +384,7 @@ def test_levels_are_bayes_rule(event):
     )
     expected = (prior.log() + density).softmax(-1)
     law = denoiser(xt, t)
-    assert_close(coordinates(law).probs, expected)
+    assert_close(per_coordinate(law).probs, expected)
     assert_close(law.mean, (expected * values).sum(-1))
     second = (expected * values**2).sum(-1)
     assert_close(law.variance, second - law.mean**2, rtol=1e-6, atol=1e-9)
@@ -407,19 +407,19 @@ def test_symbols_are_bayes_rule(make):
     for t in (0.0, 0.3, 1.0):
         t = torch.tensor(t, dtype=F64)
         each_x0 = torch.arange(3)[:, None].expand(3, len(xt))
-        likelihood = coordinates(process.marginal(each_x0, t)).probs.gather(
+        likelihood = per_coordinate(process.marginal(each_x0, t)).probs.gather(
             -1, xt.expand(3, -1)[..., None]
         )[..., 0]
         expected = prior * likelihood.T
         expected = expected / expected.sum(-1, keepdim=True)
-        assert_close(coordinates(denoiser(xt, t)).probs, expected)
+        assert_close(per_coordinate(denoiser(xt, t)).probs, expected)
 
 
 def test_masking_copies_what_is_seen_and_asks_for_what_is_not():
     process = Absorbing(Rectified.full(), 3)
     logits = torch.tensor([1.0, -2.0, 0.5])
     denoiser = CategoricalDenoiser(Constant(logits), process)
-    probs = coordinates(denoiser(torch.tensor([0, 1, 2, process.mask]), 0.6)).probs
+    probs = per_coordinate(denoiser(torch.tensor([0, 1, 2, process.mask]), 0.6)).probs
     assert_close(probs, torch.cat([torch.eye(3), logits.softmax(-1)[None]]))
     assert "values" not in denoiser.state_dict()
 

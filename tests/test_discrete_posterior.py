@@ -15,8 +15,8 @@ from pyro_diffusion.guidance import SampledGuidance, SubstitutionGuidance
 from pyro_diffusion.infer import TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import LogLinear, Rectified, uniform
+from pyro_diffusion.unwrapping import per_coordinate
 
 F64 = torch.float64
 LENGTH, STATES, STEPS = 3, 3, 4
@@ -69,7 +69,7 @@ def chain_law(denoiser: TableDenoiser, steps: int) -> Tensor:
         targets = denoiser.sequences
         if j:
             kernel, targets = process.reverse(states, kernel, times[j - 1], times[j]), states
-        probs = coordinates(kernel).probs
+        probs = per_coordinate(kernel).probs
         joint = math.prod(probs[:, i, targets[:, i]] for i in range(LENGTH))
         mass = mass @ joint
     return mass
@@ -152,11 +152,11 @@ def test_substitutions_are_exact_for_readings_symbol_by_symbol(process):
     for floor in (0.0, 0.2):
         guided = SubstitutionGuidance(denoiser, likelihood, floor)
         twisted = guided.twisted(states, torch.tensor(0.6, dtype=F64))
-        probs = coordinates(twisted.prior).probs
+        probs = per_coordinate(twisted.prior).probs
         tilted = probs * confusion()[:, READ].T
         exact = tilted / tilted.sum(-1, True)
         mixed = (1 - floor) * exact + floor * probs
-        torch.testing.assert_close(coordinates(twisted.posterior).probs, mixed)
+        torch.testing.assert_close(per_coordinate(twisted.posterior).probs, mixed)
     torch.testing.assert_close(twisted.log_twist, tilted.sum(-1).log().sum(-1))
 
 
@@ -168,14 +168,14 @@ def test_substitutions_are_seen_one_at_a_time():
     xt = torch.tensor([[3, 1, 3]])
     guided = SubstitutionGuidance(denoiser, likelihood, floor=0.0)
     twisted = guided.twisted(xt, torch.tensor(0.5, dtype=F64))
-    probs = coordinates(twisted.prior).probs[0]
+    probs = per_coordinate(twisted.prior).probs[0]
     mode = probs.argmax(-1)
     for i in range(LENGTH):
         rows = mode.repeat(STATES, 1)
         rows[:, i] = torch.arange(STATES)
         tilted = probs[i] * likelihood.log_prob(rows).exp()
         expected = tilted / tilted.sum()
-        torch.testing.assert_close(coordinates(twisted.posterior).probs[0, i], expected)
+        torch.testing.assert_close(per_coordinate(twisted.posterior).probs[0, i], expected)
 
 
 @processes
@@ -186,17 +186,17 @@ def test_sampled_twist_is_unbiased_and_its_posterior_right_with_many_draws(proce
     xt = torch.tensor([[denoiser.process.noise.argmax(), 2, 2]]).expand(3000, 1, LENGTH)
     guided = SampledGuidance(denoiser, likelihood, num_samples=3)
     twisted = guided.twisted(xt, torch.tensor(0.7, dtype=F64))
-    probs = coordinates(twisted.prior).probs[0, 0]
+    probs = per_coordinate(twisted.prior).probs[0, 0]
     tilted = probs * confusion()[:, READ].T
     exact = tilted.sum(-1).prod()
     ratio = twisted.log_twist.exp() / exact
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / 3000**0.5  # false alarm 6e-5
     # No symbol that the prior holds possible is lost, though three draws see few of them.
-    assert (coordinates(twisted.posterior).probs[probs.expand(3000, 1, -1, -1) > 0] > 0).all()
+    assert (per_coordinate(twisted.posterior).probs[probs.expand(3000, 1, -1, -1) > 0] > 0).all()
     many = SampledGuidance(denoiser, likelihood, num_samples=40_000).twisted(
         xt[:1], torch.tensor(0.7, dtype=F64)
     )
-    found = coordinates(many.posterior).probs[0, 0]
+    found = per_coordinate(many.posterior).probs[0, 0]
     assert abs(found - tilted / tilted.sum(-1, keepdim=True)).max() < 0.02
 
 
@@ -230,7 +230,7 @@ def test_row_0_alone_is_row_0_in_a_batch(process):
     guided = SubstitutionGuidance(denoiser, likelihood)
     many, one = (guided.twisted(x, torch.tensor(0.4, dtype=F64)) for x in (xt, xt[:1]))
     assert many.log_twist[:1].equal(one.log_twist)
-    assert coordinates(many.posterior).probs[:1].equal(coordinates(one.posterior).probs)
+    assert per_coordinate(many.posterior).probs[:1].equal(per_coordinate(one.posterior).probs)
 
 
 @pytest.mark.parametrize("right", [1.0, 0.999])

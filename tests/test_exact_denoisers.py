@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from pyro_diffusion.denoisers import MixtureDenoiser, TableDenoiser
 from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Cosine, Rectified, VarianceExploding
+from pyro_diffusion.unwrapping import per_coordinate
 from tests.exact import DTYPES, MEANS, SCHEDULES, VARIANCES, WEIGHTS, mixture, mixture_law
 
 F64 = torch.float64
@@ -170,7 +170,7 @@ def brute_force(process, joint, xt, t):
     length, states = joint.dim(), process.states
     out = torch.zeros(length, states, dtype=F64)
     for x0 in itertools.product(range(states), repeat=length):
-        likelihood = coordinates(process.marginal(torch.tensor(x0), t)).probs
+        likelihood = per_coordinate(process.marginal(torch.tensor(x0), t)).probs
         p = joint[x0] * likelihood[torch.arange(length), xt].prod()
         for i, k in enumerate(x0):
             out[i, k] += p
@@ -189,16 +189,16 @@ def test_table_by_enumeration(make, t, length, states):
     posterior = denoiser(every, t)
     assert posterior.batch_shape == (len(every),) and posterior.event_shape == (length,)
     expected = torch.stack([brute_force(process, joint, xt, t) for xt in every])
-    assert_close(coordinates(posterior).probs, expected)
+    assert_close(per_coordinate(posterior).probs, expected)
 
 
 def test_table_reads_one_time_a_row():
     process = Absorbing(Cosine(), 3)
     denoiser = TableDenoiser(process, torch.rand(3, 3, dtype=F64))
     xt, t = torch.randint(4, (2, 5, 2)), torch.rand(5, dtype=F64)
-    whole = coordinates(denoiser(xt, t)).probs
+    whole = per_coordinate(denoiser(xt, t)).probs
     for i in range(5):
-        assert_close(whole[1, i], coordinates(denoiser(xt[1, i], t[i])).probs)
+        assert_close(whole[1, i], per_coordinate(denoiser(xt[1, i], t[i])).probs)
 
 
 def test_independent_positions_do_not_speak():
@@ -208,8 +208,8 @@ def test_independent_positions_do_not_speak():
     alone = TableDenoiser(process, a)
     t = torch.tensor(0.4, dtype=F64)
     for other in range(3):
-        got = coordinates(denoiser(torch.tensor([1, other]), t)).probs[0]
-        assert_close(got, coordinates(alone(torch.tensor([1]), t)).probs[0])
+        got = per_coordinate(denoiser(torch.tensor([1, other]), t)).probs[0]
+        assert_close(got, per_coordinate(alone(torch.tensor([1]), t)).probs[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -217,7 +217,7 @@ def test_impossible_sequences_stay_impossible(dtype):
     """Two equal bits: what one shows the other must be."""
     denoiser = TableDenoiser(Absorbing(Rectified.full(), 2), torch.eye(2, dtype=dtype))
     xt = torch.tensor([[2, 1], [0, 2], [2, 2], [0, 0], [0, 1]])
-    probs = coordinates(denoiser(xt, torch.tensor(0.5, dtype=dtype))).probs
+    probs = per_coordinate(denoiser(xt, torch.tensor(0.5, dtype=dtype))).probs
     one, zero, half = [0.0, 1.0], [1.0, 0.0], [0.5, 0.5]
     expected = [[one, one], [zero, zero], [half, half], [zero, zero]]
     assert_close(probs[:4], torch.tensor(expected, dtype=dtype), rtol=0, atol=1e-12)

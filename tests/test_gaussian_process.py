@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from pyro_diffusion.denoisers import Quantized
 from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Cosine, Level, Rectified, TabulatedBetas, uniform
+from pyro_diffusion.unwrapping import per_coordinate
 from tests.exact import BETAS, DTYPES, SCHEDULES
 
 F64 = torch.float64
@@ -24,7 +24,7 @@ def f64(*values):
 
 
 def moments(distribution):
-    base = coordinates(distribution)
+    base = per_coordinate(distribution)
     return base.mean, base.variance
 
 
@@ -122,11 +122,11 @@ def test_copies():
 
 def test_coordinates():
     base = Normal(torch.zeros(2, 3), 1.0)
-    assert coordinates(base) is base
-    assert coordinates(base.to_event(1)) is base
-    assert coordinates(base.to_event(1).to_event(1)) is base
+    assert per_coordinate(base) is base
+    assert per_coordinate(base.to_event(1)) is base
+    assert per_coordinate(base.to_event(1).to_event(1)) is base
     point = Delta(torch.zeros(2, 3), event_dim=1)
-    assert coordinates(point) is point
+    assert per_coordinate(point) is point
 
 
 # Algebra and exactness
@@ -306,7 +306,7 @@ def test_log_evidence(make, t, event):
     evidence = process.log_evidence(xt, values, t)
     assert evidence.shape == (*xt.shape, 4)
     expected = torch.stack(
-        [coordinates(process.marginal(v.expand(xt.shape), t)).log_prob(xt) for v in values], -1
+        [per_coordinate(process.marginal(v.expand(xt.shape), t)).log_prob(xt) for v in values], -1
     )
     gap = evidence - expected
     assert_close(gap, gap[..., :1].expand(gap.shape), rtol=0, atol=1e-7)

@@ -24,9 +24,9 @@ from pyro_diffusion.guidance.krylov import conjugate_gradients, gmres
 from pyro_diffusion.likelihoods import ProgramLikelihood, batches
 from pyro_diffusion.likelihoods.linearization import solve
 from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.samplers import AdamsMoulton, Ancestral, DPMSolverPP, ancestral, heun, simulate
 from pyro_diffusion.schedules import Cosine, LogLinear, uniform_log_snr
+from pyro_diffusion.unwrapping import per_coordinate
 from tests.exact import mixture
 from tests.laws import Tiny
 from tests.linear_gaussian import F64, NormalDenoiser, Reading, affine_map, isotropic, problem
@@ -258,7 +258,7 @@ def test_plug_in_gradient_is_that_of_the_program():
 @pytest.mark.parametrize("squared_norm", [True, False])
 def test_dps_step_is_the_papers(monkeypatch, squared_norm):
     """x_s differs from the unguided one by -zeta grad E / sqrt(E), at every step of the grid."""
-    monkeypatch.setattr(ancestral, "draw", lambda kernel: coordinates(kernel).mean)
+    monkeypatch.setattr(ancestral, "draw", lambda kernel: per_coordinate(kernel).mean)
     denoiser = mixture(LogLinear(10.0, -10.0))
     likelihood = curved(denoiser, 2)
     times = uniform_log_snr(denoiser.process.schedule, 4, F64)
@@ -326,7 +326,7 @@ def test_row_alone_under_every_sampler(monkeypatch, sampler):
         feed = iter(noises[:, :rows])
 
         def draw(kernel):
-            base = coordinates(kernel)
+            base = per_coordinate(kernel)
             return base.mean + base.stddev * next(feed)
 
         for module in (ancestral, heun):
@@ -390,7 +390,7 @@ def test_cost(monkeypatch, method, walks):
 
     def watch(_, __, out):
         counts["read"] += 1
-        coordinates(out).loc.register_hook(counted)
+        per_coordinate(out).loc.register_hook(counted)
 
     def observed(*arguments):
         counts["run"] += 1

@@ -38,9 +38,9 @@ from pyro_diffusion.evaluate import chain_costs, log_likelihood
 from pyro_diffusion.nn import MLP
 from pyro_diffusion.optim import JointOptim
 from pyro_diffusion.processes import Absorbing, GaussianProcess
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Cosine, Rectified, optimal_grid, uniform
 from pyro_diffusion.schedules.optimal_grid import optimal_grids, step_costs
+from pyro_diffusion.unwrapping import per_coordinate
 from tests.exact import SCHEDULES, mixture
 from tests.laws import Tiny
 
@@ -57,7 +57,7 @@ class Wrong(MixtureDenoiser):
     """The exact posterior with its mean pulled towards zero."""
 
     def forward(self, xt, t, **context):
-        law = coordinates(super().forward(xt, t))
+        law = per_coordinate(super().forward(xt, t))
         return Normal(0.8 * law.mean, law.scale).to_event(1)
 
 
@@ -219,7 +219,7 @@ def test_the_target_of_a_head_averages_to_its_moment_given_the_state(make_head, 
     x0 = denoiser.data().sample((100_000,))
     eps = torch.randn_like(x0)
     xt = level.alpha * x0 + level.sigma * eps
-    law = coordinates(VarianceDenoiser(denoiser, head, Oracle(denoiser, head))(xt, level))
+    law = per_coordinate(VarianceDenoiser(denoiser, head, Oracle(denoiser, head))(xt, level))
     y = head.target(eps - law.noise, law.noise)
     if isinstance(head, SN):
         assert_close(y, eps.square())
@@ -375,7 +375,7 @@ def test_contract(make, head, levels, dtype):
 def test_the_variance_is_the_one_asked_for():
     base, x = image(), torch.randn(5, 1, 2, 2)
     level = base.process.level(torch.rand(5))
-    assert isinstance(coordinates(VarianceDenoiser(base)(x, level)), Delta)
+    assert isinstance(per_coordinate(VarianceDenoiser(base)(x, level)), Delta)
     unit = VarianceDenoiser(base, unit_variance)(x, level).variance
     assert_close(unit, (level.sigma**2 / (level.alpha**2 + level.sigma**2)).expand_as(x))
     for head in (NPR(), SN(skip=True)):  # untrained networks of zeros: F = 0

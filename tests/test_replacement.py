@@ -11,7 +11,6 @@ from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import Replacement
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.samplers import (
     DDIM,
     AdamsBashforth,
@@ -22,6 +21,7 @@ from pyro_diffusion.samplers import (
     simulate,
 )
 from pyro_diffusion.schedules import Cosine, LogLinear, Rectified, uniform_log_snr
+from pyro_diffusion.unwrapping import per_coordinate
 from tests.exact import mixture
 from tests.laws import Tiny
 from tests.linear_gaussian import F64, Feed, NormalDenoiser, Reading, isotropic
@@ -136,7 +136,7 @@ def test_point_mass_and_row_alone(monkeypatch):
     denoiser = mixture(LogLinear(10.0, -10.0), point_mass=True)
     guided = read(denoiser, torch.eye(2, dtype=F64)[:1], [1.0], [0.3])
     posterior = guided(torch.randn(5, 2, dtype=F64), torch.tensor(0.4, dtype=F64))
-    assert isinstance(coordinates(posterior), dist.Delta)
+    assert isinstance(per_coordinate(posterior), dist.Delta)
     guided = read(mixture(LogLinear(10.0, -10.0)), torch.eye(2, dtype=F64)[:1], [1.0], [0.3])
     times = uniform_log_snr(guided.process.schedule, 6, F64)
     x, noises = torch.randn(5, 2, dtype=F64), torch.randn(100, 5, 2, dtype=F64)
@@ -145,7 +145,7 @@ def test_point_mass_and_row_alone(monkeypatch):
         feed = iter(noises[:, :rows])
 
         def draw(kernel):
-            base = coordinates(kernel)
+            base = per_coordinate(kernel)
             return base.mean + base.stddev * next(feed)
 
         monkeypatch.setattr(ancestral, "draw", draw)

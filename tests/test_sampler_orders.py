@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.samplers import (
     DDIM,
     AdamsBashforth,
@@ -16,6 +15,7 @@ from pyro_diffusion.samplers import (
     simulate,
 )
 from pyro_diffusion.schedules import LogLinear
+from pyro_diffusion.unwrapping import per_coordinate
 from tests.exact import mixture, mixture_law, slope
 from tests.sampler_table import DETERMINISTIC, STOCHASTIC, grid, normal_data, start
 
@@ -71,7 +71,7 @@ def affine(monkeypatch, sampler, denoiser, times, noises):
     feed = iter(noises)
 
     def fed(kernel):
-        base = coordinates(kernel)
+        base = per_coordinate(kernel)
         noise = torch.cat([torch.zeros(2, dtype=F64), next(feed)])
         return base.mean + base.stddev * noise[:, None]
 

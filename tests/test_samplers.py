@@ -16,7 +16,6 @@ from pyro_diffusion.denoisers import (
     TableDenoiser,
 )
 from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.samplers import DDIM, Ancestral, Sampler, State, recorder, simulate
 from pyro_diffusion.samplers.base import check_sampler
 from pyro_diffusion.schedules import (
@@ -28,6 +27,7 @@ from pyro_diffusion.schedules import (
     uniform,
     uniform_log_snr,
 )
+from pyro_diffusion.unwrapping import per_coordinate
 from tests.exact import BETAS, DTYPES, SCHEDULES, WEIGHTS, mixture, mixture_law, slope
 
 F64 = torch.float64
@@ -295,11 +295,11 @@ def test_one_symbol_is_sampled_exactly_in_any_number_of_steps(make):
     every = torch.arange(len(process.noise))[:, None]
     for steps in (1, 2, 5):
         times = uniform(steps, F64)
-        law = coordinates(process.prior((1,), dtype=F64)).probs[0]
+        law = per_coordinate(process.prior((1,), dtype=F64)).probs[0]
         for j in range(steps, 0, -1):
             posterior = denoiser(every, times[j])
             kernel = process.reverse(every, posterior, times[j - 1], times[j])
-            law = law @ coordinates(kernel).probs[:, 0]
+            law = law @ per_coordinate(kernel).probs[:, 0]
         assert_close(law[:4], data, rtol=1e-9, atol=1e-12)
 
 

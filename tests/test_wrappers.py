@@ -12,12 +12,13 @@ from pyro.distributions.transforms import AffineTransform, ExpTransform
 
 from pyro_diffusion.denoisers import MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
-from pyro_diffusion.distributions.wrappers import unwrap, unwrap_diffusion
+from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.infer import AutoGuidance
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.likelihoods.whitening import whitened
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import LogLinear
+from pyro_diffusion.unwrapping import unwrap, unwrap_to
 
 DENOISER = MixtureDenoiser(
     GaussianProcess(LogLinear(10, -10)), torch.ones(1), torch.zeros(1, 2), 1.0
@@ -57,7 +58,7 @@ def possible(names):
 def test_the_view_inside_is_found_at_its_batch_shape(view):
     for names in [(), *filter(possible, CHAINS)]:
         whole = wrapped(view(DENOISER, (2,), steps=2).expand((2, 1)), names)
-        found = unwrap_diffusion(whole)
+        found = unwrap_to(whole, DenoisedDistribution)
         assert type(found.base) is view
         count = found.base.batch_shape.numel() * 2
         assert count == whole.shape().numel(), names
@@ -86,7 +87,7 @@ def test_unwrapping_leaves_the_distribution_alone():
     """`ExpandedDistribution.expand` changes the object that it is called on."""
     inner = ExpandedDistribution(LAW, (1,))
     outer = ExpandedDistribution(inner, (5, 1))
-    assert unwrap_diffusion(outer).base.batch_shape == (5, 1)
+    assert unwrap_to(outer, DenoisedDistribution).base.batch_shape == (5, 1)
     assert inner.batch_shape == (1,)
 
 
@@ -136,12 +137,12 @@ def test_what_is_no_diffusion_is_none(name):
     if name in ("mixture", "expanded mixture", "delta", "normal", "log-normal", "folded"):
         laws += [dist.TransformedDistribution(other, [SCALE]) for other in laws]
     for other in laws:
-        assert unwrap_diffusion(other) is None
+        assert unwrap_to(other, DenoisedDistribution) is None
         assert not isinstance(unwrap(other).base, ExpandedDistribution | dist.MaskedDistribution)
 
 
 def test_no_distribution_at_all():
-    assert unwrap_diffusion(lambda: torch.zeros(2)) is None
+    assert unwrap_to(lambda: torch.zeros(2), DenoisedDistribution) is None
 
 
 def test_a_program_with_a_mixture_is_told_that_it_has_no_diffusion():

@@ -14,9 +14,9 @@ from pyro_diffusion.distributions.decoders import Decoder, check_decoder, defaul
 from pyro_diffusion.distributions.linear_use import check_linear_use
 from pyro_diffusion.distributions.objectives import Bound, Objective, check_objective, divergence
 from pyro_diffusion.processes import GaussianProcess, SeededNoise, draw, drawing_from
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.schedules.grids import check_grid
+from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import (
     Shape,
     check_event_shape,
@@ -154,7 +154,7 @@ class BoundedDistribution(DenoisedDistribution):
         """Data drawn from the decoder at the end of a walk."""
         self._check_outcome(x)
         law = self.decode(x)
-        base = coordinates(law)
+        base = per_coordinate(law)
         for name in ("loc", "probs"):  # torch would draw integers from NaN
             if torch.is_tensor(getattr(base, name, None)):
                 self._check_outcome(getattr(base, name))

@@ -12,8 +12,8 @@ from pyro_diffusion.distributions.discretized import DiscretizedNormal
 from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.precision import PreciseModule
 from pyro_diffusion.processes import CategoricalProcess, ForwardProcess, GaussianProcess
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import check_finite, check_integers, check_number, check_positive_int
 
 __all__ = ["CategoricalDecoder", "Decoder", "NormalDecoder", "QuantizedDecoder", "default_decoder"]
@@ -131,7 +131,7 @@ class QuantizedDecoder(Decoder):
         self, posterior: TorchDistribution, t: Level, process: ForwardProcess
     ) -> TorchDistribution:
         """The posterior's probability of each integer."""
-        base = coordinates(posterior)
+        base = per_coordinate(posterior)
         if hasattr(base, "logits"):
             if base.logits.shape[-1] != self.levels:
                 raise ValueError(
@@ -208,7 +208,7 @@ def check_decoder(decoder: object, process: ForwardProcess) -> Decoder:
 
 
 def _loc_scale(posterior: TorchDistribution, t: Level) -> tuple[Tensor, Tensor]:
-    base = coordinates(posterior)
+    base = per_coordinate(posterior)
     if isinstance(base, Delta):
         return base.mean, t.sigma / t.alpha
     if hasattr(base, "logits"):  # no density: its variance may be zero

@@ -20,8 +20,9 @@ from pyro.infer import (
     TraceTMC_ELBO,
 )
 
+from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.distributions.callers import callers, inside_markov_chain
-from pyro_diffusion.distributions.wrappers import unwrap_diffusion
+from pyro_diffusion.unwrapping import unwrap_to
 
 __all__ = ["check_linear_use"]
 
@@ -168,7 +169,7 @@ def _cancels(name: str, model_trace: Any = None, guide_trace: Any = None) -> boo
         return False
     if getattr(sites[1]["fn"], "holds_prior", False):
         return True
-    p, q = (unwrap_diffusion(site["fn"]) for site in sites)
+    p, q = (unwrap_to(site["fn"], DenoisedDistribution) for site in sites)
     if p is None or q is None or p.base._seed != q.base._seed or p.transforms != q.transforms:
         return False
     return all(

@@ -11,8 +11,8 @@ from torch.distributions import kl_divergence
 from pyro_diffusion.denoisers import Denoiser, HeadNormal, NoiseHead, VarianceDenoiser
 from pyro_diffusion.distributions.decoders import Decoder
 from pyro_diffusion.processes import ForwardProcess, GaussianProcess, draw
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.unwrapping import per_coordinate
 
 __all__ = ["Bound", "Hybrid", "MomentRegression", "Objective", "Simple", "Weighted", "divergence"]
 
@@ -316,7 +316,7 @@ class MomentRegression(Objective):
         return 0.0
 
     def _cost(self, x0: Tensor, posterior: TorchDistribution, t: Level, event_dim: int) -> Tensor:
-        base = coordinates(posterior)
+        base = per_coordinate(posterior)
         if not isinstance(base, HeadNormal):
             raise ValueError(
                 f"objective: got MomentRegression for a {type(base).__name__}, expected the posterior of a "
@@ -366,7 +366,7 @@ def _noise_weight(s: Tensor, t: Tensor, steps: int) -> Tensor:
 
 def _fixed_mean(posterior: TorchDistribution, process: ForwardProcess) -> TorchDistribution:
     """The posterior's normal with the mean detached."""
-    base = coordinates(posterior)
+    base = per_coordinate(posterior)
     if isinstance(base, Delta):
         raise ValueError(
             "objective: got Hybrid with a point mass, expected a denoiser with a variance"

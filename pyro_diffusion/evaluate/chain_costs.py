@@ -8,10 +8,10 @@ from tqdm import tqdm
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.analytic import check_data, check_gaussian, check_mean
 from pyro_diffusion.denoisers.base import check_context
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.schedules.grids import check_grid
 from pyro_diffusion.schedules.optimal_grid import step_costs
+from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["chain_costs"]
@@ -82,8 +82,8 @@ def _prices(
     context: dict[str, Tensor],
 ) -> Tensor:
     """Costs of going from one level to each earlier one, summed over data and coordinates."""
-    q = coordinates(denoiser.process.marginal(data, level))
-    posterior = coordinates(denoiser(q.mean + q.stddev * noise, level, **context))
+    q = per_coordinate(denoiser.process.marginal(data, level))
+    posterior = per_coordinate(denoiser(q.mean + q.stddev * noise, level, **context))
     residual = (data - check_mean(posterior, data)).square().reshape(-1).double()
     if isinstance(posterior, Delta):
         return step_costs(gain, torch.zeros_like(gain), residual.mean()) * residual.numel()

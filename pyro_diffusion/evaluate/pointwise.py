@@ -10,7 +10,6 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_diffusion.distributions import DenoisedDistribution, ProbabilityFlow
-from pyro_diffusion.distributions.wrappers import unwrap_diffusion
 from pyro_diffusion.likelihoods.run import (
     Message,
     check_fixed_rows,
@@ -18,6 +17,7 @@ from pyro_diffusion.likelihoods.run import (
     observations,
     of_each_datum,
 )
+from pyro_diffusion.unwrapping import unwrap_to
 
 __all__ = ["Draws", "latent_draws", "pointwise_log_likelihood"]
 
@@ -63,7 +63,7 @@ def _check_pointwise(node: Message, first: Tensor) -> None:
         )
     if first.shape != value.shape or not torch.allclose(first, value, 0, 0, equal_nan=True):
         raise ValueError(f"{where} got other data at every run, expected the same observations")
-    found = unwrap_diffusion(node["fn"])
+    found = unwrap_to(node["fn"], DenoisedDistribution)
     if found is not None and _estimated(found.base):
         raise ValueError(
             f"{where} got a {type(found.base).__name__}, whose log_prob is an estimate, expected an exact "

@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from pyro_diffusion.denoisers.base import check_context
 from pyro_diffusion.distributions.base import DenoisedDistribution
-from pyro_diffusion.distributions.wrappers import Unwrapped, check_wrappers, unwrap
 from pyro_diffusion.processes import drawing_from
 from pyro_diffusion.processes.noise import RowNoise, fresh_seed
+from pyro_diffusion.unwrapping import Unwrapped, check_wrappers, unwrap
 from pyro_diffusion.validation import check_event_shape, check_positive_int, check_seed
 
 __all__ = ["Rows", "batches", "check_model", "check_rows", "checked_seed"]

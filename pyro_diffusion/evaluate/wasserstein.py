@@ -10,8 +10,8 @@ from torch import Tensor
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.analytic import check_data, check_gaussian, check_mean
 from pyro_diffusion.processes import GaussianProcess, draw
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import check_finite, check_number, check_positive_int, check_tensor
 
 __all__ = ["WassersteinBound", "sliced_wasserstein", "wasserstein", "wasserstein_bound"]
@@ -176,7 +176,7 @@ def _trapezoids(values: Tensor, at: Tensor) -> Tensor:
 
 def _prior_distance(process: GaussianProcess, data: Tensor, end: Level) -> Tensor:
     """Bound of W2(q(x_1), p(x_1)): alpha x_0 + sigma eps beside scale eps."""
-    scale = coordinates(process.prior(data.shape[1:], data.dtype, data.device)).scale
+    scale = per_coordinate(process.prior(data.shape[1:], data.dtype, data.device)).scale
     signal = end.alpha.square() * data.flatten(1).square().sum(1).mean()
     return (signal + (scale - end.sigma).square().sum()).sqrt()
 

@@ -6,8 +6,8 @@ from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.unwrapping import per_coordinate
 
 __all__ = ["GuidedDenoiser", "Twisted", "check_denoiser", "moved"]
 
@@ -66,7 +66,7 @@ class GuidedDenoiser(Denoiser):
 
 def moved(posterior: TorchDistribution, shift: Tensor) -> TorchDistribution:
     """A posterior of real data with its mean shifted and its variance kept, as a normal (or a point mass)."""
-    base, event_dim = coordinates(posterior), posterior.event_dim
+    base, event_dim = per_coordinate(posterior), posterior.event_dim
     if isinstance(base, Delta):
         return Delta((base.v + shift).detach(), event_dim=event_dim, validate_args=False)
     scale = base.stddev if isinstance(base, Normal) else base.variance.sqrt()

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser, Quantized
 from pyro_diffusion.guidance.base import check_denoiser
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.unwrapping import per_coordinate
 
 __all__ = ["ClassifierFreeGuidance", "Scale", "check_scale"]
 
@@ -141,7 +141,7 @@ def _combine(
     posterior: TorchDistribution, null: TorchDistribution, scale: Tensor | float
 ) -> TorchDistribution:
     """null + scale (posterior - null), by logits or by means."""
-    base, other, event_dim = coordinates(posterior), coordinates(null), posterior.event_dim
+    base, other, event_dim = per_coordinate(posterior), per_coordinate(null), posterior.event_dim
     if hasattr(base, "logits") and not isinstance(base, Quantized):
         weight = scale.unsqueeze(-1) if torch.is_tensor(scale) and scale.dim() else scale
         gap = base.logits - other.logits

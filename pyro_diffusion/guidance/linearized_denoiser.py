@@ -11,8 +11,8 @@ from pyro_diffusion.dynamics import twice_differentiable_attention
 from pyro_diffusion.guidance.base import moved
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.linearization import LinearizedLikelihood
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.unwrapping import per_coordinate
 
 __all__ = ["LinearizedDenoiser", "detached"]
 
@@ -60,7 +60,7 @@ class LinearizedDenoiser(LinearizedLikelihood):
                 "differentiable one (DiffPIR asks for none)"
             )
         self.prior = detached(prior)
-        point_mass = isinstance(coordinates(prior), Delta)
+        point_mass = isinstance(per_coordinate(prior), Delta)
         self.variance = None if point_mass else (prior if graph else self.prior).variance
         super().__init__(likelihood.whitened, self._mean, graph)
 
@@ -76,7 +76,7 @@ class LinearizedDenoiser(LinearizedLikelihood):
 
 def detached(posterior: TorchDistribution) -> TorchDistribution:
     """The same posterior without a graph: a point mass, values with probabilities, or else a normal."""
-    base = coordinates(posterior)
+    base = per_coordinate(posterior)
     if isinstance(base, Quantized):
         quantized = Quantized(base.logits.detach(), base.values.detach(), validate_args=False)
         return quantized.to_event(posterior.event_dim)

@@ -12,8 +12,8 @@ from pyro_diffusion.distributions.base import home
 from pyro_diffusion.guidance.base import GuidedDenoiser, check_denoiser
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.base import check_likelihood
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.unwrapping import per_coordinate
 
 __all__ = ["Replacement"]
 
@@ -79,7 +79,7 @@ class Replacement(GuidedDenoiser):
         level = self.process.level(t, xt)
         with torch.no_grad():
             prior = self.denoiser(xt, level, **context)
-            base, event_dim = coordinates(prior), prior.event_dim
+            base, event_dim = per_coordinate(prior), prior.event_dim
             reading, precision = self.reading.to(xt), self.precision.to(xt)
             total = precision + level.alpha**2 / level.sigma**2
             mean = (precision * reading + level.alpha / level.sigma**2 * xt) / total

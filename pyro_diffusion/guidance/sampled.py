@@ -11,8 +11,8 @@ from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, moved
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.base import check_likelihood
 from pyro_diffusion.processes import CategoricalProcess, draw
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["SampledGuidance"]
@@ -89,7 +89,7 @@ class SampledGuidance(GuidedDenoiser):
         if not isinstance(self.process, CategoricalProcess):
             shift = (weights * (x0 - prior.mean)).sum(0)
             return moved(prior, share * shift)
-        probs = coordinates(prior).probs
+        probs = per_coordinate(prior).probs
         hot = torch.nn.functional.one_hot(x0, probs.shape[-1])
         seen = (weights.unsqueeze(-1) * hot).sum(0).to(probs.dtype)
         share = share.unsqueeze(-1).to(probs.dtype)

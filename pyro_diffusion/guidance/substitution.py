@@ -11,8 +11,8 @@ from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.base import check_likelihood
 from pyro_diffusion.processes import CategoricalProcess
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.unwrapping import per_coordinate
 
 __all__ = ["SubstitutionGuidance"]
 
@@ -67,7 +67,7 @@ class SubstitutionGuidance(GuidedDenoiser):
         """
         with torch.no_grad():
             prior = self.denoiser(xt, t, **context)
-            log_probs = coordinates(prior).logits
+            log_probs = per_coordinate(prior).logits
             event = xt.shape[xt.dim() - self.process.event_dim :]
             batch, symbols = xt.shape[: xt.dim() - len(event)], log_probs.shape[-1]
             mode = log_probs.argmax(-1).reshape(*batch, -1)

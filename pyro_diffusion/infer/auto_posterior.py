@@ -19,7 +19,6 @@ from pyro_diffusion.distributions import DenoisedDistribution, Diffusion
 from pyro_diffusion.distributions.base import plates_entered
 from pyro_diffusion.distributions.callers import called_from
 from pyro_diffusion.distributions.shape_runs import shapes_only
-from pyro_diffusion.distributions.wrappers import unwrap_diffusion
 from pyro_diffusion.guidance import GuidedDenoiser
 from pyro_diffusion.infer.posterior_law import PosteriorLaw
 from pyro_diffusion.infer.reparam import ChainReparam
@@ -31,6 +30,7 @@ from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.likelihoods.signature import structure
 from pyro_diffusion.likelihoods.sites import MissingLatents
 from pyro_diffusion.samplers import Sampler
+from pyro_diffusion.unwrapping import unwrap_to
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["AutoPosterior", "as_chain"]
@@ -230,7 +230,7 @@ class AutoPosterior(AutoGuide):
         with poutine.trace() as tracer, poutine.condition(data=data):
             self._program[0](*likelihood.args, **likelihood.kwargs)
         fn: Any = tracer.trace.nodes[name]["fn"]
-        found = unwrap_diffusion(fn)
+        found = unwrap_to(fn, DenoisedDistribution)
         base = found.base if found else fn
         if not isinstance(base, Diffusion) or base._seed != likelihood.prior._seed:
             raise ValueError(
@@ -300,7 +300,9 @@ class AutoPosterior(AutoGuide):
                 "poutine.reparam(...) outermost"
             )
         named = [self._site] if self._site else self._chained
-        found = named or [n for n in latent if unwrap_diffusion(nodes[n]["fn"]) is not None]
+        found = named or [
+            n for n in latent if unwrap_to(nodes[n]["fn"], DenoisedDistribution) is not None
+        ]
         states = {f"{n}_t" for n in found} if self._chained else set()
         self._others = [
             n for n in latent if n not in found and n.rstrip("0123456789") not in states

@@ -12,10 +12,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_diffusion.distributions.wrappers import unwrap_diffusion
+from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.infer.conditional_filter import ConditionalFilter
 from pyro_diffusion.infer.twisted_smc import Guidance, TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
+from pyro_diffusion.unwrapping import unwrap_to
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["ParticleGibbs"]
@@ -181,7 +182,7 @@ class ParticleGibbs(MCMCKernel):
         with torch.no_grad(), poutine.block():
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
         free = {k: v for k, v in trace.nodes.items() if _is_latent(v)}
-        sites = [k for k, v in free.items() if unwrap_diffusion(v["fn"]) is not None]
+        sites = [k for k, v in free.items() if unwrap_to(v["fn"], DenoisedDistribution) is not None]
         name = self.site if self.site is not None else sites[0] if len(sites) == 1 else None
         if name is None or name not in sites or len(sites) > 1:
             raise ValueError(
@@ -205,7 +206,7 @@ class ParticleGibbs(MCMCKernel):
             poutine.condition(data=leaves),
         ):
             self.model(*args, **kwargs)
-        found = unwrap_diffusion(hold.law)
+        found = unwrap_to(hold.law, DenoisedDistribution)
         assert found is not None
         value = torch.zeros(self._likelihood.event_shape, dtype=self._likelihood.prior.dtype)
         for transform in found.transforms:

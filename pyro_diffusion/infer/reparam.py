@@ -12,12 +12,12 @@ from pyro.poutine.runtime import InferDict
 from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.distributions.deferred import Deferred, unscored
 from pyro_diffusion.distributions.shape_runs import shapes_only
-from pyro_diffusion.distributions.wrappers import Unwrapped, check_wrappers, unwrap_diffusion
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.samplers.watch import Watch
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.unwrapping import Unwrapped, check_wrappers, per_coordinate, unwrap_to
 
 __all__ = ["ChainReparam", "forward_chain", "reverse_chain"]
 
@@ -40,9 +40,9 @@ def _chain(fn: Any, where: str) -> Unwrapped:
         ValueError: for another distribution, one under ``.mask()``, discrete data under transforms, and
             transforms that are not bijective.
     """
-    found = unwrap_diffusion(fn)
+    found = unwrap_to(fn, DenoisedDistribution)
     if found is None or found.masks or not isinstance(found.base, Diffusion):
-        inner = type(coordinates(fn) if found is None else found.base)
+        inner = type(per_coordinate(fn) if found is None else found.base)
         kind = MaskedDistribution if found is not None and found.masks else inner
         raise ValueError(f"{where} {kind.__name__}, expected a Diffusion")
     check_wrappers("diffusion", found)

@@ -14,8 +14,8 @@ from torch import Tensor
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import GuidedDenoiser
 from pyro_diffusion.likelihoods import Likelihood
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules.base import Grid, table_row
+from pyro_diffusion.unwrapping import per_coordinate
 
 __all__ = ["Proposal", "Target", "TwistedChain"]
 
@@ -139,7 +139,7 @@ class Target:
 
 def write_law(state: Any, name: str, law: TorchDistribution) -> None:
     """Keep the parameters of a law as tensors that a filter can resample."""
-    base = coordinates(law)
+    base = per_coordinate(law)
     parameters = [key for key in base.arg_constraints if key in vars(base)]
     # Either names a categorical; the other may be there because somebody asked for it.
     parameters = ["logits"] if "logits" in parameters else parameters

@@ -13,8 +13,8 @@ from pyro.distributions import (
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from pyro_diffusion.distributions.wrappers import Unwrapped, unwrap
 from pyro_diffusion.likelihoods.run import Message
+from pyro_diffusion.unwrapping import Unwrapped, unwrap
 
 __all__ = ["without_missing"]
 

@@ -6,8 +6,8 @@ from typing import Any
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_diffusion.distributions.wrappers import unwrap
 from pyro_diffusion.likelihoods.run import Message
+from pyro_diffusion.unwrapping import unwrap
 
 __all__ = ["signature_of", "structure"]
 

@@ -16,7 +16,6 @@ from pyro_diffusion.distributions import (
     ProbabilityFlow,
     QuantizedDecoder,
 )
-from pyro_diffusion.distributions.wrappers import unwrap_diffusion
 from pyro_diffusion.likelihoods.missing import without_missing
 from pyro_diffusion.likelihoods.run import (
     Message,
@@ -26,6 +25,7 @@ from pyro_diffusion.likelihoods.run import (
     of_each_datum,
 )
 from pyro_diffusion.likelihoods.signature import signature_of
+from pyro_diffusion.unwrapping import unwrap_to
 from pyro_diffusion.validation import check_finite
 
 __all__ = ["DiffusionSite", "FirstRun", "MissingLatents", "first_run"]
@@ -90,7 +90,7 @@ class _TrialMessenger(Messenger):
             return
         if msg["is_observed"]:
             return
-        found = unwrap_diffusion(fn)
+        found = unwrap_to(fn, DenoisedDistribution)
         if name in self.latents and name != self.named:
             batch = len(fn.batch_shape)
             own = batch + len(fn.event_shape)
@@ -254,7 +254,11 @@ def _choose(
                 f"site: got None and several diffusion sites, {', '.join(sites)}; expected the name of one, "
                 "and values of the others in `latents`"
             )
-        seen = [name for name, node in nodes.items() if unwrap_diffusion(node["fn"]) is not None]
+        seen = [
+            name
+            for name, node in nodes.items()
+            if unwrap_to(node["fn"], DenoisedDistribution) is not None
+        ]
         raise ValueError(
             "model: got no diffusion site"
             + (f" that is not observed or given (of {', '.join(seen)})" if seen else "")
@@ -355,7 +359,7 @@ def _check_given(nodes: dict[str, Message], site: DiffusionSite, given: set[str]
 
 
 def _check_exact(node: Message) -> None:
-    found, name = unwrap_diffusion(node["fn"]), node["name"]
+    found, name = unwrap_to(node["fn"], DenoisedDistribution), node["name"]
     diffusion = None if found is None else found.base
     got = f"site {name!r}: got an observed {type(diffusion).__name__}"
     if isinstance(diffusion, BoundedDistribution):

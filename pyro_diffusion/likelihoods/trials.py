@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.distributions import DenoisedDistribution
-from pyro_diffusion.distributions.wrappers import unwrap
 from pyro_diffusion.likelihoods.run import Message, log_density
 from pyro_diffusion.likelihoods.whitening import RESIDUALS, whitened
-from pyro_diffusion.processes import (
-    CategoricalProcess,
-    GaussianProcess,
-    SeededNoise,
-    drawing_from,
-)
+from pyro_diffusion.processes import CategoricalProcess, GaussianProcess, SeededNoise, drawing_from
+from pyro_diffusion.unwrapping import unwrap
 
 __all__ = ["Dependence", "agree", "choose_vectorization", "find_dependence", "trials"]
 

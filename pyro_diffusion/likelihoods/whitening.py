@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_diffusion.distributions.wrappers import unwrap
 from pyro_diffusion.likelihoods.deviance import deviance_residual
 from pyro_diffusion.likelihoods.run import Message
+from pyro_diffusion.unwrapping import unwrap
 
 __all__ = ["RESIDUALS", "Whitened", "whitened"]
 

@@ -18,7 +18,7 @@ from pyro_diffusion.validation import (
     check_times,
 )
 
-__all__ = ["ForwardProcess", "check_order", "coordinates"]
+__all__ = ["ForwardProcess", "check_order"]
 
 
 class ForwardProcess(DefinedModule, PreciseModule):
@@ -202,13 +202,6 @@ class ForwardProcess(DefinedModule, PreciseModule):
         t = torch.as_tensor(t)
         check_times(name, t)
         return self.schedule.level(t, check=False).unsqueeze(self.event_dim)
-
-
-def coordinates(distribution: TorchDistribution) -> TorchDistribution:
-    """The per-coordinate distribution inside any number of ``to_event`` wrappers."""
-    while isinstance(distribution, torch.distributions.Independent):
-        distribution = distribution.base_dist
-    return distribution
 
 
 def check_order(s: Level, t: Level) -> None:

@@ -6,8 +6,9 @@ import torch
 from pyro.distributions import Categorical, TorchDistribution
 from torch import Tensor
 
-from pyro_diffusion.processes.base import ForwardProcess, check_order, coordinates
+from pyro_diffusion.processes.base import ForwardProcess, check_order
 from pyro_diffusion.schedules import Level, Schedule
+from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import Shape, check_finite, check_positive_int, check_tensor
 
 __all__ = ["Absorbing", "CategoricalCoefficients", "CategoricalProcess", "Uniform"]
@@ -167,7 +168,7 @@ class CategoricalProcess(ForwardProcess):
         return self._categorical(survival * kept + (1 - survival) * self.noise.to(survival.dtype))
 
     def _padded(self, posterior: TorchDistribution) -> Tensor:
-        probs = coordinates(posterior).probs
+        probs = per_coordinate(posterior).probs
         return torch.nn.functional.pad(probs, (0, len(self.noise) - probs.shape[-1]))
 
     def _categorical(self, probs: Tensor) -> TorchDistribution:

@@ -7,8 +7,9 @@ import torch
 from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor
 
-from pyro_diffusion.processes.base import ForwardProcess, check_order, coordinates
+from pyro_diffusion.processes.base import ForwardProcess, check_order
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import Shape, check_finite, check_tensor
 
 __all__ = ["GaussianCoefficients", "GaussianProcess"]
@@ -153,7 +154,7 @@ class GaussianProcess(ForwardProcess):
         self, xt: Tensor, posterior: TorchDistribution, coefficients: GaussianCoefficients
     ) -> TorchDistribution:
         """Bridge integrated over the posterior's first two moments."""
-        c, base = coefficients, coordinates(posterior)
+        c, base = coefficients, per_coordinate(posterior)
         variance = c.variance
         if not isinstance(base, Delta):
             variance = variance + c.x0.square() * base.variance

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_diffusion.precision import at_least_single
-from pyro_diffusion.processes.base import coordinates
+from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import Shape, check_seed, check_sizes, check_tensor
 
 __all__ = [
@@ -114,7 +114,7 @@ class NoiseSource:
 
     def draw(self, distribution: TorchDistribution, sample_shape: Shape = torch.Size()) -> Tensor:
         """Draws of any distribution, reparameterized where that is possible."""
-        base: Any = coordinates(distribution)
+        base: Any = per_coordinate(distribution)
         if isinstance(base, Delta):
             return _own(distribution, sample_shape)
         if base.__class__.rsample is torch.distributions.Normal.rsample:

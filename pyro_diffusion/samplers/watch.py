@@ -5,8 +5,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.processes.base import coordinates
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.unwrapping import per_coordinate
 
 __all__ = ["LARGEST_NOISE", "Watch"]
 
@@ -34,7 +34,7 @@ class Watch:
     def see(self, xt: Tensor, t: Level, posterior: TorchDistribution) -> None:
         """Mark a read: its largest implied noise, or NaN."""
         if not xt.is_floating_point():
-            base = coordinates(posterior)
+            base = per_coordinate(posterior)
             scores = getattr(base, "logits", None)
             if scores is not None:
                 self._mark(torch.where(scores.isnan().any(), torch.nan, 0.0), t)

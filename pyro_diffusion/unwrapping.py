@@ -3,14 +3,12 @@
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import ImproperUniform, TransformedDistribution
+from pyro.distributions import ImproperUniform, TorchDistribution, TransformedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_diffusion.distributions.base import DenoisedDistribution
-
-__all__ = ["Unwrapped", "check_wrappers", "unwrap", "unwrap_diffusion"]
+__all__ = ["Unwrapped", "check_wrappers", "per_coordinate", "unwrap", "unwrap_to"]
 
 WRAPPERS = (
     torch.distributions.Independent,
@@ -55,17 +53,17 @@ class Unwrapped(NamedTuple):
         out: Tensor = self.around(flat).log_prob(value)
         return out
 
-    def around(self, law: Any) -> Any:
-        """The same wrappers around another law of the base's batch and event shape."""
+    def around(self, distribution: Any) -> Any:
+        """The same wrappers around another distribution of the base's batch and event shape."""
         for wrapper in reversed(self.wrappers):
             if isinstance(wrapper, torch.distributions.Independent):
-                law = law.to_event(wrapper.reinterpreted_batch_ndims)
+                distribution = distribution.to_event(wrapper.reinterpreted_batch_ndims)
             elif isinstance(wrapper, MaskedDistribution):
-                law = law.mask(wrapper._mask)
+                distribution = distribution.mask(wrapper._mask)
             elif isinstance(wrapper, torch.distributions.TransformedDistribution):
-                law = TransformedDistribution(law, wrapper.transforms)
+                distribution = TransformedDistribution(distribution, wrapper.transforms)
             # Nothing for an expansion: the base has its full batch shape.
-        return law
+        return distribution
 
 
 def check_wrappers(name: str, found: Unwrapped) -> None:
@@ -100,7 +98,7 @@ def unwrap(fn: Any, until: type | tuple[type, ...] = ()) -> Unwrapped:
 
     Args:
         fn: any distribution.
-        until: types that are not looked into.
+        until: types that are not taken apart.
     """
     batch, wrappers = fn.batch_shape, []
     while isinstance(fn, WRAPPERS) and not (until and isinstance(fn, until)):
@@ -112,15 +110,26 @@ def unwrap(fn: Any, until: type | tuple[type, ...] = ()) -> Unwrapped:
     return Unwrapped(_expanded(fn, batch), tuple(wrappers))
 
 
-def unwrap_diffusion(fn: Any) -> Unwrapped | None:
-    """The view of a denoiser inside a distribution with what stands around it, or None.
+def unwrap_to(fn: Any, kind: type | tuple[type, ...]) -> Unwrapped | None:
+    """The distribution of some type inside another with what stands around it, or None.
 
-    A mixture of diffusions is none: what is inside has to be the whole law.
+    A mixture of such is none: what is inside has to be the whole distribution.
+
+    Args:
+        fn: any object.
+        kind: type of what is to be found, or several.
     """
     if not isinstance(fn, torch.distributions.Distribution):
         return None
-    found = unwrap(fn, DenoisedDistribution)
-    return found if isinstance(found.base, DenoisedDistribution) else None
+    found = unwrap(fn, kind)
+    return found if isinstance(found.base, kind) else None
+
+
+def per_coordinate(distribution: TorchDistribution) -> TorchDistribution:
+    """The distribution inside any number of ``to_event`` wrappers, whose batch has event dimensions too."""
+    while isinstance(distribution, torch.distributions.Independent):
+        distribution = distribution.base_dist
+    return distribution
 
 
 def _expanded(fn: Any, batch: torch.Size) -> Any:
