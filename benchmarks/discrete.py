@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.denoisers import TableDenoiser
-from pyro_diffusion.distributions import Diffusion, divergence
+from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.distributions.objectives import divergence
 from pyro_diffusion.evaluate import importance_weighted
 from pyro_diffusion.processes import Absorbing, CategoricalProcess, Uniform
 from pyro_diffusion.schedules import Level, Rectified, uniform

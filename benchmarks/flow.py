@@ -32,14 +32,8 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import MixtureDenoiser
 from pyro_diffusion.distributions import ProbabilityFlow
-from pyro_diffusion.dynamics import (
-    Hutchinson,
-    HutchPlusPlus,
-    Trace,
-    gaussian,
-    rademacher,
-    sphere,
-)
+from pyro_diffusion.dynamics import Hutchinson, HutchPlusPlus, Trace
+from pyro_diffusion.dynamics.trace import gaussian, rademacher, sphere
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Level, LinearBeta, LogLinear, Schedule, VarianceExploding
 

@@ -30,12 +30,12 @@ from pyro_diffusion.denoisers import (
     SN,
     Denoiser,
     MixtureDenoiser,
-    NoiseHead,
     VarianceDenoiser,
     analytic_variance,
     residual_variance,
     unit_variance,
 )
+from pyro_diffusion.denoisers.variance_heads import NoiseHead
 from pyro_diffusion.distributions import Diffusion, MomentRegression
 from pyro_diffusion.nn import MLP, UNet
 from pyro_diffusion.optim import EMA, JointOptim

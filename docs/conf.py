@@ -55,8 +55,9 @@ nitpick_ignore_regex = [
     (
         r"py:(class|exc)",
         r"pyro_diffusion\..+\.("
-        r"\w*Coefficients|Analysis|Filter|LinearizedDenoiser|LinearizedLikelihood|NoClosedForms|"
-        r"NoiseSource|Observations|PreciseModule|ScheduleLike|Solved|Sources|TwoEndedSchedule"
+        r"\w*Coefficients|Analysis|Filter|GaussianSDE|LinearizedDenoiser|LinearizedLikelihood|Method|"
+        r"NoClosedForms|NoiseHead|NoiseSource|Node|Observations|Passage|PreciseModule|ScheduleLike|"
+        r"Solved|Sources|TwoEndedSchedule"
         r")|SMCFailed",
     ),
 ]

@@ -11,14 +11,11 @@ import pytest
 import torch
 from scipy import stats
 
-from pyro_diffusion.denoisers import Quantized, uniform_levels
-from pyro_diffusion.distributions import (
-    CategoricalDecoder,
-    DiscretizedNormal,
-    NormalDecoder,
-    QuantizedDecoder,
-    default_decoder,
-)
+from pyro_diffusion.denoisers import uniform_levels
+from pyro_diffusion.denoisers.discrete import Quantized
+from pyro_diffusion.distributions import CategoricalDecoder, NormalDecoder, QuantizedDecoder
+from pyro_diffusion.distributions.decoders import default_decoder
+from pyro_diffusion.distributions.discretized import DiscretizedNormal
 from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
 from pyro_diffusion.schedules import Cosine, Rectified
 

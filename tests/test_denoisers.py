@@ -18,7 +18,6 @@ from pyro_diffusion.denoisers import (
     LevelsDenoiser,
     MixtureDenoiser,
     Noise,
-    Quantized,
     Score,
     TableDenoiser,
     TimeVariance,
@@ -28,6 +27,7 @@ from pyro_diffusion.denoisers import (
     uniform_levels,
     unit_variance,
 )
+from pyro_diffusion.denoisers.discrete import Quantized
 from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
 from pyro_diffusion.schedules import EDM as KarrasSchedule
 from pyro_diffusion.schedules import Cosine, Level, LogLinear, Rectified

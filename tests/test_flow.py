@@ -9,17 +9,9 @@ import torch
 
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
-from pyro_diffusion.dynamics import (
-    ExactTrace,
-    Hutchinson,
-    HutchPlusPlus,
-    Solver,
-    end_angles,
-    gaussian,
-    level_at,
-    sphere,
-    transport,
-)
+from pyro_diffusion.dynamics import ExactTrace, Hutchinson, HutchPlusPlus, Solver, transport
+from pyro_diffusion.dynamics.ode import end_angles, level_at
+from pyro_diffusion.dynamics.trace import gaussian, sphere
 from pyro_diffusion.evaluate import flow_log_likelihood
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine, LogLinear, Rectified

@@ -7,7 +7,7 @@ import torch
 from pyro.distributions import Delta, Normal
 from torch.testing import assert_close
 
-from pyro_diffusion.denoisers import Quantized
+from pyro_diffusion.denoisers.discrete import Quantized
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine, Level, Rectified, TabulatedBetas, uniform
 from pyro_diffusion.unwrapping import per_coordinate

@@ -6,7 +6,8 @@ import torch
 from torch.distributions import kl_divergence
 
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
-from pyro_diffusion.distributions import Diffusion, DiffusionSDE, DiscretizedNormal, ProbabilityFlow
+from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
+from pyro_diffusion.distributions.discretized import DiscretizedNormal
 from pyro_diffusion.guidance.base import GuidedDenoiser
 from pyro_diffusion.infer.posterior_law import PosteriorLaw
 from pyro_diffusion.nn import MLP

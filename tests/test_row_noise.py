@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion import evaluate
-from pyro_diffusion.denoisers import Quantized, analytic_variance
-from pyro_diffusion.distributions import DiffusionSDE, DiscretizedNormal, ProbabilityFlow
-from pyro_diffusion.dynamics import Hutchinson, HutchPlusPlus, gaussian
+from pyro_diffusion.denoisers import analytic_variance
+from pyro_diffusion.denoisers.discrete import Quantized
+from pyro_diffusion.distributions import DiffusionSDE, ProbabilityFlow
+from pyro_diffusion.distributions.discretized import DiscretizedNormal
+from pyro_diffusion.dynamics import Hutchinson, HutchPlusPlus
+from pyro_diffusion.dynamics.trace import gaussian
 from pyro_diffusion.processes import SeededNoise, draw, drawing_from
 from pyro_diffusion.processes.noise import _GAMMA, RowNoise, _mix, inverted
 from pyro_diffusion.schedules import LogLinear

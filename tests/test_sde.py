@@ -19,7 +19,6 @@ from torch import Tensor
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, QuantizedDecoder
 from pyro_diffusion.dynamics import (
-    METHODS,
     ForwardSDE,
     IndependentIncrements,
     KnownData,
@@ -27,6 +26,7 @@ from pyro_diffusion.dynamics import (
     SDESolver,
     brownian_interval,
 )
+from pyro_diffusion.dynamics.sde_solver import METHODS
 from pyro_diffusion.evaluate import log_likelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.schedules import Cosine, LogLinear, Rectified, SubVP

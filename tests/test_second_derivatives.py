@@ -12,13 +12,8 @@ from torch.nn import functional as F
 
 from pyro_diffusion.denoisers import GaussianDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
-from pyro_diffusion.dynamics import (
-    ExactTrace,
-    Hutchinson,
-    HutchPlusPlus,
-    trace,
-    twice_differentiable_attention,
-)
+from pyro_diffusion.dynamics import ExactTrace, Hutchinson, HutchPlusPlus, trace
+from pyro_diffusion.dynamics.attention import twice_differentiable_attention
 from pyro_diffusion.guidance import MMPS, PiGDM, PlugIn
 from pyro_diffusion.guidance.linearized_denoiser import LinearizedDenoiser
 from pyro_diffusion.likelihoods import ProgramLikelihood

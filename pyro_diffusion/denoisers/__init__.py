@@ -6,16 +6,10 @@ from pyro_diffusion.denoisers.analytic import (
     residual_variance,
 )
 from pyro_diffusion.denoisers.base import Denoiser, NetworkDenoiser
-from pyro_diffusion.denoisers.discrete import (
-    CategoricalDenoiser,
-    LevelsDenoiser,
-    Quantized,
-    uniform_levels,
-)
+from pyro_diffusion.denoisers.discrete import CategoricalDenoiser, LevelsDenoiser, uniform_levels
 from pyro_diffusion.denoisers.exact import MixtureDenoiser, TableDenoiser
 from pyro_diffusion.denoisers.gaussian import GaussianDenoiser
 from pyro_diffusion.denoisers.parameterizations import (
-    Coefficients,
     Data,
     EDMPreconditioning,
     Noise,
@@ -25,7 +19,7 @@ from pyro_diffusion.denoisers.parameterizations import (
     Velocity,
 )
 from pyro_diffusion.denoisers.variance_denoiser import VarianceDenoiser
-from pyro_diffusion.denoisers.variance_heads import NPR, SN, HeadNormal, NoiseHead
+from pyro_diffusion.denoisers.variance_heads import NPR, SN
 from pyro_diffusion.denoisers.variances import (
     LearnedVariance,
     TimeVariance,
@@ -37,21 +31,17 @@ __all__ = [
     "NPR",
     "SN",
     "CategoricalDenoiser",
-    "Coefficients",
     "Data",
     "Denoiser",
     "EDMPreconditioning",
     "EstimatedVariance",
     "GaussianDenoiser",
-    "HeadNormal",
     "LearnedVariance",
     "LevelsDenoiser",
     "MixtureDenoiser",
     "NetworkDenoiser",
     "Noise",
-    "NoiseHead",
     "Parameterization",
-    "Quantized",
     "Score",
     "TableDenoiser",
     "TimeVariance",

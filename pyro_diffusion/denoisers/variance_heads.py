@@ -162,7 +162,7 @@ class SN(NoiseHead):
 
 
 class HeadNormal(Normal):
-    """The normal of a :class:`NoiseHead`, which remembers what was read so that it can be fitted.
+    """The normal of a head, which remembers the network's output so that it can be fitted.
 
     Args:
         loc: posterior mean.

@@ -8,11 +8,9 @@ from pyro_diffusion.distributions.decoders import (
     Decoder,
     NormalDecoder,
     QuantizedDecoder,
-    default_decoder,
 )
 from pyro_diffusion.distributions.dequantization import Dequantization
 from pyro_diffusion.distributions.diffusion import Diffusion
-from pyro_diffusion.distributions.discretized import DiscretizedNormal
 from pyro_diffusion.distributions.flow import FlowTransform, LogDensity, ProbabilityFlow
 from pyro_diffusion.distributions.objectives import (
     Bound,
@@ -21,7 +19,6 @@ from pyro_diffusion.distributions.objectives import (
     Objective,
     Simple,
     Weighted,
-    divergence,
 )
 from pyro_diffusion.distributions.red_diff import RedDiff
 from pyro_diffusion.distributions.sde import DiffusionSDE
@@ -35,7 +32,6 @@ __all__ = [
     "Dequantization",
     "Diffusion",
     "DiffusionSDE",
-    "DiscretizedNormal",
     "FlowTransform",
     "Hybrid",
     "LogDensity",
@@ -47,6 +43,4 @@ __all__ = [
     "RedDiff",
     "Simple",
     "Weighted",
-    "default_decoder",
-    "divergence",
 ]

@@ -7,7 +7,7 @@ from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_diffusion.denoisers import Quantized
+from pyro_diffusion.denoisers.discrete import Quantized
 from pyro_diffusion.distributions.discretized import DiscretizedNormal
 from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.precision import PreciseModule

@@ -14,15 +14,9 @@ from pyro_diffusion.distributions.base import DenoisedDistribution, broadcast, b
 from pyro_diffusion.distributions.callers import inside_markov_chain
 from pyro_diffusion.distributions.linear_use import check_linear_use
 from pyro_diffusion.distributions.shape_runs import shapes_only
-from pyro_diffusion.dynamics import (
-    ExactTrace,
-    Passage,
-    Solver,
-    Trace,
-    check_trace,
-    end_angles,
-    transport,
-)
+from pyro_diffusion.dynamics import ExactTrace, Solver, Trace, transport
+from pyro_diffusion.dynamics.ode import Passage, end_angles
+from pyro_diffusion.dynamics.trace import check_trace
 from pyro_diffusion.processes import GaussianProcess, draw
 from pyro_diffusion.processes.noise import NoiseSource, RowNoise
 from pyro_diffusion.validation import (

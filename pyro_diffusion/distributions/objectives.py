@@ -8,7 +8,8 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_diffusion.denoisers import Denoiser, HeadNormal, NoiseHead, VarianceDenoiser
+from pyro_diffusion.denoisers import Denoiser, VarianceDenoiser
+from pyro_diffusion.denoisers.variance_heads import HeadNormal, NoiseHead
 from pyro_diffusion.distributions.decoders import Decoder
 from pyro_diffusion.processes import ForwardProcess, GaussianProcess, draw
 from pyro_diffusion.schedules import Level
@@ -254,7 +255,8 @@ class MomentRegression(Objective):
     head's ``unit`` for errors of h. Both are least at h = E[y | x_t]. The second, the deviance of a gamma
     law, weighs *relative* errors: it suits moments that range over orders of magnitude, as NPR's do on
     data with certain coordinates. Not a bound. The mean gets no gradient. The denoiser is a
-    :class:`~pyro_diffusion.denoisers.VarianceDenoiser` with a :class:`~pyro_diffusion.denoisers.NoiseHead`.
+    :class:`~pyro_diffusion.denoisers.VarianceDenoiser` with a head, :class:`~pyro_diffusion.denoisers.SN` or
+    :class:`~pyro_diffusion.denoisers.NPR`.
 
     Args:
         deviance: whether to take the second form.

@@ -11,7 +11,8 @@ from pyro_diffusion.distributions.base import kept_uniform
 from pyro_diffusion.distributions.bounded import BoundedDistribution
 from pyro_diffusion.distributions.decoders import Decoder
 from pyro_diffusion.distributions.shape_runs import shapes_only
-from pyro_diffusion.dynamics import ReverseSDE, SDESolver, check_eta
+from pyro_diffusion.dynamics import ReverseSDE, SDESolver
+from pyro_diffusion.dynamics.sde import check_eta
 from pyro_diffusion.processes import GaussianProcess, draw
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import Shape, check_expands, check_tensor, check_times

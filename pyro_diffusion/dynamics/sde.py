@@ -123,8 +123,8 @@ class ForwardSDE(GaussianSDE):
     Args:
         process: a Gaussian process whose schedule has finite ends.
         event_shape: shape of one datum.
-        noise_type: see :class:`GaussianSDE`.
-        sde_type: see :class:`GaussianSDE`.
+        noise_type: ``"additive"``, whose Brownian motion must be passed in, or ``"diagonal"``.
+        sde_type: ``"ito"`` or ``"stratonovich"``: the same under additive noise.
 
     Example:
         >>> from pyro_diffusion.schedules import SubVP
@@ -166,8 +166,8 @@ class ReverseSDE(GaussianSDE):
         eta: share of the noise, from 0 to 1000.
         context: tensors for the denoiser, one row per row of the state.
         prior: a denoiser of the same process.
-        noise_type: see :class:`GaussianSDE`.
-        sde_type: see :class:`GaussianSDE`.
+        noise_type: ``"additive"``, whose Brownian motion must be passed in, or ``"diagonal"``.
+        sde_type: ``"ito"`` or ``"stratonovich"``: the same under additive noise.
 
     Raises:
         ValueError: naming the argument, what it was and what was expected.

@@ -115,7 +115,7 @@ class Hutchinson(Trace):
 
     Args:
         num_probes: number of vectors v, each one estimate; the spread between them is the standard error.
-        law: of the probes: :func:`rademacher`, :func:`gaussian`, :func:`sphere`, or any map of standard
+        law: of the probes: ``rademacher``, ``gaussian``, ``sphere``, or any map of standard
             normal draws (..., d) to vectors of covariance I.
         seed: fixes the probes, for Markov chains and repeatable scores.
 

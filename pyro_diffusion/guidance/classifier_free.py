@@ -7,7 +7,8 @@ import torch
 from pyro.distributions import Categorical, Delta, Normal, TorchDistribution
 from torch import Tensor
 
-from pyro_diffusion.denoisers import Denoiser, Quantized
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.denoisers.discrete import Quantized
 from pyro_diffusion.guidance.base import check_denoiser
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate

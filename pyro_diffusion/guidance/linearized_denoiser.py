@@ -6,8 +6,9 @@ import torch
 from pyro.distributions import Delta, TorchDistribution
 from torch import Tensor
 
-from pyro_diffusion.denoisers import Denoiser, Quantized
-from pyro_diffusion.dynamics import twice_differentiable_attention
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.denoisers.discrete import Quantized
+from pyro_diffusion.dynamics.attention import twice_differentiable_attention
 from pyro_diffusion.guidance.base import moved
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.linearization import LinearizedLikelihood

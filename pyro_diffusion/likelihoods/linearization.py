@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_diffusion.dynamics import twice_differentiable_attention
+from pyro_diffusion.dynamics.attention import twice_differentiable_attention
 from pyro_diffusion.likelihoods.whitening import Whitened
 from pyro_diffusion.precision import matmul
 

@@ -46,14 +46,12 @@ class Call:
 # Public names that are no calls of a user's, and why.
 NOT_CALLED: dict[str, str] = {
     "denoisers.Denoiser": "a base class",
-    "denoisers.NoiseHead": "a base class",
     "denoisers.Parameterization": "a base class",
     "denoisers.Variance": "a base class",
     "distributions.BoundedDistribution": "a base class",
     "distributions.Decoder": "a base class",
     "distributions.DenoisedDistribution": "a base class",
     "distributions.Objective": "a base class",
-    "dynamics.GaussianSDE": "a base class",
     "dynamics.Trace": "a base class",
     "guidance.GaussianConditioning": "a base class",
     "guidance.GuidedDenoiser": "a base class",
@@ -62,12 +60,7 @@ NOT_CALLED: dict[str, str] = {
     "nn.DefinedModule": "a base class",
     "samplers.Sampler": "a base class",
     "schedules.VariancePreserving": "a base class",
-    "denoisers.Coefficients": "made by the package, for reading",
-    "denoisers.HeadNormal": "made by the package, for reading",
     "distributions.LogDensity": "made by the package, for reading",
-    "dynamics.Method": "made by the package, for reading",
-    "dynamics.Node": "made by the package, for reading",
-    "dynamics.Passage": "made by the package, for reading",
     "evaluate.ContinuityResidual": "made by the package, for reading",
     "evaluate.Estimate": "made by the package, for reading",
     "evaluate.Terms": "made by the package, for reading",
@@ -80,8 +73,6 @@ NOT_CALLED: dict[str, str] = {
     "infer.ConditionalFilter": "takes nothing to spoil, or objects of the caller",
     "infer.ParticleFilter": "takes nothing to spoil, or objects of the caller",
     "infer.ChainReparam": "takes nothing to spoil, or objects of the caller",
-    "dynamics.METHODS": "takes nothing to spoil, or objects of the caller",
-    "dynamics.twice_differentiable_attention": "takes nothing to spoil, or objects of the caller",
     "samplers.recorder": "takes nothing to spoil, or objects of the caller",
 }
 
@@ -375,7 +366,6 @@ def denoiser_calls() -> list[Call]:
         mean = denoisers.GaussianDenoiser(network(), PROCESS)
         return normal(denoisers.VarianceDenoiser(mean, head, Tiny((3,)))(**gauss))
 
-    quantized = {"logits": torch.zeros(2, 4), "values": torch.tensor([-1.0, 0.0, 0.5, 1.0])}
     fit = {
         "denoiser": gaussian(False),
         "data": data(8),
@@ -507,18 +497,6 @@ def denoiser_calls() -> list[Call]:
             "denoisers.VarianceDenoiser",
             functools.partial(built, denoisers.VarianceDenoiser),
             of({"denoiser": gaussian(False), "variance": denoisers.unit_variance, "network": None}),
-        ),
-        Call(
-            "denoisers.Quantized",
-            lambda **a: used(denoisers.Quantized(**a), torch.tensor([0.0, 1.0])),
-            of(quantized),
-            True,
-        ),
-        Call(
-            "denoisers.Quantized.log_prob",
-            lambda value: denoisers.Quantized(**quantized).log_prob(value),
-            of({"value": torch.tensor([0.0, 1.0])}),
-            True,
         ),
         *(
             Call(f"denoisers.{f.__name__}", functools.partial(fitted, f), of(fit), weight=0.5)
@@ -725,18 +703,6 @@ def distribution_calls() -> list[Call]:
             of({"states": 4}),
         ),
         Call(
-            "distributions.DiscretizedNormal",
-            lambda **a: used(distributions.DiscretizedNormal(**a), torch.tensor([0, 1])),
-            of({"loc": torch.zeros(2), "scale": torch.ones(2), "levels": 4}),
-        ),
-        Call(
-            "distributions.DiscretizedNormal.log_prob",
-            lambda value: distributions.DiscretizedNormal(
-                torch.zeros(2), torch.ones(2), 4
-            ).log_prob(value),
-            of({"value": torch.tensor([0, 3])}),
-        ),
-        Call(
             "distributions.Dequantization",
             lambda x, event_dim: distributions.Dequantization(event_dim)(x),
             of({"x": torch.tensor([[0.2, 1.7]]), "event_dim": 1}),
@@ -779,14 +745,6 @@ def distribution_calls() -> list[Call]:
             lambda **a: chain(objective=distributions.Weighted(**a)).log_prob(data()),
             of({"weight": lambda s, t, steps: s - t, "mean_only": False}),
         ),
-        Call(
-            "distributions.divergence",
-            distributions.divergence,
-            of({"q": dist.Normal(0.0, 1.0), "p": dist.Normal(1.0, 1.0)}),
-        ),
-        Call(
-            "distributions.default_decoder", distributions.default_decoder, of({"process": PROCESS})
-        ),
     ]
 
 
@@ -824,11 +782,10 @@ def dynamics_calls() -> list[Call]:
             ).log_prob(value),
             lambda: {"value": data()},
         ),
-        Call("dynamics.check_trace", dynamics.check_trace, of({"trace": dynamics.ExactTrace()})),
         Call(
             "dynamics.Hutchinson",
             lambda **a: traced(dynamics.Hutchinson(**a)),
-            of({"num_probes": 2, "law": dynamics.gaussian, "seed": 0}),
+            of({"num_probes": 2, "law": dynamics.trace.gaussian, "seed": 0}),
         ),
         Call(
             "dynamics.HutchPlusPlus",
@@ -869,13 +826,6 @@ def dynamics_calls() -> list[Call]:
             lambda **a: increments(dynamics.brownian_interval(**a)),
             of({**shape, "stop": 1.0}),
         ),
-        Call("dynamics.check_eta", dynamics.check_eta, of({"eta": 0.5})),
-        Call("dynamics.end_angles", dynamics.end_angles, of({"schedule": schedules.Cosine()})),
-        Call(
-            "dynamics.level_at",
-            dynamics.level_at,
-            of({"schedule": schedules.Cosine(), "angle": torch.tensor(0.5)}),
-        ),
         Call(
             "dynamics.KnownData",
             lambda **a: dynamics.KnownData(**a)(data(), torch.tensor(0.5)).mean,
@@ -883,6 +833,6 @@ def dynamics_calls() -> list[Call]:
         ),
         *(
             Call(f"dynamics.{f.__name__}", f, rows)
-            for f in (dynamics.gaussian, dynamics.rademacher, dynamics.sphere)
+            for f in (dynamics.trace.gaussian, dynamics.trace.rademacher, dynamics.trace.sphere)
         ),
     ]
