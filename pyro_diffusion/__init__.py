@@ -106,14 +106,15 @@ __all__ = [
     "schedules",
 ]
 
+if not TYPE_CHECKING:  # a type checker would take every name for one that exists
 
-def __getattr__(name: str) -> Any:
-    """What is imported when first used (PEP 562)."""
-    if name in ("evaluate", "plotting"):
-        return import_module(f"pyro_diffusion.{name}")
-    if name == "log_likelihood":
-        return import_module("pyro_diffusion.evaluate").log_likelihood
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """What is imported when first used (PEP 562)."""
+        if name in ("evaluate", "plotting"):
+            return import_module(f"pyro_diffusion.{name}")
+        if name == "log_likelihood":
+            return import_module("pyro_diffusion.evaluate").log_likelihood
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
