@@ -61,7 +61,7 @@ def test_readings_are_found_in_the_program():
     found = Replacement(denoiser, ProgramLikelihood(model))
     # x_2 = -1.5 at precision 16 and -1 at 16; x_0 = 3 at 16.
     assert_close(found.precision, torch.tensor([16.0, 0, 32, 0], dtype=F64))
-    assert_close(found.reading, torch.tensor([3.0, 0, -1.25, 0], dtype=F64))
+    assert_close(found.observed, torch.tensor([3.0, 0, -1.25, 0], dtype=F64))
 
 
 @pytest.mark.parametrize("jumps", [0, 2])

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_diffusion.denoisers import Data, GaussianDenoiser, MixtureDenoiser, TimeVariance
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, QuantizedDecoder
 from pyro_diffusion.guidance import GuidedDenoiser, Twisted
-from pyro_diffusion.guidance.base import moved
+from pyro_diffusion.guidance.base import shift_mean
 from pyro_diffusion.guidance.gaussian_conditioning import MMPS
 from pyro_diffusion.guidance.sampled import SampledGuidance
 from pyro_diffusion.infer import ParticleFilter, TwistedSMC
@@ -61,7 +61,7 @@ class Misguided(GuidedDenoiser):
     def twisted(self, xt, t, **context):
         prior = self.denoiser(xt, t, **context)
         shift = torch.full_like(xt, 0.3) * prior.variance.sqrt()
-        return Twisted(prior, moved(prior, shift), 0.5 * prior.mean[..., 0])
+        return Twisted(prior, shift_mean(prior, shift), 0.5 * prior.mean[..., 0])
 
 
 def chain(denoiser=ONE, steps: int = 12, **options) -> Diffusion:

@@ -1,4 +1,4 @@
-"""What a guided denoiser is: p(x_0 | x_t) bent towards observations, with how well x_t explains them."""
+"""What a guided denoiser is: p(x_0 | x_t, y) of observations y, with an approximation of log p(y | x_t)."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,11 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 
-__all__ = ["GuidedDenoiser", "Twisted", "check_denoiser", "moved"]
+__all__ = ["GuidedDenoiser", "Twisted", "check_denoiser", "shift_mean"]
 
 
 class Twisted(NamedTuple):
-    r"""One read of a guided denoiser.
+    r"""What a guided denoiser finds at one state.
 
     Attributes:
         prior: the denoiser's own :math:`p(x_0 | x_t)`.
@@ -33,16 +33,35 @@ class GuidedDenoiser(Denoiser):
 
     .. math:: E[x_0 | x_t, y] = E[x_0 | x_t] + \frac{\sigma_t^2}{\alpha_t} \nabla_{x_t} \log p(y | x_t),
 
-    and methods differ in what they take for :math:`p(y | x_t)`, the twist. It is a denoiser as any other, so
-    every sampler walks with it; twisted SMC takes it as proposal and corrects what it gets wrong.
+    and methods differ in their approximation of :math:`p(y | x_t)`, the twist. It is a denoiser as any other,
+    so every sampler takes it; twisted SMC uses it as proposal and corrects its error.
 
-    Subclasses implement :meth:`twisted`. Each datum's answer depends on that datum alone.
+    **Implementing a guidance.** Take the denoiser first and what the observations are given by second, a
+    :class:`~pyro_diffusion.likelihoods.Likelihood` or a classifier, so that the class itself is a
+    ``guidance(denoiser, likelihood)`` for :class:`~pyro_diffusion.infer.TwistedSMC` and the guides. Implement
+    :meth:`twisted`; each datum's answer must depend on that datum alone. A guidance without a log-twist
+    overrides ``forward`` in its place, and serves samplers only.
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior.
 
     Raises:
         ValueError: if ``denoiser`` is not a denoiser.
+
+    Example:
+        >>> import torch
+        >>> class Shifted(GuidedDenoiser):
+        ...     '''The mean shifted by s times the gradient of log p(y | x_0) at the mean.'''
+        ...     def __init__(self, denoiser, likelihood, s=0.1):
+        ...         super().__init__(denoiser)
+        ...         self.likelihood, self.s = likelihood, s
+        ...     def twisted(self, xt, t, **context):
+        ...         prior = self.denoiser(xt, t, **context)
+        ...         x0 = prior.mean.detach().requires_grad_()
+        ...         log_twist = self.likelihood.log_prob(x0)
+        ...         (gradient,) = torch.autograd.grad(log_twist.sum(), x0)
+        ...         posterior = Normal(prior.mean + self.s * gradient, prior.stddev).to_event(1)
+        ...         return Twisted(prior, posterior, log_twist.detach())
     """
 
     guided = True
@@ -52,7 +71,7 @@ class GuidedDenoiser(Denoiser):
         self.denoiser = denoiser
 
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
-        """Prior, posterior and log-twist at x_t, detached (one network read)."""
+        """Prior, posterior and log-twist at x_t, detached (one network evaluation)."""
         raise NotImplementedError
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
@@ -64,8 +83,13 @@ class GuidedDenoiser(Denoiser):
         return self.denoiser.context_event_dim(name, value)
 
 
-def moved(posterior: TorchDistribution, shift: Tensor) -> TorchDistribution:
-    """A posterior of real data with its mean shifted and its variance kept, as a normal (or a point mass)."""
+def shift_mean(posterior: TorchDistribution, shift: Tensor) -> TorchDistribution:
+    """A posterior of real data with its mean shifted and its variance kept, as a normal (or a point mass).
+
+    Args:
+        posterior: over real x_0.
+        shift: what is added to its mean.
+    """
     base, event_dim = per_coordinate(posterior), posterior.event_dim
     if isinstance(base, Delta):
         return Delta((base.v + shift).detach(), event_dim=event_dim, validate_args=False)

@@ -1,4 +1,4 @@
-"""Guidance by what knows of noise: a classifier, any likelihood, or a similarity of noisy data."""
+"""Guidance by functions of the noisy state: a classifier, a regression, or a similarity of features."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser, moved
+from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser, shift_mean
 from pyro_diffusion.guidance.classifier_free import Scale, check_scale
 from pyro_diffusion.precision import at_least_single
 from pyro_diffusion.processes import GaussianProcess
@@ -19,12 +19,12 @@ __all__ = ["ClassifierGuidance", "NoiseAwareGuidance", "SimilarityGuidance"]
 
 
 class NoiseAwareGuidance(GuidedDenoiser):
-    r"""Guidance by a twist that reads x_t itself: the posterior mean moves by Tweedie's formula.
+    r"""Guidance by a twist that is a function of x_t itself: the posterior mean shifts by Tweedie's formula.
 
     .. math:: \hat x_0 + \frac{\sigma_t^2}{\alpha_t} \nabla_{x_t} \log \psi_t(x_t),
 
     exact if :math:`\psi_t(x_t)` is proportional to :math:`p(y | x_t)`; the variance is the denoiser's own.
-    The denoiser is read without a graph, so the gradient costs a pass of the twist alone.
+    The denoiser is evaluated without a graph, so the gradient costs a backward pass of the twist alone.
 
     Subclasses implement :meth:`log_twist`.
 
@@ -57,7 +57,7 @@ class NoiseAwareGuidance(GuidedDenoiser):
         raise NotImplementedError
 
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
-        """Prior, posterior and log-twist at x_t, detached (one network read, one of the twist)."""
+        """Prior, posterior and log-twist at x_t, detached (one evaluation of either network)."""
         level, event_dim = self.process.level(t, xt), self.process.event_dim
         batch = xt.shape[: xt.dim() - event_dim]
         with torch.no_grad():
@@ -82,12 +82,14 @@ class NoiseAwareGuidance(GuidedDenoiser):
                 )
             value = scale * value
             (slope,) = torch.autograd.grad(value.sum(), x)
-        posterior = moved(prior, level.sigma.square() / level.alpha * slope)
+        posterior = shift_mean(prior, level.sigma.square() / level.alpha * slope)
         return Twisted(prior, posterior, value.detach())
 
 
 class ClassifierGuidance(NoiseAwareGuidance):
-    r"""Guidance by a likelihood trained on noisy data: :math:`\psi_t(x_t) = p(y | x_t)^w`.
+    r"""Guidance by a classifier, or any likelihood, trained on noisy data.
+
+    .. math:: E[x_0 | x_t, y] \approx \hat x_0 + w \frac{\sigma_t^2}{\alpha_t} \nabla_{x_t} \log p(y | x_t) .
 
     ``classifier`` is any function from (x_t, log-SNR) to a Pyro distribution over y: a ``Categorical`` for a
     classifier, a ``Normal`` for a regression. With the exact :math:`p(y | x_t)` and w = 1 the posterior mean
@@ -103,7 +105,7 @@ class ClassifierGuidance(NoiseAwareGuidance):
 
     Raises:
         ValueError: for a process that is not Gaussian, a classifier that is not callable, a wrong scale; at a
-            call, for a law of another batch shape or without gradient.
+            call, for a distribution of another batch shape or without gradient.
 
     Example:
         >>> import pyro.distributions as dist
@@ -152,7 +154,8 @@ class ClassifierGuidance(NoiseAwareGuidance):
 class SimilarityGuidance(NoiseAwareGuidance):
     r"""Guidance towards data whose features are like a target's.
 
-    .. math:: \log \psi_t(x_t) = w\, s\big(f(x_t, \lambda_t), f^*\big);
+    .. math:: \log \psi_t(x_t) = w\, s\big(f(x_t, \lambda_t), f^*\big), \qquad
+              \text{shift} = \frac{\sigma_t^2}{\alpha_t} \nabla_{x_t} \log \psi_t(x_t) .
 
     s is the cosine similarity or the inner product of noise-aware features with those of the target. No
     likelihood stands behind it, so there is nothing for it to be exact for.

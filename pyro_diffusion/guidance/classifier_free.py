@@ -1,4 +1,4 @@
-"""Classifier-free guidance: a conditional read, pushed away from one without the condition."""
+"""Classifier-free guidance: a conditional estimate, extrapolated from the one without the condition."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,21 +19,21 @@ Scale = float | Callable[[Level], Tensor]
 
 
 class ClassifierFreeGuidance(Denoiser):
-    r"""Two reads of one conditional denoiser, extrapolated from null to condition.
+    r"""Two evaluations of one conditional denoiser, extrapolated from the null context to the given one.
 
     .. math:: \hat x_0 = \hat x_0(x_t, \varnothing)
               + w \big(\hat x_0(x_t, c) - \hat x_0(x_t, \varnothing)\big),
 
-    with the variance of the conditional read. It is the posterior mean of
+    with the variance of the conditional. It is the posterior mean of
     :math:`p_t(x_t | c)^w\, p_t(x_t)^{1 - w}`, noise level by noise level; for w other than 1 these are not
-    the noised marginals of one law, so samples follow no law that can be written down (approximate). With
-    w = 1 it *is* the conditional denoiser: its own distribution, from one read. With w = 0 it has the mean
-    of the null model.
+    the noised marginals of one distribution, so that of the samples has no closed form (approximate). With
+    w = 1 it *is* the conditional denoiser: its own distribution, from one evaluation. With w = 0 it has the
+    mean of the null model. It takes no likelihood: the observation is the denoiser's context.
 
     Categorical posteriors combine by logits, symbol by symbol, where both give the symbol a chance. A
     posterior over quantized values becomes a normal of the combined mean.
 
-    The network must have been trained to be read without its context, see
+    The network must have been trained without its context, too, see
     :class:`~pyro_diffusion.nn.LabelContext` and its ``dropout``.
 
     Args:
@@ -41,8 +41,8 @@ class ClassifierFreeGuidance(Denoiser):
         scale: w, a number or a function of a :class:`~pyro_diffusion.schedules.Level`; one number or one for
             each datum.
         interval: (low, high) of the log-SNR in which w holds; outside it is 1, and where a level is one for
-            the whole batch, only the conditional is read.
-        null: context of the null read, laid over the given one; None for a name leaves it out. By default
+            the whole batch, only the conditional is evaluated.
+        null: the null context, laid over the given one; None for a name leaves it out. By default
             all context is left out.
 
     Raises:
@@ -146,7 +146,7 @@ def _combine(
     if hasattr(base, "logits") and not isinstance(base, Quantized):
         weight = scale.unsqueeze(-1) if torch.is_tensor(scale) and scale.dim() else scale
         gap = base.logits - other.logits
-        # Impossible symbols: the evidence of x_t rules out the same ones in both reads.
+        # Impossible symbols: the evidence of x_t rules out the same ones in both.
         gap = torch.where(base.logits.isfinite() & other.logits.isfinite(), gap, 0.0)
         logits = base.logits + (weight - 1) * gap
         return Categorical(logits=logits, validate_args=False).to_event(event_dim)

@@ -17,7 +17,7 @@ __all__ = ["DataCovariance"]
 
 
 class DataCovariance(GaussianConditioning):
-    r"""The covariance that x_0 had given x_t if data were normal: no walk back through the network.
+    r"""The covariance that x_0 had given x_t if data were normal: no backward pass through the network.
 
     .. math:: V = \Big(C^{-1} + \frac{\alpha_t^2}{\sigma_t^2} I\Big)^{-1}, \qquad
               \text{shift} = V B^T S^{-1} r .

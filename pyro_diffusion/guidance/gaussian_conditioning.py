@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.analytic import check_gaussian
-from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser, moved
+from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser, shift_mean
 from pyro_diffusion.guidance.krylov import conjugate_gradients, gmres
 from pyro_diffusion.guidance.linearized_denoiser import LinearizedDenoiser
 from pyro_diffusion.likelihoods import Likelihood
@@ -27,7 +27,7 @@ MOST_DIRECT = 64  # residuals in a row up to which S is formed by default
 
 
 class Solved(NamedTuple):
-    """The linear system of one read.
+    """The solved linear system at one state.
 
     Attributes:
         pulled: B^T S^{-1} r, data space.
@@ -64,20 +64,20 @@ class GaussianConditioning(GuidedDenoiser):
     Exact is meant for linear observations and the denoiser's exact mean; else approximate. The posterior
     keeps the denoiser's variance.
 
-    ``solver="direct"`` forms S: m walks back through the program (and, for MMPS, as many through the
+    ``solver="direct"`` forms S: m backward passes through the program (and, for MMPS, as many through the
     denoiser), and eigenvalues of S are kept at 1 or more, where they are for an exact denoiser. ``"cg"`` and
     ``"gmres"`` take ``iterations`` products with S instead. log det S wants S itself, so :meth:`twisted` is
     always direct.
 
     The shift above takes S for a constant of x_t, as the papers do. For a prior of many modes S is none, and
     ``full_gradient=True`` follows the whole log-twist,
-    :math:`(\sigma^2/\alpha) \nabla_{x_t} \log p(y|x_t)`, at about twice the cost of a read. What that adds is
+    :math:`(\sigma^2/\alpha) \nabla_{x_t} \log p(y|x_t)`, at about twice the cost. What that adds is
     cut, datum by datum, at the length of the papers' shift and :math:`\sqrt d\,\sigma/\alpha` together:
     between far modes the gradient of S can be steeper than any step.
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process.
-        likelihood: a :class:`~pyro_diffusion.likelihoods.ProgramLikelihood` of Normal sites.
+        likelihood: a :class:`~pyro_diffusion.likelihoods.Likelihood` with residuals, as that of Normal sites.
         solver: ``"direct"``, ``"cg"`` or ``"gmres"``; by default direct up to 64 residuals in a row, else cg.
         iterations: of a Krylov solver.
         full_gradient: whether the shift follows the whole log-twist (always direct).
@@ -122,11 +122,11 @@ class GaussianConditioning(GuidedDenoiser):
         return solved.image
 
     def posterior(self, at: LinearizedDenoiser, level: Level, solved: Solved) -> TorchDistribution:
-        """The denoiser's posterior, moved."""
-        return moved(at.prior, self.shift(at, level, solved))
+        """The denoiser's posterior with its mean shifted."""
+        return shift_mean(at.prior, self.shift(at, level, solved))
 
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
-        """Prior, posterior and log-twist at x_t, detached (one network read; S is formed)."""
+        """Prior, posterior and log-twist at x_t, detached (one network evaluation; S is formed)."""
         at, level = self._linearized(xt, t, context)
         if self.full_gradient:
             return self._full(at, level)
@@ -159,14 +159,18 @@ class GaussianConditioning(GuidedDenoiser):
                 max=1
             )
             limited = (factor.unsqueeze(-1) * added).reshape(shift.shape)
-            return Twisted(at.prior, moved(at.prior, partial + limited), log_twist.detach())
+            return Twisted(at.prior, shift_mean(at.prior, partial + limited), log_twist.detach())
 
     def _linearized(
         self, xt: Tensor, t: Tensor | Level, context: dict[str, Tensor]
     ) -> tuple[LinearizedDenoiser, Level]:
         level = self.process.level(t, xt)
         at = LinearizedDenoiser(
-            *(self.denoiser, self.likelihood, xt, level, context),
+            self.denoiser,
+            self.likelihood,
+            xt,
+            level,
+            context,
             through=self.through,
             graph=self.full_gradient,
         )
@@ -198,7 +202,7 @@ class PiGDM(GaussianConditioning):
 
     With a ``data_variance`` :math:`s^2` V is that of normal data given x_t instead,
     :math:`s^2\sigma^2/(\alpha^2 s^2 + \sigma^2)`, as it is with the paper's :math:`s^2 = 1` for a denoiser
-    that is a point mass. One walk back through the denoiser, whatever the observations. Other arguments,
+    that is a point mass. One backward pass through the denoiser, whatever the observations. Other arguments,
     errors and log-twist: :class:`GaussianConditioning`.
 
     Args:
@@ -242,9 +246,11 @@ class PiGDM(GaussianConditioning):
 
 
 class MMPS(GaussianConditioning):
-    r"""Moment matching posterior sampling: :math:`V = (\sigma^2/\alpha) J`, the whole covariance.
+    r"""Moment matching posterior sampling: the whole covariance, through the denoiser.
 
-    By Tweedie's formula that is :math:`Cov[x_0|x_t]` of an exact denoiser. Products already made for the
+    .. math:: V = \frac{\sigma^2}{\alpha} J, \qquad \text{shift} = V B^T S^{-1} r .
+
+    By Tweedie's formula V is :math:`Cov[x_0|x_t]` of an exact denoiser. Products already made for the
     system give the shift. Arguments, errors and log-twist: :class:`GaussianConditioning`.
 
     Example:
@@ -277,8 +283,8 @@ class TMPD(MMPS):
 
     .. math:: S \approx \text{diag}(1 + B V B^T 1) .
 
-    Two walks back through the denoiser and one forth through the program, whatever m; no system is solved.
-    Rows sums below those of no uncertainty count as such. Exact where :math:`B V B^T` is diagonal. Arguments
+    Two backward passes through the denoiser and one product with B, whatever m; no system is solved. Row sums
+    below 1, that of no uncertainty, count as 1. Exact where :math:`B V B^T` is diagonal. Arguments
     as :class:`GaussianConditioning`; solver and iterations have no effect.
 
     References:
@@ -298,7 +304,9 @@ class TMPD(MMPS):
 
 
 class DiffPIR(GaussianConditioning):
-    r"""Half-quadratic splitting: V = :math:`\sigma^2/(\alpha^2\lambda)`, no walk back through the denoiser.
+    r"""Half-quadratic splitting: an isotropic covariance, no backward pass through the denoiser.
+
+    .. math:: V = \frac{\sigma^2}{\alpha^2 \lambda} I, \qquad \text{shift} = V B^T S^{-1} r .
 
     The posterior mean minimizes
     :math:`\tfrac12|r(x_0)|^2 + \tfrac\lambda2 \tfrac{\alpha^2}{\sigma^2} |x_0 - \hat x_0|^2`,

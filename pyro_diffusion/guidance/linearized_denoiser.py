@@ -9,7 +9,7 @@ from torch import Tensor
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.discrete import Quantized
 from pyro_diffusion.dynamics.attention import twice_differentiable_attention
-from pyro_diffusion.guidance.base import moved
+from pyro_diffusion.guidance.base import shift_mean
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.linearization import LinearizedLikelihood
 from pyro_diffusion.schedules import Level
@@ -81,4 +81,4 @@ def detached(posterior: TorchDistribution) -> TorchDistribution:
     if isinstance(base, Quantized):
         quantized = Quantized(base.logits.detach(), base.values.detach(), validate_args=False)
         return quantized.to_event(posterior.event_dim)
-    return moved(posterior, torch.zeros_like(posterior.mean))
+    return shift_mean(posterior, torch.zeros_like(posterior.mean))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.analytic import check_gaussian
-from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser, moved
+from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser, shift_mean
 from pyro_diffusion.guidance.linearized_denoiser import detached
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.base import check_likelihood
@@ -28,8 +28,8 @@ class DPSStep:
 
     Args:
         zeta: :math:`\zeta`, > 0; the paper uses 0.1 to 1 of its own.
-        times: grid that will be walked, K + 1 increasing times.
-        eta: of the bridges walked: 1 for ``Ancestral()``, 0 for deterministic samplers.
+        times: the sampler's grid, K + 1 increasing times.
+        eta: of the sampler's bridges: 1 for ``Ancestral()``, 0 for deterministic samplers.
         squared_norm: if False, E is :math:`-\log p(y | \hat x_0)`, for observations that are not Normal, and
             at least 1 under the root.
 
@@ -47,9 +47,7 @@ class DPSStep:
         if check_tensor("times", times).dim() != 1 or len(times) < 2:
             raise ValueError(f"times: got {times!r}, expected a vector of two or more times")
         if not bool((times.diff() > 0).all()):
-            raise ValueError(
-                "times: got times that do not increase, expected the grid to be walked"
-            )
+            raise ValueError("times: got times that do not increase, expected the sampler's grid")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta: got {eta}, expected a number in [0, 1]")
         self.zeta, self.times, self.eta = float(zeta), times, float(eta)
@@ -83,14 +81,14 @@ class PlugIn(GuidedDenoiser):
     .. math:: E[x_0 | x_t, y] \approx \hat x_0
               + \frac{\sigma^2}{\alpha} \nabla_{x_t} \log p(y | \hat x_0(x_t)),
 
-    the exact gradient of that likelihood, one walk back through program and denoiser. Approximate even for
-    normals: the uncertainty about x_0 is left out, so at the noise end the step overshoots as soon as the
-    reading is more precise than :math:`\hat x_0`. :class:`DPSStep` is the paper's remedy. The posterior keeps
-    the denoiser's variance; the log-twist is :math:`\log p(y|\hat x_0)`, whatever the scale or step.
+    the exact gradient of that likelihood, one backward pass through program and denoiser. Approximate even
+    for normals: the uncertainty about x_0 is left out, so at the noise end the step overshoots as soon as the
+    observation is more precise than :math:`\hat x_0`. :class:`DPSStep` is the paper's remedy. The posterior
+    keeps the denoiser's variance; the log-twist is :math:`\log p(y|\hat x_0)`, whatever the scale or step.
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process.
-        likelihood: any :class:`~pyro_diffusion.likelihoods.ProgramLikelihood`.
+        likelihood: any differentiable :class:`~pyro_diffusion.likelihoods.Likelihood`.
         scale: factor of the shift.
         step_size: a :class:`DPSStep` in place of the gradient's own size.
 
@@ -120,7 +118,7 @@ class PlugIn(GuidedDenoiser):
         self.scale, self.step_size = float(scale), step_size
 
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
-        """Prior, posterior and log-twist at x_t, detached (one network read)."""
+        """Prior, posterior and log-twist at x_t, detached (one network evaluation)."""
         level = self.process.level(t, xt)
         with torch.enable_grad():
             state = xt.detach().requires_grad_()
@@ -136,9 +134,9 @@ class PlugIn(GuidedDenoiser):
                 (share,) = level.tabulate(self._shares)
                 factor = self.scale * share
         prior = detached(prior)
-        return Twisted(prior, moved(prior, factor * gradient), log_twist.detach())
+        return Twisted(prior, shift_mean(prior, factor * gradient), log_twist.detach())
 
     def _shares(self, level: Level) -> tuple[Tensor]:
-        """1 / k of the step that a read at each level is for, none at the grid's first time."""
+        """1 / k of the step that starts at each level, none at the grid's first time."""
         rule = self.step_size
         return (torch.ones_like(level.t) if rule is None else rule.shares(self.process, level),)

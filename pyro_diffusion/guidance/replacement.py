@@ -1,4 +1,4 @@
-r"""Guidance for readings of single coordinates: what was read replaces what the denoiser says."""
+r"""Guidance by observations of single coordinates: those observed replace the denoiser's estimates."""
 
 from typing import Any
 
@@ -19,39 +19,39 @@ __all__ = ["Replacement"]
 
 
 class Replacement(GuidedDenoiser):
-    r"""Replacement guidance: coordinates that were read follow the reading, the others the denoiser.
+    r"""Replacement guidance: observed coordinates follow the observations, the others the denoiser.
 
-    For a program whose Normal sites read coordinates of :math:`x_0` one by one, :math:`x_i` at value
-    :math:`y_i` with precision :math:`b_i` altogether,
+    For Normal observations of single coordinates of :math:`x_0`, :math:`x_i` at value :math:`y_i` with
+    precision :math:`b_i` altogether,
 
     .. math::
         p(x_{0,i} | x_t, y) \approx \mathcal N\Big(
             \frac{b_i y_i + \alpha x_{t,i}/\sigma^2}{b_i + \alpha^2/\sigma^2},\;
             \frac{1}{b_i + \alpha^2/\sigma^2}\Big),
 
-    the posterior of the reading and of x_t's evidence, a point mass at :math:`y_i` if there is no noise.
-    So those coordinates walk back along the forward process of :math:`\mathcal N(y_i, 1/b_i)` exactly, and
-    there is no need to noise y apart. The prior is not asked about them, nor do the others learn of y other
-    than through x_t: exact only for exact readings of independent coordinates. Walk it with
-    :class:`~pyro_diffusion.samplers.RePaint` to mend the latter. A point-mass denoiser gives a point mass.
+    the posterior given the observation and x_t, a point mass at :math:`y_i` if there is no noise. So those
+    coordinates reverse the forward process of :math:`\mathcal N(y_i, 1/b_i)` exactly, and there is no need
+    to noise y apart. The prior of these coordinates is not used, and the others depend on y through x_t
+    alone: exact only for noiseless observations of independent coordinates. For dependent ones sample with
+    :class:`~pyro_diffusion.samplers.RePaint`. A point-mass denoiser gives a point mass.
 
-    The program is run at construction alone; no gradient of the denoiser is asked for. There is no log-twist
-    (:meth:`twisted` refuses): readings without noise have none.
+    The likelihood is evaluated at construction alone; no gradient of the denoiser is asked for. There is no
+    log-twist (:meth:`twisted` refuses): observations without noise have none.
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process.
-        likelihood: a :class:`~pyro_diffusion.likelihoods.ProgramLikelihood` of Normal sites, each reading
-            coordinates of x_0, scaled or shifted at will.
+        likelihood: a :class:`~pyro_diffusion.likelihoods.Likelihood` with residuals, each of one coordinate
+            of x_0, scaled or shifted at will.
 
     Raises:
-        ValueError: for a process that is not Gaussian, a likelihood without a gradient, or a program that
-            does not read single coordinates.
+        ValueError: for a process that is not Gaussian, a likelihood without a gradient, or residuals of
+            several coordinates.
 
     References:
         Song et al., arXiv 2011.13456, appendix I.2; Lugmayr et al., arXiv 2201.09865.
     """
 
-    reading: Tensor
+    observed: Tensor
     precision: Tensor
 
     def __init__(self, denoiser: Denoiser, likelihood: Likelihood) -> None:
@@ -59,8 +59,8 @@ class Replacement(GuidedDenoiser):
         super().__init__(denoiser)
         self.likelihood = check_likelihood(likelihood)
         self.likelihood.check_gradient()
-        reading, precision = _readings(likelihood, *home(denoiser))
-        self.register_buffer("reading", reading, persistent=False)
+        observed, precision = _observed_coordinates(likelihood, *home(denoiser))
+        self.register_buffer("observed", observed, persistent=False)
         self.register_buffer("precision", precision, persistent=False)
 
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Any:
@@ -80,21 +80,21 @@ class Replacement(GuidedDenoiser):
         with torch.no_grad():
             prior = self.denoiser(xt, level, **context)
             base, event_dim = per_coordinate(prior), prior.event_dim
-            reading, precision = self.reading.to(xt), self.precision.to(xt)
+            observed, precision = self.observed.to(xt), self.precision.to(xt)
             total = precision + level.alpha**2 / level.sigma**2
-            mean = (precision * reading + level.alpha / level.sigma**2 * xt) / total
-            read = precision > 0
-            mean = torch.where(read, mean, base.mean)
+            mean = (precision * observed + level.alpha / level.sigma**2 * xt) / total
+            known = precision > 0
+            mean = torch.where(known, mean, base.mean)
             if isinstance(base, Delta):
                 return Delta(mean, event_dim=event_dim, validate_args=False)
-            variance = torch.where(read, 1 / total, base.variance)
+            variance = torch.where(known, 1 / total, base.variance)
             return Normal(mean, variance.sqrt(), validate_args=False).to_event(event_dim)
 
 
-def _readings(
+def _observed_coordinates(
     likelihood: Likelihood, dtype: torch.dtype | None, device: torch.device | None
 ) -> tuple[Tensor, Tensor]:
-    """What was read of every coordinate and how precisely (0 if it was not), batch + event.
+    """Value and precision of the observation of every coordinate (0 if there is none), batch + event.
 
     Raises:
         ValueError: if a residual depends on several coordinates, or not linearly on one.
@@ -103,7 +103,7 @@ def _readings(
     origin = torch.zeros(shape, dtype=dtype, device=device)
     here = likelihood.linearized(origin)
     residual, rows = here.residual, here.rows()
-    # Another place tells whether the reading is linear; its numbers are no round ones.
+    # Another place tells whether the residual is linear; its numbers are no round ones.
     elsewhere = 0.7 + torch.arange(origin.numel(), dtype=dtype, device=device).sin().reshape(shape)
     there = likelihood.linearized(elsewhere)
     table = here.flat(rows)
@@ -111,7 +111,7 @@ def _readings(
     if not (single and torch.allclose(rows, there.rows())):
         raise ValueError(
             "likelihood: got observations that mix coordinates of x_0 or are not linear in them, expected "
-            "Normal readings of single coordinates (MMPS or PiGDM take any Normal program)"
+            "Normal observations of single coordinates (MMPS or PiGDM take any Normal program)"
         )
     precision = rows.square().sum(0)
     return torch.where(precision > 0, here.combined(rows, residual) / precision, 0.0), precision

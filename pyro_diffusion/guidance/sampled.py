@@ -7,7 +7,7 @@ from pyro.distributions import Categorical, TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, moved
+from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, shift_mean
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.base import check_likelihood
 from pyro_diffusion.processes import CategoricalProcess, draw
@@ -36,7 +36,7 @@ class SampledGuidance(GuidedDenoiser):
     denoiser states it (per-symbol independent for categorical data). Twisted SMC stays exact with it. Alone
     it is approximate, better with more draws; a posterior that is a point mass learns nothing.
 
-    Cost: one network read and M runs of the program in one batch.
+    Cost: one network evaluation and M runs of the program in one batch.
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior, any process.
@@ -67,13 +67,13 @@ class SampledGuidance(GuidedDenoiser):
         self.prior_count = float(prior_count)
 
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
-        """Prior, posterior and the log of an estimated twist (one network read)."""
+        """Prior, posterior and the log of an estimated twist (one network evaluation)."""
         with torch.no_grad():
             prior = self.denoiser(xt, t, **context)
             x0 = draw(prior, (self.num_samples,))
             log_likelihood = self.likelihood.log_prob(x0)
             log_twist = log_likelihood.logsumexp(0) - math.log(self.num_samples)
-            # Draws that all are impossible say nothing.
+            # Draws that all are impossible tell nothing.
             spread = log_likelihood - log_twist.where(log_twist > -math.inf, 0.0)
             weights = spread.where(log_twist > -math.inf, 0.0).softmax(0)
             effective = weights.square().sum(0).reciprocal()
@@ -88,7 +88,7 @@ class SampledGuidance(GuidedDenoiser):
         share = share.reshape(share.shape + (1,) * event_dim)
         if not isinstance(self.process, CategoricalProcess):
             shift = (weights * (x0 - prior.mean)).sum(0)
-            return moved(prior, share * shift)
+            return shift_mean(prior, share * shift)
         probs = per_coordinate(prior).probs
         hot = torch.nn.functional.one_hot(x0, probs.shape[-1])
         seen = (weights.unsqueeze(-1) * hot).sum(0).to(probs.dtype)

@@ -1,4 +1,4 @@
-"""Plug-in guidance for symbols: what the likelihood says of every single substitution."""
+"""Plug-in guidance for symbols: the likelihood of every single substitution."""
 
 import math
 
@@ -31,11 +31,11 @@ class SubstitutionGuidance(GuidedDenoiser):
     denoiser's own probabilities is kept: where the likelihood ties symbols together, two substitutions may
     be possible that each alone is not, and a proposal must not deny them. With ``floor=0`` it is exact, for
     the posterior as the denoiser states it, when :math:`\log p(y | x_0)` is a sum of functions of one symbol
-    each (a noisy reading, symbol by symbol); otherwise a first-order approximation, which twisted SMC
+    each (noisy observations, symbol by symbol); otherwise a first-order approximation, which twisted SMC
     corrects as long as the floor is positive.
 
-    Cost: one network read, and one batch of (length) * (symbols - 1) + 1 runs of the program. Where the mode
-    itself is impossible, substitutions say nothing and the prior stands; then see
+    Cost: one network evaluation, and one batch of (length) * (symbols - 1) + 1 runs of the program. Where the
+    mode itself is impossible, substitutions tell nothing and the prior stands; then see
     :class:`~pyro_diffusion.guidance.SampledGuidance`.
 
     Args:
@@ -60,7 +60,7 @@ class SubstitutionGuidance(GuidedDenoiser):
             )
 
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
-        """Prior, posterior and log-twist (one network read).
+        """Prior, posterior and log-twist (one network evaluation).
 
         Raises:
             ValueError: if the likelihood does not factorize over a plate.

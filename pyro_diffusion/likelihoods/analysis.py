@@ -81,7 +81,7 @@ def _confirmed(
         try:
             with torch.no_grad():
                 parts = program.run_batch(draws[index], copies, program.log_probs, known.vectorized)
-        except Exception:  # whatever it is, the whole analysis will meet it again and say so
+        except Exception:  # whatever it is, the whole analysis will meet and report it
             return False
         total = sum(parts[1:], parts[0])[index == 0]
         if not agree(total, expected.expand_as(total)):

@@ -23,7 +23,7 @@ class BatchedProgram:
 
     Args:
         program: the model with its arguments.
-        first: what its first run told.
+        first: what its first run found.
     """
 
     def __init__(self, program: Callable[[], Any], first: FirstRun) -> None:

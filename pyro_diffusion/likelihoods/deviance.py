@@ -28,22 +28,23 @@ def deviance_residual(fn: Any, value: Tensor) -> tuple[Tensor, Tensor] | None:
 
     .. math:: r = \text{sign}(y - \mu) \sqrt{2\,(l - \log p(y))}
 
-    with l the highest log-density of y as the law's mean (or location) :math:`\mu` moves. For a normal r is
-    the whitened residual. r is smooth through 0, where its slope is that of Pearson's residual. Laws:
+    with l the highest log-density of y over the mean (or location) :math:`\mu`. For a normal r is
+    the whitened residual. r is smooth through 0, where its slope is that of Pearson's residual.
+    Distributions:
 
     * location families (StudentT, Cauchy, Laplace, AsymmetricLaplace, SoftLaplace, Logistic, Gumbel): l is
       the log-density at ``loc``. A cusp there is rounded within ``eps ** 0.25`` scales of it;
     * Poisson, Binomial, NegativeBinomial, Geometric: l is that of :math:`\mu = y`;
     * Multinomial: each class as a Poisson, which given the total they are;
-    * other discrete laws (Bernoulli, Categorical, ...): the bound l = 0, and the sign is +.
+    * other discrete distributions (Bernoulli, Categorical, ...): the bound l = 0, and the sign is +.
 
     Args:
         fn: a distribution.
         value: what was observed, y.
 
     Returns:
-        r and l, of one shape, the law's batch and event dimensions, to be summed over the latter (singletons
-        but for a Multinomial); None for any other law.
+        r and l, of one shape, with the distribution's batch and event dimensions, to be summed over the
+        latter (singletons but for a Multinomial); None for any other distribution.
 
     Example:
         >>> rate = torch.tensor([1.0, 4.0, 9.0])
@@ -105,8 +106,8 @@ def _location(fn: Any, value: Tensor) -> tuple[Tensor, Tensor]:
     far = torch.where(z < 0, -least, torch.where(near, least, z))
     far = torch.where(near, far, z)
     top = fn.log_prob(fn.loc.expand(z.shape))
-    moved = fn.log_prob(torch.where(near, fn.loc + fn.scale * far, value))
-    residual = z * (2 * (top - moved) / far.square()).sqrt()
+    shifted = fn.log_prob(torch.where(near, fn.loc + fn.scale * far, value))
+    residual = z * (2 * (top - shifted) / far.square()).sqrt()
     # What rounding a cusp takes from r is the normalizer's.
     return residual, torch.where(near, fn.log_prob(value) + 0.5 * residual.square(), top)
 

@@ -24,7 +24,7 @@ def without_missing(site: Message) -> Message:
 
     Missing are values that are not finite where a mask hides them, and those in a ``NanMaskedNormal`` or
     ``NanMaskedMultivariateNormal``, which become plain normals of what is there. To leave NaN in place would
-    give finite log-densities and gradients of NaN. No value is looked at by the host.
+    give finite log-densities and gradients of NaN. No value is inspected on the host.
 
     Args:
         site: an observed site.
@@ -50,13 +50,13 @@ def without_missing(site: Message) -> Message:
     return {**site, "fn": fn, "value": value}
 
 
-def _marginal(law: Any, there: Tensor) -> MultivariateNormal:
+def _marginal(normal: Any, there: Tensor) -> MultivariateNormal:
     """The normal of the entries that are there; 0 in any other has the log-density 0, alone."""
     both = there.unsqueeze(-1) & there.unsqueeze(-2)
-    alone = torch.diag_embed((~there).to(law.loc.dtype)) / (2 * math.pi)
-    covariance = torch.where(both, law.covariance_matrix, 0.0) + alone
+    alone = torch.diag_embed((~there).to(normal.loc.dtype)) / (2 * math.pi)
+    covariance = torch.where(both, normal.covariance_matrix, 0.0) + alone
     return MultivariateNormal(
-        torch.where(there, law.loc, 0.0), covariance_matrix=covariance, validate_args=False
+        torch.where(there, normal.loc, 0.0), covariance_matrix=covariance, validate_args=False
     )
 
 

@@ -36,7 +36,8 @@ class ProgramLikelihood(Likelihood):
     what is returned is all ones.
 
     Missing observations may be NaN: where a mask hides them (``.mask``, ``poutine.mask``, ``obs_mask``), and
-    in a ``NanMaskedNormal`` or ``NanMaskedMultivariateNormal``. They say nothing, and gradients are finite.
+    in a ``NanMaskedNormal`` or ``NanMaskedMultivariateNormal``. They add nothing to the
+    log-density, and gradients are finite.
 
     The program is run once per call. A batch of x_0 is put left of all its plates (as
     ``Predictive(parallel=True)`` does); for a program that is not written for this, single runs are
@@ -275,7 +276,7 @@ def _call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     try:
         return model(*args, **kwargs)
     except Exception as error:
-        # The program is the user's, so is its error; how it was run is ours to say.
+        # The program is the user's, so is its error; this adds how it was run.
         kinds = ", ".join(type(value).__name__ for value in args)
         error.add_note(
             f"model, args: got arguments ({kinds}) and {sorted(kwargs)}, expected those of the program"

@@ -1,4 +1,4 @@
-"""One run of a Pyro program with its latents given, and what its observed sites say."""
+"""One run of a Pyro program with its latents given, and its observed sites."""
 
 import contextlib
 import functools

@@ -59,7 +59,7 @@ def _site(node: Message) -> tuple[Any, ...]:
 
 
 def _graph(total: Tensor) -> tuple[str, ...]:
-    """Names of the operations behind a tensor, each once, in the order of a walk."""
+    """Names of the operations behind a tensor, each once, depth first."""
     names, seen, ahead = [], set(), [total.grad_fn]
     while ahead:
         node = ahead.pop()

@@ -134,7 +134,7 @@ class MissingLatents(ValueError):
 
 
 class FirstRun(NamedTuple):
-    """What the first run of a program tells.
+    """What the first run of a program finds.
 
     Attributes:
         site: its diffusion site.
@@ -177,7 +177,7 @@ def first_run(
 
     Raises:
         ValueError: for no diffusion site, several, an observed one, other latents, plates of which a
-            subsample tells not enough, no observations, or such as are not finite though no mask hides them.
+            subsample is not enough, no observations, or such as are not finite though no mask hides them.
     """
     run = _TrialMessenger(trial, latents, named, subsamples)
     nodes = _traced(run, program)
