@@ -26,7 +26,8 @@ class JointOptim(PyroOptim):
     Steps are the same to float error. Gradients can be clipped by their global norm, and a scheduler
     of the learning rate can be attached: call :meth:`step` once per step or epoch.
 
-    Parameters that appear later join when they are first seen; those that a step did not touch keep still.
+    Parameters that appear later join when they are first seen; a step leaves those without a gradient
+    unchanged.
 
     Args:
         optimizer: a torch optimizer's class.
@@ -70,7 +71,7 @@ class JointOptim(PyroOptim):
         self._waiting: dict[str, Any] | None = None
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
-        """One step on the gradients of ``params``, which are spent by it."""
+        """One step on the gradients of ``params``, which are then set to ``None``."""
         params = set(params)
         self._meet(params)
         for other in self._names.keys() - params:
@@ -103,7 +104,7 @@ class JointOptim(PyroOptim):
         }
 
     def set_state(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state of :meth:`get_state`; it is taken up when the parameters are next seen.
+        """Set a state of :meth:`get_state`; it is loaded when the parameters are next seen.
 
         Raises:
             ValueError: if it is no such state. One of other parameters or classes is refused when the
@@ -133,7 +134,7 @@ class JointOptim(PyroOptim):
             raise
 
     def _meet(self, params: set[Tensor]) -> None:
-        """Take in parameters that are new."""
+        """Add parameters that are new to the optimizer."""
         new = params - self._names.keys()
         if not new:
             return
@@ -152,7 +153,7 @@ class JointOptim(PyroOptim):
     def _go_on(
         self, named: list[tuple[str, Tensor]], state: dict[str, Any]
     ) -> list[tuple[str, Tensor]]:
-        """Take up a state that was waiting, if it fits; the parameters in its order, new ones last."""
+        """Load the state that was set, if it fits; the parameters in its order, new ones last."""
         known = dict(named)
         missing = set(state["names"]) - known.keys()
         if missing:

@@ -28,7 +28,7 @@ def quadratic(steps: int, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def uniform_log_snr(schedule: Schedule, steps: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Times evenly spaced in log-SNR.
+    r"""Times evenly spaced in log-SNR, :math:`\lambda_j = \lambda_0 + \tfrac{j}{K} (\lambda_K - \lambda_0)`.
 
     Raises:
         ValueError: if ``steps < 1`` or the schedule has an infinite end.
