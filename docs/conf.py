@@ -49,15 +49,16 @@ copybutton_prompt_is_regexp = True
 nitpick_ignore_regex = [
     (
         r"py:(class|func|meth|attr|data|exc|obj|mod)",
-        r"(torch|torchsde|pyro|numpy|pandas|arviz|xarray|matplotlib|collections\.abc|pathlib|os)\..+",
+        r"(abc|torch|torchsde|pyro|numpy|pandas|arviz|xarray|matplotlib|collections\.abc|pathlib|os)\..+",
     ),
     # Parts of annotations and bases that are not for users, and an error of Pyro's in "Raises".
     (
         r"py:(class|exc)",
         r"pyro_diffusion\..+\.("
-        r"\w*Coefficients|Analysis|Filter|GaussianSDE|LinearizedDenoiser|LinearizedLikelihood|Method|"
-        r"NoClosedForms|NoiseHead|NoiseSource|Node|Observations|Passage|PreciseModule|ScheduleLike|"
-        r"Solved|Sources|TwoEndedSchedule"
+        r"\w*Coefficients|Analysis|ConditionalFilter|Conditioning|ContinuityResidual|Filter|"
+        r"GaussianSDE|LinearizedDenoiser|LinearizedLikelihood|Method|NoClosedForms|Node|NoiseHead|"
+        r"NoiseSource|Observations|ParticleFilter|Passage|PreciseModule|ScheduleLike|Solved|"
+        r"Sources|TwoEndedSchedule|TwoSampleTest|WassersteinBound"
         r")|SMCFailed",
     ),
 ]

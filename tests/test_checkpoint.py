@@ -190,7 +190,7 @@ def test_description(tmp_path):
     checkpoint.save(path, {"n": 1}, DESCRIPTION)
     assert checkpoint.load(path, DESCRIPTION) == {"n": 1}
     assert checkpoint.load(path) == {"n": 1}
-    assert checkpoint.read_description(path)["network"] == {"width": 32, "levels": [1, 2]}
+    assert checkpoint.saving.read_description(path)["network"] == {"width": 32, "levels": [1, 2]}
     other = {"model": "MLP", "network": {"width": 64, "levels": [1, 2]}, "data": "moons"}
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load(path, other)

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import MMPS, TMPD, DiffPIR, PiGDM, PlugIn, Replacement, SampledGuidance
-from pyro_diffusion.infer import TwistedSMC, default_guidance
+from pyro_diffusion.infer import TwistedSMC
+from pyro_diffusion.infer.twisted_smc import default_guidance
 from pyro_diffusion.likelihoods import Likelihood, ProgramLikelihood, Whitened
 from pyro_diffusion.samplers import DAPS
 from pyro_diffusion.schedules import LogLinear

@@ -17,7 +17,8 @@ from pyro_diffusion.guidance import (
     SampledGuidance,
     Twisted,
 )
-from pyro_diffusion.infer import ConditionalFilter, ParticleGibbs, TwistedSMC
+from pyro_diffusion.infer import ParticleGibbs, TwistedSMC
+from pyro_diffusion.infer.conditional_filter import ConditionalFilter
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.schedules import Cosine, LogLinear, Rectified, uniform

@@ -22,7 +22,8 @@ from pyro_diffusion.guidance import (
     SampledGuidance,
     SubstitutionGuidance,
 )
-from pyro_diffusion.infer import ConditionalFilter, TwistedSMC
+from pyro_diffusion.infer import TwistedSMC
+from pyro_diffusion.infer.conditional_filter import ConditionalFilter
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing
 from pyro_diffusion.samplers import DDIM, Ancestral, Heun, RePaint

@@ -16,7 +16,8 @@ from pyro_diffusion.guidance import GuidedDenoiser, Twisted
 from pyro_diffusion.guidance.base import shift_mean
 from pyro_diffusion.guidance.gaussian_conditioning import MMPS
 from pyro_diffusion.guidance.sampled import SampledGuidance
-from pyro_diffusion.infer import ParticleFilter, TwistedSMC
+from pyro_diffusion.infer import TwistedSMC
+from pyro_diffusion.infer.particle_filter import ParticleFilter
 from pyro_diffusion.infer.resampling import (
     genealogical_variance,
     multinomial_ancestors,

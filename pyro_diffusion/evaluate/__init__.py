@@ -5,7 +5,7 @@ from pyro_diffusion.evaluate.bound import log_likelihood
 from pyro_diffusion.evaluate.calibration import RankStatistics, sbc
 from pyro_diffusion.evaluate.chain_costs import chain_costs
 from pyro_diffusion.evaluate.comparison import compare
-from pyro_diffusion.evaluate.continuity import ContinuityResidual, continuity_residual
+from pyro_diffusion.evaluate.continuity import continuity_residual
 from pyro_diffusion.evaluate.importance import (
     from_log_weights,
     importance_weighted,
@@ -14,22 +14,14 @@ from pyro_diffusion.evaluate.importance import (
 from pyro_diffusion.evaluate.inference_data import to_arviz, to_elpd
 from pyro_diffusion.evaluate.ode import flow_log_likelihood
 from pyro_diffusion.evaluate.posterior_data import posterior_to_arviz
-from pyro_diffusion.evaluate.two_sample import TwoSampleTest, c2st
-from pyro_diffusion.evaluate.wasserstein import (
-    WassersteinBound,
-    sliced_wasserstein,
-    wasserstein,
-    wasserstein_bound,
-)
+from pyro_diffusion.evaluate.two_sample import c2st
+from pyro_diffusion.evaluate.wasserstein import sliced_wasserstein, wasserstein, wasserstein_bound
 
 __all__ = [
-    "ContinuityResidual",
     "Estimate",
     "LogLikelihoodEstimate",
     "RankStatistics",
     "Terms",
-    "TwoSampleTest",
-    "WassersteinBound",
     "c2st",
     "chain_costs",
     "compare",

@@ -75,7 +75,9 @@ def continuity_residual(
         batch_size: data read together.
 
     Returns:
-        Residuals with standard errors and z-scores.
+        Residuals ``value`` (levels, num_functions) per unit of log-SNR, their ``standard_error`` over data,
+        their z-scores ``z``, near standard normal for an exact denoiser, and ``rms`` (levels,), the root mean
+        square over test functions without the Monte-Carlo variance; at the levels ``log_snr``.
 
     Raises:
         ValueError: for a process that is not Gaussian, bad data or counts, or a context without exactly one

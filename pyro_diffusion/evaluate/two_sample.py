@@ -61,6 +61,11 @@ def c2st(
         iterations: full-batch Adam steps.
         learning_rate: of Adam.
 
+    Returns:
+        The ``accuracy``, 0.5 if the samples cannot be told apart and 1 if always, its ``standard_error``
+        (widened) and the ``p_value``, the chance of such an accuracy or a higher one if both samples have one
+        distribution.
+
     Raises:
         ValueError: for shapes that differ, values that are not finite, or fewer data than twice the folds.
 

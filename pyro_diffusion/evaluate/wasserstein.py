@@ -127,7 +127,9 @@ def wasserstein_bound(
         num_points: levels of the quadrature, even in log-SNR.
 
     Returns:
-        The bound with its parts.
+        The bound as ``value``, the sum of its parts ``score`` (errors of the posterior mean), ``prior``
+        (distance of the prior from the marginal at t = 1) and ``smoothing`` (from t_0 to data); ``error`` and
+        ``lipschitz`` at the quadrature's levels ``log_snr``.
 
     Raises:
         ValueError: for a process that is not Gaussian, bad data, eta < 0 or fewer than two points.

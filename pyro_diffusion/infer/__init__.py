@@ -2,12 +2,10 @@
 
 from pyro_diffusion.infer.auto_posterior import AutoPosterior
 from pyro_diffusion.infer.autoguide import AutoGuidance, AutoTwistedSMC
-from pyro_diffusion.infer.conditional_filter import ConditionalFilter
 from pyro_diffusion.infer.ddpm import DDPM
-from pyro_diffusion.infer.particle_filter import ParticleFilter
 from pyro_diffusion.infer.particle_gibbs import ParticleGibbs
-from pyro_diffusion.infer.reparam import ChainReparam, forward_chain, reverse_chain
-from pyro_diffusion.infer.twisted_smc import Particles, TwistedSMC, default_guidance
+from pyro_diffusion.infer.reparam import ChainReparam, forward_chain
+from pyro_diffusion.infer.twisted_smc import Particles, TwistedSMC
 
 __all__ = [
     "DDPM",
@@ -15,12 +13,8 @@ __all__ = [
     "AutoPosterior",
     "AutoTwistedSMC",
     "ChainReparam",
-    "ConditionalFilter",
-    "ParticleFilter",
     "ParticleGibbs",
     "Particles",
     "TwistedSMC",
-    "default_guidance",
     "forward_chain",
-    "reverse_chain",
 ]

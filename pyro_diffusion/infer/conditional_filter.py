@@ -32,7 +32,7 @@ class ConditionalFilter(ParticleFilter):
         num_particles: N >= 2.
         reference: a state for every step, each of the shape of one particle's; None for none.
         join: ``join(state, x)``, (N,) + batch: log-density of going on to x divided by each particle's twist.
-        options: see :class:`~pyro_diffusion.infer.ParticleFilter`.
+        options: those of ``ParticleFilter``.
 
     References:
         Andrieu, Doucet & Holenstein, JRSS B 72 (2010), section 2.4.3;

@@ -25,7 +25,8 @@ class Particles:
         ancestors: (K + 2,) + batch, how many particles of the first generation have descendants then.
         resamplings: batch, how often each filter resampled.
         root: (N,) + batch, the ancestor of each particle in the first generation.
-        correction: batch, see :class:`~pyro_diffusion.infer.ParticleFilter`.
+        correction: batch, N / (N - 1), to the power of resamplings + 1 where these are multinomial, for
+            particles that share an ancestor by chance.
     """
 
     value: Tensor

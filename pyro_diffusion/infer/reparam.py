@@ -123,7 +123,7 @@ def _example_chain(name: str, found: Unwrapped, grouped: int, x: Tensor) -> Torc
 def forward_chain(
     name: str, diffusion: TorchDistribution, value: Tensor, auxiliary: bool = False
 ) -> None:
-    r"""Sample sites of the forward process given data: the guide of :func:`reverse_chain`.
+    r"""Sample sites of the forward process given data: the guide of :class:`ChainReparam`.
 
     Draws :math:`x_{t_K} \sim q(x_{t_K} | x)`, then :math:`x_{t_{j-1}} \sim q(x_{t_{j-1}} | x_{t_j}, x)`:
     the same sites in the same order as the model, with the bridge as each conditional, so that
@@ -136,7 +136,7 @@ def forward_chain(
         auxiliary: whether the sites are marked auxiliary.
 
     Raises:
-        ValueError: as :func:`reverse_chain`; for data of a wrong shape or outside the support.
+        ValueError: for a site without a chain of its own; for data of a wrong shape or outside the support.
     """
     found = _chain(diffusion, "diffusion: got")
     chain: Diffusion = found.base
@@ -184,7 +184,7 @@ class ChainReparam(Reparam):
         """Issue the chain's sites and hand back the decoder as the site's distribution.
 
         Raises:
-            ValueError: as :func:`reverse_chain`.
+            ValueError: for a site that is no chain.
         """
         _chain(msg["fn"], f"ChainReparam: site {msg['name']!r} has a")
         return {

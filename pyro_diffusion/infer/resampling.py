@@ -75,7 +75,8 @@ def genealogical_variance(
     Args:
         log_weights: (n,) + batch, normalized.
         root: (n,) + batch, each particle's root.
-        correction: batch, see :class:`~pyro_diffusion.infer.ParticleFilter`.
+        correction: batch, N / (N - 1), to the power of resamplings + 1 where these are multinomial, for
+            particles that share an ancestor by chance.
         deviation: (n,) + batch + anything, a statistic of each particle minus its weighted mean. Without it
             the variance is the relative one of the evidence.
 

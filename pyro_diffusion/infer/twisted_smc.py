@@ -91,8 +91,11 @@ class TwistedSMC:
         diffusion: the prior, of the likelihood's batch shape or one that broadcasts to it.
         likelihood: log p(y | x), a :class:`~pyro_diffusion.likelihoods.ProgramLikelihood` or another. It
             makes the target, whatever the guidance approximates.
-        guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one;
-            :func:`default_guidance` if None.
+        guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one; if
+            None, :class:`~pyro_diffusion.guidance.MMPS` (for a denoiser with a network
+            :class:`~pyro_diffusion.guidance.DiffPIR`) for Normal observations and those with deviance
+            residuals, :class:`~pyro_diffusion.guidance.PlugIn` for other likelihoods with a gradient, else
+            :class:`~pyro_diffusion.guidance.SampledGuidance`.
         num_particles: N >= 2.
         ess_threshold: resample when the effective sample size falls below this share of N.
         systematic: systematic resampling (less noise), else multinomial (an unbiased error bar).

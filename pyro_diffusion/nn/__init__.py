@@ -5,7 +5,7 @@ A network is called as ``network(x, log_snr, **context)`` with ``x`` of shape ``
 returns ``x.shape`` when its attribute ``outputs`` is 1, else ``x.shape + (outputs,)``.
 """
 
-from .context import Conditioning, LabelContext, TensorContext
+from .context import LabelContext, TensorContext
 from .definition import DefinedModule
 from .embedding import fourier_embedding
 from .mlp import MLP
@@ -14,7 +14,6 @@ from .unet import UNet
 
 __all__ = [
     "MLP",
-    "Conditioning",
     "DefinedModule",
     "LabelContext",
     "TensorContext",

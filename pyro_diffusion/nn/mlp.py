@@ -19,15 +19,16 @@ class MLP(nn.Module):
         u_i = \mathrm{SiLU}\big((W_i h_{i-1} + b_i)(1 + a_i(c)) + d_i(c)\big), \qquad
         h_i = h_{i-1} + u_i \text{ where the widths agree, else } u_i,
 
-    with :math:`a_i, d_i` linear in the embedding :math:`c` of noise level and context
-    (:class:`Conditioning`). The last layer is linear and starts at zero, so a fresh network
+    with :math:`a_i, d_i` linear in the embedding :math:`c` of noise level and context.
+    The last layer is linear and starts at zero, so a fresh network
     returns zeros.
 
     Args:
         event_size: length d of a vector.
         hidden: widths of the hidden layers, at least one.
         outputs: numbers returned for each coordinate.
-        context: named context modules, see :class:`Conditioning`.
+        context: named context modules, each a :class:`LabelContext` or :class:`TensorContext`; their
+            embeddings are added to that of the noise level.
         dropout: probability of zeroing a hidden unit, in training mode only.
         embedding: width of :math:`c`.
 

@@ -63,7 +63,8 @@ class Transformer(DefinedModule):
         depth: number of blocks.
         heads: attention heads.
         dropout: probability of zeroing a hidden unit or an attention weight, in training mode only.
-        context: named context modules, see :class:`Conditioning`.
+        context: named context modules, each a :class:`LabelContext` or :class:`TensorContext`; their
+            embeddings are added to that of the noise level.
         outputs: logits for each position; ``states`` if not given.
 
     Shapes:

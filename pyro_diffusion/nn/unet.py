@@ -105,7 +105,8 @@ class UNet(nn.Module):
         attention: whether pixels attend to each other at the coarsest level.
         outputs: numbers returned for each pixel and channel.
         dropout: probability of zeroing a hidden unit, in training mode only.
-        context: named context modules, see :class:`Conditioning`.
+        context: named context modules, each a :class:`LabelContext` or :class:`TensorContext`; their
+            embeddings are added to that of the noise level.
 
     Shapes:
         x ``(N, C, H, W)``, log_snr ``(N,)`` -> ``(N, C, H, W)``, or ``(N, C, H, W, outputs)`` if

@@ -232,11 +232,6 @@ def infer_calls() -> list[Call]:
             weight=0.5,
         ),
         Call(
-            "infer.default_guidance",
-            lambda **a: used_guidance(infer.default_guidance(**a)),
-            of({"denoiser": exact(), "likelihood": read()}),
-        ),
-        Call(
             "infer.TwistedSMC",
             filtered,
             of(
@@ -276,11 +271,6 @@ def infer_calls() -> list[Call]:
             "infer.forward_chain",
             infer.forward_chain,
             lambda: {"name": "x", "diffusion": chain(), "value": data(), "auxiliary": False},
-        ),
-        Call(
-            "infer.reverse_chain",
-            lambda **a: infer.reverse_chain(**a).sample(),
-            of({"name": "x", "diffusion": chain()}),
         ),
     ]
 
@@ -465,11 +455,6 @@ def network_calls() -> list[Call]:
     words = networks.Transformer(4, 3, width=8, depth=1, heads=2).eval()
     return [
         Call(
-            "nn.Conditioning",
-            lambda features, log_snr: networks.Conditioning(features)(log_snr, 2, {}),
-            of({"features": 8, "log_snr": torch.zeros(2)}),
-        ),
-        Call(
             "nn.MLP",
             mlp,
             of({"event_size": 3, "hidden": (8,), "outputs": 1, "dropout": 0.0, "embedding": 8}),
@@ -553,7 +538,7 @@ def file_calls() -> list[Call]:
         ),
         Call(
             "checkpoint.read_description",
-            checkpoint.read_description,
+            checkpoint.saving.read_description,
             of({"path": str(folder / "state.safetensors")}),
         ),
         Call(

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from pyro_diffusion.nn import Conditioning, LabelContext, TensorContext, fourier_embedding
+from pyro_diffusion.nn import LabelContext, TensorContext, fourier_embedding
+from pyro_diffusion.nn.context import Conditioning
 
 
 @pytest.fixture(autouse=True)
