@@ -12,9 +12,9 @@ from torch import Tensor
 from pyro_diffusion.likelihoods.analysis import Analysis, analyse
 from pyro_diffusion.likelihoods.base import Likelihood
 from pyro_diffusion.likelihoods.batches import BatchedProgram, Extract
+from pyro_diffusion.likelihoods.first_run import first_run
 from pyro_diffusion.likelihoods.run import Message, handlers, log_density
 from pyro_diffusion.likelihoods.signature import structure
-from pyro_diffusion.likelihoods.sites import first_run
 from pyro_diffusion.likelihoods.trials import trials
 from pyro_diffusion.likelihoods.whitening import RESIDUALS, Whitened, whitened
 from pyro_diffusion.processes import GaussianProcess
@@ -129,9 +129,10 @@ class ProgramLikelihood(Likelihood):
             dict(subsamples or {}),
             known[1] if known[0] == arguments else None,
         )
-        self._site = first.site
-        self.site, self.prior, self.transforms = self._site[:3]
-        self.site_distribution, self.subsamples = self._site.distribution, first.subsamples
+        self._site = site_found = first.site
+        self.site, self.prior = site_found.name, site_found.diffusion
+        self.transforms, self.site_distribution = site_found.transforms, site_found.distribution
+        self.subsamples = first.subsamples
         self.batch_shape, self.event_shape = self.prior.batch_shape, self.prior.event_shape
         self.factorized = first.factorized
         self._program = BatchedProgram(program, first)
