@@ -297,11 +297,11 @@ TABLE = {
     # denoisers
     "symbols for a Gaussian denoiser": (
         lambda: GaussianDenoiser(Tiny((3,)), MASKING),
-        "process: got Absorbing, expected a GaussianProcess",
+        "process: got Absorbing, which lacks data of real numbers .* expected a process such as Gauss",
     ),
     "vectors for a symbol denoiser": (
         lambda: CategoricalDenoiser(Tiny((3,)), PROCESS),
-        "process: got GaussianProcess, expected a CategoricalProcess",
+        "process: got GaussianProcess, which lacks data of finitely many symbols, expected a process",
     ),
     "no process": (lambda: GaussianDenoiser(Tiny((3,)), None), "process: got NoneType"),
     "parameterization by name": (

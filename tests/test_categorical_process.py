@@ -106,9 +106,10 @@ def test_rows_are_independent(make, event):
         assert_close(
             probs(process.marginal(x0, t))[1, i], probs(process.marginal(x0[1, i], t[1, i]))
         )
-        evidence = process.log_evidence(xt, torch.arange(process.states), t)
+        evidence = process.coordinate_log_likelihood(xt, torch.arange(process.states), t)
         assert_close(
-            evidence[1, i], process.log_evidence(xt[1, i], torch.arange(process.states), t[1, i])
+            evidence[1, i],
+            process.coordinate_log_likelihood(xt[1, i], torch.arange(process.states), t[1, i]),
         )
 
 
@@ -217,7 +218,7 @@ def test_evidence_is_the_marginal():
         values = torch.arange(process.states)
         xt = torch.arange(len(process.noise))
         for t in (torch.tensor(0.3, dtype=F64), 0.9):
-            got = process.log_evidence(xt, values, t)
+            got = process.coordinate_log_likelihood(xt, values, t)
             alpha = process.schedule.alpha(torch.as_tensor(t))
             hit = xt[:, None] == values
             expected = alpha * hit + (1 - alpha) * process.noise.to(alpha)[xt][:, None]

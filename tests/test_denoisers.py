@@ -325,7 +325,7 @@ def test_learned_variance_is_clamped():
 
 def log_ratio(variance, log_snr):
     log_snr = torch.as_tensor(log_snr)
-    level = Level(log_snr, log_snr, log_snr, log_snr)
+    level = Level(log_snr, log_snr, log_snr, log_snr, log_snr)
     return (variance(None, level) / unit_variance(level)).log()
 
 
@@ -482,7 +482,10 @@ def test_quantized_is_steady_far_from_zero():
 def test_processes():
     gaussian_process, categorical = GaussianProcess(Cosine()), Uniform(Cosine(), 3)
     cases = [
-        (lambda: GaussianDenoiser(Net(), categorical), r"^process: got Uniform, expected a Gauss"),
+        (
+            lambda: GaussianDenoiser(Net(), categorical),
+            r"^process: got Uniform, which lacks data of real numbers",
+        ),
         (lambda: LevelsDenoiser(Net(), categorical, uniform_levels(3)), r"^process: got Uniform"),
         (lambda: CategoricalDenoiser(Net(), gaussian_process), r"^process: got GaussianProcess"),
         (lambda: GaussianDenoiser(Net(), Cosine()), r"^process: got Cosine, expected a Forward"),

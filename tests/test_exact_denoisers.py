@@ -153,8 +153,12 @@ def test_weights_are_normalized():
 
 
 def test_mixture_refuses():
-    for process in (GaussianProcess(Cosine(), 2), Uniform(Cosine(), 3)):
-        with pytest.raises(ValueError, match=r"^process: got .*, expected a GaussianProcess"):
+    cases = (
+        (GaussianProcess(Cosine(), 2), r"^process: got event_dim=2, expected 1"),
+        (Uniform(Cosine(), 3), r"^process: got Uniform, which lacks Tweedie"),
+    )
+    for process, message in cases:
+        with pytest.raises(ValueError, match=message):
             MixtureDenoiser(process, WEIGHTS, MEANS, VARIANCES)
     process = GaussianProcess(Cosine())
     for weights, means in ((WEIGHTS[:2], MEANS), (WEIGHTS, MEANS[:, 0]), (WEIGHTS[None], MEANS)):
@@ -225,8 +229,9 @@ def test_impossible_sequences_stay_impossible(dtype):
 
 
 def test_table_refuses():
+    with pytest.raises(ValueError, match=r"^process: got GaussianProcess, which lacks"):
+        TableDenoiser(GaussianProcess(Cosine()), torch.ones(2, 2))
     for process, joint in (
-        (GaussianProcess(Cosine()), torch.ones(2, 2)),
         (Uniform(Cosine(), 3), torch.ones(2, 2)),
         (Uniform(Cosine(), 3), torch.ones(3, 2)),
     ):

@@ -74,7 +74,7 @@ def bound(schedule, x, noise):
     dtype = x.dtype
     denoiser, process = unit(schedule, dtype), GaussianProcess(schedule)
     times = uniform_log_snr(schedule, 100).to(dtype)
-    levels = process.schedule.grid_levels(times, dtype)
+    levels = process.levels(times, dtype)
     start = levels.at(0)
     decoding = Diffusion(denoiser, (2,), times=times).decoder(
         denoiser(process.marginal(x, start).mean + start.sigma * noise, start), start, process

@@ -393,7 +393,10 @@ def test_bad_arguments(make, message):
 @pytest.mark.parametrize("sampler", [AdamsMoulton(), DPMSolverPP(), UniPC(), Heun()], ids=repr)
 def test_symbols_are_refused(sampler):
     denoiser = TableDenoiser(Uniform(Cosine(), 3), torch.ones(3, 3))
-    with pytest.raises(ValueError, match=r"^sampler: got .* for a Uniform, expected Ancestral"):
+    with pytest.raises(
+        ValueError,
+        match=r"^sampler: got .* under Uniform, which lacks bridges .*, expected Ancestral",
+    ):
         simulate(denoiser, grid(Cosine(), 2), torch.zeros(2, dtype=torch.int64), sampler)
 
 

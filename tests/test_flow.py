@@ -81,11 +81,11 @@ def test_levels_at_angles_are_those_of_the_schedule():
     for build in SCHEDULES.values():
         schedule = build()
         t = torch.linspace(0, 1, 9, dtype=torch.float64)
-        level = schedule.level(t)
-        got = level_at(schedule, torch.atan2(level.sigma, level.alpha))
+        level, process = schedule.level(t), GaussianProcess(schedule, event_dim=0)
+        got = level_at(process, torch.atan2(level.sigma, level.alpha))
         for mine, theirs in zip(got, level, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
-        first, last = end_angles(schedule)
+        first, last = end_angles(process)
         assert math.isclose(math.tan(first), float(level.sigma[0] / level.alpha[0]), rel_tol=1e-6)
         assert math.isclose(math.tan(last), float(level.sigma[-1] / level.alpha[-1]), rel_tol=1e-6)
 
@@ -192,7 +192,7 @@ class Torn(MixtureDenoiser):
 
 def test_a_row_that_is_lost_sets_no_step():
     denoiser, x = Torn(GaussianProcess(WIDE), WEIGHTS, MEANS, VARIANCES), mixture_law().sample((4,))
-    ends = end_angles(WIDE)
+    ends = end_angles(denoiser.process)
     for estimate in (None, ExactTrace()):
         expected = transport(denoiser, x[1:], *ends, Solver(), trace=estimate)
         bad = torch.cat([torch.full((1, 2), 60.0, dtype=torch.float64), x[1:]])

@@ -303,7 +303,7 @@ def test_log_evidence(make, t, event):
     process = GaussianProcess(make(), event_dim=len(event))
     values = torch.tensor([-1.0, 0.0, 0.7, 2.0], dtype=F64)
     xt = torch.randn(5, *event, dtype=F64)
-    evidence = process.log_evidence(xt, values, t)
+    evidence = process.coordinate_log_likelihood(xt, values, t)
     assert evidence.shape == (*xt.shape, 4)
     expected = torch.stack(
         [per_coordinate(process.marginal(v.expand(xt.shape), t)).log_prob(xt) for v in values], -1
@@ -388,7 +388,7 @@ def test_times_outside(bad):
         lambda t: process.transition(x, t, good),
         lambda t: process.bridge(x, x, t, good),
         lambda t: process.reverse(x, process.point_mass(x), good, t),
-        lambda t: process.log_evidence(x, x[0], t),
+        lambda t: process.coordinate_log_likelihood(x, x[0], t),
     ]
     for call in calls:
         for t in (bad, torch.tensor([0.5, bad])):

@@ -186,5 +186,7 @@ def test_bad_arguments(make, message):
 @pytest.mark.parametrize("sampler", [PredictorCorrector(Ancestral()), AnnealedLangevin()], ids=repr)
 def test_symbols_are_refused(sampler):
     denoiser = TableDenoiser(Uniform(Cosine(), 3), torch.ones(3, 3))
-    with pytest.raises(ValueError, match=r"^corrector: got Langevin.* for a Uniform"):
+    with pytest.raises(
+        ValueError, match=r"^corrector: got Langevin.* under Uniform, which lacks Tweedie"
+    ):
         simulate(denoiser, grid(Cosine(), 2), torch.zeros(2, dtype=torch.int64), sampler)

@@ -50,7 +50,7 @@ NUMBERS = [RedDiff(), Simple(), Hybrid(), Weighted(weight, mean_only=True), Mome
 @pytest.mark.parametrize("objective", NUMBERS, ids=lambda o: type(o).__name__)
 def test_squared_errors_are_refused_for_symbols(objective, process):
     with pytest.raises(
-        ValueError, match=f"objective: got {type(objective).__name__} for a {process.__name__}"
+        ValueError, match=f"objective: got {type(objective).__name__} under {process.__name__}"
     ):
         Diffusion(symbols(process), (3,), 4, objective=objective)
 

@@ -209,9 +209,9 @@ def test_levels_are_embedded_before_they_are_rounded(dtype):
 @pytest.mark.parametrize("dtype", HALF)
 def test_a_denoiser_gets_at_least_float32_from_its_network(dtype):
     denoiser = GaussianDenoiser(filled(MLP(3)), gaussian())
-    expected = denoiser.read(torch.ones(2, 3), torch.zeros(()), {})
+    expected = denoiser.network_output(torch.ones(2, 3), torch.zeros(()), {})
     for x in (torch.ones(2, 3), torch.ones(2, 3, dtype=dtype)):
-        out = denoiser.to(dtype).read(x, torch.zeros(()), {})
+        out = denoiser.to(dtype).network_output(x, torch.zeros(()), {})
         assert out.dtype == torch.float32
         torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05)
 
@@ -315,6 +315,7 @@ def test_guidance_under_autocast_is_exact():
 @pytest.mark.parametrize("dtype", HALF)
 def test_levels_at_times_of_half_precision_are_in_float32(name, dtype):
     schedule, t = SCHEDULES[name](), torch.tensor([0.25, 0.5], dtype=dtype)
-    for level in (schedule.level(t), schedule.grid_levels(t), schedule.grid_levels(t, dtype)):
+    process = GaussianProcess(schedule, event_dim=0)
+    for level in (schedule.level(t), process.levels(t), process.levels(t, dtype)):
         assert all(v.dtype == torch.float32 for v in level)
         torch.testing.assert_close(level.log_snr, schedule.log_snr(t.float()))

@@ -129,7 +129,7 @@ def test_a_sampler_of_the_users():
             return State(x, (0,))
 
         def coefficients(self, process, s, t):
-            assert s.t.shape == t.t.shape == (6,)
+            assert s.t.shape == t.t.shape == (6, 1)
             return (t.log_snr - s.log_snr, s.t)
 
         def step(self, process, read, state, s, t, c):
@@ -413,7 +413,7 @@ def test_eta(eta):
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_ddim_refuses_symbols(eta):
     denoiser = TableDenoiser(Uniform(Cosine(), 3), torch.ones(3, 3))
-    with pytest.raises(ValueError, match=r"^sampler: got DDIM.* expected Ancestral"):
+    with pytest.raises(ValueError, match=r"^sampler: got DDIM.*free variance.* expected Ancestral"):
         simulate(denoiser, uniform(2), torch.zeros(2, dtype=torch.int64), DDIM(eta))
 
 

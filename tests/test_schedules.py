@@ -47,7 +47,8 @@ def test_shapes_and_dtypes(make, dtype, shape):
     for value in (*level, *(f(t) for f in functions)):
         assert value.shape == shape and value.dtype == dtype
         assert bool(torch.isfinite(value).all())
-    for value, f in zip(level[1:], functions, strict=True):
+    assert level.clock is level.log_snr
+    for value, f in zip(level[2:], functions, strict=True):
         assert_close(value, f(t), rtol=0, atol=0)
     assert schedule.time_of_log_snr(level.log_snr).dtype == dtype
     # Elementwise: no entry knows of the others.
@@ -113,10 +114,10 @@ def test_level_accepts_numbers_and_integers():
 
 def test_level_indexing():
     level = Cosine().level(torch.rand(5, 4))
-    assert [x.shape for x in level.at(2)] == [(4,)] * 4
+    assert [x.shape for x in level.at(2)] == [(4,)] * 5
     assert torch.equal(level.at(slice(1, 3)).alpha, level.alpha[1:3])
     wide = level.unsqueeze(2)
-    assert [x.shape for x in wide] == [(5, 4, 1, 1)] * 4
+    assert [x.shape for x in wide] == [(5, 4, 1, 1)] * 5
     assert torch.equal(wide.sigma[..., 0, 0], level.sigma)
     assert level.unsqueeze(0) is level
     scalar = Cosine().level(0.5)

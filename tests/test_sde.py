@@ -565,7 +565,10 @@ def categorical():
 
 
 BAD = {
-    "categorical": (lambda: DiffusionSDE(categorical(), (3,)), "denoiser: got one of a .*Gaussian"),
+    "categorical": (
+        lambda: DiffusionSDE(categorical(), (3,)),
+        "denoiser: got .* under Absorbing, which lacks a stochastic",
+    ),
     "no denoiser": (lambda: DiffusionSDE(Tiny((2,)), (2,)), "denoiser: got Tiny"),
     "event": (lambda: DiffusionSDE(mixture(Cosine()), (2, 2)), "event_shape: got"),
     "steps": (lambda: gaussian(steps=0), "steps: got 0"),

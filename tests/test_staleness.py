@@ -83,16 +83,17 @@ def test_times_are_learned():
 # --- grids and schedules that change ----------------------------------------------------------------
 
 
-def levels(schedule, times=None):
-    return schedule.grid_levels(grid() if times is None else times).log_snr
+def levels(process, times=None):
+    return process.levels(grid() if times is None else times).log_snr
 
 
 def test_a_grid_changed_in_place_is_another_grid():
     schedule, times = Cosine(), grid()
-    first = levels(schedule, times)
-    assert levels(schedule, times) is first
+    process = GaussianProcess(schedule, event_dim=0)
+    first = levels(process, times)
+    assert levels(process, times) is first
     times[1:-1] -= 0.01
-    torch.testing.assert_close(levels(schedule, times), schedule.log_snr(times))
+    torch.testing.assert_close(levels(process, times), schedule.log_snr(times))
     Diffusion(mixture(schedule), (2,), times=times)
     times[2] = times[1]
     with pytest.raises(ValueError, match="times: got a grid that is not increasing"):
@@ -137,11 +138,11 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_schedule_that_changes_forgets(name):
     build, change = CHANGES[name]
-    used, fresh, times = build(), build(), grid()
-    used.grid_levels(times)
-    change(used)
-    change(fresh)
-    got, expected = used.grid_levels(times), fresh.grid_levels(times)
+    used, fresh, times = GaussianProcess(build()), GaussianProcess(build()), grid()
+    used.levels(times)
+    change(used.schedule)
+    change(fresh.schedule)
+    got, expected = used.levels(times), fresh.levels(times)
     torch.testing.assert_close(tuple(got), tuple(expected), rtol=0, atol=0)
 
 
@@ -217,7 +218,7 @@ def test_copies_leave_what_is_kept():
     denoiser, x = mixture(Gauge(2.0)), data()
     for grids in (times, grid()):
         Diffusion(denoiser, (2,), times=grids).log_prob(x)
-        first = levels(denoiser.process.schedule, grids)
+        first = levels(denoiser.process, grids)
         stored = io.BytesIO()
         torch.save(denoiser, stored)
         stored.seek(0)
@@ -226,6 +227,6 @@ def test_copies_leave_what_is_kept():
             pickle.loads(pickle.dumps(denoiser)),
             torch.load(stored, weights_only=False),
         ):
-            assert not {"_kept", "_checked"} & set(twin.process.schedule.__dict__)
+            assert not {"_kept", "_stamp"} & set(twin.process.__dict__)
             twin.process.schedule.scale = 3.0
-        torch.testing.assert_close(levels(denoiser.process.schedule, grids), first)
+        torch.testing.assert_close(levels(denoiser.process, grids), first)

@@ -7,8 +7,9 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers.base import Denoiser, check_context
-from pyro_diffusion.denoisers.variances import TimeVariance
-from pyro_diffusion.processes import GaussianProcess, draw, drawing_from
+from pyro_diffusion.denoisers.variances import TimeVariance, unit_variance
+from pyro_diffusion.processes import Ability, ForwardProcess, draw, drawing_from
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.processes.noise import RowNoise, fresh_seed
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
@@ -195,15 +196,15 @@ def _estimate(
     check_positive_int("num_samples", num_samples)
     check_positive_int("batch_size", batch_size)
     if not isinstance(knots, Tensor):
-        ends = process.schedule.log_snr_min, process.schedule.log_snr_max
+        highest, lowest = process.clock_ends
         count = check_positive_int("knots", knots, at_least=2)
-        knots = torch.linspace(*ends, count, dtype=data.dtype, device=data.device)
-    levels = process.schedule.level(process.schedule.time_of_log_snr(knots.to(data)), check=False)
+        knots = torch.linspace(lowest, highest, count, dtype=data.dtype, device=data.device)
+    levels = process.level_of_clock(knots.to(data))
     means, errors = [], []
     with torch.no_grad():
         for level in map(levels.at, range(len(knots))):
             values = [
-                moment(x0, xt, mean, level).flatten(1).mean(1)
+                _on_clock(moment(x0, xt, mean, level), level).flatten(1).mean(1)
                 for x0, xt, mean in reads(denoiser, data, level, num_samples, context, batch_size)
             ]
             # One number per datum: several draws of one datum are not independent.
@@ -211,8 +212,16 @@ def _estimate(
             means.append(per_datum.mean())
             errors.append(per_datum.std() / len(data) ** 0.5)
     mean, spread = torch.stack(means), data.var(0).mean()
-    clipped = torch.minimum(mean.clamp(min=0), cap(levels, spread))
+    largest = _on_clock(cap(levels, spread), levels).flatten(1).mean(1)
+    clipped = torch.minimum(mean.clamp(min=0), largest)
     return EstimatedVariance(knots, clipped, torch.stack(errors)).to(data)
+
+
+def _on_clock(variance: Tensor, level: Level) -> Tensor:
+    """Variances as they would be at the clock's noise level: in the same ratio to that of unit data."""
+    if level.log_snr is level.clock:
+        return variance
+    return variance * (torch.sigmoid(-level.clock) / unit_variance(level))
 
 
 def reads(
@@ -252,18 +261,15 @@ def check_mean(posterior: TorchDistribution, x0: Tensor) -> Tensor:
     return mean
 
 
-def check_gaussian(denoiser: Denoiser) -> GaussianProcess:
-    """Refuse a denoiser under another process than a Gaussian one.
+def check_gaussian(denoiser: Denoiser) -> ForwardProcess:
+    """Refuse a denoiser under a process without Tweedie's formula.
 
     Raises:
         ValueError: naming what was found.
     """
     process = getattr(denoiser, "process", None)
-    if not isinstance(process, GaussianProcess):
-        raise ValueError(
-            f"denoiser: got {type(denoiser).__name__} under {type(process).__name__}, expected a denoiser "
-            "under a GaussianProcess"
-        )
+    require(process, Ability.TWEEDIE, argument="denoiser", by=type(denoiser).__name__)
+    assert isinstance(process, ForwardProcess)
     return process
 
 

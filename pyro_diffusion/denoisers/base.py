@@ -93,17 +93,17 @@ class NetworkDenoiser(Denoiser):
             return self._context_event_dims[name]
         return super().context_event_dim(name, value)
 
-    def read(self, x: Tensor, log_snr: Tensor, context: dict[str, Any]) -> Tensor:
+    def network_output(self, x: Tensor, log_snr: Tensor, context: dict[str, Any]) -> Tensor:
         """Call the network on flattened batch dimensions.
 
         Args:
             x: scaled state, batch + event.
-            log_snr: scalar, or batch shape with singleton event dimensions.
+            log_snr: the level's clock, a scalar or batch shape with singleton event dimensions.
             context: tensors that broadcast to batch + their own event shape, or None.
         """
         event_dim = self.process.event_dim
         batch, event = x.shape[: x.dim() - event_dim], x.shape[x.dim() - event_dim :]
-        if log_snr.dim():
+        if log_snr.dim() >= event_dim:
             log_snr = log_snr.reshape(log_snr.shape[: log_snr.dim() - event_dim])
         # Uncut schedules end at infinite log-SNR, which no embedding survives.
         log_snr = log_snr.clamp(-MAX_LOG_SNR, MAX_LOG_SNR)

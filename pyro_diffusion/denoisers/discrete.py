@@ -10,7 +10,8 @@ from torch.distributions.utils import lazy_property
 
 from pyro_diffusion.denoisers.base import NetworkDenoiser, check_outputs
 from pyro_diffusion.precision import at_least_single, matmul
-from pyro_diffusion.processes import CategoricalProcess, GaussianProcess
+from pyro_diffusion.processes import Ability, CategoricalProcess, ForwardProcess
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.processes.noise import inverted
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import (
@@ -132,8 +133,8 @@ class _EvidenceDenoiser(NetworkDenoiser):
     def _logits(
         self, x: Tensor, xt: Tensor, values: Tensor, level: Level, context: dict[str, Any]
     ) -> Tensor:
-        out = check_outputs(self.read(x, level.log_snr, context), xt, len(values))
-        return out + self.process.log_evidence(xt, values, level)
+        out = check_outputs(self.network_output(x, level.clock, context), xt, len(values))
+        return out + self.process.coordinate_log_likelihood(xt, values, level)
 
 
 class LevelsDenoiser(_EvidenceDenoiser):
@@ -161,13 +162,12 @@ class LevelsDenoiser(_EvidenceDenoiser):
     def __init__(
         self,
         network: nn.Module,
-        process: GaussianProcess,
+        process: ForwardProcess,
         values: Tensor,
         context_event_dims: dict[str, int] | None = None,
     ) -> None:
         super().__init__(network, process, context_event_dims)
-        if not isinstance(process, GaussianProcess):
-            raise ValueError(f"process: got {type(process).__name__}, expected a GaussianProcess")
+        require(process, Ability.NUMBERS, Ability.FACTORIZED, argument="process")
         check_tensor("values", values)
         if values.dim() != 1 or len(values) < 2 or not bool((values.diff() > 0).all()):
             raise ValueError(
@@ -214,10 +214,7 @@ class CategoricalDenoiser(_EvidenceDenoiser):
         context_event_dims: dict[str, int] | None = None,
     ) -> None:
         super().__init__(network, process, context_event_dims)
-        if not isinstance(process, CategoricalProcess):
-            raise ValueError(
-                f"process: got {type(process).__name__}, expected a CategoricalProcess"
-            )
+        require(process, Ability.SYMBOLS, Ability.FACTORIZED, argument="process")
         self.register_buffer("values", torch.arange(process.states), persistent=False)
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:

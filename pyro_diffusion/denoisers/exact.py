@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers.base import Denoiser
 from pyro_diffusion.precision import full_precision
-from pyro_diffusion.processes import CategoricalProcess, GaussianProcess
+from pyro_diffusion.processes import Ability, CategoricalProcess, ForwardProcess
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_finite, check_tensor
 
@@ -45,16 +46,16 @@ class MixtureDenoiser(Denoiser):
 
     def __init__(
         self,
-        process: GaussianProcess,
+        process: ForwardProcess,
         weights: Tensor,
         means: Tensor,
         variances: Tensor | float,
         point_mass: bool = False,
     ) -> None:
         super().__init__(process)
-        if not isinstance(process, GaussianProcess) or process.event_dim != 1:
-            found = f"{type(process).__name__} with event_dim={process.event_dim}"
-            raise ValueError(f"process: got {found}, expected a GaussianProcess with event_dim=1")
+        require(process, Ability.TWEEDIE, argument="process")
+        if process.event_dim != 1:
+            raise ValueError(f"process: got event_dim={process.event_dim}, expected 1")
         for name, value in (("weights", weights), ("means", means)):
             check_tensor(name, value)
         if means.dim() != 2 or weights.shape != means.shape[:1]:
@@ -81,7 +82,9 @@ class MixtureDenoiser(Denoiser):
 
     def data(self) -> TorchDistribution:
         """The law of x_0 itself."""
-        level = Level(*(torch.tensor(v).to(self.means) for v in (0.0, math.inf, 1.0, 0.0)))
+        level = Level(
+            *(torch.tensor(v).to(self.means) for v in (0.0, math.inf, math.inf, 1.0, 0.0))
+        )
         return self.marginal(level)
 
     def marginal(self, t: Tensor | Level) -> TorchDistribution:
@@ -103,7 +106,7 @@ class MixtureDenoiser(Denoiser):
                 f"xt: got shape {tuple(xt.shape)}, expected a last dimension of {self.means.shape[-1]}, that "
                 "of the means"
             )
-        alpha, sigma = (v.unsqueeze(-1) if v.dim() else v for v in (level.alpha, level.sigma))
+        alpha, sigma = (v.unsqueeze(-2) if v.dim() else v for v in (level.alpha, level.sigma))
         s2 = self.variances.unsqueeze(-1)  # (k, 1), against batch + (k, d)
         total = alpha**2 * s2 + sigma**2
         gap = xt.unsqueeze(-2) - alpha * self.means
@@ -137,10 +140,11 @@ class TableDenoiser(Denoiser):
     def __init__(self, process: CategoricalProcess, joint: Tensor) -> None:
         super().__init__(process)
         check_tensor("joint", joint)
-        if not isinstance(process, CategoricalProcess) or set(joint.shape) != {process.states}:
+        require(process, Ability.SYMBOLS, argument="process")
+        if set(joint.shape) != {process.states}:
             raise ValueError(
-                f"joint: got shape {tuple(joint.shape)}, expected every dimension to be the number "
-                "of states of a CategoricalProcess"
+                f"joint: got shape {tuple(joint.shape)}, expected every dimension to be {process.states}, "
+                "the number of states of the process"
             )
         self.states = process.states
         if process.event_dim != 1:
@@ -160,7 +164,7 @@ class TableDenoiser(Denoiser):
                 "the positions of the table"
             )
         states = torch.arange(self.states, device=xt.device)
-        evidence = self.process.log_evidence(xt, states, t)  # batch + (length, states)
+        evidence = self.process.coordinate_log_likelihood(xt, states, t)  # batch + (length, states)
         hot = torch.nn.functional.one_hot(self.sequences, len(states)).to(evidence.dtype)
         with full_precision(evidence):
             log_weights = self.log_joint.to(evidence.dtype) + torch.einsum(

@@ -4,9 +4,10 @@ from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor, nn
 
 from pyro_diffusion.denoisers.base import NetworkDenoiser, check_outputs
-from pyro_diffusion.denoisers.parameterizations import Coefficients, Parameterization, V
+from pyro_diffusion.denoisers.parameterizations import Coefficients, Parameterization, Score, V
 from pyro_diffusion.denoisers.variances import Variance
-from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.processes import Ability, ForwardProcess
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.schedules import Level
 
 __all__ = ["GaussianDenoiser"]
@@ -20,32 +21,34 @@ class GaussianDenoiser(NetworkDenoiser):
     Args:
         network: ``network(x, log_snr, **context)``; one output per coordinate, or two on a last dimension
             when the variance has a head.
-        process: a Gaussian process.
+        process: one of real numbers and noise that does not depend on the data, such as a Gaussian process.
         parameterization: the meaning of the output; :class:`V` by default.
         variance: None for a point mass (DDPM), or a :class:`Variance`.
         context_event_dims: see :class:`NetworkDenoiser`.
 
     Raises:
-        ValueError: if the process is not Gaussian, or the network's output has another shape.
+        ValueError: if the process is of another kind (for ``Score``: has no Tweedie's formula), or the
+            network's output has another shape.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        process: GaussianProcess,
+        process: ForwardProcess,
         parameterization: Parameterization | None = None,
         variance: Variance | None = None,
         context_event_dims: dict[str, int] | None = None,
     ) -> None:
         super().__init__(network, process, context_event_dims)
-        if not isinstance(process, GaussianProcess):
-            raise ValueError(f"process: got {type(process).__name__}, expected a GaussianProcess")
+        require(process, Ability.NUMBERS, Ability.LINEAR, argument="process")
         self.parameterization = V() if parameterization is None else parameterization
         if not isinstance(self.parameterization, Parameterization):
             raise ValueError(
                 f"parameterization: got {parameterization!r}, expected one of Noise(), Data(), V(), "
                 "Score(), Velocity(), EDMPreconditioning(...)"
             )
+        if isinstance(self.parameterization, Score):
+            require(process, Ability.TWEEDIE, argument="parameterization", by="Score()")
         if not isinstance(variance, Variance | None):
             raise ValueError(
                 f"variance: got {variance!r}, expected LearnedVariance(), TimeVariance(...), "
@@ -63,7 +66,7 @@ class GaussianDenoiser(NetworkDenoiser):
         level, event_dim = self.process.level(t, xt, state="xt"), self.process.event_dim
         c = level.tabulate(self._coefficients)
         outputs = 1 + (self.variance.outputs if self.variance is not None else 0)
-        out = check_outputs(self.read(c.c_in * xt, level.log_snr, context), xt, outputs)
+        out = check_outputs(self.network_output(c.c_in * xt, level.clock, context), xt, outputs)
         mean = c.c_skip * xt + c.c_out * out[..., 0]
         if self.variance is None:
             return Delta(mean, event_dim=event_dim, validate_args=False)

@@ -112,7 +112,7 @@ class VarianceDenoiser(NetworkDenoiser):
         if self.variance.outputs:
             shown = {"noise": noise.detach()} if self.show_noise else {}
             x = xt / torch.hypot(level.alpha, level.sigma)
-            out = self.read(x, level.log_snr, {**context, **shown})
+            out = self.network_output(x, level.clock, {**context, **shown})
             head = check_outputs(out, xt, 1)[..., 0]
         if head is None or not isinstance(self.variance, NoiseHead):
             scale = self.variance(head, level).sqrt()

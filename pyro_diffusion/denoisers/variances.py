@@ -77,7 +77,7 @@ class LearnedVariance(Variance):
 class TimeVariance(Variance):
     r"""One variance per noise level, :math:`v(\lambda) = e^{h(\lambda)}\,\sigma^2/(\alpha^2+\sigma^2)`.
 
-    h is interpolated linearly in the log-SNR between knots, constant beyond them. It is a parameter:
+    h is interpolated linearly in the log-SNR (the clock) between knots, constant beyond. It is a parameter:
     trained with the bound, or set to an estimate.
 
     Args:
@@ -130,10 +130,10 @@ class TimeVariance(Variance):
     def forward(self, head: Tensor | None, level: Level) -> Tensor:
         """Variance of the level's shape."""
         del head
-        where = level.log_snr.detach().contiguous()
+        where = level.clock.detach().contiguous()
         knots, log_ratio = self.knots.to(where.dtype), self.log_ratio.to(where.dtype)
         right = torch.searchsorted(knots, where).clamp(1, len(knots) - 1)
         low, high = knots[right - 1], knots[right]
-        weight = ((level.log_snr - low) / (high - low)).clamp(0, 1)
+        weight = ((level.clock - low) / (high - low)).clamp(0, 1)
         ratio = torch.lerp(log_ratio[right - 1], log_ratio[right], weight)
         return ratio.exp() * unit_variance(level)

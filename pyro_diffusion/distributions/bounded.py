@@ -13,9 +13,8 @@ from pyro_diffusion.distributions.base import DenoisedDistribution, broadcast
 from pyro_diffusion.distributions.decoders import Decoder, check_decoder, default_decoder
 from pyro_diffusion.distributions.linear_use import check_linear_use
 from pyro_diffusion.distributions.objectives import Bound, Objective, check_objective, divergence
-from pyro_diffusion.processes import GaussianProcess, SeededNoise, draw, drawing_from
+from pyro_diffusion.processes import SeededNoise, draw, drawing_from
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.schedules.grids import check_grid
 from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import (
     Shape,
@@ -75,7 +74,7 @@ class BoundedDistribution(DenoisedDistribution):
         self.decoder = check_decoder(decoder or default_decoder(denoiser.process), denoiser.process)
         self.objective = Bound() if objective is None else check_objective(objective, denoiser)
         if self._validate_args:
-            self._check_times()
+            denoiser.process.check_grid(self.times)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -233,29 +232,10 @@ class BoundedDistribution(DenoisedDistribution):
     def _levels(self, x: Tensor) -> Level:
         process, dtype = self.denoiser.process, self._time_dtype(x)
         process.check_precision(dtype, self.times)
-        return process.schedule.grid_levels(self.times, dtype, x.device)
+        return process.levels(self.times, dtype, x.device)
 
     def _time_dtype(self, x0: Tensor) -> torch.dtype:
         return x0.dtype if x0.is_floating_point() else self.dtype or self.times.dtype
-
-    def _check_times(self) -> None:
-        schedule = self.denoiser.process.schedule
-        if not isinstance(self.times, Tensor):
-            raise ValueError(f"times: got {type(self.times).__name__}, expected a tensor of times")
-        sources = schedule.sources(self.times)
-        if sources is not None and schedule.__dict__.get("_checked") == sources:
-            return  # the grid of the run before
-        # Beside the schedule's own tensors if it has any, else where they are: no wait for a device.
-        times = self.times.to([*schedule.buffers(), *schedule.parameters(), self.times][0].device)
-        check_grid(times, schedule)
-        if isinstance(self.denoiser.process, GaussianProcess):
-            log_snr = schedule.log_snr(times[[0, -1]])
-            if not bool(torch.isfinite(log_snr).all()):
-                raise ValueError(
-                    f"schedule: got log-SNR {log_snr.tolist()} at the ends of the grid, expected finite "
-                    "values (cut the schedule with log_snr_max and log_snr_min)"
-                )
-        schedule.__dict__["_checked"] = sources
 
 
 def _spread(batch: torch.Size, device: torch.device) -> Tensor:

@@ -1,6 +1,7 @@
 """The data end of a chain: p(x | x_{t_0}), and how data becomes x_0."""
 
 import math
+from typing import Any
 
 import torch
 from pyro.distributions import Delta, Normal, TorchDistribution
@@ -11,7 +12,8 @@ from pyro_diffusion.denoisers.discrete import Quantized
 from pyro_diffusion.distributions.discretized import DiscretizedNormal
 from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.precision import PreciseModule
-from pyro_diffusion.processes import CategoricalProcess, ForwardProcess, GaussianProcess
+from pyro_diffusion.processes import Ability, ForwardProcess
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import check_finite, check_integers, check_number, check_positive_int
@@ -25,6 +27,13 @@ class Decoder(DefinedModule, PreciseModule):
     A decoder never looks at a network: it widens the denoiser's posterior at t_0 until it has a density
     (or a probability) over data.
     """
+
+    def check_process(self, process: ForwardProcess) -> None:
+        """Refuse a process of other data; by default any process will do.
+
+        Raises:
+            ValueError: naming what was found.
+        """
 
     def support(self, event_dim: int) -> constraints.Constraint:
         """Constraint on data, of event dimension ``event_dim``."""
@@ -49,7 +58,7 @@ class Decoder(DefinedModule, PreciseModule):
 
         Args:
             posterior: p(x_0 | x_{t_0}) from the denoiser.
-            t: the schedule at t_0, broadcast against events.
+            t: the level at t_0.
             process: the forward process.
         """
         raise NotImplementedError
@@ -64,6 +73,10 @@ class NormalDecoder(Decoder):
 
     A point mass is widened by the evidence's own scale, :math:`\mathcal N(\hat x_0, \sigma^2/\alpha^2)`.
     """
+
+    def check_process(self, process: ForwardProcess) -> None:
+        """Refuse a process whose data are no real numbers."""
+        require(process, Ability.NUMBERS, argument="decoder", by=self)
 
     def support(self, event_dim: int) -> constraints.Constraint:
         """Real numbers."""
@@ -86,7 +99,13 @@ class NormalDecoder(Decoder):
 
     def baseline(self, t: Level, event_shape: torch.Size) -> Tensor | float:
         """Entropy of the evidence, d/2 (log(2 pi e) - log-SNR): large, negative and the same for all."""
-        return 0.5 * event_shape.numel() * (math.log(2 * math.pi * math.e) - t.log_snr)
+        numbers = event_shape.numel()
+        log_snr = (
+            t.log_snr.expand(event_shape).sum()
+            if t.log_snr.numel() > 1
+            else numbers * t.log_snr.sum()
+        )
+        return 0.5 * (numbers * math.log(2 * math.pi * math.e) - log_snr)
 
 
 class QuantizedDecoder(Decoder):
@@ -114,6 +133,10 @@ class QuantizedDecoder(Decoder):
             raise ValueError(f"low, high: got {low}, {high}, expected low < high")
         self.low, self.high = float(low), float(high)
         self.width = (self.high - self.low) / (levels - 1)
+
+    def check_process(self, process: ForwardProcess) -> None:
+        """Refuse a process whose data are no real numbers."""
+        require(process, Ability.NUMBERS, argument="decoder", by=self)
 
     def support(self, event_dim: int) -> constraints.Constraint:
         """Integers from 0 to levels - 1."""
@@ -157,6 +180,15 @@ class CategoricalDecoder(Decoder):
         super().__init__()
         self.states = check_positive_int("states", states, at_least=2)
 
+    def check_process(self, process: ForwardProcess) -> None:
+        """Refuse a process of other data than as many symbols."""
+        require(process, Ability.SYMBOLS, argument="decoder", by=self)
+        if self.states != _states(process):
+            raise ValueError(
+                f"decoder: got {self!r} of {self.states} states, expected {_states(process)}, those of the "
+                f"{type(process).__name__} process"
+            )
+
     def support(self, event_dim: int) -> constraints.Constraint:
         """Integers from 0 to states - 1."""
         return constraints.independent(constraints.integer_interval(0, self.states - 1), event_dim)
@@ -178,11 +210,15 @@ class CategoricalDecoder(Decoder):
 
 
 def default_decoder(process: ForwardProcess) -> Decoder:
-    """A normal decoder for Gaussian processes, a categorical one otherwise."""
-    if isinstance(process, GaussianProcess):
+    """A normal decoder for data of real numbers, a categorical one for symbols.
+
+    Raises:
+        ValueError: for a process of other data.
+    """
+    if Ability.NUMBERS in process.abilities:
         return NormalDecoder()
-    if isinstance(process, CategoricalProcess):
-        return CategoricalDecoder(process.states)
+    if Ability.SYMBOLS in process.abilities:
+        return CategoricalDecoder(_states(process))
     raise ValueError(f"decoder: got none for a {type(process).__name__}, expected one")
 
 
@@ -194,23 +230,20 @@ def check_decoder(decoder: object, process: ForwardProcess) -> Decoder:
     """
     if not isinstance(decoder, Decoder):
         raise ValueError(f"decoder: got {decoder!r}, expected a Decoder such as NormalDecoder()")
-    categorical = isinstance(process, CategoricalProcess)
-    if isinstance(decoder, CategoricalDecoder):
-        fits = categorical and decoder.states == process.states
-    else:
-        fits = not (categorical and isinstance(decoder, NormalDecoder | QuantizedDecoder))
-    if not fits:
-        raise ValueError(
-            f"decoder: got {decoder!r}, expected one for the data of {type(process).__name__} "
-            "(CategoricalDecoder(process.states) for a categorical process only)"
-        )
+    decoder.check_process(process)
     return decoder
+
+
+def _states(process: ForwardProcess) -> int:
+    """How many symbols data may be."""
+    support: Any = process.support
+    return int(support.upper_bound) + 1
 
 
 def _loc_scale(posterior: TorchDistribution, t: Level) -> tuple[Tensor, Tensor]:
     base = per_coordinate(posterior)
     if isinstance(base, Delta):
-        return base.mean, t.sigma / t.alpha
+        return base.mean, t.noise_to_signal
     if hasattr(base, "logits"):  # no density: its variance may be zero
         raise ValueError(
             f"decoder: got NormalDecoder and a posterior over {base.logits.shape[-1]} values, expected a "

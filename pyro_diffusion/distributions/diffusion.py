@@ -14,7 +14,6 @@ from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.processes import draw
 from pyro_diffusion.samplers import Ancestral, Sampler, simulate
 from pyro_diffusion.samplers.base import check_sampler
-from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import Shape, check_expands, check_positive_int, check_tensor
 
 __all__ = ["Diffusion"]
@@ -195,8 +194,8 @@ class Diffusion(BoundedDistribution):
         process = self.denoiser.process
         # Three levels for each datum: where it is read, and the ends of its step.
         which = torch.stack([index, index.clamp(min=1), (index - 1).clamp(min=0)])
-        levels = self._levels(x0).at(which).unsqueeze(len(self.event_shape))
-        t, late, early = map(Level._make, zip(*(v.unbind() for v in levels), strict=True))
+        levels = self._levels(x0).at(which)
+        t, late, early = map(levels.at, range(3))
         q = process.marginal(x0, t)
         xt = draw(q)
         posterior = self.posterior(xt, t)

@@ -17,7 +17,8 @@ from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.dynamics import ExactTrace, Solver, Trace, transport
 from pyro_diffusion.dynamics.ode import Passage, end_angles
 from pyro_diffusion.dynamics.trace import check_trace
-from pyro_diffusion.processes import GaussianProcess, draw
+from pyro_diffusion.processes import Ability, draw
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.processes.noise import NoiseSource, RowNoise
 from pyro_diffusion.validation import (
     Shape,
@@ -85,24 +86,20 @@ class FlowTransform(TransformModule):
     ) -> None:
         super().__init__(cache_size=0)
         process = getattr(denoiser, "process", None)
-        if not isinstance(process, GaussianProcess):
-            raise ValueError(
-                f"denoiser: got one of a {type(process).__name__}, expected one of a GaussianProcess "
-                "(only states that move continuously follow an ODE)"
-            )
+        require(process, Ability.ODE, argument="denoiser", by=type(denoiser).__name__)
         self.denoiser = denoiser
         self.trace = ExactTrace() if trace is None else check_trace(trace)
         self.solver = Solver() if solver is None else solver
         self.context, self.seed = dict(context or {}), seed
-        end_angles(process.schedule)
-        self.domain = self.codomain = constraints.independent(constraints.real, process.event_dim)
+        end_angles(denoiser.process)
+        self.domain = self.codomain = constraints.independent(
+            constraints.real, denoiser.process.event_dim
+        )
 
     @property
     def angles(self) -> tuple[float, float]:
         """Where data and noise are, as the schedule has it now."""
-        process = self.denoiser.process
-        assert isinstance(process, GaussianProcess)
-        return end_angles(process.schedule)
+        return end_angles(self.denoiser.process)
 
     def transport(
         self,

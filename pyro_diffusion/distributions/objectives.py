@@ -11,7 +11,8 @@ from torch.distributions import kl_divergence
 from pyro_diffusion.denoisers import Denoiser, VarianceDenoiser
 from pyro_diffusion.denoisers.variance_heads import HeadNormal, NoiseHead
 from pyro_diffusion.distributions.decoders import Decoder
-from pyro_diffusion.processes import ForwardProcess, GaussianProcess, draw
+from pyro_diffusion.processes import Ability, ForwardProcess, draw
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 
@@ -137,7 +138,7 @@ class Weighted(Bound):
         if self.mean_only:
             posterior = process.point_mass(posterior.mean)
         terms = super().__call__(process, xt, x0, posterior, s, t, steps)
-        weight = self.weight(s.log_snr, t.log_snr, steps)
+        weight = self.weight(s.clock, t.clock, steps)
         return weight.reshape(weight.shape[: terms.dim()]) * terms
 
 
@@ -340,12 +341,13 @@ def needs_numbers(objective: Objective, denoiser: Denoiser) -> None:
     Raises:
         ValueError: for a process that is not Gaussian.
     """
-    if not isinstance(denoiser.process, GaussianProcess):
-        raise ValueError(
-            f"objective: got {type(objective).__name__} for a {type(denoiser.process).__name__}, expected "
-            "one that needs no mean of x_0, such as Bound() or Weighted(weight): squared errors are for a "
-            "GaussianProcess"
-        )
+    require(
+        denoiser.process,
+        *(Ability.NUMBERS, Ability.LINEAR),
+        argument="objective",
+        by=type(objective).__name__,
+        instead="Bound() or Weighted(weight)",
+    )
 
 
 def check_objective(objective: object, denoiser: Denoiser) -> Objective:

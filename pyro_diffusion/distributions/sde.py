@@ -13,8 +13,9 @@ from pyro_diffusion.distributions.decoders import Decoder
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.dynamics import ReverseSDE, SDESolver
 from pyro_diffusion.dynamics.sde import check_eta
-from pyro_diffusion.processes import GaussianProcess, draw
-from pyro_diffusion.schedules import Level
+from pyro_diffusion.processes import Ability, draw
+from pyro_diffusion.processes.abilities import require
+from pyro_diffusion.processes.base import Rates
 from pyro_diffusion.validation import Shape, check_expands, check_tensor, check_times
 
 __all__ = ["DiffusionSDE"]
@@ -63,6 +64,7 @@ class DiffusionSDE(BoundedDistribution):
     Example:
         >>> from pyro_diffusion.denoisers import GaussianDenoiser
         >>> from pyro_diffusion.nn import MLP
+        >>> from pyro_diffusion.processes import GaussianProcess
         >>> from pyro_diffusion.schedules import SubVP
         >>> law = DiffusionSDE(GaussianDenoiser(MLP(2), GaussianProcess(SubVP())), (2,), steps=20)
         >>> law.log_prob(torch.zeros(7, 2)).shape
@@ -94,12 +96,8 @@ class DiffusionSDE(BoundedDistribution):
         context: dict[str, Tensor] | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        process = getattr(denoiser, "process", None)
-        if isinstance(denoiser, Denoiser) and not isinstance(process, GaussianProcess):
-            raise ValueError(
-                f"denoiser: got one of a {type(process).__name__}, expected one of a GaussianProcess (only "
-                "states that move continuously follow an SDE)"
-            )
+        if isinstance(denoiser, Denoiser):
+            require(denoiser.process, Ability.SDE, argument="denoiser", by=type(denoiser).__name__)
         self.solver = SDESolver(method, steps, adaptive, rtol, atol)
         self.steps, self.eta, self.method = self.solver.steps, check_eta(eta), method
         self.adaptive, self.rtol, self.atol = adaptive, rtol, atol
@@ -153,27 +151,33 @@ class DiffusionSDE(BoundedDistribution):
     def _read(self, value: Tensor, x0: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Both readings of the network at a time: as the decoder's term and as the diffusion's."""
         process, event_dim = self.denoiser.process, len(self.event_shape)
-        t, schedule = position.clamp(min=0).to(x0.dtype), process.schedule
-        flat, slope = schedule.level(t, check=False), schedule._slope(t)
-        learns = slope.requires_grad and torch.is_grad_enabled()
-        scale = _twice_the_cost(flat.log_snr, slope) if learns else None
-        level: Level = flat.unsqueeze(event_dim)
+        rates = process.rates(position.clamp(min=0).to(x0.dtype))
+        scale: list[Tensor] | None = None
+        if rates.log_snr.requires_grad and torch.is_grad_enabled():
+            rates, scale = _twice_the_cost(rates)
+        level, slope = rates.level, rates.log_snr
         xt = draw(process.marginal(x0, level))
         posterior = self.posterior(xt, level)
         decoding = self.objective.decoding(self.decoder, value, posterior, level, process, 1)
-        error = sum_rightmost((x0 - posterior.mean).square(), event_dim)
-        cost = -0.5 * slope * flat.log_snr.exp() * error
+        error = (x0 - posterior.mean).square()
+        cost = sum_rightmost(-0.5 * slope * level.log_snr.exp() * error, event_dim)
         if scale is not None:
-            scale.append(2 * cost.detach())
+            scale.append((2 * cost.detach()).reshape(cost.shape + (1,) * event_dim))
         return decoding, cost
 
 
-def _twice_the_cost(*outputs: Tensor) -> list[Tensor]:
-    r"""Multiply the gradients that flow into a schedule's outputs by the number appended to the list.
+def _twice_the_cost(rates: Rates) -> tuple[Rates, list[Tensor]]:
+    r"""Rates whose gradients are multiplied by the number that is appended to the list.
 
     With :math:`2L` this makes :math:`\nabla L^2` of what would be :math:`\nabla L`.
     """
     scale: list[Tensor] = []
-    for output in outputs:
-        output.register_hook(lambda gradient: gradient * scale[0])
-    return scale
+
+    def scaled(x: Tensor) -> Tensor:
+        # An alias of its own: what one of the outputs was computed from another is scaled once.
+        alias = x.view_as(x)
+        if alias.requires_grad:
+            alias.register_hook(lambda gradient: gradient * scale[0])
+        return alias
+
+    return rates._replace(level=rates.level.map(scaled), log_snr=scaled(rates.log_snr)), scale

@@ -16,9 +16,10 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.dynamics.attention import twice_differentiable_attention
 from pyro_diffusion.dynamics.trace import Trace
-from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.processes import Ability, ForwardProcess
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.processes.noise import NoiseSource, RowNoise
-from pyro_diffusion.schedules import Level, Schedule
+from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_number, check_positive_int, check_tensor
 
 __all__ = ["ADAPTIVE", "FIXED", "Passage", "Solver", "end_angles", "level_at", "transport"]
@@ -131,24 +132,19 @@ class Passage(NamedTuple):
     evaluations: int
 
 
-def end_angles(schedule: Schedule) -> tuple[float, float]:
-    r"""The angles :math:`\phi = \arctan(\sigma/\alpha)` at t = 0 and t = 1.
+def end_angles(process: ForwardProcess) -> tuple[float, float]:
+    r"""The clock's angles :math:`\phi = \arctan(\sigma/\alpha)` at t = 0 and t = 1.
 
     Raises:
-        ValueError: for a schedule with an infinite end.
+        ValueError: for a process with an infinite end.
     """
-    ends = schedule.log_snr_max, schedule.log_snr_min
-    if not all(map(math.isfinite, ends)):
-        raise ValueError(
-            f"schedule: got log-SNR ends {list(ends)}, expected finite ends (cut the schedule with "
-            "log_snr_max and log_snr_min)"
-        )
+    ends = process.finite_clock_ends()
     first, last = (math.atan(math.exp(-log_snr / 2)) for log_snr in ends)
     return first, last
 
 
-def level_at(schedule: Schedule, angle: Tensor) -> Level:
-    """The schedule's level where arctan(sigma / alpha) is ``angle``, in (0, pi/2), any shape.
+def level_at(process: ForwardProcess, angle: Tensor) -> Level:
+    """The level where the clock's arctan(sigma / alpha) is ``angle``, in (0, pi/2), any shape.
 
     Raises:
         ValueError: for other angles, where a look does not cost a wait (on the CPU).
@@ -159,9 +155,7 @@ def level_at(schedule: Schedule, angle: Tensor) -> Level:
         raise ValueError(
             f"angle: got {float(angle.min()):g} to {float(angle.max()):g}, expected angles in (0, pi/2)"
         )
-    log_snr = -2 * torch.log(torch.tan(angle))
-    t = schedule.time_of_log_snr(log_snr)
-    return Level(t, log_snr, schedule._signal(log_snr), schedule._noise(log_snr))
+    return process.level_of_clock(-2 * torch.log(torch.tan(angle)))
 
 
 def transport(
@@ -206,11 +200,8 @@ def transport(
         appendix D (the angle).
     """
     process = getattr(denoiser, "process", None)
-    if not isinstance(process, GaussianProcess):
-        raise ValueError(
-            f"denoiser: got {type(denoiser).__name__} under {type(process).__name__}, expected a denoiser "
-            "under a GaussianProcess"
-        )
+    require(process, Ability.ODE, argument="denoiser", by=type(denoiser).__name__)
+    process = denoiser.process
     process.check_state("z", z, values=False)
     if not z.is_floating_point() or z.numel() == 0:
         raise ValueError(f"z: got shape {tuple(z.shape)} of {z.dtype}, expected real numbers")
@@ -294,7 +285,7 @@ class _Field:
         return out if differentiable else out.detach()
 
     def _velocity(self, angle: Tensor, rows: Tensor) -> Tensor:
-        level = level_at(self.denoiser.process.schedule, angle)
+        level = level_at(self.denoiser.process, angle)
         z = rows.reshape(self.shape)
         xt = torch.hypot(level.alpha, level.sigma) * z
         mean: Tensor = self.denoiser(xt, level, **self.context).mean

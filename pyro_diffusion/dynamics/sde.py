@@ -1,6 +1,5 @@
 r"""The forward SDE of a Gaussian process and the family of SDEs that reverse it, for torchsde."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.pyro_modules import in_this_run
-from pyro_diffusion.processes import ForwardProcess, GaussianProcess
+from pyro_diffusion.processes import Ability, ForwardProcess
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import Shape, check_expands, check_number
 
@@ -20,7 +20,7 @@ __all__ = ["ForwardSDE", "GaussianSDE", "KnownData", "ReverseSDE"]
 class Node(NamedTuple):
     r"""An SDE :math:`dy = (a y + b \hat x_0)\,du + g\,dw` at one of its times.
 
-    Attributes:
+    Attributes (of shape times + (numbers in a datum,), or times + (1,) if all are alike):
         state: a.
         noise: g.
         data: b, if the SDE reads an estimate of the data.
@@ -67,17 +67,8 @@ class GaussianSDE(torchsde.BaseSDE):
             if value not in known:
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
         super().__init__(noise_type, sde_type)
-        if not isinstance(process, GaussianProcess):
-            raise ValueError(
-                f"process: got {type(process).__name__}, expected a GaussianProcess (only states that move "
-                "continuously follow an SDE)"
-            )
-        ends = process.schedule.log_snr_max, process.schedule.log_snr_min
-        if not all(map(math.isfinite, ends)):
-            raise ValueError(
-                f"schedule: got log-SNR ends {list(ends)}, expected finite ends (cut the schedule with "
-                "log_snr_max and log_snr_min)"
-            )
+        require(process, Ability.SDE, argument="process")
+        process.finite_clock_ends()
         self.process, self.event_shape = process, process.check_event(event_shape)
         if noise_type == "diagonal":
             self.g = self._spread
@@ -112,7 +103,9 @@ class GaussianSDE(torchsde.BaseSDE):
         node = self.nodes(torch.as_tensor(u, dtype=torch.float64).clamp(0, 1))
         if node.level is None:
             return node
-        return node._replace(level=Level(*(v.to(y) for v in node.level)))
+        level = node.level.map(lambda v: v.to(y))
+        state, noise, data = (v if v is None else v.to(y) for v in node[:3])
+        return Node(state, noise, data, level)  # type: ignore[arg-type]
 
 
 class ForwardSDE(GaussianSDE):
@@ -127,6 +120,7 @@ class ForwardSDE(GaussianSDE):
         sde_type: ``"ito"`` or ``"stratonovich"``: the same under additive noise.
 
     Example:
+        >>> from pyro_diffusion.processes import GaussianProcess
         >>> from pyro_diffusion.schedules import SubVP
         >>> sde = ForwardSDE(GaussianProcess(SubVP()), (2,), noise_type="diagonal")
         >>> torchsde.sdeint(sde, torch.zeros(5, 2), [0.0, 1.0], dt=0.1, method="euler").shape
@@ -138,8 +132,9 @@ class ForwardSDE(GaussianSDE):
 
     def nodes(self, u: Tensor) -> Node:
         """f and g at times t = u."""
-        schedule = self.process.schedule
-        return Node(schedule._f(u), schedule._g2(u).clamp(min=0).sqrt())
+        rates = self.process.rates(u)
+        drift, noise = rates.log_alpha, rates.diffusion.sqrt()
+        return Node(drift.reshape(*u.shape, -1), noise.reshape(*u.shape, -1))
 
     def drift(self, y: Tensor, node: Node) -> Tensor:
         """f x."""
@@ -199,11 +194,12 @@ class ReverseSDE(GaussianSDE):
 
     def nodes(self, u: Tensor) -> Node:
         """Coefficients of the state, the estimate and the noise at times t = 1 - u."""
-        t, schedule = 1 - u, self.process.schedule
-        level, slope = schedule.level(t, check=False), schedule._slope(t)
-        pull = 0.5 * (1 + self.eta**2) * slope
-        noise = self.eta * schedule._g2(t).clamp(min=0).sqrt()
-        return Node(pull - schedule._f(t), noise, -pull * level.alpha, level)
+        rates = self.process.rates(1 - u)
+        pull = 0.5 * (1 + self.eta**2) * rates.log_snr
+        noise = self.eta * rates.diffusion.sqrt()
+        coefficients = (pull - rates.log_alpha, noise, -pull * rates.level.alpha)
+        state, noise, data = (v.reshape(*u.shape, -1) for v in coefficients)
+        return Node(state, noise, data, rates.level)
 
     def drift(self, y: Tensor, node: Node) -> Tensor:
         """The model's drift."""
@@ -233,10 +229,9 @@ class KnownData(Denoiser):
         ValueError: for another process, or data that are no state of it.
     """
 
-    def __init__(self, process: GaussianProcess, x0: Tensor) -> None:
+    def __init__(self, process: ForwardProcess, x0: Tensor) -> None:
         super().__init__(process)
-        if not isinstance(process, GaussianProcess):
-            raise ValueError(f"process: got {type(process).__name__}, expected a GaussianProcess")
+        require(process, Ability.SDE, argument="process")
         process.check_state("x0", x0)
         self.x0 = x0
 

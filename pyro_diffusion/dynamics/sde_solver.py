@@ -65,13 +65,12 @@ class Walk(torchsde.BaseSDE):
         with torch.no_grad():
             u = torch.linspace(0, 1, method.nodes * steps + 1, dtype=torch.float64)
             state, noise, data, level = sde.nodes(u)
-        # Numbers on the host of the state's own dtype cost the least to multiply with.
-        self._state = (state / steps).to(like.dtype).unbind()
-        self._noise = (noise / math.sqrt(steps)).to(like.dtype).unbind()
+        self._state = _rows(state / steps, like)
+        self._noise = _rows(noise / math.sqrt(steps), like)
         self._grid = None
         if level is not None and data is not None:
-            self._data = (data / steps).to(like.dtype).unbind()
-            self._grid = Grid(*(v.to(like) for v in level))
+            self._data = _rows(data / steps, like)
+            self._grid = Grid(*level.map(lambda v: v.to(like)))
 
     def f(self, t: Tensor, y: Tensor) -> Tensor:
         """Drift, a step."""
@@ -97,6 +96,14 @@ class Walk(torchsde.BaseSDE):
         if self._grid is None:
             return Node(self._state[i], self._noise[i])
         return Node(self._state[i], self._noise[i], self._data[i], self._grid.row(i))
+
+
+def _rows(table: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """A coefficient step by step: a number each, or one per coordinate."""
+    if table.shape[-1] == 1:
+        # Numbers on the host of the state's own dtype cost the least to multiply with.
+        return table.to(like.dtype).squeeze(-1).unbind()
+    return table.to(like).unbind()
 
 
 @dataclass(frozen=True)

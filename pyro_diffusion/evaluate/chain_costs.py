@@ -8,15 +8,16 @@ from tqdm import tqdm
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.analytic import check_data, check_gaussian, check_mean
 from pyro_diffusion.denoisers.base import check_context
+from pyro_diffusion.processes import Ability
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.schedules.grids import check_grid
 from pyro_diffusion.schedules.optimal_grid import step_costs
 from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["chain_costs"]
 
-# Numbers held at once while the costs from one posterior to all earlier times are computed.
+# Numbers held at once while one posterior is priced for all earlier times.
 BLOCK = 2**22
 
 
@@ -56,24 +57,25 @@ def chain_costs(
         Watson et al., arXiv 2106.03802, section 4; there the variance is fixed, here it is the posterior's.
     """
     process = check_gaussian(denoiser)
+    require(process, Ability.ISOTROPIC, argument="denoiser", by=type(denoiser).__name__)
     check_data(data, process.event_dim)
     check_positive_int("num_samples", num_samples)
     context = check_context(denoiser, context, len(data))
-    check_grid(times, process.schedule)
-    levels = process.schedule.level(times.to(data), check=False)
-    snr = levels.log_snr.double().exp()
+    process.check_grid(times)
+    levels = process.levels(times.to(data))
+    snr = levels.log_snr.double().exp().flatten()
     costs = torch.full((len(times), len(times)), torch.inf, dtype=torch.float64, device=data.device)
     # One noise for all times: costs then vary smoothly along the chain, and no time is chosen for its luck.
     noise = torch.randn(num_samples, *data.shape, dtype=data.dtype, device=data.device)
     with torch.no_grad():
-        for j in tqdm(range(1, len(times)), desc="costs of steps", disable=not progress):
+        for j in tqdm(range(1, len(times)), desc="pricing steps", disable=not progress):
             gain = snr[:j] - snr[j]
-            parts = [_costs(denoiser, data, e, levels.at(j), gain, context) for e in noise]
-            costs[:j, j] = torch.stack(parts).sum(0) / (num_samples * len(data))
+            prices = [_prices(denoiser, data, e, levels.at(j), gain, context) for e in noise]
+            costs[:j, j] = torch.stack(prices).sum(0) / (num_samples * len(data))
     return costs
 
 
-def _costs(
+def _prices(
     denoiser: Denoiser,
     data: Tensor,
     noise: Tensor,

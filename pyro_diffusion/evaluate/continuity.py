@@ -1,4 +1,4 @@
-"""Whether a denoiser's flow carries the data's own marginals: the continuity equation in weak form."""
+"""Whether a denoiser's flow moves the data's own noisy laws: the continuity equation in weak form."""
 
 from dataclasses import dataclass
 
@@ -50,17 +50,16 @@ def continuity_residual(
 ) -> ContinuityResidual:
     r"""Weak-form residual of the continuity equation along the forward process, by random test functions.
 
-    Marginals of x_t obey :math:`\tfrac{d}{d\lambda} E[\phi(x_t)] = E[\nabla\phi(x_t) \cdot v(x_t, \lambda)]`
+    The laws of x_t obey :math:`\tfrac{d}{d\lambda} E[\phi(x_t)] = E[\nabla\phi(x_t) \cdot v(x_t, \lambda)]`
     with v the velocity of the probability-flow ODE. Along :math:`x_t = \alpha x_0 + \sigma\epsilon` the
     left side is an average too, of the velocity given x_0 and eps, so no finite difference in time is needed:
 
     .. math:: R_\phi(\lambda) = E\big[\nabla\phi(x_t)\cdot(\dot\alpha x_0 + \dot\sigma\epsilon - v(x_t))\big]
               = \tfrac{\alpha}{2}\, E\big[\nabla\phi(x_t) \cdot (x_0 - \hat x_0(x_t))\big].
 
-    Zero for every phi if and only if the denoiser's flow carries these marginals, as the exact posterior
-    mean's does. The Fokker-Planck equations of the reverse SDEs have the same residual times
-    :math:`1 + \eta^2`. An error whose density-weighted divergence vanishes changes no marginal and goes
-    unseen.
+    Zero for every phi if and only if the denoiser's flow carries these laws, as the exact posterior mean's
+    does. The Fokker-Planck equations of the reverse SDEs have the same residual times :math:`1 + \eta^2`. An
+    error whose density-weighted divergence vanishes moves no marginal and is not seen.
 
     Test functions are :math:`\phi(x) = \cos(w \cdot x/n + b)`, n the root mean square of a coordinate of x_t,
     w normal of covariance :math:`\omega^2 I/d` with :math:`\omega` = 1 or 2 (half each), b uniform.
@@ -73,7 +72,7 @@ def continuity_residual(
         num_functions: number of test functions, the same at all levels.
         num_samples: noise draws per datum and level.
         context: the denoiser's context, one row per datum.
-        batch_size: data evaluated together.
+        batch_size: data read together.
 
     Returns:
         Residuals ``value`` (levels, num_functions) per unit of log-SNR, their ``standard_error`` over data,
@@ -101,17 +100,18 @@ def continuity_residual(
     check_positive_int("num_functions", num_functions)
     check_positive_int("num_samples", num_samples)
     check_positive_int("batch_size", batch_size)
-    schedule = process.schedule
     if not isinstance(levels, Tensor):
-        ends = schedule.log_snr_min, schedule.log_snr_max
+        highest, lowest = process.clock_ends
         count = check_positive_int("levels", levels)
-        levels = torch.linspace(*ends, count + 2, dtype=data.dtype, device=data.device)[1:-1]
+        levels = torch.linspace(lowest, highest, count + 2, dtype=data.dtype, device=data.device)[
+            1:-1
+        ]
     size = data[0].numel()
     octave = 1 + torch.arange(num_functions, device=data.device) % 2
     w = torch.randn(size, num_functions, dtype=data.dtype, device=data.device) * octave / size**0.5
     b = 2 * torch.pi * torch.rand(num_functions, dtype=data.dtype, device=data.device)
     spread = data.square().mean()
-    at = schedule.level(schedule.time_of_log_snr(levels.to(data)), check=False)
+    at = process.level_of_clock(levels.to(data))
     values, errors = [], []
     with torch.no_grad():
         for level in map(at.at, range(len(levels))):
@@ -123,7 +123,7 @@ def continuity_residual(
             per_datum = torch.cat(parts).reshape(num_samples, len(data), num_functions).mean(0)
             values.append(per_datum.mean(0))
             errors.append(per_datum.std(0) / len(data) ** 0.5)
-    return ContinuityResidual(torch.stack(values), torch.stack(errors), at.log_snr)
+    return ContinuityResidual(torch.stack(values), torch.stack(errors), at.clock.flatten())
 
 
 def _residual(xt: Tensor, gap: Tensor, alpha: Tensor, w: Tensor, b: Tensor) -> Tensor:

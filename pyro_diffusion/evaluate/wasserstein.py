@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.analytic import check_data, check_gaussian, check_mean
-from pyro_diffusion.processes import GaussianProcess, draw
+from pyro_diffusion.processes import Ability, ForwardProcess, draw
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import check_finite, check_number, check_positive_int, check_tensor
@@ -21,8 +22,8 @@ def wasserstein(x: Tensor, y: Tensor) -> float:
     r"""Wasserstein-2 distance of two samples of equal size, by exact assignment.
 
     :math:`\min_\pi (\tfrac1n \sum_i \|x_i - y_{\pi(i)}\|^2)^{1/2}`, exact for the samples. Its square is
-    biased upwards as an estimate of the distributions' own (two samples of one are some way apart):
-    compare it with the distance of two samples of the data. O(n^3) time; some thousand points.
+    biased upwards as an estimate of the laws' (two samples of one law are some way apart): compare it with
+    the distance of two samples of the data. O(n^3) time; some thousand points.
 
     Args:
         x: (n,) + event.
@@ -67,7 +68,7 @@ class WassersteinBound:
 
     Attributes:
         score: what errors of the posterior mean add on the way.
-        prior: what the prior's distance from the marginal of x_1 becomes.
+        prior: what the prior's distance from the law of x_1 becomes.
         smoothing: :math:`\sqrt d\,\sigma_0/\alpha_0`, from the chain's end at t_0 to data.
         log_snr: levels of the quadrature, from t = 1 to t = 0.
         error: root mean square error of the mean (or its bound) at these levels.
@@ -138,14 +139,15 @@ def wasserstein_bound(
         Kwon, Fan & Lee, arXiv 2212.06359, theorem 1.
     """
     process = check_gaussian(denoiser)
+    require(process, Ability.ISOTROPIC, argument="denoiser", by=type(denoiser).__name__)
     if reference is not None:
         check_gaussian(reference)
     check_data(data, process.event_dim)
     check_positive_int("num_points", num_points, at_least=2)
     check_number("eta", eta, at_least=0, at_most=1e3)
-    ends = process.schedule.log_snr_min, process.schedule.log_snr_max
-    log_snr = torch.linspace(*ends, num_points, dtype=data.dtype, device=data.device)
-    levels = process.schedule.level(process.schedule.time_of_log_snr(log_snr), check=False)
+    highest, lowest = process.clock_ends
+    log_snr = torch.linspace(lowest, highest, num_points, dtype=data.dtype, device=data.device)
+    levels = process.level_of_clock(log_snr).map(lambda v: v.flatten())
     error, constant = [], []
     for level in map(levels.at, range(num_points)):
         xt = draw(process.marginal(data, level)).detach()
@@ -176,7 +178,7 @@ def _trapezoids(values: Tensor, at: Tensor) -> Tensor:
     return 0.5 * (values[1:] + values[:-1]) * at.diff()
 
 
-def _prior_distance(process: GaussianProcess, data: Tensor, end: Level) -> Tensor:
+def _prior_distance(process: ForwardProcess, data: Tensor, end: Level) -> Tensor:
     """Bound of W2(q(x_1), p(x_1)): alpha x_0 + sigma eps beside scale eps."""
     scale = per_coordinate(process.prior(data.shape[1:], data.dtype, data.device)).scale
     signal = end.alpha.square() * data.flatten(1).square().sum(1).mean()

@@ -62,7 +62,7 @@ class NoiseAwareGuidance(GuidedDenoiser):
         batch = xt.shape[: xt.dim() - event_dim]
         with torch.no_grad():
             prior = self.denoiser(xt, level, **context)
-        log_snr = level.log_snr
+        log_snr = level.clock
         if log_snr.dim():
             log_snr = log_snr.reshape(log_snr.shape[: log_snr.dim() - event_dim])
         scale = self.scale(level) if callable(self.scale) else self.scale

@@ -101,14 +101,14 @@ class ClassifierFreeGuidance(Denoiser):
         """Whether levels lie in the interval; a plain truth where there is one level for all."""
         if self.interval is None:
             return True
-        if level.log_snr.dim():
+        if level.clock.numel() > 1:
             return self._between(level)[0]
         return bool(level.tabulate(self._on_host)[0])
 
     def _between(self, level: Level) -> tuple[Tensor]:
         assert self.interval is not None
         low, high = self.interval
-        return ((level.log_snr >= low) & (level.log_snr <= high),)
+        return ((level.clock >= low) & (level.clock <= high),)
 
     def _on_host(self, level: Level) -> tuple[Tensor]:
         # A grid asks once for all of its steps: no wait for the device at each.

@@ -55,12 +55,14 @@ class DPSStep:
 
     def shares(self, process: ForwardProcess, level: Level) -> Tensor:
         """1 / k of the step that starts at each level, and 0 at the grid's first time."""
-        grid = process.schedule.grid_levels(self.times, level.t.dtype, level.t.device)
-        late, early = Level(*(v[1:] for v in grid)), Level(*(v[:-1] for v in grid))
+        grid = process.levels(self.times, level.t.dtype, level.t.device)
+        late, early = grid.at(slice(1, None)), grid.at(slice(-1))
         weight = process.coefficients(early, late, self.eta).x0
         shares = torch.cat([torch.zeros_like(weight[:1]), 1 / weight])
         # The nearest time of the grid: rounding must not choose another step.
-        return shares[torch.bucketize(level.t.contiguous(), (grid.t[1:] + grid.t[:-1]) / 2)]
+        return shares[
+            torch.bucketize(level.t.contiguous(), (grid.t[1:] + grid.t[:-1]).flatten() / 2)
+        ]
 
     def energy(
         self, likelihood: Likelihood, x0: Tensor, log_prob: Tensor | None

@@ -28,8 +28,7 @@ def site_name(name: str, j: int) -> str:
 
 
 def _levels(diffusion: Diffusion, device: torch.device | None, dtype: torch.dtype | None) -> Any:
-    schedule = diffusion.denoiser.process.schedule
-    levels = schedule.grid_levels(diffusion.times, dtype, device)
+    levels = diffusion.denoiser.process.levels(diffusion.times, dtype, device)
     return [levels.at(j) for j in range(len(diffusion.times))]
 
 
@@ -58,8 +57,8 @@ def reverse_chain(name: str, diffusion: TorchDistribution) -> TorchDistribution:
             enclosing plates.
 
     Returns:
-        p(x | x_{t_0}), of the diffusion's batch and event shape; under transforms it is the decoder's
-        distribution under the same ones, whose log_prob has their Jacobian.
+        p(x | x_{t_0}), of the diffusion's batch and event shape; under transforms it is the decoder's law
+        under the same ones, whose log_prob has their Jacobian.
 
     Raises:
         ValueError: for another distribution, one under ``.mask()``, discrete data under transforms, and
@@ -77,15 +76,13 @@ def reverse_chain(name: str, diffusion: TorchDistribution) -> TorchDistribution:
         return _example_chain(name, found, grouped, x)
     watch = Watch(chain.denoiser)
     for j in range(chain.steps, 0, -1):
-        kernel = _distribution(
+        kernel = _law(
             chain, x, functools.partial(_kernel, chain, x, levels[j - 1], levels[j], watch)
         )
         x = pyro.sample(site_name(name, j - 1), kernel.to_event(grouped))
     if chain.denoiser.guided:
         watch.conclude(x)
-    out: TorchDistribution = found.around(
-        _distribution(chain, x, functools.partial(chain.decode, x))
-    )
+    out: TorchDistribution = found.around(_law(chain, x, functools.partial(chain.decode, x)))
     return out
 
 
@@ -98,9 +95,7 @@ def _kernel(
     return chain.denoiser.process.reverse(x, posterior, early, late)
 
 
-def _distribution(
-    chain: Diffusion, x: Tensor, make: Callable[[], TorchDistribution]
-) -> TorchDistribution:
+def _law(chain: Diffusion, x: Tensor, make: Callable[[], TorchDistribution]) -> TorchDistribution:
     """What follows a state; where nobody scores it, a replay with given states need not work it out."""
     if not unscored():
         return make()
@@ -173,9 +168,9 @@ class ChainReparam(Reparam):
         >>> from pyro_diffusion.nn import MLP
         >>> from pyro_diffusion.processes import GaussianProcess
         >>> from pyro_diffusion.schedules import Cosine
-        >>> prior = Diffusion(GaussianDenoiser(MLP(2), GaussianProcess(Cosine())), (2,), steps=2)
+        >>> law = Diffusion(GaussianDenoiser(MLP(2), GaussianProcess(Cosine())), (2,), steps=2)
         >>> def model():
-        ...     return pyro.sample("x", prior)
+        ...     return pyro.sample("x", law)
         >>> chain = poutine.reparam(model, config={"x": ChainReparam()})
         >>> [name for name in poutine.trace(chain).get_trace().nodes if name.startswith("x")]
         ['x_t2', 'x_t1', 'x_t0', 'x']

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pyro_diffusion.likelihoods.analysis import Analysis, analyse
 from pyro_diffusion.likelihoods.base import Likelihood
-from pyro_diffusion.likelihoods.batches import BatchedProgram, Extract
-from pyro_diffusion.likelihoods.first_run import first_run
+from pyro_diffusion.likelihoods.batches import BatchedProgram
 from pyro_diffusion.likelihoods.run import Message, handlers, log_density
 from pyro_diffusion.likelihoods.signature import structure
+from pyro_diffusion.likelihoods.sites import first_run
 from pyro_diffusion.likelihoods.trials import trials
 from pyro_diffusion.likelihoods.whitening import RESIDUALS, Whitened, whitened
 from pyro_diffusion.processes import GaussianProcess
@@ -36,8 +36,8 @@ class ProgramLikelihood(Likelihood):
     what is returned is all ones.
 
     Missing observations may be NaN: where a mask hides them (``.mask``, ``poutine.mask``, ``obs_mask``), and
-    in a ``NanMaskedNormal`` or ``NanMaskedMultivariateNormal``. They add nothing to the log-density, and
-    gradients are finite.
+    in a ``NanMaskedNormal`` or ``NanMaskedMultivariateNormal``. They add nothing to the
+    log-density, and gradients are finite.
 
     The program is run once per call. A batch of x_0 is put left of all its plates (as
     ``Predictive(parallel=True)`` does); for a program that is not written for this, single runs are
@@ -70,7 +70,6 @@ class ProgramLikelihood(Likelihood):
         batch_shape: of x_0, plates included.
         event_shape: of one x_0.
         factorized: whether each datum has its own observations.
-        differentiable: whether there is a gradient in x_0.
         latents: the other latents' values.
         subsamples: the indices that subsampled plates were given.
         analysis: what trial runs found: a ``precedent`` for the same program at other values.
@@ -129,17 +128,15 @@ class ProgramLikelihood(Likelihood):
             dict(subsamples or {}),
             known[1] if known[0] == arguments else None,
         )
-        self._site = site_found = first.site
-        self.site, self.prior = site_found.name, site_found.diffusion
-        self.transforms, self.site_distribution = site_found.transforms, site_found.distribution
-        self.subsamples = first.subsamples
+        self._site = first.site
+        self.site, self.prior, self.transforms = self._site[:3]
+        self.site_distribution, self.subsamples = self._site.distribution, first.subsamples
         self.batch_shape, self.event_shape = self.prior.batch_shape, self.prior.event_shape
         self.factorized = first.factorized
         self._program = BatchedProgram(program, first)
         self.analysis = analyse(
             self._program, first, (arguments, first.signature), self.latents, precedent
         )
-        self.differentiable = self._no_gradient() is None
 
     def log_prob(self, x0: Tensor) -> Tensor:
         """log p(all observations | x_0) in nats (exact), differentiable.
@@ -210,19 +207,13 @@ class ProgramLikelihood(Likelihood):
         Raises:
             ValueError: if x_0 is discrete, or an observed site changes with x_0 but has no gradient.
         """
-        if reason := self._no_gradient():
-            raise ValueError(
-                f"{reason}, expected a differentiable one (use twisted SMC with a proposal that asks for no "
-                "gradient)"
-            )
-
-    def _no_gradient(self) -> str | None:
-        """Why there is no gradient in x_0, or None if there is one."""
+        expected = "expected a differentiable one (use twisted SMC with a proposal that asks for no gradient)"
         if not isinstance(self.prior.denoiser.process, GaussianProcess):
-            return f"site {self.site!r}: got discrete data without gradients"
+            raise ValueError(f"site {self.site!r}: got discrete data without gradients, {expected}")
         if names := self.analysis.dependence.without_gradient:
-            return f"likelihood: got no gradient in x_0 at site {', '.join(map(repr, names))}"
-        return None
+            raise ValueError(
+                f"likelihood: got no gradient in x_0 at site {', '.join(map(repr, names))}, {expected}"
+            )
 
     def _refusal(self) -> str:
         """Why there is no residual, and what does without."""
@@ -243,7 +234,9 @@ class ProgramLikelihood(Likelihood):
             "guidance or TwistedSMC, which take any likelihood)"
         )
 
-    def _extract(self, x0: Tensor, extract: Extract) -> tuple[Tensor, ...]:
+    def _extract(
+        self, x0: Tensor, extract: Callable[[list[Message], int], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
         return self._program.run_batch(x0, self.latents, extract, self.analysis.vectorized)
 
     def _whitened(self, sites: list[Message], lead: int) -> tuple[Tensor, ...]:

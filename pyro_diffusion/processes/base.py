@@ -1,14 +1,18 @@
 """What a forward process is: a way to destroy data whose bridge is known."""
 
-from typing import Any
+import math
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
+from torch.distributions import constraints
 
-from pyro_diffusion.nn.definition import DefinedModule
-from pyro_diffusion.precision import PreciseModule, at_least_single
+from pyro_diffusion.precision import at_least_single
+from pyro_diffusion.processes.abilities import Ability
 from pyro_diffusion.schedules import Level, Schedule
+from pyro_diffusion.schedules.cached import CachedModule, Sources
+from pyro_diffusion.schedules.grids import check_grid
 from pyro_diffusion.validation import (
     Shape,
     check_broadcast,
@@ -18,10 +22,31 @@ from pyro_diffusion.validation import (
     check_times,
 )
 
-__all__ = ["ForwardProcess", "check_order"]
+__all__ = ["ForwardProcess", "Rates", "check_order"]
 
 
-class ForwardProcess(DefinedModule, PreciseModule):
+class Rates(NamedTuple):
+    r"""A level and how fast it changes, per unit of t; shapes as in the level.
+
+    Attributes:
+        level: where.
+        clock: slope of the clock, negative.
+        log_snr: :math:`\lambda'(t)`, negative.
+        log_alpha: :math:`d\log\alpha/dt`, the drift coefficient f of the forward SDE.
+    """
+
+    level: Level
+    clock: Tensor
+    log_snr: Tensor
+    log_alpha: Tensor
+
+    @property
+    def diffusion(self) -> Tensor:
+        r"""Squared diffusion coefficient of the forward SDE, :math:`g^2 = -\sigma^2 \lambda'`."""
+        return (-self.level.sigma.square() * self.log_snr).clamp(min=0)
+
+
+class ForwardProcess(CachedModule):
     r"""A Markov process :math:`q` that destroys data, t = 0 (data) to t = 1 (noise).
 
     Five conditionals define it; each method returns a Pyro distribution whose batch shape is that of the
@@ -36,16 +61,32 @@ class ForwardProcess(DefinedModule, PreciseModule):
     ``prior(event_shape)``        a distribution close to :math:`q(x_1)`
     ============================  =============================================================
 
-    The bridge is the reverse kernel of a point mass, so a subclass writes the algebra once: it implements
-    ``coefficients`` (all that depends on times alone; loops call it once for all steps) and ``combine``.
+    Implementing a process: The bridge is the reverse kernel of a point mass, so a subclass writes the algebra
+    once. It implements ``coefficients`` (all that depends on times alone; loops call it once for all steps)
+    and ``combine``, beside ``marginal``, ``transition``, ``prior`` and ``point_mass``; it says what data are
+    (``support``) and what else it can do (``abilities``). A process whose scales differ from its schedule's,
+    say by coordinate, implements ``scales``, and every other method follows: :meth:`level`, :meth:`levels`
+    and :meth:`rates` are how all others learn of signal and noise.
 
     Args:
-        schedule: signal and noise scales.
+        schedule: signal and noise scales; a process's own matter, nobody else asks it.
         event_dim: number of rightmost dimensions that make one datum.
+
+    Attributes:
+        abilities: what methods may ask of the process, see :class:`Ability`.
+        support: constraint on one coordinate of the data.
 
     References:
         Sohl-Dickstein et al., arXiv 1503.03585; Ho et al., arXiv 2006.11239.
     """
+
+    abilities: ClassVar[frozenset[Ability]] = frozenset()
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Scales of a subclass's own may differ by coordinate, unless it says otherwise."""
+        super().__init_subclass__(**keywords)
+        if "scales" in vars(cls) and "abilities" not in vars(cls):
+            cls.abilities = cls.abilities - {Ability.ISOTROPIC}
 
     def __init__(self, schedule: Schedule, event_dim: int = 1) -> None:
         super().__init__()
@@ -53,6 +94,21 @@ class ForwardProcess(DefinedModule, PreciseModule):
             raise ValueError(f"schedule: got {type(schedule).__name__}, expected a Schedule")
         self.schedule = schedule
         self.event_dim = check_positive_int("event_dim", event_dim, at_least=0)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Constraint on one coordinate of the data."""
+        raise NotImplementedError
+
+    def scales(self, level: Level) -> Level:
+        r"""The process's level, given its schedule's with singleton dimensions where events are.
+
+        By default the same. Override it for scales of your own: return ``level._replace(log_snr=...,
+        alpha=..., sigma=...)`` with tensors that broadcast to times + event, elementwise differentiable
+        functions of the level, in its dtype and on its device; ``t`` and ``clock`` stay. The log-SNR must be
+        that of the scales, :math:`\log(\alpha^2/\sigma^2)`, and fall with t in every coordinate.
+        """
+        return level
 
     def check_state(self, name: str, x: Tensor, values: bool = True) -> None:
         """Refuse what cannot be a state: fewer dimensions than a datum has, or the wrong kind of numbers.
@@ -129,7 +185,7 @@ class ForwardProcess(DefinedModule, PreciseModule):
         """The reverse kernel, given its coefficients broadcast against events."""
         raise NotImplementedError
 
-    def log_evidence(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
+    def coordinate_log_likelihood(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
         """log q(x_t,i | x_0,i = values_k) up to a constant in k, per coordinate; k is a new last dim."""
         raise NotImplementedError
 
@@ -168,6 +224,26 @@ class ForwardProcess(DefinedModule, PreciseModule):
         check_broadcast("x0", x0.shape, xt.shape)
         return self.reverse(xt, self.point_mass(x0), s, t, eta)
 
+    @property
+    def clock_ends(self) -> tuple[float, float]:
+        """The clock at t = 0 and t = 1, decreasing; perhaps infinite."""
+        return self.schedule.log_snr_max, self.schedule.log_snr_min
+
+    def finite_clock_ends(self) -> tuple[float, float]:
+        """The clock at t = 0 and t = 1.
+
+        Raises:
+            ValueError: if one of them is infinite.
+        """
+        ends = self.clock_ends
+        if not all(map(math.isfinite, ends)):
+            raise ValueError(
+                f"schedule: got log-SNR ends {list(ends)}, expected finite ends (cut the schedule with "
+                "log_snr_max and log_snr_min)"
+            )
+        return ends
+
+    @final
     def level(
         self,
         t: Tensor | Level | float,
@@ -175,7 +251,7 @@ class ForwardProcess(DefinedModule, PreciseModule):
         name: str = "t",
         state: str | None = None,
     ) -> Level:
-        """The schedule at t, with singleton dimensions where events are.
+        """The level at times of a state's batch shape, with dimensions for events.
 
         Args:
             t: time(s); a Level is handed back as it is, so one of batch shape must come from here.
@@ -201,7 +277,120 @@ class ForwardProcess(DefinedModule, PreciseModule):
             t = torch.as_tensor(t, dtype=dtype, device=like.device)
         t = torch.as_tensor(t)
         check_times(name, t)
-        return self.schedule.level(t, check=False).unsqueeze(self.event_dim)
+        return self._level_at(t)
+
+    @final
+    def levels(
+        self, times: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> Level:
+        """The levels at many times, of shape times + event; those of the last times are kept.
+
+        A model goes along one grid again and again. A process with parameters is evaluated every time, and so
+        is any on times that require a gradient; a grid changed in place is another grid.
+
+        Args:
+            times: of any shape.
+            dtype: of the result, that of the times by default; float32 in place of shorter ones.
+            device: of the result, that of the times by default.
+
+        Raises:
+            ValueError: for times outside [0, 1], where a check does not cost a wait (on the CPU).
+        """
+        check_tensor("times", times)
+        place = (at_least_single(dtype or times.dtype), device or times.device)
+        sources = self._sources(times)
+        kept = self._cached("levels")
+        if kept is not None and kept[:2] == (sources, place):
+            level: Level = kept[2]
+            return level
+        if times.device.type == "cpu":  # elsewhere a check would cost a wait
+            check_times("times", times)
+        if times.is_inference() and not torch.is_inference_mode_enabled():
+            times = times.clone()  # autograd can save a copy
+        times = times.to(dtype=place[0], device=place[1])
+        level = self._level_at(times)
+        if sources is not None and not torch.is_inference_mode_enabled():
+            self._cache("levels", (sources, place, level))
+        return level
+
+    @final
+    def level_of_clock(self, clock: Tensor) -> Level:
+        """The level at which networks are told a log-SNR (or that of the process's end beyond it), any shape.
+
+        The inverse of ``level(t).clock``; shape as :meth:`levels`.
+        """
+        check_tensor("clock", clock)
+        return self._scaled(self.schedule.level_of_log_snr(clock))
+
+    @final
+    def rates(self, t: Tensor) -> Rates:
+        r"""Levels at times of any shape and their exact derivatives per unit of t, times + event.
+
+        By the chain rule through :meth:`scales`, from the derivatives of the schedule.
+
+        Raises:
+            ValueError: for times outside [0, 1], where a check does not cost a wait (on the CPU).
+        """
+        check_tensor("t", t)
+        if t.device.type == "cpu":
+            check_times("t", t)
+        base, slope = self.schedule.level(t, check=False), self.schedule._slope(t)
+        drift = self.schedule._signal_slope(base.log_snr) * slope
+        base = base.unsqueeze(self.event_dim)
+        slope, drift = (v.reshape(base.t.shape) for v in (slope, drift))
+        if not self._scales_differ:
+            return Rates(base, slope, slope, drift)
+        tangent = Level(
+            torch.ones_like(base.t),
+            slope,
+            slope,
+            base.alpha * drift,
+            base.sigma * (drift - 0.5 * slope),
+        )
+        level, change, *_ = torch.func.jvp(self.scales, (base,), (tangent,))
+        return Rates(level, slope, change.log_snr, change.alpha / level.alpha)
+
+    def check_grid(self, times: Tensor) -> None:
+        """Refuse a grid that is not increasing in time and decreasing in every coordinate's log-SNR.
+
+        Raises:
+            ValueError: naming the times or the schedule.
+        """
+        if not isinstance(times, Tensor):
+            raise ValueError(f"times: got {type(times).__name__}, expected a tensor of times")
+        sources = self._sources(times)
+        if sources is not None and self._cached("checked") == sources:
+            return  # the grid of the run before
+        # Beside the schedule's own tensors if it has any, else where they are: no wait for a device.
+        own = times.to([*self.buffers(), *self.parameters(), times][0].device)
+        check_grid(own, self.schedule)
+        self._check_grid_levels(own)
+        self._cache("checked", sources)
+
+    def _check_grid_levels(self, times: Tensor) -> None:
+        """Refuse levels along a grid that the process cannot use."""
+        if self._scales_differ:
+            log_snr = self._level_at(times).log_snr
+            if not bool((log_snr[1:] < log_snr[:-1]).all()):
+                raise ValueError(
+                    f"process: got a log-SNR of {type(self).__name__} that does not decrease along the grid, "
+                    "expected it to decrease strictly with time in every coordinate"
+                )
+
+    @property
+    def _scales_differ(self) -> bool:
+        """Whether the process has scales of its own: what follows from them is then computed, not known."""
+        return type(self).scales is not ForwardProcess.scales
+
+    def _level_at(self, t: Tensor) -> Level:
+        """The levels at times of any shape, unchecked and not kept."""
+        return self._scaled(self.schedule.level(t, check=False))
+
+    def _scaled(self, level: Level) -> Level:
+        return self.scales(level.unsqueeze(self.event_dim))
+
+    def _sources(self, times: Tensor) -> Sources | None:
+        return self.sources(times, stamps=(self.schedule.stamp,))
 
 
 def check_order(s: Level, t: Level) -> None:

@@ -1,11 +1,13 @@
 """Destruction of symbols by independent replacement: all of the categorical algebra of the package."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from pyro.distributions import Categorical, TorchDistribution
 from torch import Tensor
+from torch.distributions import constraints
 
+from pyro_diffusion.processes.abilities import Ability
 from pyro_diffusion.processes.base import ForwardProcess, check_order
 from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.unwrapping import per_coordinate
@@ -57,6 +59,9 @@ class CategoricalProcess(ForwardProcess):
         Austin et al. (D3PM), arXiv 2107.03006; Hoogeboom et al., arXiv 2102.05379.
     """
 
+    abilities: ClassVar[frozenset[Ability]] = frozenset(
+        {Ability.SYMBOLS, Ability.FACTORIZED, Ability.MARKOV}
+    )
     noise: Tensor
 
     def __init__(self, schedule: Schedule, states: int, noise: Tensor, event_dim: int = 1) -> None:
@@ -74,6 +79,11 @@ class CategoricalProcess(ForwardProcess):
         if abs(float(noise.sum()) - 1) > 1e-5:
             raise ValueError(f"noise: got a sum of {float(noise.sum()):g}, expected 1")
         self.register_buffer("noise", noise)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Integers from 0 to states - 1."""
+        return constraints.integer_interval(0, self.states - 1)
 
     def check_state(self, name: str, x: Tensor, values: bool = True) -> None:
         """Refuse what cannot be a state: as the base does, and anything but symbols of the noise's alphabet.
@@ -109,8 +119,7 @@ class CategoricalProcess(ForwardProcess):
     ) -> TorchDistribution:
         """The law at t = 1 of data that is uniform over its symbols."""
         noise = self.noise.to(dtype=dtype or torch.get_default_dtype(), device=device)
-        end = torch.ones((), dtype=noise.dtype, device=noise.device)
-        alpha = self.schedule.level(end, check=False).alpha
+        alpha = self._level_at(noise.new_ones(())).alpha.unsqueeze(-1)
         uniform = torch.zeros_like(noise)
         uniform[: self.states] = 1 / self.states
         probs = alpha * uniform + (1 - alpha) * noise
@@ -153,7 +162,7 @@ class CategoricalProcess(ForwardProcess):
         # A state that no data could have reached has no kernel: it gets a uniform one rather than NaN.
         return self._categorical(probs / probs.sum(-1, keepdim=True).clamp(min=_tiny(probs)))
 
-    def log_evidence(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
+    def coordinate_log_likelihood(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
         """Log-probability of every symbol of x_t, had its x_0 been each of the values."""
         if check_tensor("values", values).dim() != 1:
             raise ValueError(f"values: got shape {tuple(values.shape)}, expected a vector")

@@ -1,12 +1,14 @@
 """Linear Gaussian destruction: all of the Gaussian algebra of the package."""
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor
+from torch.distributions import constraints
 
+from pyro_diffusion.processes.abilities import Ability
 from pyro_diffusion.processes.base import ForwardProcess, check_order
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
@@ -68,6 +70,13 @@ class GaussianProcess(ForwardProcess):
         Bao et al. (Analytic-DPM), arXiv 2201.06503; Kingma et al., arXiv 2107.00630, appendix A.
     """
 
+    abilities: ClassVar[frozenset[Ability]] = frozenset(Ability) - {Ability.SYMBOLS}
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Real numbers."""
+        return constraints.real
+
     def check_precision(self, dtype: torch.dtype, times: Tensor) -> None:
         """Refuse states that have no room for the least noise beside data of unit scale, or for the most.
 
@@ -76,23 +85,27 @@ class GaussianProcess(ForwardProcess):
         """
         info = torch.finfo(dtype)
         high, low = -2 * math.log(ROUNDINGS * info.eps), HEADROOM - math.log(info.max)
-        schedule = self.schedule
-        if schedule.log_snr_max <= high and schedule.log_snr_min >= low:
+        first, last = self.clock_ends
+        if not self._scales_differ and first <= high and last >= low:
             return
-        kept = self.__dict__.get("_precise")  # a grid that uses the middle of the curve alone
-        if kept is not None and kept[0] is times and kept[1] == dtype:
+        # A grid may use the middle of the curve alone.
+        key = (self._sources(times), dtype)
+        if key[0] is not None and self._cached("precise") == key:
             return
         with torch.no_grad():
-            start, end = schedule.log_snr(times[[0, -1]].double()).tolist()
+            log_snr = self._level_at(times[[0, -1]].double()).log_snr
+        start, end = float(log_snr[0].max()), float(log_snr[-1].min())
+        if start < end:  # towards noise
+            start, end = float(log_snr[0].min()), float(log_snr[-1].max())
         if not (max(start, end) <= high and min(start, end) >= low):
             finer = "" if dtype == torch.float64 else ", or float64"
             raise ValueError(
-                f"schedule: got {type(schedule).__name__} with log-SNR {start:g} to {end:g} and states in "
-                f"{dtype}, expected {math.floor(high)} at most and {math.ceil(low)} at least (beyond, "
-                "rounding hides the noise or its scale overflows): cut it with log_snr_max and log_snr_min"
-                f"{finer}"
+                f"schedule: got {type(self.schedule).__name__} with log-SNR {start:g} to {end:g} and "
+                f"states in {dtype}, expected {math.floor(high)} at most and {math.ceil(low)} at least "
+                "(beyond, rounding hides the noise or its scale overflows): cut it with log_snr_max and "
+                f"log_snr_min{finer}"
             )
-        self.__dict__["_precise"] = (times, dtype)
+        self._cache("precise", key)
 
     def check_state(self, name: str, x: Tensor, values: bool = True) -> None:
         """Refuse what cannot be a state: as the base does, and numbers that are not finite.
@@ -125,7 +138,7 @@ class GaussianProcess(ForwardProcess):
     ) -> TorchDistribution:
         """Normal of the variance that unit-variance data has at t = 1."""
         zeros = torch.zeros(self.check_event(event_shape), dtype=dtype, device=device)
-        end = self.schedule.level(torch.ones((), dtype=zeros.dtype, device=device), check=False)
+        end = self._level_at(zeros.new_ones(()))
         return self._normal(zeros, torch.hypot(end.alpha, end.sigma))
 
     def point_mass(self, x0: Tensor) -> TorchDistribution:
@@ -160,13 +173,24 @@ class GaussianProcess(ForwardProcess):
             variance = variance + c.x0.square() * base.variance
         return self._normal(c.xt * xt + c.x0 * base.mean, variance.sqrt())
 
-    def log_evidence(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
+    def coordinate_log_likelihood(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
         """Log-density of every coordinate of x_t, were its x_0 each of the values, up to a constant."""
         if check_tensor("values", values).dim() != 1:
             raise ValueError(f"values: got shape {tuple(values.shape)}, expected a vector")
         level = self.level(t, xt, state="xt")
         z = (xt.unsqueeze(-1) - level.alpha.unsqueeze(-1) * values) / level.sigma.unsqueeze(-1)
         return -0.5 * z.square()
+
+    def _check_grid_levels(self, times: Tensor) -> None:
+        """Refuse grids with infinite log-SNR at an end, too."""
+        super()._check_grid_levels(times)
+        log_snr = self._level_at(times[[0, -1]]).log_snr
+        if not bool(torch.isfinite(log_snr).all()):
+            ends = [float(v.flatten()[0]) for v in log_snr]
+            raise ValueError(
+                f"schedule: got log-SNR {ends} at the ends of the grid, expected finite values (cut the "
+                "schedule with log_snr_max and log_snr_min)"
+            )
 
     def _normal(self, loc: Tensor, scale: Tensor) -> TorchDistribution:
         return Normal(loc, scale, validate_args=False).to_event(self.event_dim)

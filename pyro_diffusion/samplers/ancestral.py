@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_diffusion.processes import ForwardProcess, GaussianProcess, draw
+from pyro_diffusion.processes import Ability, ForwardProcess, draw
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.samplers.base import Read, Sampler, State
 from pyro_diffusion.schedules import Level
 
@@ -75,12 +76,9 @@ class DDIM(Sampler):
         """The bridge's at this eta.
 
         Raises:
-            ValueError: for a process that is not Gaussian.
+            ValueError: for a process whose bridges have no free variance.
         """
-        if not isinstance(process, GaussianProcess):
-            raise ValueError(
-                f"sampler: got {self!r} for a {type(process).__name__}, expected Ancestral()"
-            )
+        require(process, Ability.FREE_VARIANCE, argument="sampler", by=self, instead="Ancestral()")
         return process.coefficients(s, t, self.eta)
 
     def step(

@@ -132,9 +132,8 @@ def simulate(
     _check_walk(times)
     dtype = x.dtype if x.is_floating_point() else times.dtype
     process.check_precision(at_least_single(dtype), times)
-    levels = process.schedule.grid_levels(times, dtype, x.device)
-    early = Grid(*(v[:-1] for v in levels))
-    late = Grid(*(v[1:] for v in levels))
+    levels = process.levels(times, dtype, x.device)
+    early, late = Grid(*levels.at(slice(-1))), Grid(*levels.at(slice(1, None)))
     table = check_sampler(sampler).coefficients(process, early, late)
     count = len(times) - 1
     steps = ((j, early.row(j), late.row(j), table_row(table, j)) for j in reversed(range(count)))

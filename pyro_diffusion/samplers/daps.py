@@ -55,10 +55,9 @@ class DAPS(Sampler):
     3. :math:`x_s \sim q(x_s | x_0)`, of no memory of x_t.
 
     A sampler, not a guidance: it takes the *prior's* denoiser. Step 2 is one exact draw for linear Normal
-    observations (for others that of the likelihood linearized at :math:`\tilde x_0`; the likelihood's own
-    ``sample_near`` makes it), or ``moves`` of Metropolis-adjusted Langevin dynamics for any differentiable
-    likelihood, started at :math:`\tilde x_0` with a step size of its own for each row that adapts in the
-    first half of the moves:
+    observations (for others that of the likelihood linearized at :math:`\tilde x_0`), or ``moves`` of
+    Metropolis-adjusted Langevin dynamics for any differentiable likelihood, started at :math:`\tilde x_0`
+    with a step size of its own for each row that adapts in the first half of the moves:
 
     .. math:: x' = x + h\, g(x) + \sqrt{2 h}\, \epsilon, \qquad
               g(x) = \nabla \log p(y | x) - (x - \tilde x_0) / r_t^2 .
@@ -114,10 +113,9 @@ class DAPS(Sampler):
             ValueError: for a process that is not Gaussian.
         """
         share = torch.arange(self.inner, dtype=t.t.dtype, device=t.t.device) / self.inner
-        late, end = t.log_snr.unsqueeze(-1), s.log_snr[0]
-        time = process.schedule.time_of_log_snr(late + share * (end - late))
-        levels = process.schedule.level(time, check=False)
-        early, before = Level(*(v[:, 1:] for v in levels)), Level(*(v[:, :-1] for v in levels))
+        late, end = t.clock.reshape(-1, 1), s.clock[0].reshape(())
+        levels = process.level_of_clock(late + share * (end - late))
+        early, before = levels.map(lambda v: v[:, 1:]), levels.map(lambda v: v[:, :-1])
         variance = t.sigma**2 / t.alpha**2 if self.variance is None else self.variance(t)
         return DAPSCoefficients(levels, self._flow.coefficients(process, early, before), variance)
 

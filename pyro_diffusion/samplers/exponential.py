@@ -7,6 +7,7 @@ is integrated exactly and F is replaced by the polynomial through its past value
 Gauss-Legendre quadrature in float64: exact to 1e-12 for steps of up to 20 in log-SNR.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from pyro_diffusion.denoisers import Parameterization
 from pyro_diffusion.precision import matmul
 
-__all__ = ["StepRule", "average_weights", "canonical", "step_rule"]
+__all__ = ["StepRule", "average_weights", "by_coordinate", "canonical", "step_rule"]
 
 NODES = 48
 
@@ -88,6 +89,26 @@ def step_rule(
     powers = theta ** torch.arange(count, device=h.device).unsqueeze(-1)
     state = torch.expm1(whole[:, 0]) * torch.exp(-late - h) / -torch.expm1(-h)
     return StepRule(state, matmul(kappa, powers.mT))
+
+
+def by_coordinate(
+    tables: Callable[[Tensor, Tensor], tuple[Tensor, ...]], late: Tensor, h: Tensor
+) -> tuple[Tensor, ...]:
+    """Tables of the steps, rows + (columns,), for every coordinate that has levels of its own.
+
+    Args:
+        tables: of steps in a row, from their starts and lengths of shape rows.
+        late: where the steps start, rows + event (singletons where all coordinates are alike).
+        h: their length, likewise.
+
+    Returns:
+        The tables, rows + (columns,) + event.
+    """
+    steps = torch.stack([late, h]).reshape(2, len(h), -1)
+    distinct, index = steps.unique(dim=-1, return_inverse=True)
+    each = [tables(*column) for column in distinct.unbind(-1)]
+    whole = (torch.stack(parts, -1)[..., index] for parts in zip(*each, strict=True))
+    return tuple(table.reshape(*table.shape[:-1], *late.shape[1:]) for table in whole)
 
 
 def average_weights(nodes: Tensor, moments: Tensor) -> Tensor:

@@ -91,10 +91,10 @@ class Heun(DDIM):
         rho = t.sigma / t.alpha
         if self.churn > 0:
             gamma = min(self.churn / len(t.t), MOST_CHURN)
-            chosen = (rho >= self.between[0]) & (rho <= self.between[1])
-            raised = t.log_snr - 2 * math.log1p(gamma)
-            time = process.schedule.time_of_log_snr(raised)
-            level = process.schedule.level(torch.where(chosen, time, t.t), check=False)
+            ratio = (-0.5 * t.clock).exp()
+            chosen = (ratio >= self.between[0]) & (ratio <= self.between[1])
+            raised = torch.where(chosen, t.clock - 2 * math.log1p(gamma), t.clock)
+            level = process.level_of_clock(raised.reshape(len(t.t)))
             gain = torch.expm1(t.log_snr - level.log_snr).clamp(min=0)
             variance = (self.noise * level.alpha * rho).square() * gain
         return HeunCoefficients(

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_diffusion.processes import ForwardProcess, GaussianProcess, draw
+from pyro_diffusion.processes import Ability, ForwardProcess, draw
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.processes.gaussian import GaussianCoefficients
 from pyro_diffusion.samplers.base import Read, Sampler, State, check_sampler
 from pyro_diffusion.schedules import Level
@@ -51,12 +52,9 @@ class Langevin:
         """The kernel of one move at every level.
 
         Raises:
-            ValueError: for a process that is not Gaussian.
+            ValueError: for a process without Tweedie's formula.
         """
-        if not isinstance(process, GaussianProcess):
-            raise ValueError(
-                f"corrector: got {self!r} for a {type(process).__name__}, expected a GaussianProcess"
-            )
+        require(process, Ability.TWEEDIE, argument="corrector", by=self)
         pull = 2 * self.snr**2
         return GaussianCoefficients(
             xt=torch.full_like(s.sigma, 1 - pull),

@@ -10,7 +10,12 @@ from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.processes.gaussian import GaussianCoefficients
 from pyro_diffusion.samplers.ancestral import DDIM
 from pyro_diffusion.samplers.base import Read, State
-from pyro_diffusion.samplers.exponential import average_weights, canonical, step_rule
+from pyro_diffusion.samplers.exponential import (
+    average_weights,
+    by_coordinate,
+    canonical,
+    step_rule,
+)
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_positive_int
 
@@ -109,21 +114,25 @@ class AdamsBashforth(DDIM):
             raise ValueError(
                 f"schedule: got an infinite log-SNR for {self!r}, expected finite ends of the grid"
             )
-        z = h - 0.5 * torch.log1p(self.eta**2 * torch.expm1(-2 * h))
-        state, weights = self._weights(late, h, z)
-        correction = weights[:, :0]
+        state, weights, correction = by_coordinate(self._tables, late, h)
         if self.corrects:
-            # What the completed step's x_0 should have been, less what it was.
-            gap = self._weights(late, h, z, ahead=True)[1] - torch.nn.functional.pad(
-                weights, (1, 0)
-            )
-            gap = bridge.x0.unsqueeze(-1) * gap
+            gap = bridge.x0.unsqueeze(1) * correction
             correction = torch.cat([gap[1:], torch.zeros_like(gap[:1])])
         _, skip, out = canonical(self.extrapolate, late)
         table = (-skip / out / torch.hypot(t.alpha, t.sigma), 1 / out, state / t.sigma)
         return MultistepCoefficients(
             bridge, *(v.to(t.sigma) for v in (*table, weights, correction))
         )
+
+    def _tables(self, late: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights of the state, of the values, and of the corrector's change of x_0, for steps in a row."""
+        z = h - 0.5 * torch.log1p(self.eta**2 * torch.expm1(-2 * h))
+        state, weights = self._weights(late, h, z)
+        if not self.corrects:
+            return state, weights, weights[:, :0]
+        # What the completed step's x_0 should have been, less what it was.
+        shifted = torch.nn.functional.pad(weights, (1, 0))
+        return state, weights, self._weights(late, h, z, ahead=True)[1] - shifted
 
     def _weights(
         self, late: Tensor, h: Tensor, z: Tensor, ahead: bool = False

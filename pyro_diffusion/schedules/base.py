@@ -7,39 +7,68 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_diffusion.nn.definition import DefinedModule
-from pyro_diffusion.precision import PreciseModule, at_least_single
+from pyro_diffusion.precision import at_least_single
+from pyro_diffusion.schedules.cached import CachedModule
 from pyro_diffusion.validation import check_tensor, check_times
 
 __all__ = ["Grid", "Level", "Schedule", "table_row"]
 
 
 class Level(NamedTuple):
-    r"""A point of a schedule: the time and everything a Gaussian formula needs there.
+    r"""A time, and everything that a formula of the forward process needs there.
 
     Attributes:
         t: time in [0, 1].
+        clock: the log-SNR of the schedule, one number per time: what networks are told.
         log_snr: :math:`\lambda = \log(\alpha^2/\sigma^2)`.
         alpha: signal scale.
         sigma: noise scale.
 
-    All four have one shape, that of the times. Loops evaluate a whole grid at once and index it.
+    A schedule's levels have the shape of the times in all five, and its clock is its log-SNR. The levels of a
+    process (:meth:`~pyro_diffusion.processes.ForwardProcess.levels`) broadcast to times + event: ``t`` and
+    ``clock`` have singletons for events, the scales singletons or, where noise differs by coordinate, the
+    event shape. (Levels of a single time may be plain numbers.) Loops evaluate a whole grid at once and
+    index it.
     """
 
     t: Tensor
+    clock: Tensor
     log_snr: Tensor
     alpha: Tensor
     sigma: Tensor
 
+    @property
+    def noise_to_signal(self) -> Tensor:
+        r""":math:`\sigma/\alpha`, the standard deviation of the noise on the scale of the data."""
+        return self.sigma / self.alpha
+
+    @property
+    def tweedie(self) -> Tensor:
+        r""":math:`\sigma^2/\alpha`: a gradient in x_t of a log-density times this is a shift of the data.
+
+        Tweedie's formula under Gaussian noise, :math:`\hat x_0 = x_t/\alpha + (\sigma^2/\alpha)
+        \nabla\log q(x_t)`.
+        """
+        return self.sigma.square() / self.alpha
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Level":
+        """The level whose tensors are those of ``function``."""
+        log_snr = function(self.log_snr)
+        clock = log_snr if self.clock is self.log_snr else function(self.clock)
+        return Level(function(self.t), clock, log_snr, function(self.alpha), function(self.sigma))
+
     def at(self, index: int | slice | Tensor) -> "Level":
         """The same level at an index of its leading dimension."""
-        return Level(*(x[index] for x in self))
+        return self.map(lambda x: x[index])
 
     def unsqueeze(self, event_dim: int) -> "Level":
-        """Append ``event_dim`` singleton dimensions, so that times of batch shape meet events."""
+        """Append ``event_dim`` singleton dimensions, so that times of batch shape meet events.
+
+        A single time stays a number, which broadcasts with everything.
+        """
         if self.t.dim() == 0 or event_dim == 0:
             return self
-        return Level(*(x.reshape(x.shape + (1,) * event_dim) for x in self))
+        return self.map(lambda x: x.reshape(x.shape + (1,) * event_dim))
 
     def tabulate(self, function: Callable[["Level"], Any]) -> Any:
         """``function(self)``, a tuple of tensors; a row of a grid computes it once for all rows."""
@@ -51,7 +80,7 @@ class Grid(Level):
 
     def row(self, index: int) -> "Row":
         """The level of one step."""
-        row = Row(*(x[index] for x in self))
+        row = Row(*self.at(index))
         row.grid, row.place = self, index
         return row
 
@@ -81,22 +110,7 @@ def table_row(table: tuple[Any, ...], index: int) -> tuple[Any, ...]:
     return row
 
 
-class Sources:
-    """Tensors as they are now; equal to later ones if these are the same tensors and were not changed."""
-
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self.tensors = tensors
-        self.versions = tuple(v._version for v in tensors)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sources) or self.versions != other.versions:
-            return False
-        return all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-class Schedule(DefinedModule, PreciseModule):
+class Schedule(CachedModule):
     r"""Signal and noise scales :math:`\alpha(t), \sigma(t)` over t in [0, 1] (0 = data, 1 = noise).
 
     A schedule is two independent choices. The *curve* :math:`\lambda(t) = \log(\alpha^2/\sigma^2)` is
@@ -256,61 +270,16 @@ class Schedule(DefinedModule, PreciseModule):
         if check:
             check_times("t", t)
         log_snr = self._log_snr(t)
-        return Level(t, log_snr, self._signal(log_snr), self._noise(log_snr))
+        return self._level_of(t, log_snr)
 
-    def grid_levels(
-        self, times: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None
-    ) -> Level:
-        """The levels of a whole grid; those of the last grid are kept.
+    def level_of_log_snr(self, log_snr: Tensor) -> Level:
+        """The level at a log-SNR, or at the schedule's end where it lies beyond, any shape."""
+        check_tensor("log_snr", log_snr)
+        log_snr = log_snr.clamp(self.log_snr_min, self.log_snr_max)
+        return self._level_of(self.time_of_log_snr(log_snr), log_snr)
 
-        A model uses one grid again and again. A schedule with parameters is evaluated every time, and so is
-        any schedule on times that require a gradient; a grid changed in place is another grid.
-
-        Args:
-            times: the grid.
-            dtype: of the result, that of the times by default; float32 in place of shorter ones.
-            device: of the result, that of the times by default.
-
-        Raises:
-            ValueError: for times outside [0, 1], where the check costs no wait for a device (on the CPU).
-        """
-        check_tensor("times", times)
-        place = (at_least_single(dtype or times.dtype), device or times.device)
-        sources = self.sources(times)
-        kept = self.__dict__.get("_kept")
-        if kept is not None and kept[:2] == (sources, place):
-            level: Level = kept[2]
-            return level
-        if times.device.type == "cpu":  # elsewhere the check would wait for the device
-            check_times("times", times)
-        if times.is_inference() and not torch.is_inference_mode_enabled():
-            times = times.clone()  # autograd can save a copy
-        level = self.level(times.to(dtype=place[0], device=place[1]), check=False)
-        if sources is not None and not torch.is_inference_mode_enabled():
-            self.__dict__["_kept"] = (sources, place, level)
-        return level
-
-    def sources(self, times: Tensor) -> "Sources | None":
-        """The tensors that a grid's levels come from, or None if these must be computed every time.
-
-        That is where they need a gradient, or where torch does not count changes (inference tensors).
-        """
-        if next(self.parameters(), None) is not None:
-            return None
-        tensors = (times, *self.buffers())
-        if any(v.is_inference() or v.requires_grad for v in tensors):
-            return None
-        return Sources(tensors)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute, and forget what was kept: it may have come from the old one."""
-        self.__dict__.pop("_kept", None)
-        self.__dict__.pop("_checked", None)
-        super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles hold: all but what is kept."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_kept", "_checked")}
+    def _level_of(self, t: Tensor, log_snr: Tensor) -> Level:
+        return Level(t, log_snr, log_snr, self._signal(log_snr), self._noise(log_snr))
 
     def extra_repr(self) -> str:
         """Ends of the curve, for ``repr``."""

@@ -65,6 +65,7 @@ NOT_CALLED: dict[str, str] = {
     "evaluate.Terms": "made by the package, for reading",
     "guidance.Twisted": "made by the package, for reading",
     "likelihoods.Whitened": "made by the package, for reading",
+    "processes.Ability": "an enumeration",
     "samplers.State": "made by the package, for reading",
     "schedules.Level": "made by the package, for reading",
     "infer.ChainReparam": "takes nothing to spoil, or objects of the caller",
@@ -214,7 +215,11 @@ def schedule_calls() -> list[Call]:
             cosine.time_of_log_snr,
             lambda: {"log_snr": torch.tensor([0.2, 0.7])},
         ),
-        Call("schedules.Schedule.grid_levels", cosine.grid_levels, of({"times": TIMES}), True),
+        Call(
+            "schedules.Schedule.level_of_log_snr",
+            cosine.level_of_log_snr,
+            lambda: {"log_snr": torch.tensor([0.2, 0.7])},
+        ),
         Call("schedules.uniform_log_snr", schedules.uniform_log_snr, of(by_schedule)),
         Call("schedules.karras", schedules.karras, of({**by_schedule, "rho": 7.0})),
         Call(
@@ -311,14 +316,21 @@ def process_calls() -> list[Call]:
             for k, v in of_symbols.items()
         ),
         Call("processes.ForwardProcess.level", PROCESS.level, of({"t": t}), True),
+        Call("processes.ForwardProcess.levels", PROCESS.levels, of({"times": TIMES}), True),
+        Call("processes.ForwardProcess.rates", PROCESS.rates, of({"t": t}), True),
         Call(
-            "processes.GaussianProcess.log_evidence",
-            PROCESS.log_evidence,
+            "processes.ForwardProcess.level_of_clock",
+            PROCESS.level_of_clock,
+            lambda: {"clock": torch.tensor([0.2, 0.7])},
+        ),
+        Call(
+            "processes.GaussianProcess.coordinate_log_likelihood",
+            PROCESS.coordinate_log_likelihood,
             of({"xt": x, "values": torch.tensor([-1.0, 0.0, 1.0]), "t": t}),
         ),
         Call(
-            "processes.CategoricalProcess.log_evidence",
-            MASKING.log_evidence,
+            "processes.CategoricalProcess.coordinate_log_likelihood",
+            MASKING.coordinate_log_likelihood,
             of({"xt": states, "values": torch.arange(4), "t": t}),
             True,
         ),
