@@ -93,6 +93,19 @@ def test_standard_errors_are_calibrated(options):
         assert 0.85 < scatter / claimed < 1.15
 
 
+def test_standard_errors_fall_with_the_number_of_terms():
+    """Variances of a mean of M terms are as 1 / M, whatever ``num_samples`` the decoder's term has."""
+    denoiser = mixture(LogLinear(6, -6))
+    law = Diffusion(denoiser, (2,), times=uniform(200, F64))
+    data = denoiser.data().sample((2000,))
+    few, many = (
+        evaluate.log_likelihood(law, data, num_terms=m, num_samples=50, seed=0).standard_error
+        for m in (4, 64)
+    )
+    # The ratio has a standard deviation of 0.85 over seeds: a false alarm in some 10^6.
+    assert 12 < few.square().mean() / many.square().mean() < 21
+
+
 def test_terms_sum_to_minus_the_value_and_say_where():
     law = normal(7)
     data = law.denoiser.data().sample((30,))
