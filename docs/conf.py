@@ -49,13 +49,13 @@ copybutton_prompt_is_regexp = True
 nitpick_ignore_regex = [
     (
         r"py:(class|func|meth|attr|data|exc|obj|mod)",
-        r"(abc|torch|torchsde|pyro|numpy|pandas|arviz|xarray|matplotlib|collections\.abc|pathlib|os)\..+",
+        r"(abc|enum|torch|torchsde|pyro|numpy|pandas|arviz|xarray|matplotlib|collections\.abc|pathlib|os)\..+",
     ),
     # Parts of annotations and bases that are not for users, and an error of Pyro's in "Raises".
     (
         r"py:(class|exc)",
         r"pyro_diffusion\..+\.("
-        r"\w*Coefficients|Analysis|ConditionalFilter|Conditioning|ContinuityResidual|Filter|"
+        r"\w*Coefficients|Analysis|CachedModule|Rates|ConditionalFilter|Conditioning|ContinuityResidual|Filter|"
         r"GaussianSDE|LinearizedDenoiser|LinearizedLikelihood|Method|NoClosedForms|Node|NoiseHead|"
         r"NoiseSource|Observations|ParticleFilter|Passage|PreciseModule|ScheduleLike|Solved|"
         r"Sources|TwoEndedSchedule|TwoSampleTest|WassersteinBound"
