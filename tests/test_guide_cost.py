@@ -223,7 +223,7 @@ def test_other_values_keep_the_analysis_and_other_shapes_do_not():
     assert torch.equal(same.log_prob(x0), ProgramLikelihood(model, (-one,)).log_prob(x0))
 
 
-CHANGES = ["broadcast", "dependence", "operation", "site", "rounding"]
+CHANGES = ["broadcast", "dependence", "dimension", "operation", "site", "rounding"]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -233,6 +233,7 @@ def test_a_changed_closure_is_noticed(change):
 
     def model():
         x = pyro.sample("x", Diffusion(counting(), (2,), steps=2))
+        x = x - 0.3 * x.mean(0 if flags["dimension"] else -1, keepdim=True)
         loc = x[0] + x[1] if flags["broadcast"] else x[..., 0] + x[..., 1]
         loc = loc.detach().round() if flags["dependence"] else loc
         loc = loc.exp() if flags["operation"] else loc

@@ -128,9 +128,10 @@ class ProgramLikelihood(Likelihood):
             dict(subsamples or {}),
             known[1] if known[0] == arguments else None,
         )
-        self._site = first.site
-        self.site, self.prior, self.transforms = self._site[:3]
-        self.site_distribution, self.subsamples = self._site.distribution, first.subsamples
+        found = self._site = first.site
+        self.site, self.prior, self.transforms = found.name, found.diffusion, found.transforms
+        self.site_distribution = found.distribution
+        self.subsamples = first.subsamples
         self.batch_shape, self.event_shape = self.prior.batch_shape, self.prior.event_shape
         self.factorized = first.factorized
         self._program = BatchedProgram(program, first)
