@@ -28,7 +28,6 @@ from pyro_diffusion.distributions import (
     QuantizedDecoder,
 )
 from pyro_diffusion.guidance import (
-    DAPS,
     MMPS,
     TMPD,
     DiffPIR,
@@ -39,7 +38,7 @@ from pyro_diffusion.guidance import (
 from pyro_diffusion.infer import DDPM, TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, CategoricalProcess, GaussianProcess, Uniform
-from pyro_diffusion.samplers import DDIM
+from pyro_diffusion.samplers import DAPS, DDIM
 from pyro_diffusion.schedules import (
     Cosine,
     LinearBeta,
@@ -404,7 +403,7 @@ TABLE = {
     },
     "no deviance": (
         lambda: MMPS(mixture(), read(gammas, residuals="deviance"))(SEEN, torch.tensor(0.5)),
-        "site 'y' with a Gamma, expected a Normal.*discrete law.*PlugIn.*TwistedSMC",
+        "site 'y' with a Gamma, expected a Normal.*discrete distribution.*PlugIn.*TwistedSMC",
     ),
     "network for a guided denoiser": (lambda: PlugIn(Tiny((3,)), read()), "denoiser: got Tiny"),
     "solver by another name": (lambda: MMPS(mixture(), read(), solver="lu"), "solver: got 'lu'"),

@@ -11,7 +11,6 @@ from torch import Tensor
 from pyro_diffusion.denoisers import TableDenoiser
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import (
-    DAPS,
     MMPS,
     TMPD,
     DataCovariance,
@@ -26,7 +25,7 @@ from pyro_diffusion.infer import TwistedSMC
 from pyro_diffusion.infer.conditional_filter import ConditionalFilter
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing
-from pyro_diffusion.samplers import DDIM, Ancestral, Heun, RePaint
+from pyro_diffusion.samplers import DAPS, DDIM, Ancestral, Heun, RePaint
 from pyro_diffusion.schedules import LogLinear, Rectified, uniform
 from tests.exact import mixture
 
