@@ -115,3 +115,16 @@ def test_what_a_likelihood_lacks_is_named():
         Replacement(DENOISER, Sum())
     with pytest.raises(TypeError, match="abstract"):
         Likelihood()
+
+
+def test_a_program_knows_whether_it_has_a_gradient():
+    def model(rounded):
+        x = pyro.sample("x", Diffusion(DENOISER, (2,)))
+        x = x.round() if rounded else x
+        pyro.sample("y", dist.Normal(x, SCALE).to_event(1), obs=Y[:2])
+
+    assert ProgramLikelihood(model, (False,)).differentiable
+    likelihood = ProgramLikelihood(model, (True,))
+    assert not likelihood.differentiable
+    with pytest.raises(ValueError, match="got no gradient in x_0 at site 'y', expected a differ"):
+        likelihood.check_gradient()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_diffusion.likelihoods.analysis import Analysis, analyse
 from pyro_diffusion.likelihoods.base import Likelihood
-from pyro_diffusion.likelihoods.batches import BatchedProgram
+from pyro_diffusion.likelihoods.batches import BatchedProgram, Extract
 from pyro_diffusion.likelihoods.run import Message, handlers, log_density
 from pyro_diffusion.likelihoods.signature import structure
 from pyro_diffusion.likelihoods.sites import first_run
@@ -36,8 +36,8 @@ class ProgramLikelihood(Likelihood):
     what is returned is all ones.
 
     Missing observations may be NaN: where a mask hides them (``.mask``, ``poutine.mask``, ``obs_mask``), and
-    in a ``NanMaskedNormal`` or ``NanMaskedMultivariateNormal``. They add nothing to the
-    log-density, and gradients are finite.
+    in a ``NanMaskedNormal`` or ``NanMaskedMultivariateNormal``. They add nothing to the log-density, and
+    gradients are finite.
 
     The program is run once per call. A batch of x_0 is put left of all its plates (as
     ``Predictive(parallel=True)`` does); for a program that is not written for this, single runs are
@@ -70,6 +70,7 @@ class ProgramLikelihood(Likelihood):
         batch_shape: of x_0, plates included.
         event_shape: of one x_0.
         factorized: whether each datum has its own observations.
+        differentiable: whether there is a gradient in x_0.
         latents: the other latents' values.
         subsamples: the indices that subsampled plates were given.
         analysis: what trial runs found: a ``precedent`` for the same program at other values.
@@ -138,6 +139,7 @@ class ProgramLikelihood(Likelihood):
         self.analysis = analyse(
             self._program, first, (arguments, first.signature), self.latents, precedent
         )
+        self.differentiable = self._no_gradient() is None
 
     def log_prob(self, x0: Tensor) -> Tensor:
         """log p(all observations | x_0) in nats (exact), differentiable.
@@ -208,13 +210,19 @@ class ProgramLikelihood(Likelihood):
         Raises:
             ValueError: if x_0 is discrete, or an observed site changes with x_0 but has no gradient.
         """
-        expected = "expected a differentiable one (use twisted SMC with a proposal that asks for no gradient)"
-        if not isinstance(self.prior.denoiser.process, GaussianProcess):
-            raise ValueError(f"site {self.site!r}: got discrete data without gradients, {expected}")
-        if names := self.analysis.dependence.without_gradient:
+        if reason := self._no_gradient():
             raise ValueError(
-                f"likelihood: got no gradient in x_0 at site {', '.join(map(repr, names))}, {expected}"
+                f"{reason}, expected a differentiable one (use twisted SMC with a proposal that asks for no "
+                "gradient)"
             )
+
+    def _no_gradient(self) -> str | None:
+        """Why there is no gradient in x_0, or None if there is one."""
+        if not isinstance(self.prior.denoiser.process, GaussianProcess):
+            return f"site {self.site!r}: got discrete data without gradients"
+        if names := self.analysis.dependence.without_gradient:
+            return f"likelihood: got no gradient in x_0 at site {', '.join(map(repr, names))}"
+        return None
 
     def _refusal(self) -> str:
         """Why there is no residual, and what does without."""
@@ -235,9 +243,7 @@ class ProgramLikelihood(Likelihood):
             "guidance or TwistedSMC, which take any likelihood)"
         )
 
-    def _extract(
-        self, x0: Tensor, extract: Callable[[list[Message], int], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
+    def _extract(self, x0: Tensor, extract: Extract) -> tuple[Tensor, ...]:
         return self._program.run_batch(x0, self.latents, extract, self.analysis.vectorized)
 
     def _whitened(self, sites: list[Message], lead: int) -> tuple[Tensor, ...]:

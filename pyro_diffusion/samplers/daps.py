@@ -55,9 +55,10 @@ class DAPS(Sampler):
     3. :math:`x_s \sim q(x_s | x_0)`, of no memory of x_t.
 
     A sampler, not a guidance: it takes the *prior's* denoiser. Step 2 is one exact draw for linear Normal
-    observations (for others that of the likelihood linearized at :math:`\tilde x_0`), or ``moves`` of
-    Metropolis-adjusted Langevin dynamics for any differentiable likelihood, started at :math:`\tilde x_0`
-    with a step size of its own for each row that adapts in the first half of the moves:
+    observations (for others that of the likelihood linearized at :math:`\tilde x_0`; the likelihood's own
+    ``sample_near`` makes it), or ``moves`` of Metropolis-adjusted Langevin dynamics for any differentiable
+    likelihood, started at :math:`\tilde x_0` with a step size of its own for each row that adapts in the
+    first half of the moves:
 
     .. math:: x' = x + h\, g(x) + \sqrt{2 h}\, \epsilon, \qquad
               g(x) = \nabla \log p(y | x) - (x - \tilde x_0) / r_t^2 .
