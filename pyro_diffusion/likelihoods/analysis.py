@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.likelihoods.batches import BatchedProgram
-from pyro_diffusion.likelihoods.sites import FirstRun
+from pyro_diffusion.likelihoods.first_run import FirstRun
 from pyro_diffusion.likelihoods.trials import (
     Dependence,
     agree,

@@ -7,9 +7,9 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_diffusion.likelihoods.first_run import FirstRun
 from pyro_diffusion.likelihoods.missing import without_missing
 from pyro_diffusion.likelihoods.run import Message, collapse, log_density, observed, of_each_datum
-from pyro_diffusion.likelihoods.sites import FirstRun
 from pyro_diffusion.validation import check_event_shape
 
 __all__ = ["BatchedProgram", "Extract"]

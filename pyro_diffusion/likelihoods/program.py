@@ -12,9 +12,9 @@ from torch import Tensor
 from pyro_diffusion.likelihoods.analysis import Analysis, analyse
 from pyro_diffusion.likelihoods.base import Likelihood
 from pyro_diffusion.likelihoods.batches import BatchedProgram, Extract
+from pyro_diffusion.likelihoods.first_run import first_run
 from pyro_diffusion.likelihoods.run import Message, handlers, log_density
 from pyro_diffusion.likelihoods.signature import structure
-from pyro_diffusion.likelihoods.sites import first_run
 from pyro_diffusion.likelihoods.trials import trials
 from pyro_diffusion.likelihoods.whitening import RESIDUALS, Whitened, whitened
 from pyro_diffusion.processes import GaussianProcess
