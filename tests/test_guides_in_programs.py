@@ -187,7 +187,7 @@ def test_subsamples_of_which_nothing_can_be_made_are_refused():
         ProgramLikelihood(subsampled)
     with pytest.raises(ValueError, match="a subsample of 2 of 4 that is drawn anew at each run"):
         ParticleGibbs(subsampled).setup(1)
-    with pytest.raises(ValueError, match="Predictive does not tell of which data"):
+    with pytest.raises(ValueError, match="Predictive does not say which data"):
         Predictive(subsampled, guide=AutoGuidance(subsampled), num_samples=2, parallel=True)()
 
 

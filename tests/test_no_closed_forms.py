@@ -9,7 +9,7 @@ from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.distributions.discretized import DiscretizedNormal
 from pyro_diffusion.guidance.base import GuidedDenoiser
-from pyro_diffusion.infer.posterior_law import PosteriorLaw
+from pyro_diffusion.infer.simulated_posterior import SimulatedPosterior
 from pyro_diffusion.nn import MLP
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine
@@ -52,8 +52,10 @@ def ask(law, name):
 
 
 def test_a_guides_law_says_so_too():
-    law = PosteriorLaw(lambda shape: None, (), (2,), dist.constraints.real_vector)
-    with pytest.raises(NotImplementedError, match=r"PosteriorLaw\.mean: .* draws of the guide"):
+    law = SimulatedPosterior(lambda shape: None, (), (2,), dist.constraints.real_vector)
+    with pytest.raises(
+        NotImplementedError, match=r"SimulatedPosterior\.mean: .* draws of the guide"
+    ):
         _ = law.mean
 
 

@@ -81,14 +81,14 @@ def log_likelihood(
     slices = len(times) - 1
     value, variance, tally = [], [], _Tally(slices)
     with torch.no_grad():
-        for rows, law in batches(model, view, data, context, batch_size, progress, seed):
+        for rows, batch in batches(model, view, data, context, batch_size, progress, seed):
             x = rows.x
             with drawing_from(rows.noise):
-                prior = law.prior_terms(x)
+                prior = batch.prior_terms(x)
                 decoder = torch.stack(
-                    [law.decoder_terms(x) - rows.log_det for _ in range(num_samples)]
+                    [batch.decoder_terms(x) - rows.log_det for _ in range(num_samples)]
                 )
-                place, cost = _reverse_costs(law, rows, slices, num_terms, num_samples)
+                place, cost = _reverse_costs(batch, rows, slices, num_terms, num_samples)
             if num_terms is None:  # (S, K, n): sum over steps, independent samples
                 reverse = cost.mean(0).mean(0)
                 reverse_variance = (cost / slices).var(0).sum(0) / num_samples

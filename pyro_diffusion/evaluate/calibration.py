@@ -73,9 +73,9 @@ class RankStatistics:
                 f"bins: got {bins}, expected at most {self.num_samples + 1}, num_samples + 1"
             )
         # Bins hold equally many ranks, give or take one; what is expected follows the true number.
-        home = torch.arange(self.num_samples + 1) * bins // (self.num_samples + 1)
-        expected = home.bincount(minlength=bins) * (len(ranks) / (self.num_samples + 1))
-        observed = home[ranks.long()].bincount(minlength=bins)
+        bin_of_rank = torch.arange(self.num_samples + 1) * bins // (self.num_samples + 1)
+        expected = bin_of_rank.bincount(minlength=bins) * (len(ranks) / (self.num_samples + 1))
+        observed = bin_of_rank[ranks.long()].bincount(minlength=bins)
         statistic = ((observed - expected).square() / expected).sum()
         return float(stats.chi2.sf(float(statistic), bins - 1))
 
@@ -148,7 +148,7 @@ def sbc(
     particles than draws, and draw by ``torch.multinomial``, as ``Particles.sample`` spreads its draws evenly.
     Otherwise the ends of the histogram rise (or fall) though the posterior is right. A uniform
     rank is necessary, not sufficient: the prior passes where a quantity depends on the latents alone, so
-    include one that reads the data (its log-likelihood, say).
+    include one that depends on the data (its log-likelihood, say).
 
     Args:
         model: a Pyro program with latent and observed sites.
@@ -183,7 +183,7 @@ def sbc(
         True
 
     References:
-        Talts et al., arXiv 1804.06788; Modrak et al., arXiv 2211.02383 (quantities that read the data).
+        Talts et al., arXiv 1804.06788; Modrak et al., arXiv 2211.02383 (quantities that depend on the data).
     """
     check_positive_int("num_simulations", num_simulations, at_least=10)
     check_positive_int("thin", thin)

@@ -17,7 +17,7 @@ from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["chain_costs"]
 
-# Numbers held at once while one posterior is priced for all earlier times.
+# Numbers held at once while the costs from one posterior to all earlier times are computed.
 BLOCK = 2**22
 
 
@@ -68,14 +68,14 @@ def chain_costs(
     # One noise for all times: costs then vary smoothly along the chain, and no time is chosen for its luck.
     noise = torch.randn(num_samples, *data.shape, dtype=data.dtype, device=data.device)
     with torch.no_grad():
-        for j in tqdm(range(1, len(times)), desc="pricing steps", disable=not progress):
+        for j in tqdm(range(1, len(times)), desc="costs of steps", disable=not progress):
             gain = snr[:j] - snr[j]
-            prices = [_prices(denoiser, data, e, levels.at(j), gain, context) for e in noise]
-            costs[:j, j] = torch.stack(prices).sum(0) / (num_samples * len(data))
+            parts = [_costs(denoiser, data, e, levels.at(j), gain, context) for e in noise]
+            costs[:j, j] = torch.stack(parts).sum(0) / (num_samples * len(data))
     return costs
 
 
-def _prices(
+def _costs(
     denoiser: Denoiser,
     data: Tensor,
     noise: Tensor,

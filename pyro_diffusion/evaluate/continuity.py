@@ -1,4 +1,4 @@
-"""Whether a denoiser's flow moves the data's own noisy laws: the continuity equation in weak form."""
+"""Whether a denoiser's flow carries the data's own marginals: the continuity equation in weak form."""
 
 from dataclasses import dataclass
 
@@ -50,16 +50,17 @@ def continuity_residual(
 ) -> ContinuityResidual:
     r"""Weak-form residual of the continuity equation along the forward process, by random test functions.
 
-    The laws of x_t obey :math:`\tfrac{d}{d\lambda} E[\phi(x_t)] = E[\nabla\phi(x_t) \cdot v(x_t, \lambda)]`
+    Marginals of x_t obey :math:`\tfrac{d}{d\lambda} E[\phi(x_t)] = E[\nabla\phi(x_t) \cdot v(x_t, \lambda)]`
     with v the velocity of the probability-flow ODE. Along :math:`x_t = \alpha x_0 + \sigma\epsilon` the
     left side is an average too, of the velocity given x_0 and eps, so no finite difference in time is needed:
 
     .. math:: R_\phi(\lambda) = E\big[\nabla\phi(x_t)\cdot(\dot\alpha x_0 + \dot\sigma\epsilon - v(x_t))\big]
               = \tfrac{\alpha}{2}\, E\big[\nabla\phi(x_t) \cdot (x_0 - \hat x_0(x_t))\big].
 
-    Zero for every phi if and only if the denoiser's flow carries these laws, as the exact posterior mean's
-    does. The Fokker-Planck equations of the reverse SDEs have the same residual times :math:`1 + \eta^2`. An
-    error whose density-weighted divergence vanishes moves no marginal and is not seen.
+    Zero for every phi if and only if the denoiser's flow carries these marginals, as the exact posterior
+    mean's does. The Fokker-Planck equations of the reverse SDEs have the same residual times
+    :math:`1 + \eta^2`. An error whose density-weighted divergence vanishes changes no marginal and goes
+    unseen.
 
     Test functions are :math:`\phi(x) = \cos(w \cdot x/n + b)`, n the root mean square of a coordinate of x_t,
     w normal of covariance :math:`\omega^2 I/d` with :math:`\omega` = 1 or 2 (half each), b uniform.
@@ -72,7 +73,7 @@ def continuity_residual(
         num_functions: number of test functions, the same at all levels.
         num_samples: noise draws per datum and level.
         context: the denoiser's context, one row per datum.
-        batch_size: data read together.
+        batch_size: data evaluated together.
 
     Returns:
         Residuals ``value`` (levels, num_functions) per unit of log-SNR, their ``standard_error`` over data,

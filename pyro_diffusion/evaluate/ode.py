@@ -48,8 +48,8 @@ def flow_log_likelihood(
     seed = checked_seed(seed) if own is None else own
     value, error, evaluations = [], [], 0
     with torch.no_grad():
-        for rows, law in batches(model, model.base, data, context, batch_size, progress, seed):
-            density = law.score(rows.x, rows.noise)
+        for rows, batch in batches(model, model.base, data, context, batch_size, progress, seed):
+            density = batch.score(rows.x, rows.noise)
             value.append(density.value + rows.log_det)
             error.append(density.standard_error)
             evaluations += density.evaluations * len(rows.x)

@@ -71,8 +71,8 @@ def _check_pointwise(node: Message, first: Tensor) -> None:
         )
 
 
-def _estimated(law: DenoisedDistribution) -> bool:
-    return not isinstance(law, ProbabilityFlow) or law.trace.stochastic
+def _estimated(view: DenoisedDistribution) -> bool:
+    return not isinstance(view, ProbabilityFlow) or view.trace.stochastic
 
 
 def latent_draws(

@@ -38,10 +38,10 @@ def posterior_to_arviz(
         kwargs: the model's keyword arguments.
 
     Returns:
-        Groups ``posterior``; ``posterior_predictive``, draws of the model's observed sites if a dict
-        has them; ``log_likelihood`` per observed site, of its batch shape, in nats (exact, unscaled, 0
-        where masked), so that ``az.loo`` works; ``observed_data``; for particles ``sample_stats`` with
-        ``ess`` (at the data), ``ess_min`` (over the walk), ``log_evidence`` and ``log_evidence_error`` of the
+        Groups ``posterior``; ``posterior_predictive``, draws of the model's observed sites if a dict has
+        them; ``log_likelihood`` per observed site, of its batch shape, in nats (exact, unscaled, 0 where
+        masked), so that ``az.loo`` works; ``observed_data``; for particles ``sample_stats`` with ``ess`` (at
+        the data), ``ess_min`` (the smallest of all steps), ``log_evidence`` and ``log_evidence_error`` of the
         draw's run, and the evidence of all runs together as attributes. Factors are in none.
 
     Raises:

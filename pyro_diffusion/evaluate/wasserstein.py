@@ -22,8 +22,8 @@ def wasserstein(x: Tensor, y: Tensor) -> float:
     r"""Wasserstein-2 distance of two samples of equal size, by exact assignment.
 
     :math:`\min_\pi (\tfrac1n \sum_i \|x_i - y_{\pi(i)}\|^2)^{1/2}`, exact for the samples. Its square is
-    biased upwards as an estimate of the laws' (two samples of one law are some way apart): compare it with
-    the distance of two samples of the data. O(n^3) time; some thousand points.
+    biased upwards as an estimate of the distributions' own (two samples of one are some way apart):
+    compare it with the distance of two samples of the data. O(n^3) time; some thousand points.
 
     Args:
         x: (n,) + event.
@@ -68,7 +68,7 @@ class WassersteinBound:
 
     Attributes:
         score: what errors of the posterior mean add on the way.
-        prior: what the prior's distance from the law of x_1 becomes.
+        prior: what the prior's distance from the marginal of x_1 becomes.
         smoothing: :math:`\sqrt d\,\sigma_0/\alpha_0`, from the chain's end at t_0 to data.
         log_snr: levels of the quadrature, from t = 1 to t = 0.
         error: root mean square error of the mean (or its bound) at these levels.

@@ -20,8 +20,8 @@ from pyro_diffusion.distributions.base import plates_entered
 from pyro_diffusion.distributions.callers import called_from
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.guidance import GuidedDenoiser
-from pyro_diffusion.infer.posterior_law import PosteriorLaw
 from pyro_diffusion.infer.reparam import ChainReparam
+from pyro_diffusion.infer.simulated_posterior import SimulatedPosterior
 from pyro_diffusion.infer.twisted_smc import default_guidance
 from pyro_diffusion.likelihoods import Likelihood, ProgramLikelihood
 from pyro_diffusion.likelihoods.analysis import Analysis
@@ -42,13 +42,13 @@ Density = Callable[[], Tensor]
 class AutoPosterior(AutoGuide):
     r"""Base of the guides of one diffusion site; they need no training and have no parameters.
 
-    A guide reads the likelihood out of its model at every call, so arguments, data and other latents may
+    A guide extracts the likelihood from its model at every call, so arguments, data and other latents may
     change from call to call. Its draws are constants for autograd.
 
     In an ``AutoGuideList`` the other latents are drawn by guides appended *before* this one, and the
-    likelihood is read given their current draws. Give this guide the whole model, not a blocked one. Latents
-    that no observation depends on (predictions, and what ``obs_mask`` leaves out) need no guide: as in Pyro,
-    ``Predictive`` draws them from the model.
+    likelihood is extracted given their current draws. Give this guide the whole model, not a blocked one.
+    Latents that no observation depends on (predictions, and what ``obs_mask`` leaves out) need no guide: as
+    in Pyro, ``Predictive`` draws them from the model.
 
     In a subsampled plate each datum of the site must have its own observations. It is drawn for the data that
     the guide's plate has chosen, given these alone; the plate's factor N / B scales log-densities of model
@@ -58,8 +58,8 @@ class AutoPosterior(AutoGuide):
     :math:`\log \hat p(x) + \log p(y|x) - \log \hat Z`, with :math:`\hat Z` the unbiased estimate of p(y) that
     the draw came with. So :math:`\log \hat p(x) + \log p(y|x) - \log q(x) = \log \hat Z`: importance weights
     are properly weighted, and the ELBO is a true bound :math:`E \log \hat Z \le \log p(y)` of the chain's
-    evidence. The noise of :math:`\log \hat p(x)`, the model's own estimate, cancels if model and guide read
-    one ``Diffusion`` *instance*: build it once, outside the model.
+    evidence. The noise of :math:`\log \hat p(x)`, the model's own estimate, cancels if model and guide
+    evaluate one ``Diffusion`` *instance*: build it once, outside the model.
 
     The ELBO's gradient for the parameters of other guides is that of log p(y|x) at the drawn x: exact
     (Fisher's identity) if x is an exact posterior draw, and consistent in the number of particles.
@@ -69,7 +69,7 @@ class AutoPosterior(AutoGuide):
         guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one; what
             suits the likelihood by default, as in :class:`~pyro_diffusion.infer.TwistedSMC`.
         site: name of the diffusion site; may be left out if there is one.
-        times: the grid to walk; that of the model's ``Diffusion`` by default.
+        times: the grid; that of the model's ``Diffusion`` by default.
         create_plates: as in Pyro.
 
     Raises:
@@ -98,8 +98,8 @@ class AutoPosterior(AutoGuide):
         # In tuples, so that neither becomes a submodule.
         self._program, self._guidance = (program,), (guidance or default_guidance,)
         self._site, self._times = site, times
-        self._heard: dict[str, Tensor] = {}
-        self._listening: set[int] = set()
+        self._other_draws: dict[str, Tensor] = {}
+        self._hooked: set[int] = set()
         self._analysis: Analysis | None = None
         self._prototype_structure: Any = None
 
@@ -126,7 +126,7 @@ class AutoPosterior(AutoGuide):
             name = next(iter(likelihood.subsamples))
             raise ValueError(
                 f"plate {name!r}: got a subsample that is drawn anew at each run, and Predictive does not "
-                "tell of which data, expected the whole plate, or indices of your own in the model and in "
+                "say which data, expected the whole plate, or indices of your own in the model and in "
                 "create_plates"
             )
         site = self.prototype_trace.nodes[likelihood.site]
@@ -155,7 +155,7 @@ class AutoPosterior(AutoGuide):
             self._setup_prototype(*args, **kwargs)
         with torch.no_grad(), isolated():
             others = self._draws_of_others(num_samples, args, kwargs)
-            self._heard = others
+            self._other_draws = others
             likelihood = self._likelihood(args, kwargs, 0, {})
             value = self._draw(likelihood, torch.Size([num_samples]))[0]
         real = value if value.is_floating_point() else value.double()
@@ -171,10 +171,10 @@ class AutoPosterior(AutoGuide):
         drawn: list[dict[str, Tensor]] = []
         for _ in range(num_samples):
             master._create_plates(*args, **kwargs)
-            self._heard = {}
+            self._other_draws = {}
             for part in _before(master, self):
                 part(*args, **kwargs)
-            drawn.append(self._heard)
+            drawn.append(self._other_draws)
         names = [name for name in self._others if all(name in one for one in drawn)]
         return {name: torch.stack([one[name] for one in drawn]) for name in names}
 
@@ -184,11 +184,11 @@ class AutoPosterior(AutoGuide):
         for name in self._own:
             fn = nodes[name]["fn"]
             example = functools.partial(_example, nodes[name]["value"])
-            law = PosteriorLaw(example, fn.batch_shape, fn.event_shape, fn.support)
+            posterior = SimulatedPosterior(example, fn.batch_shape, fn.event_shape, fn.support)
             with ExitStack() as stack:
                 for frame in nodes[name]["cond_indep_stack"]:
                     stack.enter_context(plates[frame.name])
-                out[name] = pyro.sample(name, law)
+                out[name] = pyro.sample(name, posterior)
         return out
 
     def _emit(
@@ -196,8 +196,8 @@ class AutoPosterior(AutoGuide):
     ) -> dict[str, Tensor]:
         """Issue the sample statements, inside the site's plates."""
         draw = functools.partial(self._scored_draw, likelihood)
-        law = PosteriorLaw(draw, fn.batch_shape, fn.event_shape, fn.support, nesting)  # type: ignore[arg-type]
-        return {likelihood.site: pyro.sample(likelihood.site, law)}
+        posterior = SimulatedPosterior(draw, fn.batch_shape, fn.event_shape, fn.support, nesting)  # type: ignore[arg-type]
+        return {likelihood.site: pyro.sample(likelihood.site, posterior)}
 
     def _draw(self, likelihood: ProgramLikelihood, sample: torch.Size) -> tuple[Tensor, Density]:
         """Values of the site, sample + batch + event, and what gives log q(x) - log p(x), sample + batch."""
@@ -212,13 +212,13 @@ class AutoPosterior(AutoGuide):
         def density() -> Tensor:
             with isolated():
                 gap = relative()
-                fn = self._model_law(likelihood, value)
+                fn = self._model_distribution(likelihood, value)
             return fn.log_prob(value) + _over_batch(gap, len(sample), fn.batch_shape)
 
         return value, density
 
-    def _model_law(self, likelihood: ProgramLikelihood, value: Tensor) -> Any:
-        """The site's law as the model will score it.
+    def _model_distribution(self, likelihood: ProgramLikelihood, value: Tensor) -> Any:
+        """The site's distribution as the model will score it.
 
         Raises:
             ValueError: if the model builds a new instance at every run.
@@ -246,24 +246,24 @@ class AutoPosterior(AutoGuide):
         super()._update_master(master_ref)
         # Not in the list yet: what is there comes before.
         for part in _before(master_ref(), self):
-            if id(part) not in self._listening:
-                self._listening.add(id(part))
-                part.register_forward_hook(self._hear)
+            if id(part) not in self._hooked:
+                self._hooked.add(id(part))
+                part.register_forward_hook(self._keep_draws)
 
-    def _hear(self, part: nn.Module, inputs: Any, drawn: Any) -> None:
+    def _keep_draws(self, part: nn.Module, inputs: Any, drawn: Any) -> None:
         """Keep what an earlier guide of the list drew."""
         if isinstance(drawn, dict):
-            self._heard.update(drawn)
+            self._other_draws.update(drawn)
 
     def _likelihood(
         self, args: Any, kwargs: Any, nesting: int, subsamples: dict[str, Tensor]
     ) -> ProgramLikelihood:
         """The likelihood given the other guides' current draws."""
-        heard, self._heard = self._heard, {}
+        drawn, self._other_draws = self._other_draws, {}
         latents = {
-            name: self._single(name, heard[name].detach(), nesting)
+            name: self._single(name, drawn[name].detach(), nesting)
             for name in self._others
-            if name in heard
+            if name in drawn
         }
         try:
             likelihood = ProgramLikelihood(
@@ -348,24 +348,24 @@ def _subsamples(plates: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def as_chain(
-    law: DenoisedDistribution,
+    view: DenoisedDistribution,
     denoiser: Denoiser | None = None,
     *,
     times: Tensor | None = None,
     sampler: Sampler | None = None,
 ) -> Diffusion:
-    """The chain of a law of data, through another denoiser, on another grid, by another sampler."""
-    times = getattr(law, "times", None) if times is None else times
-    sampler = getattr(law, "sampler", None) if sampler is None else sampler
+    """The chain of a distribution of data, through another denoiser, on another grid, by another sampler."""
+    times = getattr(view, "times", None) if times is None else times
+    sampler = getattr(view, "sampler", None) if sampler is None else sampler
     chain = Diffusion(
-        denoiser or law.denoiser,
-        law.event_shape,
+        denoiser or view.denoiser,
+        view.event_shape,
         times=times,
         sampler=sampler,
-        decoder=getattr(law, "decoder", None),
-        context=law.context,
+        decoder=getattr(view, "decoder", None),
+        context=view.context,
     )
-    return chain.expand(law.batch_shape)
+    return chain.expand(view.batch_shape)
 
 
 def _folded(model: Any) -> tuple[Any, list[str]]:

@@ -23,14 +23,14 @@ __all__ = ["AutoGuidance", "AutoTwistedSMC"]
 
 
 class AutoGuidance(AutoPosterior):
-    r"""Draws a diffusion site by a guided chain: approximate, one walk per draw.
+    r"""Draws a diffusion site by a guided chain: approximate, one run of the sampler per draw.
 
     Any guidance, any sampler; see :class:`AutoPosterior` for other latents. With the ancestral sampler a draw
-    has the walk's importance weight
+    has the trajectory's importance weight
 
     .. math:: \hat Z = p(y|x)\, \frac{p(x, x_{t_0}, \dots, x_{t_K})}{q(x, x_{t_0}, \dots, x_{t_K})},
 
-    hence a density for ELBOs and ``Importance``, computed when asked for by one more walk of the unguided
+    hence a density for ELBOs and ``Importance``, computed when asked for by one more pass of the unguided
     chain over the same states. Other samplers have draws alone, all that ``Predictive`` needs.
 
     If ``model`` is ``poutine.reparam(model, config={"x": ChainReparam()})``, the guide emits the chain's own
@@ -41,8 +41,8 @@ class AutoGuidance(AutoPosterior):
         guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one; what
             suits the likelihood by default, as in :class:`~pyro_diffusion.infer.TwistedSMC`.
         site: name of the diffusion site; may be left out if there is one.
-        times: the grid to walk; that of the model's ``Diffusion`` by default.
-        sampler: how to walk it; that of the model's ``Diffusion`` by default.
+        times: the grid; that of the model's ``Diffusion`` by default.
+        sampler: how to sample along it; that of the model's ``Diffusion`` by default.
         create_plates: as in Pyro.
 
     Raises:
@@ -81,7 +81,7 @@ class AutoGuidance(AutoPosterior):
         if self._chained and (times is not None or not isinstance(sampler, Ancestral | None)):
             raise ValueError(
                 f"times, sampler: got {'times' if times is not None else repr(sampler)} for a model unfolded "
-                "by ChainReparam, expected neither (its own grid and kernels are walked)"
+                "by ChainReparam, expected neither (its own grid and kernels are used)"
             )
 
     def _guided(self, likelihood: ProgramLikelihood) -> Diffusion:
@@ -110,20 +110,20 @@ class AutoGuidance(AutoPosterior):
         chain = chain.expand(sample + chain.batch_shape)
         if not isinstance(chain.sampler, Ancestral):
             return _transformed(likelihood, chain.sample()), self._no_density
-        with poutine.trace() as walk:
+        with poutine.trace() as trajectory:
             x = pyro.sample("x", reverse_chain("x", chain))
 
         def relative() -> Tensor:
             free = as_chain(likelihood.prior, times=self._times).expand(chain.batch_shape)
-            with poutine.trace() as again, poutine.condition(data=walk.trace):
+            with poutine.trace() as again, poutine.condition(data=trajectory.trace):
                 pyro.sample("x", reverse_chain("x", free))
-            return _log_joint(walk.trace) - _log_joint(again.trace)
+            return _log_joint(trajectory.trace) - _log_joint(again.trace)
 
         return _transformed(likelihood, x), relative
 
     def _no_density(self) -> Tensor:
         raise ValueError(
-            f"sampler: got {self._sampler!r}, whose walks have no density; expected Ancestral(), or "
+            f"sampler: got {self._sampler!r}, whose trajectories have no density; expected Ancestral(), or "
             "AutoTwistedSMC (Predictive draws with any sampler)"
         )
 
@@ -142,7 +142,7 @@ class AutoTwistedSMC(AutoPosterior):
             suits the likelihood by default, as in :class:`~pyro_diffusion.infer.TwistedSMC`.
         num_particles: number of particles, >= 2.
         site: name of the diffusion site; may be left out if there is one.
-        times: the grid to walk; that of the model's ``Diffusion`` by default.
+        times: the grid; that of the model's ``Diffusion`` by default.
         create_plates: as in Pyro.
         options: of ``TwistedSMC`` (``ess_threshold``, ``progress``, ...).
 

@@ -1,4 +1,4 @@
-"""A particle filter one of whose particles walks a path that is given."""
+"""A particle filter one of whose particles follows a given path."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ Join = Callable[[Any, Tensor], Tensor]
 class ConditionalFilter(ParticleFilter):
     r"""Conditional sequential Monte Carlo: a Markov kernel on whole paths.
 
-    Particle 0 walks the reference path, the others are drawn around it; :meth:`path` draws one of all. That
+    Particle 0 follows the reference path, the others are drawn around it; :meth:`path` draws one of all. That
     leaves the posterior of the path invariant for any number of particles >= 2. At resampling the reference
     gets a new past, drawn by what each particle's past and its own next state weigh together (ancestor
     sampling), without which it would hold on to the past it has.

@@ -100,7 +100,7 @@ class DDPM:
     **context)``, with one row of the context per datum; the model without data takes ``size`` and
     generates. All of Pyro's inference applies unmodified. To *train* a long chain, one
     :class:`~pyro_diffusion.distributions.Diffusion` site has the same expected gradient at one network
-    read per datum instead of K + 1.
+    evaluation per datum instead of K + 1.
 
     Args:
         denoiser: posterior p(x_0 | x_t); it is the model's only parameterized part.

@@ -31,10 +31,10 @@ class ParticleGibbs(MCMCKernel):
        :class:`~pyro_diffusion.infer.conditional_filter.ConditionalFilter`);
     2. the others given the site, by a Pyro kernel (NUTS) on the program with the site's value held.
 
-    Exact for the chain's law in the limit of many sweeps, for any number of particles and any guidance;
-    more particles make sweeps less alike. The diffusion must not depend on the other latents.
+    Exact for the chain's distribution in the limit of many sweeps, for any number of particles and any
+    guidance; more particles make sweeps less alike. The diffusion must not depend on the other latents.
 
-    A sweep costs num_particles * (K + 1) network reads; the other kernel reads none.
+    A sweep costs num_particles * (K + 1) network evaluations; the other kernel takes none.
 
     Args:
         model: a Pyro program.
@@ -57,10 +57,10 @@ class ParticleGibbs(MCMCKernel):
         >>> from pyro_diffusion.processes import GaussianProcess
         >>> from pyro_diffusion.schedules import Cosine
         >>> denoiser = MixtureDenoiser(GaussianProcess(Cosine()), torch.ones(1), torch.zeros(1, 2), 1.0)
-        >>> law = Diffusion(denoiser, event_shape=(2,), steps=5)
+        >>> prior = Diffusion(denoiser, event_shape=(2,), steps=5)
         >>> def model(y):
         ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-        ...     x = pyro.sample("x", law)
+        ...     x = pyro.sample("x", prior)
         ...     pyro.sample("y", dist.Normal(x, scale).to_event(1), obs=y)
         >>> mcmc = MCMC(ParticleGibbs(model, num_particles=8), 3, 2, disable_progbar=True)
         >>> mcmc.run(torch.ones(2))
@@ -206,7 +206,7 @@ class ParticleGibbs(MCMCKernel):
             poutine.condition(data=leaves),
         ):
             self.model(*args, **kwargs)
-        found = unwrap_to(hold.law, DenoisedDistribution)
+        found = unwrap_to(hold.distribution, DenoisedDistribution)
         assert found is not None
         value = torch.zeros(self._likelihood.event_shape, dtype=self._likelihood.prior.dtype)
         for transform in found.transforms:
@@ -228,12 +228,14 @@ class _Hold(Messenger):
     def __init__(self, name: str, value: Tensor) -> None:
         super().__init__()
         self.name, self.value = name, value
-        self.law: Any = None
+        self.distribution: Any = None
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] == self.name:
-            self.law = msg["fn"]
-            msg["fn"] = Delta(self.value, event_dim=self.law.event_dim, validate_args=False)
+            self.distribution = msg["fn"]
+            msg["fn"] = Delta(
+                self.value, event_dim=self.distribution.event_dim, validate_args=False
+            )
             msg["value"], msg["is_observed"] = self.value, True
 
 

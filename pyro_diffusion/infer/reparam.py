@@ -57,8 +57,8 @@ def reverse_chain(name: str, diffusion: TorchDistribution) -> TorchDistribution:
             enclosing plates.
 
     Returns:
-        p(x | x_{t_0}), of the diffusion's batch and event shape; under transforms it is the decoder's law
-        under the same ones, whose log_prob has their Jacobian.
+        p(x | x_{t_0}), of the diffusion's batch and event shape; under transforms it is the decoder's
+        distribution under the same ones, whose log_prob has their Jacobian.
 
     Raises:
         ValueError: for another distribution, one under ``.mask()``, discrete data under transforms, and
@@ -76,13 +76,15 @@ def reverse_chain(name: str, diffusion: TorchDistribution) -> TorchDistribution:
         return _example_chain(name, found, grouped, x)
     watch = Watch(chain.denoiser)
     for j in range(chain.steps, 0, -1):
-        kernel = _law(
+        kernel = _distribution(
             chain, x, functools.partial(_kernel, chain, x, levels[j - 1], levels[j], watch)
         )
         x = pyro.sample(site_name(name, j - 1), kernel.to_event(grouped))
     if chain.denoiser.guided:
         watch.conclude(x)
-    out: TorchDistribution = found.around(_law(chain, x, functools.partial(chain.decode, x)))
+    out: TorchDistribution = found.around(
+        _distribution(chain, x, functools.partial(chain.decode, x))
+    )
     return out
 
 
@@ -95,7 +97,9 @@ def _kernel(
     return chain.denoiser.process.reverse(x, posterior, early, late)
 
 
-def _law(chain: Diffusion, x: Tensor, make: Callable[[], TorchDistribution]) -> TorchDistribution:
+def _distribution(
+    chain: Diffusion, x: Tensor, make: Callable[[], TorchDistribution]
+) -> TorchDistribution:
     """What follows a state; where nobody scores it, a replay with given states need not work it out."""
     if not unscored():
         return make()
@@ -168,9 +172,9 @@ class ChainReparam(Reparam):
         >>> from pyro_diffusion.nn import MLP
         >>> from pyro_diffusion.processes import GaussianProcess
         >>> from pyro_diffusion.schedules import Cosine
-        >>> law = Diffusion(GaussianDenoiser(MLP(2), GaussianProcess(Cosine())), (2,), steps=2)
+        >>> prior = Diffusion(GaussianDenoiser(MLP(2), GaussianProcess(Cosine())), (2,), steps=2)
         >>> def model():
-        ...     return pyro.sample("x", law)
+        ...     return pyro.sample("x", prior)
         >>> chain = poutine.reparam(model, config={"x": ChainReparam()})
         >>> [name for name in poutine.trace(chain).get_trace().nodes if name.startswith("x")]
         ['x_t2', 'x_t1', 'x_t0', 'x']

@@ -1,4 +1,4 @@
-"""Resampling of particles, and the variance that their genealogy tells of."""
+"""Resampling of particles, and the variance that their genealogy estimates."""
 
 import math
 

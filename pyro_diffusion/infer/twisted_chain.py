@@ -24,7 +24,7 @@ SPARED = 0.01
 
 
 class TwistedChain:
-    """What model and guide share: one guided read of a state gives its twist and the next two kernels.
+    """What model and guide share: one guided evaluation at a state gives its twist and the next two kernels.
 
     The likelihood is the target's; the guided denoiser may know another, which makes its twist.
     """
@@ -58,18 +58,20 @@ class TwistedChain:
         own = x.dtype if x.is_floating_point() else torch.get_default_dtype()
         return self.diffusion.decoder.encode(x, self.diffusion.dtype or own)
 
-    def read(self, state: Any, x: Tensor, stage: int) -> Tensor:
-        """Read a state at t_stage: keep the kernels that leave it, return its log-twist."""
+    def evaluate(self, state: Any, x: Tensor, stage: int) -> Tensor:
+        """Keep the kernels that leave a state at t_stage, and return its log-twist: one evaluation."""
         level = self.grid.row(stage)
         x, context = self.diffusion.with_context(x)
         twisted = self.guided.twisted(x, level, **context)
         for name in ("prior", "posterior"):
-            law = getattr(twisted, name)
+            distribution = getattr(twisted, name)
             if stage > 0:
-                law = self.process.combine(x, law, table_row(self.coefficients, stage - 1))
+                distribution = self.process.combine(
+                    x, distribution, table_row(self.coefficients, stage - 1)
+                )
             else:
-                law = self.diffusion.decoder(law, level, self.process)
-            write_law(state, name, law)
+                distribution = self.diffusion.decoder(distribution, level, self.process)
+            store_distribution(state, name, distribution)
         return self._spared(twisted.log_twist.to(torch.float64))
 
     def _spared(self, log_twist: Tensor) -> Tensor:
@@ -83,9 +85,9 @@ class TwistedChain:
         return torch.logaddexp(log_twist, least.where(least > -math.inf, 0.0))
 
     def kernel(self, state: Any, name: str) -> TorchDistribution:
-        """A kernel that :meth:`read` kept, as it was resampled."""
-        law = read_law(state, name)
-        return law.to_event(self.process.event_dim - law.event_dim)
+        """A kernel that :meth:`evaluate` kept, as it was resampled."""
+        distribution = stored_distribution(state, name)
+        return distribution.to_event(self.process.event_dim - distribution.event_dim)
 
     def join(self, state: Any, x: Tensor) -> Tensor:
         """Log-density of x after each particle, divided by the particle's twist, (N,) + filters."""
@@ -118,13 +120,13 @@ class Target:
     def init(self, state: Any, stage: int) -> None:
         """The prior at t_K, and its twist."""
         x = pyro.sample("x", self.chain.prior.expand_by((state._num_particles,)))
-        self._weigh(state, x, self.chain.read(state, x, stage))
+        self._weigh(state, x, self.chain.evaluate(state, x, stage))
 
     def step(self, state: Any, stage: int) -> None:
         """The chain's own kernel to t_stage and the twist there; below 0, the data and their likelihood."""
         x = pyro.sample("x", self.chain.kernel(state, "prior"))
         if stage >= 0:
-            self._weigh(state, x, self.chain.read(state, x, stage))
+            self._weigh(state, x, self.chain.evaluate(state, x, stage))
         else:
             self._weigh(state, x, self.chain.likelihood.log_prob(self.chain.encoded(x)))
 
@@ -137,9 +139,9 @@ class Target:
         state["x"], state["log_twist"] = x, log_twist
 
 
-def write_law(state: Any, name: str, law: TorchDistribution) -> None:
-    """Keep the parameters of a law as tensors that a filter can resample."""
-    base = per_coordinate(law)
+def store_distribution(state: Any, name: str, distribution: TorchDistribution) -> None:
+    """Keep the parameters of a distribution as tensors that a filter can resample."""
+    base = per_coordinate(distribution)
     parameters = [key for key in base.arg_constraints if key in vars(base)]
     # Either names a categorical; the other may be there because somebody asked for it.
     parameters = ["logits"] if "logits" in parameters else parameters
@@ -152,9 +154,11 @@ def write_law(state: Any, name: str, law: TorchDistribution) -> None:
         state[name, build, parameter] = vars(base)[parameter].contiguous()
 
 
-def read_law(state: Any, name: str) -> TorchDistribution:
-    """A law from what :func:`write_law` kept."""
+def stored_distribution(state: Any, name: str) -> TorchDistribution:
+    """A distribution from what :func:`store_distribution` kept."""
     kept = {k: v for k, v in state.items() if k[0] == name}
     build = next(iter(kept))[1]
-    law: TorchDistribution = build(**{parameter: v for (_, _, parameter), v in kept.items()})
-    return law
+    distribution: TorchDistribution = build(
+        **{parameter: v for (_, _, parameter), v in kept.items()}
+    )
+    return distribution

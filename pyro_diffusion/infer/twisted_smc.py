@@ -1,4 +1,4 @@
-"""Twisted sequential Monte Carlo: a reverse chain walked by particles that know of the observations."""
+"""Twisted sequential Monte Carlo: particles of a reverse chain, weighted by the observations."""
 
 import contextlib
 from collections.abc import Callable
@@ -67,9 +67,9 @@ def default_guidance(denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenois
 class TwistedSMC:
     r"""Draws from p(x | y) under a diffusion prior, asymptotically exact whatever the guidance.
 
-    The target is the chain's own law times the likelihood,
-    :math:`p(x_{t_K}) \prod_j p(x_{t_{j-1}} | x_{t_j})\, p(x | x_{t_0})\, p(y | x)`. Particles walk the guided
-    kernel q and are weighed at every step from t to s by
+    The target is the chain's own distribution times the likelihood,
+    :math:`p(x_{t_K}) \prod_j p(x_{t_{j-1}} | x_{t_j})\, p(x | x_{t_0})\, p(y | x)`. Particles follow the
+    guided kernel q and are weighted at every step from t to s by
 
     .. math:: \frac{p(x_s | x_t)\, \psi_s(x_s)}{q(x_s | x_t)\, \psi_t(x_t)}, \qquad
               \psi_t(x_t) \approx p(y | x_t),
@@ -82,10 +82,10 @@ class TwistedSMC:
     deny what prior and likelihood allow (none here does). Each twist is raised by 1 % of its mean over the
     particles, so that what it wrongly denies can come back. :meth:`run` raises where no particle is left,
     whose evidence would be 0: unbiased is meant with that counted. What remains is the chain's own
-    difference from the data's law.
+    difference from the data's distribution.
 
-    One network read a step and particle. A plate of data whose likelihood factorizes over it gets one filter
-    per datum, all walked together; otherwise particles weigh all of the plate jointly.
+    One network evaluation per step and particle. A plate of data whose likelihood factorizes over it gets one
+    filter per datum, all run together; otherwise particles weigh all of the plate jointly.
 
     Args:
         diffusion: the prior, of the likelihood's batch shape or one that broadcasts to it.

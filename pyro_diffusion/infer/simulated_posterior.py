@@ -1,4 +1,4 @@
-"""The law of a guide's site that is drawn by a procedure: its draws, and their density where it is known."""
+"""A guide's site whose values are drawn by a procedure, with their density where it is known."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
@@ -11,13 +11,13 @@ from torch.distributions import constraints
 from pyro_diffusion.distributions.no_closed_forms import NoClosedForms
 from pyro_diffusion.validation import Shape
 
-__all__ = ["Draw", "PosteriorLaw"]
+__all__ = ["Draw", "SimulatedPosterior"]
 
 # Takes the sample shape; returns values, sample + batch + event, and a function for their log-densities.
 Draw = Callable[[torch.Size], tuple[Tensor, Callable[[], Tensor]]]
 
 
-class PosteriorLaw(NoClosedForms, TorchDistribution):
+class SimulatedPosterior(NoClosedForms, TorchDistribution):
     """What a guide's site is distributed as when its value is the outcome of an algorithm.
 
     The density belongs to the draw: :meth:`log_prob` answers for the value that :meth:`sample` returned last,
@@ -58,7 +58,7 @@ class PosteriorLaw(NoClosedForms, TorchDistribution):
         return self._support
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> Self:
-        """The same law at a larger batch shape; what is new on the left are samples."""
+        """The same distribution at a larger batch shape; what is new on the left are samples."""
         new = self._get_checked_instance(type(self), _instance)
         new.__dict__.update(self.__dict__)
         new._last = None
