@@ -118,11 +118,11 @@ def test_predictor_remembers_earlier_steps_only():
     seen = []
 
     class Counting(Ancestral):
-        def step(self, process, read, state, s, t, c):
+        def step(self, process, denoise, state, s, t, c):
             seen.append(state.history)
             return (
                 super()
-                .step(process, read, state, s, t, c)
+                .step(process, denoise, state, s, t, c)
                 ._replace(history=(*state.history, float(t.t)))
             )
 

@@ -132,9 +132,9 @@ def test_a_sampler_of_the_users():
             assert s.t.shape == t.t.shape == (6, 1)
             return (t.log_snr - s.log_snr, s.t)
 
-        def step(self, process, read, state, s, t, c):
+        def step(self, process, denoise, state, s, t, c):
             assert torch.equal(c[1], s.t) and c[0] < 0 and s.t < t.t
-            return State(read(state.x, t).mean, (state.history[0] + 1,))
+            return State(denoise(state.x, t).mean, (state.history[0] + 1,))
 
     simulate(mixture(Cosine()), uniform(6, F64), torch.zeros(2, dtype=F64), Counter())
 

@@ -205,7 +205,9 @@ def _estimate(
         for level in map(levels.at, range(len(knots))):
             values = [
                 _on_clock(moment(x0, xt, mean, level), level).flatten(1).mean(1)
-                for x0, xt, mean in reads(denoiser, data, level, num_samples, context, batch_size)
+                for x0, xt, mean in denoised_batches(
+                    denoiser, data, level, num_samples, context, batch_size
+                )
             ]
             # One number per datum: several draws of one datum are not independent.
             per_datum = torch.cat(values).reshape(num_samples, len(data)).mean(0)
@@ -224,7 +226,7 @@ def _on_clock(variance: Tensor, level: Level) -> Tensor:
     return variance * (torch.sigmoid(-level.clock) / unit_variance(level))
 
 
-def reads(
+def denoised_batches(
     denoiser: Denoiser,
     data: Tensor,
     level: Level,

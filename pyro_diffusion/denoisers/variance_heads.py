@@ -65,9 +65,9 @@ class NoiseHead(Variance):
                 f"variance: got {type(self).__name__} in another denoiser, expected "
                 "VarianceDenoiser(denoiser, variance, network)"
             )
-        return self.read(head, level, noise)
+        return self.posterior_variance(head, level, noise)
 
-    def read(self, head: Tensor, level: Level, noise: Tensor) -> Tensor:
+    def posterior_variance(self, head: Tensor, level: Level, noise: Tensor) -> Tensor:
         """Per-coordinate variance, from the head and eps_hat."""
         return self._exp(head) * unit_variance(level)
 
@@ -151,10 +151,10 @@ class SN(NoiseHead):
         """1."""
         return torch.ones_like(level.log_snr)
 
-    def read(self, head: Tensor, level: Level, noise: Tensor) -> Tensor:
+    def posterior_variance(self, head: Tensor, level: Level, noise: Tensor) -> Tensor:
         """Per-coordinate variance, clipped."""
         if self.skip:
-            v = super().read(head, level, noise)
+            v = super().posterior_variance(head, level, noise)
         else:
             v = (-level.log_snr).exp() * (self.moment(head, level, noise) - noise.square())
             v = torch.maximum(v, math.exp(LEAST_LOG_RATIO) * unit_variance(level))

@@ -15,7 +15,7 @@ from pyro_diffusion.dynamics import ReverseSDE, SDESolver
 from pyro_diffusion.dynamics.sde import check_eta
 from pyro_diffusion.processes import Ability, draw
 from pyro_diffusion.processes.abilities import require
-from pyro_diffusion.processes.base import Rates
+from pyro_diffusion.processes.levels import Rates
 from pyro_diffusion.validation import Shape, check_expands, check_tensor, check_times
 
 __all__ = ["DiffusionSDE"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.denoisers.analytic import check_data, check_gaussian, reads
+from pyro_diffusion.denoisers.analytic import check_data, check_gaussian, denoised_batches
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["ContinuityResidual", "continuity_residual"]
@@ -119,7 +119,9 @@ def continuity_residual(
             width = (level.alpha.square() * spread + level.sigma.square()).sqrt()
             parts = [
                 _residual(xt, x0 - mean, level.alpha, w / width, b)
-                for x0, xt, mean in reads(denoiser, data, level, num_samples, context, batch_size)
+                for x0, xt, mean in denoised_batches(
+                    denoiser, data, level, num_samples, context, batch_size
+                )
             ]
             per_datum = torch.cat(parts).reshape(num_samples, len(data), num_functions).mean(0)
             values.append(per_datum.mean(0))

@@ -15,7 +15,7 @@ from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.distributions.deferred import Deferred, unscored
 from pyro_diffusion.distributions.shape_runs import shapes_only
-from pyro_diffusion.samplers.watch import Watch
+from pyro_diffusion.samplers.divergence import DivergenceMonitor
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import Unwrapped, check_wrappers, per_coordinate, unwrap_to
 
@@ -74,14 +74,14 @@ def reverse_chain(name: str, diffusion: TorchDistribution) -> TorchDistribution:
     x = pyro.sample(site_name(name, chain.steps), prior)
     if shapes_only():
         return _example_chain(name, found, grouped, x)
-    watch = Watch(chain.denoiser)
+    monitor = DivergenceMonitor(chain.denoiser)
     for j in range(chain.steps, 0, -1):
         kernel = _distribution(
-            chain, x, functools.partial(_kernel, chain, x, levels[j - 1], levels[j], watch)
+            chain, x, functools.partial(_kernel, chain, x, levels[j - 1], levels[j], monitor)
         )
         x = pyro.sample(site_name(name, j - 1), kernel.to_event(grouped))
     if chain.denoiser.guided:
-        watch.conclude(x)
+        monitor.check(x)
     out: TorchDistribution = found.around(
         _distribution(chain, x, functools.partial(chain.decode, x))
     )
@@ -89,11 +89,11 @@ def reverse_chain(name: str, diffusion: TorchDistribution) -> TorchDistribution:
 
 
 def _kernel(
-    chain: Diffusion, x: Tensor, early: Level, late: Level, watch: Watch
+    chain: Diffusion, x: Tensor, early: Level, late: Level, monitor: DivergenceMonitor
 ) -> TorchDistribution:
     """p(x_s | x_t), from one network evaluation."""
     posterior = chain.posterior(x, late)
-    watch.see(x, late, posterior)
+    monitor.observe(x, late, posterior)
     return chain.denoiser.process.reverse(x, posterior, early, late)
 
 

@@ -1,7 +1,7 @@
 """What a forward process is: a way to destroy data whose bridge is known."""
 
 import math
-from typing import Any, ClassVar, NamedTuple, final
+from typing import Any, ClassVar, final
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -10,6 +10,7 @@ from torch.distributions import constraints
 
 from pyro_diffusion.precision import at_least_single
 from pyro_diffusion.processes.abilities import Ability
+from pyro_diffusion.processes.levels import Rates, check_falling, check_order, rates_through
 from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.schedules.cached import CachedModule, Sources
 from pyro_diffusion.schedules.grids import check_grid
@@ -22,28 +23,7 @@ from pyro_diffusion.validation import (
     check_times,
 )
 
-__all__ = ["ForwardProcess", "Rates", "check_order"]
-
-
-class Rates(NamedTuple):
-    r"""A level and how fast it changes, per unit of t; shapes as in the level.
-
-    Attributes:
-        level: where.
-        clock: slope of the clock, negative.
-        log_snr: :math:`\lambda'(t)`, negative.
-        log_alpha: :math:`d\log\alpha/dt`, the drift coefficient f of the forward SDE.
-    """
-
-    level: Level
-    clock: Tensor
-    log_snr: Tensor
-    log_alpha: Tensor
-
-    @property
-    def diffusion(self) -> Tensor:
-        r"""Squared diffusion coefficient of the forward SDE, :math:`g^2 = -\sigma^2 \lambda'`."""
-        return (-self.level.sigma.square() * self.log_snr).clamp(min=0)
+__all__ = ["ForwardProcess"]
 
 
 class ForwardProcess(CachedModule):
@@ -338,17 +318,8 @@ class ForwardProcess(CachedModule):
         drift = self.schedule._signal_slope(base.log_snr) * slope
         base = base.unsqueeze(self.event_dim)
         slope, drift = (v.reshape(base.t.shape) for v in (slope, drift))
-        if not self._scales_differ:
-            return Rates(base, slope, slope, drift)
-        tangent = Level(
-            torch.ones_like(base.t),
-            slope,
-            slope,
-            base.alpha * drift,
-            base.sigma * (drift - 0.5 * slope),
-        )
-        level, change, *_ = torch.func.jvp(self.scales, (base,), (tangent,))
-        return Rates(level, slope, change.log_snr, change.alpha / level.alpha)
+        own = Rates(base, slope, slope, drift)
+        return rates_through(self.scales, own) if self._scales_differ else own
 
     def check_grid(self, times: Tensor) -> None:
         """Refuse a grid that is not increasing in time and decreasing in every coordinate's log-SNR.
@@ -370,12 +341,7 @@ class ForwardProcess(CachedModule):
     def _check_grid_levels(self, times: Tensor) -> None:
         """Refuse levels along a grid that the process cannot use."""
         if self._scales_differ:
-            log_snr = self._level_at(times).log_snr
-            if not bool((log_snr[1:] < log_snr[:-1]).all()):
-                raise ValueError(
-                    f"process: got a log-SNR of {type(self).__name__} that does not decrease along the grid, "
-                    "expected it to decrease strictly with time in every coordinate"
-                )
+            check_falling(self._level_at(times), type(self).__name__)
 
     @property
     def _scales_differ(self) -> bool:
@@ -391,13 +357,3 @@ class ForwardProcess(CachedModule):
 
     def _sources(self, times: Tensor) -> Sources | None:
         return self.sources(times, stamps=(self.schedule.stamp,))
-
-
-def check_order(s: Level, t: Level) -> None:
-    """Refuse an earlier time that is not earlier.
-
-    Raises:
-        ValueError: if the log-SNR at s is not above that at t.
-    """
-    if not bool((s.log_snr > t.log_snr).all()):
-        raise ValueError("s, t: got s at or after t, expected s < t")

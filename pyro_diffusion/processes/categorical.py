@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_diffusion.processes.abilities import Ability
-from pyro_diffusion.processes.base import ForwardProcess, check_order
+from pyro_diffusion.processes.base import ForwardProcess
+from pyro_diffusion.processes.levels import check_order
 from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import Shape, check_finite, check_positive_int, check_tensor

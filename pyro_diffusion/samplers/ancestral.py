@@ -1,4 +1,4 @@
-"""Samplers that walk the reverse kernel itself."""
+"""Samplers that draw from the reverse kernel, or from the bridge to the posterior mean."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pyro_diffusion.processes import Ability, ForwardProcess, draw
 from pyro_diffusion.processes.abilities import require
-from pyro_diffusion.samplers.base import Read, Sampler, State
+from pyro_diffusion.samplers.base import Denoise, Sampler, State
 from pyro_diffusion.schedules import Level
 
 __all__ = ["DDIM", "Ancestral"]
@@ -29,27 +29,36 @@ class Ancestral(Sampler):
         return "Ancestral()"
 
     def coefficients(self, process: ForwardProcess, s: Level, t: Level) -> tuple[Any, ...]:
-        """The bridge's."""
+        """The bridge's weights and variance."""
         return process.coefficients(s, t)
 
     def step(
         self,
         process: ForwardProcess,
-        read: Read,
+        denoise: Denoise,
         state: State,
         s: Level,
         t: Level,
         c: Any,
     ) -> State:
-        """One draw of the reverse kernel."""
-        return State(draw(process.combine(state.x, read(state.x, t), c)).detach())
+        r"""Draw :math:`x_s \sim p(x_s | x_t)`, the bridge integrated over the posterior.
+
+        Under a Gaussian process, with posterior mean :math:`\hat x_0` and variance w (0 for a point mass),
+
+        .. math:: x_s = r\,x_t + k\,\hat x_0 + \sqrt{v + k^2 w}\;z, \qquad z \sim \mathcal N(0, I),
+
+        where r, k and v are the bridge's weights and variance in ``c``, see :meth:`DDIM.step` at
+        :math:`\eta = 1`. Under a categorical process it is the mixture over symbols of
+        :class:`~pyro_diffusion.processes.CategoricalProcess`.
+        """
+        return State(draw(process.combine(state.x, denoise(state.x, t), c)).detach())
 
 
 class DDIM(Sampler):
     r"""The bridge with free variance :math:`\eta^2` around a point mass at the posterior mean.
 
-    ``eta=1`` is DDPM's sampler with the small variance, ``eta=0`` is deterministic and can be walked both
-    ways (first order in the step of the probability-flow ODE). One network evaluation a step; Gaussian
+    ``eta=1`` is DDPM's sampler with the small variance, ``eta=0`` is deterministic and goes both ways
+    (first order in the step of the probability-flow ODE). One network evaluation a step; Gaussian
     processes only.
 
     Args:
@@ -73,7 +82,7 @@ class DDIM(Sampler):
         return f"DDIM(eta={self.eta:g})"
 
     def coefficients(self, process: ForwardProcess, s: Level, t: Level) -> Any:
-        """The bridge's at this eta.
+        """The bridge's r, k and v at this eta.
 
         Raises:
             ValueError: for a process whose bridges have no free variance.
@@ -84,16 +93,33 @@ class DDIM(Sampler):
     def step(
         self,
         process: ForwardProcess,
-        read: Read,
+        denoise: Denoise,
         state: State,
         s: Level,
         t: Level,
         c: Any,
     ) -> State:
-        """One draw (or, at eta = 0, the mean) of the bridge to the posterior mean."""
-        return State(self.cross(process, state.x, read(state.x, t).mean, c))
+        r"""Go to :math:`x_s = r\,x_t + k\,\hat x_0 + \sqrt v\,z` with :math:`z \sim \mathcal N(0, I)`.
 
-    def cross(self, process: ForwardProcess, x: Tensor, x0: Tensor, bridge: Any) -> Tensor:
-        """The far end of a bridge from x to data known to be x0."""
-        kernel = process.combine(x, process.point_mass(x0), bridge)
+        The coefficients in ``c``, once for all steps from
+        :meth:`~pyro_diffusion.processes.ForwardProcess.coefficients`, are
+
+        .. math::
+            \kappa = 1 - e^{\lambda_t - \lambda_s}, \qquad
+            r = \frac{\sigma_s}{\sigma_t}\sqrt{1 - \eta^2 \kappa}, \qquad
+            k = \alpha_s - r\,\alpha_t, \qquad
+            v = \eta^2 \sigma_s^2\,\kappa .
+        """
+        return State(self.bridge_step(process, state.x, denoise(state.x, t).mean, c))
+
+    def bridge_step(self, process: ForwardProcess, x: Tensor, x0: Tensor, c: Any) -> Tensor:
+        r""":math:`r\,x + k\,x_0 + \sqrt v\,z`: the end of the bridge from x to data known to be x0.
+
+        Args:
+            process: the forward process, which combines the three terms.
+            x: state, batch + event.
+            x0: data, likewise.
+            c: the bridge's coefficients r, k and v.
+        """
+        kernel = process.combine(x, process.point_mass(x0), c)  # mean r x + k x0, variance v
         return draw(kernel).detach() if self.eta > 0 else kernel.mean

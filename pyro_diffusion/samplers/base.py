@@ -11,14 +11,14 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.precision import at_least_single
 from pyro_diffusion.processes import ForwardProcess
-from pyro_diffusion.samplers.watch import Watch
+from pyro_diffusion.samplers.divergence import DivergenceMonitor
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.schedules.base import Grid, table_row
 from pyro_diffusion.validation import check_tensor, check_times
 
 __all__ = ["Sampler", "State", "check_sampler", "simulate"]
 
-Read = Callable[[Tensor, Level], TorchDistribution]
+Denoise = Callable[[Tensor, Level], TorchDistribution]
 
 
 class State(NamedTuple):
@@ -70,13 +70,13 @@ class Sampler:
         raise NotImplementedError
 
     def step(
-        self, process: ForwardProcess, read: Read, state: State, s: Level, t: Level, c: Any
+        self, process: ForwardProcess, denoise: Denoise, state: State, s: Level, t: Level, c: Any
     ) -> State:
         """The state at s.
 
         Args:
             process: the forward process.
-            read: ``read(x, t)``, the posterior over x_0.
+            read: ``denoise(x, t)``, the posterior over x_0.
             state: the state at t.
             s: level to go to.
             t: level to come from.
@@ -141,22 +141,22 @@ def simulate(
     if callback is not None:
         callback(len(times) - 1, state.x)
 
-    watch = Watch(denoiser)
+    monitor = DivergenceMonitor(denoiser)
 
-    def read(xt: Tensor, t: Level) -> TorchDistribution:
+    def denoise(xt: Tensor, t: Level) -> TorchDistribution:
         posterior = denoiser(xt, t, **context)
-        watch.see(xt, t, posterior)
+        monitor.observe(xt, t, posterior)
         return posterior
 
     for j, s, t, c in tqdm(steps, total=count, desc="sampling", disable=not progress):
         try:
-            state = sampler.step(process, read, state, s, t, c)
+            state = sampler.step(process, denoise, state, s, t, c)
         except (RuntimeError, ValueError):
-            watch.conclude(state.x)  # what broke was perhaps the walk before
+            monitor.check(state.x)  # what broke was perhaps the walk before
             raise
         if callback is not None:
             callback(j, state.x)
-    return watch.conclude(state.x)
+    return monitor.check(state.x)
 
 
 def _check_walk(times: Tensor) -> None:

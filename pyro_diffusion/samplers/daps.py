@@ -9,7 +9,7 @@ from torch import Tensor
 from pyro_diffusion.processes import ForwardProcess, draw
 from pyro_diffusion.processes.gaussian import GaussianCoefficients
 from pyro_diffusion.samplers.ancestral import DDIM
-from pyro_diffusion.samplers.base import Read, Sampler, State
+from pyro_diffusion.samplers.base import Denoise, Sampler, State
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.schedules.base import table_row
 from pyro_diffusion.validation import check_positive_int
@@ -123,7 +123,7 @@ class DAPS(Sampler):
     def step(
         self,
         process: ForwardProcess,
-        read: Read,
+        denoise: Denoise,
         state: State,
         s: Level,
         t: Level,
@@ -132,9 +132,9 @@ class DAPS(Sampler):
         """Follow the flow to x_0, draw it given y, noise it to s."""
         x = state.x
         for i in range(self.inner):
-            x0 = read(x, c.levels.at(i)).mean
+            x0 = denoise(x, c.levels.at(i)).mean
             if i < self.inner - 1:
-                x = self._flow.cross(process, x, x0, table_row(c.bridges, i))
+                x = self._flow.bridge_step(process, x, x0, table_row(c.bridges, i))
         if self.moves is None:
             x0 = self.likelihood.sample_near(x0, c.variance)
         else:

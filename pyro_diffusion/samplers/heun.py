@@ -9,7 +9,7 @@ from torch import Tensor
 from pyro_diffusion.processes import ForwardProcess, draw
 from pyro_diffusion.processes.gaussian import GaussianCoefficients
 from pyro_diffusion.samplers.ancestral import DDIM
-from pyro_diffusion.samplers.base import Read, State
+from pyro_diffusion.samplers.base import Denoise, State
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_number
 
@@ -107,7 +107,7 @@ class Heun(DDIM):
     def step(
         self,
         process: ForwardProcess,
-        read: Read,
+        denoise: Denoise,
         state: State,
         s: Level,
         t: Level,
@@ -117,6 +117,6 @@ class Heun(DDIM):
         x = state.x
         if self.churn > 0:
             x = draw(process.combine(x, process.point_mass(x), c.renewal)).detach()
-        mean = read(x, c.level).mean
-        x = self.cross(process, x, mean, c.bridge)
-        return State(x + c.correction * (read(x, s).mean - mean))
+        mean = denoise(x, c.level).mean
+        x = self.bridge_step(process, x, mean, c.bridge)
+        return State(x + c.correction * (denoise(x, s).mean - mean))

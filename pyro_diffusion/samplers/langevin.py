@@ -8,7 +8,7 @@ from torch import Tensor
 from pyro_diffusion.processes import Ability, ForwardProcess, draw
 from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.processes.gaussian import GaussianCoefficients
-from pyro_diffusion.samplers.base import Read, Sampler, State, check_sampler
+from pyro_diffusion.samplers.base import Denoise, Sampler, State, check_sampler
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_positive_int
 
@@ -63,11 +63,16 @@ class Langevin:
         )
 
     def correct(
-        self, process: ForwardProcess, read: Read, x: Tensor, s: Level, c: GaussianCoefficients
+        self,
+        process: ForwardProcess,
+        denoise: Denoise,
+        x: Tensor,
+        s: Level,
+        c: GaussianCoefficients,
     ) -> Tensor:
         """All moves at one level."""
         for _ in range(self.moves):
-            x = draw(process.combine(x, process.point_mass(read(x, s).mean), c)).detach()
+            x = draw(process.combine(x, process.point_mass(denoise(x, s).mean), c)).detach()
         return x
 
 
@@ -129,15 +134,15 @@ class PredictorCorrector(Sampler):
     def step(
         self,
         process: ForwardProcess,
-        read: Read,
+        denoise: Denoise,
         state: State,
         s: Level,
         t: Level,
         c: PredictorCorrectorCoefficients,
     ) -> State:
         """Predict, then correct; what the predictor remembers stays its own."""
-        state = self.predictor.step(process, read, state, s, t, c.predictor)
-        return state._replace(x=self.corrector.correct(process, read, state.x, s, c.corrector))
+        state = self.predictor.step(process, denoise, state, s, t, c.predictor)
+        return state._replace(x=self.corrector.correct(process, denoise, state.x, s, c.corrector))
 
 
 class Rescaling(Sampler):
@@ -150,7 +155,7 @@ class Rescaling(Sampler):
         return (s.alpha / t.alpha,)
 
     def step(
-        self, process: ForwardProcess, read: Read, state: State, s: Level, t: Level, c: Any
+        self, process: ForwardProcess, denoise: Denoise, state: State, s: Level, t: Level, c: Any
     ) -> State:
         """Rescale."""
         return State(c[0] * state.x)

@@ -9,7 +9,7 @@ from pyro_diffusion.denoisers import Data, EDMPreconditioning, Parameterization
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.processes.gaussian import GaussianCoefficients
 from pyro_diffusion.samplers.ancestral import DDIM
-from pyro_diffusion.samplers.base import Read, State
+from pyro_diffusion.samplers.base import Denoise, State
 from pyro_diffusion.samplers.exponential import (
     average_weights,
     by_coordinate,
@@ -164,7 +164,7 @@ class AdamsBashforth(DDIM):
     def step(
         self,
         process: ForwardProcess,
-        read: Read,
+        denoise: Denoise,
         state: State,
         s: Level,
         t: Level,
@@ -172,12 +172,12 @@ class AdamsBashforth(DDIM):
     ) -> State:
         """The bridge to the average of the extrapolated posterior mean."""
         x = state.x
-        readings = (c.reading_x * x + c.reading_x0 * read(x, t).mean, *state.history)
+        readings = (c.reading_x * x + c.reading_x0 * denoise(x, t).mean, *state.history)
         if self.corrects:
             x = x + _sum(c.correction, readings)
         x0 = c.state * x + _sum(c.weights, readings)
         kept = self.values - 1 + self.corrects
-        return State(self.cross(process, x, x0, c.bridge), readings[:kept])
+        return State(self.bridge_step(process, x, x0, c.bridge), readings[:kept])
 
 
 class AdamsMoulton(AdamsBashforth):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pyro_diffusion.processes import ForwardProcess, draw
 from pyro_diffusion.samplers.ancestral import Ancestral
-from pyro_diffusion.samplers.base import Read, Sampler, State, check_sampler
+from pyro_diffusion.samplers.base import Denoise, Sampler, State, check_sampler
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_positive_int
 
@@ -54,11 +54,11 @@ class RePaint(Sampler):
         return self.predictor.coefficients(process, s, t)
 
     def step(
-        self, process: ForwardProcess, read: Read, state: State, s: Level, t: Level, c: Any
+        self, process: ForwardProcess, denoise: Denoise, state: State, s: Level, t: Level, c: Any
     ) -> State:
         """Step, and for every jump back and step again; a predictor remembers earlier steps only."""
-        after = self.predictor.step(process, read, state, s, t, c)
+        after = self.predictor.step(process, denoise, state, s, t, c)
         for _ in range(self.jumps):
             back = draw(process.transition(after.x, s, t)).detach()
-            after = self.predictor.step(process, read, state._replace(x=back), s, t, c)
+            after = self.predictor.step(process, denoise, state._replace(x=back), s, t, c)
         return after

@@ -8,13 +8,13 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 
-__all__ = ["LARGEST_NOISE", "Watch"]
+__all__ = ["LARGEST_NOISE", "DivergenceMonitor"]
 
 # Standard deviations: under any exact posterior the root mean square of E[eps | x_t, y] is 1 at most.
 LARGEST_NOISE = 1e3
 
 
-class Watch:
+class DivergenceMonitor:
     r"""What the reads of one walk tell, kept on the device and looked at once, when it ends.
 
     A guided estimate implies a noise :math:`\hat\epsilon = (x_t - \alpha \hat x_0)/\sigma`. Were it exact,
@@ -31,7 +31,7 @@ class Watch:
         self.marks: list[Tensor] = []
         self.log_snr: list[Tensor] = []
 
-    def see(self, xt: Tensor, t: Level, posterior: TorchDistribution) -> None:
+    def observe(self, xt: Tensor, t: Level, posterior: TorchDistribution) -> None:
         """Mark a read: its largest implied noise, or NaN."""
         if not xt.is_floating_point():
             base = per_coordinate(posterior)
@@ -45,7 +45,7 @@ class Watch:
             mean = square.flatten(-event).mean(-1) if event else square
             self._mark(mean.amax().sqrt(), t)
 
-    def conclude(self, x: Tensor) -> Tensor:
+    def check(self, x: Tensor) -> Tensor:
         """The walk's last state, or what is wrong with it.
 
         Raises:
