@@ -1,15 +1,17 @@
 """What a guided denoiser is: p(x_0 | x_t, y) of observations y, with an approximation of log p(y | x_t)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 
-__all__ = ["GuidedDenoiser", "Twisted", "check_denoiser", "shift_mean"]
+__all__ = ["Guidance", "GuidedDenoiser", "Twisted", "check_denoiser", "shift_mean"]
 
 
 class Twisted(NamedTuple):
@@ -81,6 +83,10 @@ class GuidedDenoiser(Denoiser):
     def context_event_dim(self, name: str, value: Tensor) -> int:
         """How many rightmost dimensions of a context tensor belong to one datum: as the base has it."""
         return self.denoiser.context_event_dim(name, value)
+
+
+# What makes a guided denoiser of a prior's denoiser and a likelihood: a class, or a partial of one.
+Guidance = Callable[[Denoiser, Likelihood], GuidedDenoiser]
 
 
 def shift_mean(posterior: TorchDistribution, shift: Tensor) -> TorchDistribution:

@@ -19,11 +19,11 @@ from pyro_diffusion.distributions import DenoisedDistribution, Diffusion
 from pyro_diffusion.distributions.base import plates_entered
 from pyro_diffusion.distributions.callers import called_from
 from pyro_diffusion.distributions.shape_runs import shapes_only
-from pyro_diffusion.guidance import GuidedDenoiser
+from pyro_diffusion.guidance.base import Guidance
 from pyro_diffusion.infer.reparam import ChainReparam
 from pyro_diffusion.infer.simulated_posterior import SimulatedPosterior
 from pyro_diffusion.infer.twisted_smc import default_guidance
-from pyro_diffusion.likelihoods import Likelihood, ProgramLikelihood
+from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.likelihoods.analysis import Analysis
 from pyro_diffusion.likelihoods.program import check_model
 from pyro_diffusion.likelihoods.run import isolated
@@ -35,7 +35,6 @@ from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["AutoPosterior", "as_chain"]
 
-Guidance = Callable[[Denoiser, Likelihood], GuidedDenoiser]
 Density = Callable[[], Tensor]
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import GuidedDenoiser
-from pyro_diffusion.infer.auto_posterior import AutoPosterior, Density, Guidance, as_chain
+from pyro_diffusion.guidance.base import Guidance
+from pyro_diffusion.infer.auto_posterior import AutoPosterior, Density, as_chain
 from pyro_diffusion.infer.reparam import reverse_chain
 from pyro_diffusion.infer.twisted_smc import Particles, TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood

@@ -13,8 +13,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_diffusion.distributions.base import DenoisedDistribution
+from pyro_diffusion.guidance.base import Guidance
 from pyro_diffusion.infer.conditional_filter import ConditionalFilter
-from pyro_diffusion.infer.twisted_smc import Guidance, TwistedSMC
+from pyro_diffusion.infer.twisted_smc import TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.unwrapping import unwrap_to
 from pyro_diffusion.validation import check_positive_int

@@ -1,7 +1,6 @@
 """Twisted sequential Monte Carlo: particles of a reverse chain, weighted by the observations."""
 
 import contextlib
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from pyro_diffusion.guidance import (
     PlugIn,
     SampledGuidance,
 )
+from pyro_diffusion.guidance.base import Guidance
 from pyro_diffusion.infer.particle_filter import ParticleFilter
 from pyro_diffusion.infer.particles import Particles
 from pyro_diffusion.infer.resampling import genealogical_variance
@@ -29,7 +29,6 @@ from pyro_diffusion.processes import Ability
 
 __all__ = ["Particles", "TwistedSMC", "default_guidance"]
 
-Guidance = Callable[[Denoiser, Likelihood], GuidedDenoiser]
 Filter = TypeVar("Filter", bound=ParticleFilter)
 
 
