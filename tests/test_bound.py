@@ -28,6 +28,7 @@ from pyro_diffusion.distributions import (
     NormalDecoder,
     Objective,
     QuantizedDecoder,
+    ReverseStep,
     Simple,
     Weighted,
 )
@@ -101,18 +102,18 @@ class _Count(Objective):
     def __init__(self, decoder_share: float):
         self.decoder_share = decoder_share
 
-    def __call__(self, process, xt, x0, posterior, s, t, steps):
-        return torch.full_like(x0[..., 0], 1.0)
+    def reverse_term(self, step):
+        return torch.full_like(step.x0[..., 0], 1.0)
 
-    def decoding(self, decoder, value, posterior, t, process, steps):
-        return torch.full_like(value[..., 0], 1000.0)
+    def decoder_term(self, step):
+        return torch.full_like(step.value[..., 0], 1000.0)
 
-    def baseline(self, decoder, t, event_shape):
+    def decoder_baseline(self, decoder, t, event_shape):
         return 0.0
 
 
 class _NoBaseline(Bound):
-    def baseline(self, decoder, t, event_shape):
+    def decoder_baseline(self, decoder, t, event_shape):
         return 0.0
 
 
@@ -154,9 +155,9 @@ def test_every_step_is_drawn_equally_often():
     seen = []
 
     class Record(_Count):
-        def __call__(self, process, xt, x0, posterior, s, t, steps):
-            seen.append(torch.stack([s.t.flatten(), t.t.flatten()]))
-            return super().__call__(process, xt, x0, posterior, s, t, steps)
+        def reverse_term(self, step):
+            seen.append(torch.stack([step.s.t.flatten(), step.t.t.flatten()]))
+            return super().reverse_term(step)
 
     law = Diffusion(mixture(), (2,), times=uniform(10, F64), objective=Record(0.0))
     law.log_prob(torch.zeros(1100, 2, dtype=F64))
@@ -510,9 +511,9 @@ def test_float32_follows_float64():
             noise = torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
             # 199 levels for the first 199 data.
             xt = level.alpha * x0[: len(level.t)] + level.sigma * noise[: len(level.t)].to(dtype)
-            costs[dtype] = Bound()(
-                process, xt, x0[: len(level.t)], law.denoiser(xt, level), early, level, 1000
-            )
+            x0, posterior = x0[: len(level.t)], law.denoiser(xt, level)
+            step = ReverseStep(process, x0, xt, posterior, early, level, 1000)
+            costs[dtype] = Bound().reverse_term(step)
         gap = costs[torch.float32].to(F64) - costs[F64]
         assert gap.abs().max() < 2e-3 * costs[F64].mean()
 

@@ -9,7 +9,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch.testing import assert_close
 
 from pyro_diffusion.denoisers import GaussianDenoiser
-from pyro_diffusion.distributions import Diffusion, RedDiff
+from pyro_diffusion.distributions import Diffusion, RedDiff, ReverseStep
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.samplers import DAPS, DDIM, AdamsMoulton, daps, simulate
@@ -210,7 +210,8 @@ def test_gradient_is_the_closed_form(weight):
         for sign in (1, -1):
             xt = level.alpha * x0 + sign * level.sigma * noise
             posterior = denoiser(xt, process.level(torch.tensor(time, dtype=F64)))
-            costs.append(objective(process, xt, x0, posterior, level, level, 9))
+            step = ReverseStep(process, x0, xt, posterior, level, level, 9)
+            costs.append(objective.reverse_term(step))
         (found,) = torch.autograd.grad(sum(costs).sum() / 2, x0)
         alpha, sigma = level.alpha[0, 0], level.sigma[0, 0]
         total = alpha**2 * covariance + sigma**2 * torch.eye(3, dtype=F64)

@@ -14,13 +14,18 @@ from pyro_diffusion.distributions.diffusion import Diffusion
 from pyro_diffusion.distributions.flow import FlowTransform, LogDensity, ProbabilityFlow
 from pyro_diffusion.distributions.objectives import (
     Bound,
-    Hybrid,
-    MomentRegression,
+    DecoderStep,
     Objective,
-    Simple,
+    ReverseStep,
     Weighted,
 )
 from pyro_diffusion.distributions.red_diff import RedDiff
+from pyro_diffusion.distributions.regressions import (
+    Hybrid,
+    MomentRegression,
+    Regression,
+    Simple,
+)
 from pyro_diffusion.distributions.sde import DiffusionSDE
 
 __all__ = [
@@ -28,6 +33,7 @@ __all__ = [
     "BoundedDistribution",
     "CategoricalDecoder",
     "Decoder",
+    "DecoderStep",
     "DenoisedDistribution",
     "Dequantization",
     "Diffusion",
@@ -41,6 +47,8 @@ __all__ = [
     "ProbabilityFlow",
     "QuantizedDecoder",
     "RedDiff",
+    "Regression",
+    "ReverseStep",
     "Simple",
     "Weighted",
 ]

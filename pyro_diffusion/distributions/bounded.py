@@ -12,7 +12,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.base import DenoisedDistribution, broadcast
 from pyro_diffusion.distributions.decoders import Decoder, check_decoder, default_decoder
 from pyro_diffusion.distributions.linear_use import check_linear_use
-from pyro_diffusion.distributions.objectives import Bound, Objective, check_objective, divergence
+from pyro_diffusion.distributions.objectives import Bound, Objective, check_objective
 from pyro_diffusion.processes import SeededNoise, draw, drawing_from
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
@@ -107,18 +107,18 @@ class BoundedDistribution(DenoisedDistribution):
             decoding, reverse = self._read(value, x0, position)
         # What is known of the decoder's term beforehand is added in full, not drawn: less noise, same mean.
         start = self._levels(x0).at(0)
-        known = self.objective.baseline(self.decoder, start, self.event_shape)
+        known = self.objective.decoder_baseline(self.decoder, start, self.event_shape)
         drawn = torch.where(
             position < 0, (decoding - known) / share, reverse * (self._span / (1 - share))
         )
-        total = -(self._prior_divergence(x0) + known + drawn).expand(batch)
+        total = -(self._prior_term(x0) + known + drawn).expand(batch)
         if self._validate_args:
             self._check_outcome(total)
         return total
 
     def prior_terms(self, value: Tensor) -> Tensor:
         """KL(q(x_{t_K} | x) || p(x_{t_K})) per datum, exact (nats), sample + batch."""
-        return self._prior_divergence(self._encoded(value)[0])
+        return self._prior_term(self._encoded(value)[0])
 
     def decoder_terms(self, value: Tensor) -> Tensor:
         """-log p(x | x_{t_0}) per datum (nats), from a fresh draw of x_{t_0}, sample + batch."""
@@ -192,14 +192,13 @@ class BoundedDistribution(DenoisedDistribution):
         """
         raise NotImplementedError
 
-    def _prior_divergence(self, x0: Tensor) -> Tensor:
+    def _prior_term(self, x0: Tensor) -> Tensor:
         process = self.denoiser.process
         dtype = x0.dtype if x0.is_floating_point() else self.dtype
         end = self._levels(x0).at(-1)
         prior = process.prior(self.event_shape, dtype=dtype, device=x0.device)
-        return divergence(
-            process.marginal(x0, end), prior.expand(x0.shape[: x0.dim() - len(self.event_shape)])
-        )
+        prior = prior.expand(x0.shape[: x0.dim() - len(self.event_shape)])
+        return self.objective.prior_term(process, x0, end, prior)
 
     def _encoded(self, value: Tensor) -> tuple[Tensor, torch.Size]:
         check_tensor("value", value)

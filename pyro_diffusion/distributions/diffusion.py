@@ -9,7 +9,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.base import kept_uniform
 from pyro_diffusion.distributions.bounded import BoundedDistribution
 from pyro_diffusion.distributions.decoders import Decoder
-from pyro_diffusion.distributions.objectives import Objective
+from pyro_diffusion.distributions.objectives import DecoderStep, Objective, ReverseStep
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.processes import draw
 from pyro_diffusion.samplers import Ancestral, Sampler, simulate
@@ -154,7 +154,7 @@ class Diffusion(BoundedDistribution):
         """
         x0, batch = self._encoded(value)
         if isinstance(index, int) and index == self.steps + 1:
-            return self._prior_divergence(x0)
+            return self._prior_term(x0)
         if isinstance(index, Tensor):
             check_expands("index", check_tensor("index", index), batch)
         elif isinstance(index, bool) or not 0 <= index <= self.steps:
@@ -196,9 +196,8 @@ class Diffusion(BoundedDistribution):
         which = torch.stack([index, index.clamp(min=1), (index - 1).clamp(min=0)])
         levels = self._levels(x0).at(which)
         t, late, early = map(levels.at, range(3))
-        q = process.marginal(x0, t)
-        xt = draw(q)
+        xt = draw(process.marginal(x0, t))
         posterior = self.posterior(xt, t)
-        decoding = self.objective.decoding(self.decoder, value, posterior, t, process, self.steps)
-        step = self.objective(process, xt, x0, posterior, early, late, self.steps)
-        return decoding, step
+        last = DecoderStep(process, x0, xt, posterior, t, self.steps, self.decoder, value)
+        step = ReverseStep(process, x0, xt, posterior, early, late, self.steps)
+        return self.objective.decoder_term(last), self.objective.reverse_term(step)

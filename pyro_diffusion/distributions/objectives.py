@@ -1,24 +1,68 @@
-"""What a chain's reverse terms are summed with: the bound itself, or weights on its terms."""
+"""What the terms of a chain are: those of the evidence lower bound, or weights on them."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from pyro.distributions import Delta, Normal, TorchDistribution
-from pyro.distributions.util import sum_rightmost
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_diffusion.denoisers import Denoiser, VarianceDenoiser
-from pyro_diffusion.denoisers.variance_heads import HeadNormal, NoiseHead
+from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.decoders import Decoder
 from pyro_diffusion.processes import Ability, ForwardProcess, draw
 from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.unwrapping import per_coordinate
 
-__all__ = ["Bound", "Hybrid", "MomentRegression", "Objective", "Simple", "Weighted", "divergence"]
+__all__ = ["Bound", "DecoderStep", "Objective", "ReverseStep", "Weighted", "divergence"]
 
 Weight = Callable[[Tensor, Tensor, int], Tensor]
+
+
+class ReverseStep(NamedTuple):
+    """One step of a chain, from t to s < t, for a batch of data: what an objective's reverse term is of.
+
+    Attributes:
+        process: the forward process.
+        x0: data as states at t = 0, batch + event.
+        xt: a draw of q(x_t | x_0), batch + event.
+        posterior: the denoiser's p(x_0 | x_t), of the same batch and event shape.
+        s: the level that the step leads to, one per datum.
+        t: the level of ``xt``, one per datum.
+        steps: number K of steps of the whole chain.
+    """
+
+    process: ForwardProcess
+    x0: Tensor
+    xt: Tensor
+    posterior: TorchDistribution
+    s: Level
+    t: Level
+    steps: int
+
+
+class DecoderStep(NamedTuple):
+    """The last step of a chain, from t_0 to data: what an objective's decoder term is of.
+
+    Attributes:
+        process: the forward process.
+        x0: data as states at t = 0, batch + event.
+        xt: a draw of q(x_{t_0} | x_0), batch + event.
+        posterior: the denoiser's p(x_0 | x_{t_0}), of the same batch and event shape.
+        t: the level at t_0.
+        steps: number K of steps of the whole chain.
+        decoder: p(x | x_{t_0}).
+        value: the data themselves, which broadcast with ``x0``.
+    """
+
+    process: ForwardProcess
+    x0: Tensor
+    xt: Tensor
+    posterior: TorchDistribution
+    t: Level
+    steps: int
+    decoder: Decoder
+    value: Tensor
 
 
 def divergence(q: TorchDistribution, p: TorchDistribution) -> Tensor:
@@ -31,12 +75,40 @@ def divergence(q: TorchDistribution, p: TorchDistribution) -> Tensor:
 
 
 class Objective:
-    """The cost of one reverse step: a number per datum that :class:`Diffusion` sums over the chain.
+    r"""The cost that :class:`Diffusion` sums over a chain: a prior's, a decoder's and K reverse terms.
+
+    .. math:: \text{prior} + \text{decoder}(t_0) + \sum_{j=1}^K \text{reverse}(t_j \to t_{j-1}),
+
+    each a number per datum, at a draw of :math:`x_t \sim q(x_t | x_0)`. ``Diffusion.log_prob`` estimates
+    minus this sum from one of its terms.
+
+    **Implementing an objective.** Implement :meth:`reverse_term`. The decoder's term is
+    :math:`-\log p(x | x_{t_0})` and the prior's :math:`KL(q(x_{t_K}|x_0) \| p(x_{t_K}))` unless you say
+    otherwise. Where you do, implement :meth:`decoder_baseline`, too: what the decoder's term is known to be
+    before data are seen is added in full and not drawn. An objective that is the same error at
+    every level, :math:`t_0` included, is a :class:`Regression`. Refuse unsuitable models in :meth:`check`.
 
     Attributes:
         is_bound: whether the sum is minus a lower bound of log p(x).
-        decoder_share: least share of a batch whose network read goes to the decoder. A fair share of one
-            in steps + 1 would leave the bound's decoder term to rare, enormous draws.
+        decoder_share: least share of a batch for which the network is evaluated for the decoder's term. A
+            fair share of one in K + 1 would leave the bound's decoder term to rare, enormous draws.
+
+    Example:
+        >>> from pyro_diffusion.denoisers import GaussianDenoiser
+        >>> from pyro_diffusion.distributions import Diffusion
+        >>> from pyro_diffusion.nn import MLP
+        >>> from pyro_diffusion.processes import GaussianProcess
+        >>> from pyro_diffusion.schedules import Cosine
+        >>> class Likeliest(Objective):
+        ...     '''The negative log-density of one draw of the bridge, in place of a divergence.'''
+        ...     def reverse_term(self, step):
+        ...         bridge = step.process.bridge(step.xt, step.x0, step.s, step.t)
+        ...         kernel = step.process.reverse(step.xt, step.posterior, step.s, step.t)
+        ...         return -kernel.log_prob(draw(bridge))
+        >>> denoiser = GaussianDenoiser(MLP(2), GaussianProcess(Cosine()))
+        >>> diffusion = Diffusion(denoiser, event_shape=(2,), steps=50, objective=Likeliest())
+        >>> diffusion.log_prob(torch.zeros(7, 2)).shape
+        torch.Size([7])
     """
 
     is_bound = False
@@ -52,53 +124,61 @@ class Objective:
             ValueError: naming the objective and what it needs.
         """
 
-    def __call__(
-        self,
-        process: ForwardProcess,
-        xt: Tensor,
-        x0: Tensor,
-        posterior: TorchDistribution,
-        s: Level,
-        t: Level,
-        steps: int,
-    ) -> Tensor:
+    def reverse_term(self, step: ReverseStep) -> Tensor:
         """Cost of the step from t to s, batch shape."""
         raise NotImplementedError
 
-    def decoding(
-        self,
-        decoder: Decoder,
-        value: Tensor,
-        posterior: TorchDistribution,
-        t: Level,
-        process: ForwardProcess,
-        steps: int,
-    ) -> Tensor:
-        """Cost of the decoder's term, batch shape: -log p(x | x_{t_0}), from the posterior at t_0."""
-        return -decoder(posterior, t, process).log_prob(value)
+    def decoder_term(self, step: DecoderStep) -> Tensor:
+        """Cost of the step from t_0 to data, batch shape: -log p(x | x_{t_0})."""
+        decoder = step.decoder(step.posterior, step.t, step.process)
+        out: Tensor = decoder.log_prob(step.value)
+        return -out
 
-    def baseline(self, decoder: Decoder, t: Level, event_shape: torch.Size) -> Tensor | float:
-        """What :meth:`decoding` comes to before any datum is seen; it only lowers the variance."""
+    def decoder_baseline(
+        self, decoder: Decoder, t: Level, event_shape: torch.Size
+    ) -> Tensor | float:
+        """What :meth:`decoder_term` comes to before any datum is seen; it only lowers the variance."""
         return decoder.baseline(t, event_shape)
+
+    def prior_term(
+        self, process: ForwardProcess, x0: Tensor, end: Level, prior: TorchDistribution
+    ) -> Tensor:
+        """Cost of the chain's start, batch shape: KL(q(x_{t_K} | x_0) || p(x_{t_K})).
+
+        Args:
+            process: the forward process.
+            x0: data as states at t = 0, batch + event.
+            end: the level at t_K.
+            prior: p(x_{t_K}), at the batch shape of ``x0``.
+        """
+        return divergence(process.marginal(x0, end), prior)
 
 
 class Bound(Objective):
-    r"""The evidence lower bound: :math:`KL(q(x_s | x_t, x_0) \,\|\, p(x_s | x_t))` (nats)."""
+    r"""The evidence lower bound: :math:`KL(q(x_s | x_t, x_0) \,\|\, p(x_s | x_t))` per step (nats).
+
+    Under a :class:`~pyro_diffusion.processes.GaussianProcess` the bridge is
+    :math:`q(x_s | x_t, x_0) = \mathcal N(r x_t + k x_0, v)`, and the reverse kernel of a point mass at
+    :math:`\hat x_0` has the same variance v (``GaussianProcess.coefficients`` and ``combine`` are this
+    algebra). The KL of two normals of equal variance is half the squared distance of their means over v,
+
+    .. math:: KL = \sum_i \frac{k_i^2}{2 v_i} (x_0 - \hat x_0)_i^2
+              = \sum_i \tfrac12 \big(e^{\lambda_{s,i}} - e^{\lambda_{t,i}}\big) (x_0 - \hat x_0)_i^2 :
+
+    the weight of a squared error is half of the signal-to-noise ratio that is lost between s and t, per
+    coordinate i. For a posterior with a variance it is the KL of normals of different variances.
+
+    References:
+        Ho et al., arXiv 2006.11239, equation 5; Kingma et al., arXiv 2107.00630, equation 14.
+    """
 
     is_bound = True
 
-    def __call__(
-        self,
-        process: ForwardProcess,
-        xt: Tensor,
-        x0: Tensor,
-        posterior: TorchDistribution,
-        s: Level,
-        t: Level,
-        steps: int,
-    ) -> Tensor:
+    def reverse_term(self, step: ReverseStep) -> Tensor:
         """The divergence of the step, batch shape."""
-        return divergence(process.bridge(xt, x0, s, t), process.reverse(xt, posterior, s, t))
+        process = step.process
+        bridge = process.bridge(step.xt, step.x0, step.s, step.t)
+        return divergence(bridge, process.reverse(step.xt, step.posterior, step.s, step.t))
 
 
 class Weighted(Bound):
@@ -109,7 +189,8 @@ class Weighted(Bound):
     trains a likelihood of augmented data.
 
     Args:
-        weight: ``weight(log_snr_s, log_snr_t, steps)``, a tensor of the levels' shape.
+        weight: ``weight(log_snr_s, log_snr_t, steps)``, a tensor of the levels' shape. A step has one weight,
+            at the log-SNR of the levels' clock, also where noise differs by coordinate.
         mean_only: whether the posterior is replaced by a point mass at its mean, so that the weights act on
             squared errors alone.
     """
@@ -124,215 +205,13 @@ class Weighted(Bound):
         if self.mean_only:
             needs_numbers(self, denoiser)
 
-    def __call__(
-        self,
-        process: ForwardProcess,
-        xt: Tensor,
-        x0: Tensor,
-        posterior: TorchDistribution,
-        s: Level,
-        t: Level,
-        steps: int,
-    ) -> Tensor:
+    def reverse_term(self, step: ReverseStep) -> Tensor:
         """The weighted divergence of the step, batch shape."""
         if self.mean_only:
-            posterior = process.point_mass(posterior.mean)
-        terms = super().__call__(process, xt, x0, posterior, s, t, steps)
-        weight = self.weight(s.clock, t.clock, steps)
-        return weight.reshape(weight.shape[: terms.dim()]) * terms
-
-
-class Simple(Weighted):
-    r"""DDPM's L_simple: :math:`\tfrac1K\sum_{j=0}^K \|\epsilon - \hat\epsilon(x_{t_j})\|^2`.
-
-    With a point mass the bound's term is
-    :math:`\tfrac12 (e^{\lambda_s - \lambda_t} - 1)\,\|\epsilon - \hat\epsilon\|^2`, so this is the weight
-    :math:`2 / (K (e^{\lambda_s - \lambda_t} - 1))` on it. The decoder's read at :math:`t_0` is one of the
-    errors, as in DDPM, in place of log p(x | x_{t_0}). Gaussian processes only. The variance, if any, is not
-    trained (use :class:`Hybrid`).
-
-    References:
-        Ho et al., arXiv 2006.11239, equation 14.
-    """
-
-    decoder_share = 0.0
-
-    def __init__(self) -> None:
-        super().__init__(_noise_weight, mean_only=True)
-
-    def decoding(
-        self,
-        decoder: Decoder,
-        value: Tensor,
-        posterior: TorchDistribution,
-        t: Level,
-        process: ForwardProcess,
-        steps: int,
-    ) -> Tensor:
-        """The noise error at t_0, batch shape."""
-        mean = posterior.mean
-        error = (decoder.encode(value, mean.dtype) - mean).square() * t.log_snr.exp()
-        return sum_rightmost(error, process.event_dim) / steps
-
-    def baseline(self, decoder: Decoder, t: Level, event_shape: torch.Size) -> Tensor | float:
-        """0: noise errors are of no known size."""
-        return 0.0
-
-
-class Hybrid(Objective):
-    r"""L_simple for the mean, the bound for the variance: :math:`L_{simple} + \gamma L_{vlb}`.
-
-    The mean is detached inside :math:`L_{vlb}`, decoder's term included, so the bound trains the variance
-    head alone. Needs a denoiser with a variance.
-
-    Args:
-        gamma: weight of the bound's terms, > 0.
-
-    Raises:
-        ValueError: if gamma is not positive or, when called, the posterior is a point mass.
-
-    References:
-        Nichol & Dhariwal, arXiv 2102.09672, section 3.1 (gamma = 0.001).
-    """
-
-    decoder_share = 0.0
-
-    def __init__(self, gamma: float = 1e-3) -> None:
-        if not gamma > 0:
-            raise ValueError(f"gamma: got {gamma}, expected a number > 0")
-        self.gamma, self._simple, self._bound = float(gamma), Simple(), Bound()
-
-    def check(self, denoiser: Denoiser) -> None:
-        """A process of real numbers, and a denoiser with a variance."""
-        needs_numbers(self, denoiser)
-        if denoiser.point_mass:
-            raise ValueError(
-                f"objective: got Hybrid with a point mass, the posterior of {type(denoiser).__name__}, "
-                "expected a denoiser with a variance (or Simple(), which trains none)"
-            )
-
-    def __call__(
-        self,
-        process: ForwardProcess,
-        xt: Tensor,
-        x0: Tensor,
-        posterior: TorchDistribution,
-        s: Level,
-        t: Level,
-        steps: int,
-    ) -> Tensor:
-        """Both parts, batch shape."""
-        fixed = _fixed_mean(posterior, process)
-        simple = self._simple(process, xt, x0, posterior, s, t, steps)
-        return simple + self.gamma * self._bound(process, xt, x0, fixed, s, t, steps)
-
-    def decoding(
-        self,
-        decoder: Decoder,
-        value: Tensor,
-        posterior: TorchDistribution,
-        t: Level,
-        process: ForwardProcess,
-        steps: int,
-    ) -> Tensor:
-        """Both parts at t_0, batch shape."""
-        fixed = _fixed_mean(posterior, process)
-        simple = self._simple.decoding(decoder, value, posterior, t, process, steps)
-        bound = self._bound.decoding(decoder, value, fixed, t, process, steps)
-        return simple + self.gamma * bound
-
-    def baseline(self, decoder: Decoder, t: Level, event_shape: torch.Size) -> Tensor | float:
-        """The bound's, in its share."""
-        return self.gamma * self._bound.baseline(decoder, t, event_shape)
-
-
-class MomentRegression(Objective):
-    r"""Regression of a variance head's moment h on the noise it is the mean of: fits SN and NPR.
-
-    .. math:: \tfrac1K \sum_{j=0}^K \|(h(x_{t_j}) - y)/c\|^2 \quad\text{or}\quad
-              \tfrac1K \sum_{j=0}^K \sum_i \Big[\frac{y_i}{h_i} + \log\frac{h_i}{c}\Big],
-
-    y = :math:`(\epsilon - \hat\epsilon)^2` for NPR and :math:`\epsilon^2` for SN, per coordinate; c is the
-    head's ``unit`` for errors of h. Both are least at h = E[y | x_t]. The second, the deviance of a gamma
-    law, weighs *relative* errors: it suits moments that range over orders of magnitude, as NPR's do on
-    data with certain coordinates. Not a bound. The mean gets no gradient. The denoiser is a
-    :class:`~pyro_diffusion.denoisers.VarianceDenoiser` with a head, :class:`~pyro_diffusion.denoisers.SN` or
-    :class:`~pyro_diffusion.denoisers.NPR`.
-
-    Args:
-        deviance: whether to take the second form.
-
-    Raises:
-        ValueError: when called, if the posterior comes from another denoiser.
-
-    References:
-        Bao et al., arXiv 2206.07309, equations 12 and 15 (the squares).
-    """
-
-    decoder_share = 0.0
-
-    def __init__(self, deviance: bool = False) -> None:
-        self.deviance = bool(deviance)
-
-    def check(self, denoiser: Denoiser) -> None:
-        """A denoiser whose variance is a head that is fitted by regression."""
-        needs_numbers(self, denoiser)
-        if not isinstance(denoiser, VarianceDenoiser):
-            got = type(denoiser).__name__
-        elif not isinstance(denoiser.variance, NoiseHead):
-            got = f"VarianceDenoiser of variance {type(denoiser.variance).__name__}"
-        else:
-            return
-        raise ValueError(
-            f"objective: got MomentRegression for a {got}, expected a VarianceDenoiser with an NPR() or SN() "
-            "head"
-        )
-
-    def __call__(
-        self,
-        process: ForwardProcess,
-        xt: Tensor,
-        x0: Tensor,
-        posterior: TorchDistribution,
-        s: Level,
-        t: Level,
-        steps: int,
-    ) -> Tensor:
-        """The regression at t, batch shape."""
-        return self._cost(x0, posterior, t, process.event_dim) / steps
-
-    def decoding(
-        self,
-        decoder: Decoder,
-        value: Tensor,
-        posterior: TorchDistribution,
-        t: Level,
-        process: ForwardProcess,
-        steps: int,
-    ) -> Tensor:
-        """The regression at t_0, batch shape."""
-        x0 = decoder.encode(value, posterior.mean.dtype)
-        return self._cost(x0, posterior, t, process.event_dim) / steps
-
-    def baseline(self, decoder: Decoder, t: Level, event_shape: torch.Size) -> Tensor | float:
-        """0: moments are of no known size."""
-        return 0.0
-
-    def _cost(self, x0: Tensor, posterior: TorchDistribution, t: Level, event_dim: int) -> Tensor:
-        base = per_coordinate(posterior)
-        if not isinstance(base, HeadNormal):
-            raise ValueError(
-                f"objective: got MomentRegression for a {type(base).__name__}, expected the posterior of a "
-                "VarianceDenoiser with an NPR() or SN() head"
-            )
-        error = (base.mean - x0) * (0.5 * t.log_snr).exp()
-        unit = base.head.unit(t)
-        target = base.head.target(error.detach(), base.noise.detach())
-        if self.deviance:
-            cost = target / base.moment + (base.moment / unit).log()
-        else:
-            cost = ((base.moment - target) / unit).square()
-        return sum_rightmost(cost, event_dim)
+            step = step._replace(posterior=step.process.point_mass(step.posterior.mean))
+        term = super().reverse_term(step)
+        weight = self.weight(step.s.clock, step.t.clock, step.steps)
+        return weight.reshape(weight.shape[: term.dim()]) * term
 
 
 def needs_numbers(objective: Objective, denoiser: Denoiser) -> None:
@@ -362,18 +241,3 @@ def check_objective(objective: object, denoiser: Denoiser) -> Objective:
         )
     objective.check(denoiser)
     return objective
-
-
-def _noise_weight(s: Tensor, t: Tensor, steps: int) -> Tensor:
-    return 2 / (steps * torch.expm1(s - t))
-
-
-def _fixed_mean(posterior: TorchDistribution, process: ForwardProcess) -> TorchDistribution:
-    """The posterior's normal with the mean detached."""
-    base = per_coordinate(posterior)
-    if isinstance(base, Delta):
-        raise ValueError(
-            "objective: got Hybrid with a point mass, expected a denoiser with a variance"
-        )
-    fixed = Normal(base.mean.detach(), base.variance.sqrt(), validate_args=False)
-    return fixed.to_event(process.event_dim)

@@ -2,21 +2,16 @@
 
 from collections.abc import Callable
 
-import torch
-from pyro.distributions import TorchDistribution
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
-from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.distributions.decoders import Decoder
-from pyro_diffusion.distributions.objectives import Objective, needs_numbers
-from pyro_diffusion.processes import ForwardProcess
-from pyro_diffusion.schedules import Level
+from pyro_diffusion.distributions.objectives import DecoderStep, ReverseStep
+from pyro_diffusion.distributions.regressions import Regression
 
 __all__ = ["RedDiff"]
 
 
-class RedDiff(Objective):
+class RedDiff(Regression):
     r"""A prior for data that are being inferred: its gradient is :math:`w\,(\hat\epsilon - \epsilon)`.
 
     As ``objective`` of the :class:`~pyro_diffusion.distributions.Diffusion` site of a Pyro program, with an
@@ -41,7 +36,8 @@ class RedDiff(Objective):
 
     Args:
         weight: factor of the paper's weight, > 0 (its experiments use 0.25 for unweighted squared errors of
-            the reading), or :math:`w` itself as a function of the log-SNR.
+            the observation), or :math:`w` itself as a function of the log-SNR (of each coordinate, where they
+            differ).
 
     Raises:
         ValueError: if the weight is neither a positive number nor a function.
@@ -50,8 +46,6 @@ class RedDiff(Objective):
         Mardani et al., arXiv 2305.04391, section 4 and algorithm 1.
     """
 
-    decoder_share = 0.0
-
     def __init__(self, weight: float | Callable[[Tensor], Tensor] = 2.0) -> None:
         if not callable(weight) and not weight > 0:
             raise ValueError(
@@ -59,43 +53,12 @@ class RedDiff(Objective):
             )
         self.weight = weight
 
-    def check(self, denoiser: Denoiser) -> None:
-        """A process of real numbers."""
-        needs_numbers(self, denoiser)
-
-    def __call__(
-        self,
-        process: ForwardProcess,
-        xt: Tensor,
-        x0: Tensor,
-        posterior: TorchDistribution,
-        s: Level,
-        t: Level,
-        steps: int,
-    ) -> Tensor:
-        """The error at t, batch shape."""
-        return self._cost(x0, posterior, t, process.event_dim) / (steps + 1)
-
-    def decoding(
-        self,
-        decoder: Decoder,
-        value: Tensor,
-        posterior: TorchDistribution,
-        t: Level,
-        process: ForwardProcess,
-        steps: int,
-    ) -> Tensor:
-        """The error at t_0, batch shape."""
-        x0 = decoder.encode(value, posterior.mean.dtype)
-        return self._cost(x0, posterior, t, process.event_dim) / (steps + 1)
-
-    def baseline(self, decoder: Decoder, t: Level, event_shape: torch.Size) -> Tensor | float:
-        """0: errors are of no known size."""
-        return 0.0
-
-    def _cost(self, x0: Tensor, posterior: TorchDistribution, t: Level, event_dim: int) -> Tensor:
-        root = (0.5 * t.log_snr).exp()
-        error = (root * (x0 - posterior.mean)).detach()
-        weight = self.weight(t.log_snr) if callable(self.weight) else self.weight / root
-        pull = weight * error * x0
-        return sum_rightmost(0.5 * weight * error.square() + (pull - pull.detach()), event_dim)
+    def error(self, step: ReverseStep | DecoderStep) -> Tensor:
+        """The error at t over the number of levels, batch shape."""
+        log_snr = step.t.log_snr
+        root = (0.5 * log_snr).exp()
+        error = (root * (step.x0 - step.posterior.mean)).detach()
+        weight = self.weight(log_snr) if callable(self.weight) else self.weight / root
+        pull = weight * error * step.x0
+        cost = 0.5 * weight * error.square() + (pull - pull.detach())
+        return sum_rightmost(cost, step.process.event_dim) / (step.steps + 1)

@@ -10,6 +10,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.base import kept_uniform
 from pyro_diffusion.distributions.bounded import BoundedDistribution
 from pyro_diffusion.distributions.decoders import Decoder
+from pyro_diffusion.distributions.objectives import DecoderStep
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.dynamics import ReverseSDE, SDESolver
 from pyro_diffusion.dynamics.sde import check_eta
@@ -158,7 +159,8 @@ class DiffusionSDE(BoundedDistribution):
         level, slope = rates.level, rates.log_snr
         xt = draw(process.marginal(x0, level))
         posterior = self.posterior(xt, level)
-        decoding = self.objective.decoding(self.decoder, value, posterior, level, process, 1)
+        last = DecoderStep(process, x0, xt, posterior, level, 1, self.decoder, value)
+        decoding = self.objective.decoder_term(last)
         error = (x0 - posterior.mean).square()
         cost = sum_rightmost(-0.5 * slope * level.log_snr.exp() * error, event_dim)
         if scale is not None:
