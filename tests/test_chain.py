@@ -468,7 +468,7 @@ def test_the_chain_refuses_bad_data():
     ddpm = DDPM(LAWS[0].denoiser(), (3,), steps=2)
     with pytest.raises(ValueError, match="value: got 1 NaN"):
         ddpm.guide(torch.tensor([[0.0, torch.nan, 0.0]]))
-    with pytest.raises(ValueError, match="value: got shape"):
+    with pytest.raises(ValueError, match="x: got shape"):
         ddpm.guide(torch.zeros(4, 2))
     with pytest.raises(ValueError, match="steps: got 0"):
         DDPM(LAWS[0].denoiser(), (3,), steps=0)

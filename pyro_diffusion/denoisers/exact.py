@@ -92,7 +92,7 @@ class MixtureDenoiser(Denoiser):
         if isinstance(t, Tensor) and t.dim():
             raise ValueError(f"t: got shape {tuple(t.shape)}, expected one time")
         level = self.process.level(t, self.means)
-        scale = (level.alpha**2 * self.variances + level.sigma**2).sqrt().unsqueeze(-1)
+        scale = (level.alpha**2 * self.variances.unsqueeze(-1) + level.sigma**2).sqrt()
         parts = Normal(level.alpha * self.means, scale, validate_args=False).to_event(1)
         return MixtureSameFamily(
             Categorical(self.weights, validate_args=False), parts, validate_args=False

@@ -16,16 +16,16 @@ from pyro_diffusion.validation import Shape, check_positive_int, check_tensor
 __all__ = ["DDPM"]
 
 
-def check_rows(x: Tensor | None, size: int, subsample_size: int | None, event_dim: int) -> None:
+def check_rows(x: Tensor | None, size: int, subsample_size: int | None, event_shape: Shape) -> None:
     """Refuse data that are no rows, and a number of data or of a subsample that is none.
 
     Raises:
         ValueError: naming the argument.
     """
     check_positive_int("size", size)
-    if x is not None and check_tensor("x", x).dim() != 1 + event_dim:
+    if x is not None and check_tensor("x", x).shape != (size, *event_shape):
         raise ValueError(
-            f"x: got shape {tuple(x.shape)}, expected (n,) and {event_dim} event dimension(s)"
+            f"x: got shape {tuple(x.shape)}, expected (n,) + {tuple(event_shape)}, rows of the event shape"
         )
     if subsample_size is not None and check_positive_int("subsample_size", subsample_size) > size:
         raise ValueError(f"subsample_size: got {subsample_size}, expected at most {size}, the data")
@@ -55,7 +55,7 @@ class _Model(PyroModule):
         name = self._name
         if size is None:
             raise ValueError("size: got None and no data, expected the number of data to generate")
-        check_rows(x, size, subsample_size, self.denoiser.process.event_dim)
+        check_rows(x, size, subsample_size, self._arguments["event_shape"])
         context = check_context(self.denoiser, context, size)
         plate = pyro.plate(f"{name}_plate", size, subsample_size=subsample_size)
         # Around the plate, not inside: initial values are drawn before the reparameterizer sees a site.
@@ -86,7 +86,7 @@ class _Guide(PyroModule):
             x,
             len(x) if isinstance(x, Tensor) and x.dim() else 1,
             subsample_size,
-            model.denoiser.process.event_dim,
+            model._arguments["event_shape"],
         )
         with pyro.plate(f"{model._name}_plate", len(x), subsample_size=subsample_size) as index:
             forward_chain(model._name, model.diffusion({}), x[index])

@@ -188,11 +188,7 @@ def infer_calls() -> list[Call]:
         )
 
     def quantiles(guide: Any, **arguments: Any) -> Any:
-        return (
-            guide.quantiles(args=(), **arguments)
-            if False
-            else guide.quantiles(arguments["quantiles"], y, num_samples=arguments["num_samples"])
-        )
+        return guide.quantiles(arguments["quantiles"], y, num_samples=arguments["num_samples"])
 
     def filtered(**arguments: Any) -> Any:
         return infer.TwistedSMC(**arguments).run()
@@ -201,6 +197,9 @@ def infer_calls() -> list[Call]:
         kernel = infer.ParticleGibbs(program, **arguments)
         kernel.setup(0, y)
         return kernel.sample(kernel.initial_params)
+
+    def joint(run: Any, **arguments: Any) -> Any:
+        return pyro.poutine.trace(run).get_trace(**arguments).log_prob_sum()
 
     weighted = particles()
     ddpm = infer.DDPM(gaussian(), (3,), 2)
@@ -259,17 +258,17 @@ def infer_calls() -> list[Call]:
         ),
         Call(
             "infer.DDPM.model",
-            lambda **a: ddpm.model(**a),
+            lambda **a: joint(ddpm.model, **a),
             lambda: {"x": data(), "subsample_size": 2},
         ),
         Call(
             "infer.DDPM.guide",
-            lambda **a: ddpm.guide(**a),
+            lambda **a: joint(ddpm.guide, **a),
             lambda: {"x": data(), "subsample_size": 2},
         ),
         Call(
             "infer.forward_chain",
-            infer.forward_chain,
+            lambda **a: joint(infer.forward_chain, **a),
             lambda: {"name": "x", "diffusion": chain(), "value": data(), "auxiliary": False},
         ),
     ]
