@@ -367,7 +367,7 @@ BASE = mixture(LogLinear(10.0, -10.0))
             lambda: ClassifierGuidance(
                 CategoricalDenoiser(Logits(5), Absorbing(Rectified.full(), 5)), Labels(), 0
             ),
-            "twisted SMC",
+            "which lacks data of real numbers",
         ),
         (lambda: SimilarityGuidance(BASE, 3, torch.ones(2)), "features: got int"),
         (lambda: SimilarityGuidance(BASE, Labels(), torch.tensor(1.0)), "target: got"),

@@ -261,7 +261,7 @@ def test_bad_input():
     real = MixtureDenoiser(
         GaussianProcess(LogLinear(10, -10)), torch.ones(1), torch.zeros(1, 2), 1.0
     )
-    with pytest.raises(ValueError, match="expected a categorical process"):
+    with pytest.raises(ValueError, match="which lacks data of finitely many symbols"):
         SubstitutionGuidance(real, likelihood)
 
     def together():

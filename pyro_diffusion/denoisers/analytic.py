@@ -191,7 +191,7 @@ def _estimate(
     batch_size: int,
 ) -> EstimatedVariance:
     """Averages of a moment over data, noise and coordinates, knot by knot."""
-    process = check_gaussian(denoiser)
+    process = require_tweedie(denoiser)
     check_data(data, process.event_dim)
     check_positive_int("num_samples", num_samples)
     check_positive_int("batch_size", batch_size)
@@ -263,7 +263,7 @@ def check_mean(posterior: TorchDistribution, x0: Tensor) -> Tensor:
     return mean
 
 
-def check_gaussian(denoiser: Denoiser) -> ForwardProcess:
+def require_tweedie(denoiser: Denoiser) -> ForwardProcess:
     """Refuse a denoiser under a process without Tweedie's formula.
 
     Raises:

@@ -6,7 +6,7 @@ import torch
 from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor, nn
 
-from pyro_diffusion.denoisers.analytic import check_gaussian
+from pyro_diffusion.denoisers.analytic import require_tweedie
 from pyro_diffusion.denoisers.base import Denoiser, NetworkDenoiser, check_outputs
 from pyro_diffusion.denoisers.variance_heads import HeadNormal, NoiseHead
 from pyro_diffusion.denoisers.variances import Variance
@@ -65,7 +65,7 @@ class VarianceDenoiser(NetworkDenoiser):
         network: nn.Module | None = None,
         show_noise: bool = False,
     ) -> None:
-        process = check_gaussian(denoiser)
+        process = require_tweedie(denoiser)
         outputs = variance.outputs if isinstance(variance, Variance) else 0
         if not (variance is None or callable(variance)) or outputs > 1:
             raise ValueError(

@@ -6,7 +6,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.denoisers.analytic import check_data, check_gaussian, check_mean
+from pyro_diffusion.denoisers.analytic import check_data, check_mean, require_tweedie
 from pyro_diffusion.denoisers.base import check_context
 from pyro_diffusion.processes import Ability
 from pyro_diffusion.processes.abilities import require
@@ -56,7 +56,7 @@ def chain_costs(
     References:
         Watson et al., arXiv 2106.03802, section 4; there the variance is fixed, here it is the posterior's.
     """
-    process = check_gaussian(denoiser)
+    process = require_tweedie(denoiser)
     require(process, Ability.ISOTROPIC, argument="denoiser", by=type(denoiser).__name__)
     check_data(data, process.event_dim)
     check_positive_int("num_samples", num_samples)

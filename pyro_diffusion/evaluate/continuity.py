@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.denoisers.analytic import check_data, check_gaussian, denoised_batches
+from pyro_diffusion.denoisers.analytic import check_data, denoised_batches, require_tweedie
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["ContinuityResidual", "continuity_residual"]
@@ -96,7 +96,7 @@ def continuity_residual(
         Song et al., arXiv 2011.13456, appendix D.1; Lipman et al., arXiv 2210.02747, theorem 1 (velocities
         given the ends average to the marginal one).
     """
-    process = check_gaussian(denoiser)
+    process = require_tweedie(denoiser)
     check_data(data, process.event_dim)
     check_positive_int("num_functions", num_functions)
     check_positive_int("num_samples", num_samples)

@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.denoisers.analytic import check_data, check_gaussian, check_mean
+from pyro_diffusion.denoisers.analytic import check_data, check_mean, require_tweedie
 from pyro_diffusion.processes import Ability, ForwardProcess, draw
 from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.schedules import Level
@@ -138,10 +138,10 @@ def wasserstein_bound(
     References:
         Kwon, Fan & Lee, arXiv 2212.06359, theorem 1.
     """
-    process = check_gaussian(denoiser)
+    process = require_tweedie(denoiser)
     require(process, Ability.ISOTROPIC, argument="denoiser", by=type(denoiser).__name__)
     if reference is not None:
-        check_gaussian(reference)
+        require_tweedie(reference)
     check_data(data, process.event_dim)
     check_positive_int("num_points", num_points, at_least=2)
     check_number("eta", eta, at_least=0, at_most=1e3)

@@ -1,13 +1,15 @@
 """What a guided denoiser is: p(x_0 | x_t, y) of observations y, with an approximation of log p(y | x_t)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.likelihoods import Likelihood
+from pyro_diffusion.processes import Ability
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 
@@ -42,13 +44,17 @@ class GuidedDenoiser(Denoiser):
     :class:`~pyro_diffusion.likelihoods.Likelihood` or a classifier, so that the class itself is a
     ``guidance(denoiser, likelihood)`` for :class:`~pyro_diffusion.infer.TwistedSMC` and the guides. Implement
     :meth:`twisted`; each datum's answer must depend on that datum alone. A guidance without a log-twist
-    overrides ``forward`` in its place, and serves samplers only.
+    overrides ``forward`` in its place, and serves samplers only. What it asks of the forward process, as
+    Tweedie's formula, it lists in ``needs``; nothing else tells processes apart.
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior.
 
+    Attributes:
+        needs: what the denoiser's process must be able to do, see :class:`~pyro_diffusion.processes.Ability`.
+
     Raises:
-        ValueError: if ``denoiser`` is not a denoiser.
+        ValueError: if ``denoiser`` is not a denoiser, or its process lacks an ability.
 
     Example:
         >>> import torch
@@ -67,9 +73,18 @@ class GuidedDenoiser(Denoiser):
     """
 
     guided = True
+    needs: ClassVar[tuple[Ability, ...]] = ()
 
     def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__(check_denoiser(denoiser).process)
+        process = check_denoiser(denoiser).process
+        require(
+            process,
+            *self.needs,
+            argument="denoiser",
+            by=type(denoiser).__name__,
+            instead=f"SampledGuidance in place of {type(self).__name__}",
+        )
+        super().__init__(process)
         self.denoiser = denoiser
 
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:

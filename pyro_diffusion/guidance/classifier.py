@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser, shift_mean
+from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, shift_mean
 from pyro_diffusion.guidance.classifier_free import Scale, check_scale
 from pyro_diffusion.precision import at_least_single
-from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.processes import Ability
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_broadcast, check_tensor
 
@@ -29,21 +29,17 @@ class NoiseAwareGuidance(GuidedDenoiser):
     Subclasses implement :meth:`log_twist`.
 
     Args:
-        denoiser: posterior p(x_0 | x_t) of a Gaussian process.
+        denoiser: posterior p(x_0 | x_t), under a process with Tweedie's formula.
         scale: multiplies the log-twist, a number or a function of a
             :class:`~pyro_diffusion.schedules.Level`.
 
     Raises:
-        ValueError: for a process that is not Gaussian, or a wrong scale.
+        ValueError: for a process without Tweedie's formula, or a wrong scale.
     """
 
+    needs = (Ability.NUMBERS, Ability.TWEEDIE)
+
     def __init__(self, denoiser: Denoiser, scale: Scale = 1.0) -> None:
-        process = check_denoiser(denoiser).process
-        if not isinstance(process, GaussianProcess):
-            raise ValueError(
-                f"denoiser: got one of a {type(process).__name__}, expected one of a GaussianProcess "
-                "(symbols have no gradient: use twisted SMC)"
-            )
         super().__init__(denoiser)
         self.scale = check_scale(scale)
 
@@ -67,6 +63,11 @@ class NoiseAwareGuidance(GuidedDenoiser):
             log_snr = log_snr.reshape(log_snr.shape[: log_snr.dim() - event_dim])
         scale = self.scale(level) if callable(self.scale) else self.scale
         if torch.is_tensor(scale) and scale.dim():
+            if scale.shape[scale.dim() - event_dim :].numel() != 1:
+                raise ValueError(
+                    f"scale: got a function whose values are of shape {tuple(scale.shape)}, expected one "
+                    "number per level (of its t or clock, where the noise differs by coordinate)"
+                )
             scale = scale.reshape(scale.shape[: scale.dim() - event_dim])
         with torch.enable_grad():
             x = xt.detach().requires_grad_()
@@ -82,7 +83,7 @@ class NoiseAwareGuidance(GuidedDenoiser):
                 )
             value = scale * value
             (slope,) = torch.autograd.grad(value.sum(), x)
-        posterior = shift_mean(prior, level.sigma.square() / level.alpha * slope)
+        posterior = shift_mean(prior, level.tweedie * slope)
         return Twisted(prior, posterior, value.detach())
 
 
@@ -96,7 +97,7 @@ class ClassifierGuidance(NoiseAwareGuidance):
     is exact; other w sharpen or flatten, noise level by noise level (approximate).
 
     Args:
-        denoiser: posterior p(x_0 | x_t) of a Gaussian process.
+        denoiser: posterior p(x_0 | x_t), under a process with Tweedie's formula.
         classifier: ``classifier(xt, log_snr)``, xt of shape batch + event and log_snr of the batch shape,
             returns a distribution whose batch shape is that of xt. It is a module of this one if it is
             one.
@@ -104,12 +105,13 @@ class ClassifierGuidance(NoiseAwareGuidance):
         scale: w, a number or a function of a :class:`~pyro_diffusion.schedules.Level`.
 
     Raises:
-        ValueError: for a process that is not Gaussian, a classifier that is not callable, a wrong scale; at a
-            call, for a distribution of another batch shape or without gradient.
+        ValueError: for a process without Tweedie's formula, a classifier that is not callable, a wrong scale;
+            at a call, for a distribution of another batch shape or without gradient.
 
     Example:
         >>> import pyro.distributions as dist
         >>> from pyro_diffusion.denoisers import MixtureDenoiser
+        >>> from pyro_diffusion.processes import GaussianProcess
         >>> from pyro_diffusion.schedules import Cosine
         >>> process = GaussianProcess(Cosine())
         >>> denoiser = MixtureDenoiser(process, torch.ones(1), torch.zeros(1, 2), 1.0)
@@ -161,7 +163,7 @@ class SimilarityGuidance(NoiseAwareGuidance):
     likelihood stands behind it, so there is nothing for it to be exact for.
 
     Args:
-        denoiser: posterior p(x_0 | x_t) of a Gaussian process.
+        denoiser: posterior p(x_0 | x_t), under a process with Tweedie's formula.
         features: ``features(xt, log_snr)``, batch + (n,).
         target: the features to be like, broadcasts to batch + (n,).
         scale: w, a number or a function of a :class:`~pyro_diffusion.schedules.Level`; nats per unit of
@@ -169,7 +171,7 @@ class SimilarityGuidance(NoiseAwareGuidance):
         similarity: ``"cosine"`` or ``"dot"``.
 
     Raises:
-        ValueError: for a process that is not Gaussian, features that are not callable, a target without
+        ValueError: for a process without Tweedie's formula, features that are not callable, a target without
             dimensions, a wrong scale, or an unknown similarity.
 
     References:

@@ -19,16 +19,19 @@ __all__ = ["DataCovariance"]
 class DataCovariance(GaussianConditioning):
     r"""The covariance that x_0 had given x_t if data were normal: no backward pass through the network.
 
-    .. math:: V = \Big(C^{-1} + \frac{\alpha_t^2}{\sigma_t^2} I\Big)^{-1}, \qquad
+    .. math:: V = \Big(C^{-1} + \text{diag}\frac{\alpha_t^2}{\sigma_t^2}\Big)^{-1}, \qquad
               \text{shift} = V B^T S^{-1} r .
 
     MMPS and PiGDM multiply the network's derivative by :math:`\sigma^2/\alpha`, near a hundred where x_t is
     noise, and with it what a trained network gets wrong. C is estimated once, from data. Exact for normal
     data of covariance C and linear observations, else approximate; the guidance of choice for trained
-    networks inside twisted SMC. Other arguments, errors and log-twist: :class:`GaussianConditioning`.
+    networks inside twisted SMC. One noise level for all coordinates costs a product with the eigenvectors of
+    C; where it differs by coordinate, one Cholesky factorization a level. Other arguments, errors and
+    log-twist: :class:`GaussianConditioning`.
 
     Args:
-        denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process; it needs no gradient.
+        denoiser: posterior p(x_0 | x_t) of the prior, under a process with Tweedie's formula; it needs no
+            gradient.
         likelihood: as there.
         covariance: C, (n, n) for n numbers in a datum, on the scale of x_0. Positive definite; add a little
             to the diagonal of an estimate.
@@ -71,11 +74,30 @@ class DataCovariance(GaussianConditioning):
         self.register_buffer("vectors", vectors)
 
     def covariance(self, at: LinearizedDenoiser, level: Level, v: Tensor) -> Tensor:
-        """V v, diagonal in the principal components of the data."""
-        event = v.shape[v.dim() - self.process.event_dim :]
-        snr = (level.alpha / level.sigma).square()
-        if snr.dim():
-            snr = snr.reshape(*snr.shape[: snr.dim() - len(event)], 1)
-        vectors, values = self.vectors.to(v), self.values.to(v)
-        parts = matmul(v.reshape(*v.shape[: v.dim() - len(event)], -1), vectors)
-        return matmul(parts / (1 / values + snr), vectors.mT).reshape(v.shape)
+        """V v, diagonal in the principal components of the data under one noise level."""
+        k = self.process.event_dim
+        event = v.shape[v.dim() - k :]
+        flat = v.reshape(*v.shape[: v.dim() - k], -1)
+        snr = level.noise_to_signal.square().reciprocal()
+        if snr.dim() == 0 or snr.shape[snr.dim() - k :].numel() == 1:
+            snr = snr if snr.dim() == 0 else snr.reshape(*snr.shape[: snr.dim() - k], 1)
+            vectors, values = self.vectors.to(v), self.values.to(v)
+            parts = matmul(flat, vectors)
+            return matmul(parts / (1 / values + snr), vectors.mT).reshape(v.shape)
+        if at.matrix is None:
+            at.matrix = self._matrix(snr.expand(*snr.shape[: snr.dim() - k], *event).flatten(-k))
+        if at.matrix.dim() == 2:
+            return matmul(flat, at.matrix).reshape(v.shape)
+        return matmul(flat.unsqueeze(-2), at.matrix).reshape(v.shape)
+
+    def _matrix(self, snr: Tensor) -> Tensor:
+        r"""V where noise differs by coordinate, :math:`R (I + R^T \text{diag(snr)} R)^{-1} R^T, C = R R^T`.
+
+        Args:
+            snr: levels + (n,).
+        """
+        root = self.vectors.to(snr) * self.values.to(snr).sqrt()
+        eye = torch.eye(len(root), dtype=snr.dtype, device=snr.device)
+        factor = torch.linalg.cholesky(eye + matmul(root.mT * snr.unsqueeze(-2), root))
+        half = torch.linalg.solve_triangular(factor, root.mT.expand_as(factor), upper=False)
+        return matmul(half.mT, half)

@@ -9,14 +9,14 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.denoisers.analytic import check_gaussian
-from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser, shift_mean
+from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, shift_mean
 from pyro_diffusion.guidance.krylov import conjugate_gradients, gmres
 from pyro_diffusion.guidance.linearized_denoiser import LinearizedDenoiser
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.base import check_likelihood
 from pyro_diffusion.likelihoods.linearization import solve
 from pyro_diffusion.precision import matmul
+from pyro_diffusion.processes import Ability
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_positive_int
 
@@ -62,7 +62,8 @@ class GaussianConditioning(GuidedDenoiser):
     ================  ====================================  ==========================  ===================
 
     Exact is meant for linear observations and the denoiser's exact mean; else approximate. The posterior
-    keeps the denoiser's variance.
+    keeps the denoiser's variance. Where scales differ by coordinate :math:`\sigma^2/\alpha` is a diagonal
+    matrix D and the covariance is :math:`D J^T`, symmetric for the exact denoiser.
 
     ``solver="direct"`` forms S: m backward passes through the program (and, for MMPS, as many through the
     denoiser), and eigenvalues of S are kept at 1 or more, where they are for an exact denoiser. ``"cg"`` and
@@ -72,22 +73,24 @@ class GaussianConditioning(GuidedDenoiser):
     The shift above takes S for a constant of x_t, as the papers do. For a prior of many modes S is none, and
     ``full_gradient=True`` follows the whole log-twist,
     :math:`(\sigma^2/\alpha) \nabla_{x_t} \log p(y|x_t)`, at about twice the cost. What that adds is
-    cut, datum by datum, at the length of the papers' shift and :math:`\sqrt d\,\sigma/\alpha` together:
+    cut, datum by datum, at the length of the papers' shift and that of the noise,
+    :math:`\sqrt{\textstyle\sum_i \sigma_i^2/\alpha_i^2}`, together:
     between far modes the gradient of S can be steeper than any step.
 
     Args:
-        denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process.
+        denoiser: posterior p(x_0 | x_t) of the prior, under a process with Tweedie's formula.
         likelihood: a :class:`~pyro_diffusion.likelihoods.Likelihood` with residuals, as that of Normal sites.
         solver: ``"direct"``, ``"cg"`` or ``"gmres"``; by default direct up to 64 residuals in a row, else cg.
         iterations: of a Krylov solver.
         full_gradient: whether the shift follows the whole log-twist (always direct).
 
     Raises:
-        ValueError: for a process that is not Gaussian, an unknown solver or iterations < 1, or a full
+        ValueError: for a process without Tweedie's formula, an unknown solver or iterations < 1, or a full
             gradient with a Krylov solver; when called, for
             observations that are not Normal or have no gradient.
     """
 
+    needs = (Ability.NUMBERS, Ability.TWEEDIE)
     through = True  # whether the method asks for J
 
     def __init__(
@@ -99,7 +102,6 @@ class GaussianConditioning(GuidedDenoiser):
         iterations: int = 8,
         full_gradient: bool = False,
     ) -> None:
-        check_gaussian(check_denoiser(denoiser))
         super().__init__(denoiser)
         self.likelihood = check_likelihood(likelihood)
         self.likelihood.check_gradient()
@@ -150,10 +152,10 @@ class GaussianConditioning(GuidedDenoiser):
         with torch.enable_grad():
             solved, log_twist = self._direct(at, level)
         partial = self.shift(at, level, solved).detach()
-        shift = level.sigma**2 / level.alpha * at.score(log_twist)
+        shift = level.tweedie * at.score(log_twist)
         with torch.no_grad():
             added, kept = (at.per_row(v) for v in (shift - partial, partial))
-            noise = (level.sigma / level.alpha).square().expand_as(shift)
+            noise = level.noise_to_signal.square().expand_as(shift)
             limit = kept.norm(dim=-1) + at.per_row(noise).sum(-1).sqrt()
             factor = (limit / added.norm(dim=-1).clamp(min=torch.finfo(added.dtype).tiny)).clamp(
                 max=1
@@ -206,7 +208,7 @@ class PiGDM(GaussianConditioning):
     errors and log-twist: :class:`GaussianConditioning`.
 
     Args:
-        denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process.
+        denoiser: posterior p(x_0 | x_t) of the prior, under a process with Tweedie's formula.
         likelihood: as there.
         data_variance: of a coordinate of the data, > 0; None for the denoiser's own variance.
         options: ``solver``, ``iterations`` and ``full_gradient``.
@@ -242,7 +244,7 @@ class PiGDM(GaussianConditioning):
 
     def shift(self, at: LinearizedDenoiser, level: Level, solved: Solved) -> Tensor:
         """Through the denoiser."""
-        return level.sigma**2 / level.alpha * at.back(solved.pulled)
+        return level.tweedie * at.back(solved.pulled)
 
 
 class MMPS(GaussianConditioning):
@@ -275,7 +277,7 @@ class MMPS(GaussianConditioning):
 
     def covariance(self, at: LinearizedDenoiser, level: Level, v: Tensor) -> Tensor:
         """Through the denoiser."""
-        return level.sigma**2 / level.alpha * at.back(v)
+        return level.tweedie * at.back(v)
 
 
 class TMPD(MMPS):
@@ -304,7 +306,7 @@ class TMPD(MMPS):
 
 
 class DiffPIR(GaussianConditioning):
-    r"""Half-quadratic splitting: an isotropic covariance, no backward pass through the denoiser.
+    r"""Half-quadratic splitting: a covariance like the noise's, no backward pass through the denoiser.
 
     .. math:: V = \frac{\sigma^2}{\alpha^2 \lambda} I, \qquad \text{shift} = V B^T S^{-1} r .
 
@@ -315,7 +317,8 @@ class DiffPIR(GaussianConditioning):
     :class:`GaussianConditioning`.
 
     Args:
-        denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process; it needs no gradient.
+        denoiser: posterior p(x_0 | x_t) of the prior, under a process with Tweedie's formula; it needs no
+            gradient.
         likelihood: as there.
         lam: :math:`\lambda`, weight of the prior, > 0.
         options: ``solver`` and ``iterations``.
@@ -338,5 +341,5 @@ class DiffPIR(GaussianConditioning):
         self.lam = float(lam)
 
     def covariance(self, at: LinearizedDenoiser, level: Level, v: Tensor) -> Tensor:
-        """A multiple of the identity."""
-        return v * (level.sigma**2 / (level.alpha**2 * self.lam))
+        """A multiple of the noise's variance, coordinate by coordinate."""
+        return v * (level.noise_to_signal.square() / self.lam)

@@ -35,6 +35,7 @@ class LinearizedDenoiser(LinearizedLikelihood):
     Attributes:
         prior: the denoiser's posterior, detached.
         variance: its variance, or None for a point mass.
+        matrix: a covariance of x_0 that a method computed once for all of its products here, or None.
 
     Raises:
         ValueError: if the residual or the posterior mean has no gradient.
@@ -63,6 +64,7 @@ class LinearizedDenoiser(LinearizedLikelihood):
         self.prior = detached(prior)
         point_mass = isinstance(per_coordinate(prior), Delta)
         self.variance = None if point_mass else (prior if graph else self.prior).variance
+        self.matrix: Tensor | None = None
         super().__init__(likelihood.whitened, self._mean, graph)
 
     def back(self, v: Tensor) -> Tensor:

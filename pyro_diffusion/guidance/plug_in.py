@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.denoisers.analytic import check_gaussian
-from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, check_denoiser, shift_mean
+from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, shift_mean
 from pyro_diffusion.guidance.linearized_denoiser import detached
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.base import check_likelihood
-from pyro_diffusion.processes import ForwardProcess
+from pyro_diffusion.processes import Ability, ForwardProcess
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_number, check_tensor
 
@@ -54,15 +54,16 @@ class DPSStep:
         self.squared_norm = bool(squared_norm)
 
     def shares(self, process: ForwardProcess, level: Level) -> Tensor:
-        """1 / k of the step that starts at each level, and 0 at the grid's first time."""
+        """1 / k of the step that starts at each level, times + event; 0 at the grid's first time."""
         grid = process.levels(self.times, level.t.dtype, level.t.device)
         late, early = grid.at(slice(1, None)), grid.at(slice(-1))
         weight = process.coefficients(early, late, self.eta).x0
         shares = torch.cat([torch.zeros_like(weight[:1]), 1 / weight])
+        t, middle = level.t, ((grid.t[1:] + grid.t[:-1]) / 2).flatten()
+        if t.dim():  # without its singletons for events, which the table's rows have
+            t = t.reshape(t.shape[: t.dim() - process.event_dim])
         # The nearest time of the grid: rounding must not choose another step.
-        return shares[
-            torch.bucketize(level.t.contiguous(), (grid.t[1:] + grid.t[:-1]).flatten() / 2)
-        ]
+        return shares[torch.bucketize(t.contiguous(), middle)]
 
     def energy(
         self, likelihood: Likelihood, x0: Tensor, log_prob: Tensor | None
@@ -89,18 +90,20 @@ class PlugIn(GuidedDenoiser):
     keeps the denoiser's variance; the log-twist is :math:`\log p(y|\hat x_0)`, whatever the scale or step.
 
     Args:
-        denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process.
+        denoiser: posterior p(x_0 | x_t) of the prior, under a process with Tweedie's formula.
         likelihood: any differentiable :class:`~pyro_diffusion.likelihoods.Likelihood`.
         scale: factor of the shift.
         step_size: a :class:`DPSStep` in place of the gradient's own size.
 
     Raises:
-        ValueError: for a process that is not Gaussian, a likelihood without a gradient, a scale that is not
-            positive, or another step size.
+        ValueError: for a process without Tweedie's formula, a likelihood without a gradient, a scale that is
+            not positive, another step size, or one with eta below 1 under a process without free variance.
 
     References:
         Chung et al., arXiv 2209.14687.
     """
+
+    needs = (Ability.NUMBERS, Ability.TWEEDIE)
 
     def __init__(
         self,
@@ -110,13 +113,20 @@ class PlugIn(GuidedDenoiser):
         scale: float = 1.0,
         step_size: DPSStep | None = None,
     ) -> None:
-        check_gaussian(check_denoiser(denoiser))
         super().__init__(denoiser)
         self.likelihood = check_likelihood(likelihood)
         self.likelihood.check_gradient()
         check_number("scale", scale, above=0)
         if not (step_size is None or isinstance(step_size, DPSStep)):
             raise ValueError(f"step_size: got {step_size!r}, expected DPSStep(zeta, times)")
+        if step_size is not None and step_size.eta != 1:
+            require(
+                self.process,
+                Ability.FREE_VARIANCE,
+                argument="step_size",
+                by=f"DPSStep(eta={step_size.eta:g})",
+                instead="eta=1",
+            )
         self.scale, self.step_size = float(scale), step_size
 
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
@@ -129,7 +139,7 @@ class PlugIn(GuidedDenoiser):
             if self.step_size is None:
                 # Rows are independent: the gradient of their sum is that of each.
                 (gradient,) = torch.autograd.grad(log_twist.sum(), state)
-                factor = self.scale * level.sigma**2 / level.alpha
+                factor = self.scale * level.tweedie
             else:
                 energy, zeta = self.step_size.energy(self.likelihood, prior.mean, log_twist)
                 (gradient,) = torch.autograd.grad(-(zeta * energy).sum(), state)

@@ -7,11 +7,11 @@ from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.denoisers.analytic import check_gaussian
 from pyro_diffusion.distributions.base import home
-from pyro_diffusion.guidance.base import GuidedDenoiser, check_denoiser
+from pyro_diffusion.guidance.base import GuidedDenoiser
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.base import check_likelihood
+from pyro_diffusion.processes import Ability
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 
@@ -39,23 +39,23 @@ class Replacement(GuidedDenoiser):
     log-twist (:meth:`twisted` refuses): observations without noise have none.
 
     Args:
-        denoiser: posterior p(x_0 | x_t) of the prior, under a Gaussian process.
+        denoiser: posterior p(x_0 | x_t) of the prior, under a process with Tweedie's formula.
         likelihood: a :class:`~pyro_diffusion.likelihoods.Likelihood` with residuals, each of one coordinate
             of x_0, scaled or shifted at will.
 
     Raises:
-        ValueError: for a process that is not Gaussian, a likelihood without a gradient, or residuals of
+        ValueError: for a process without Tweedie's formula, a likelihood without a gradient, or residuals of
             several coordinates.
 
     References:
         Song et al., arXiv 2011.13456, appendix I.2; Lugmayr et al., arXiv 2201.09865.
     """
 
+    needs = (Ability.NUMBERS, Ability.TWEEDIE)
     observed: Tensor
     precision: Tensor
 
     def __init__(self, denoiser: Denoiser, likelihood: Likelihood) -> None:
-        check_gaussian(check_denoiser(denoiser))
         super().__init__(denoiser)
         self.likelihood = check_likelihood(likelihood)
         self.likelihood.check_gradient()
@@ -81,8 +81,9 @@ class Replacement(GuidedDenoiser):
             prior = self.denoiser(xt, level, **context)
             base, event_dim = per_coordinate(prior), prior.event_dim
             observed, precision = self.observed.to(xt), self.precision.to(xt)
-            total = precision + level.alpha**2 / level.sigma**2
-            mean = (precision * observed + level.alpha / level.sigma**2 * xt) / total
+            noise = level.noise_to_signal.square()
+            total = precision + 1 / noise
+            mean = (precision * observed + xt / level.tweedie) / total
             known = precision > 0
             mean = torch.where(known, mean, base.mean)
             if isinstance(base, Delta):

@@ -10,7 +10,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, shift_mean
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.base import check_likelihood
-from pyro_diffusion.processes import CategoricalProcess, draw
+from pyro_diffusion.processes import Ability, draw
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import check_positive_int
@@ -86,7 +86,7 @@ class SampledGuidance(GuidedDenoiser):
         event_dim = self.process.event_dim
         weights = weights.reshape(weights.shape + (1,) * event_dim)
         share = share.reshape(share.shape + (1,) * event_dim)
-        if not isinstance(self.process, CategoricalProcess):
+        if Ability.SYMBOLS not in self.process.abilities:
             shift = (weights * (x0 - prior.mean)).sum(0)
             return shift_mean(prior, share * shift)
         probs = per_coordinate(prior).probs

@@ -10,7 +10,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.base import check_likelihood
-from pyro_diffusion.processes import CategoricalProcess
+from pyro_diffusion.processes import Ability
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 
@@ -39,13 +39,15 @@ class SubstitutionGuidance(GuidedDenoiser):
     :class:`~pyro_diffusion.guidance.SampledGuidance`.
 
     Args:
-        denoiser: posterior p(x_0 | x_t) under a categorical process.
+        denoiser: posterior p(x_0 | x_t), under a process of symbols.
         likelihood: log p(y | x_0), which must factorize over the plates around the diffusion site.
         floor: share of the prior in every symbol's probabilities, in [0, 1).
 
     Raises:
-        ValueError: for another process, or a floor outside [0, 1).
+        ValueError: for a process of data that are no symbols, or a floor outside [0, 1).
     """
+
+    needs = (Ability.SYMBOLS,)
 
     def __init__(self, denoiser: Denoiser, likelihood: Likelihood, floor: float = 0.05) -> None:
         super().__init__(denoiser)
@@ -53,11 +55,6 @@ class SubstitutionGuidance(GuidedDenoiser):
         if not 0 <= floor < 1:
             raise ValueError(f"floor: got {floor}, expected a number in [0, 1)")
         self.floor = float(floor)
-        if not isinstance(self.process, CategoricalProcess):
-            raise ValueError(
-                f"denoiser: got one under a {type(self.process).__name__}, expected a categorical process "
-                "(SampledGuidance takes any)"
-            )
 
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
         """Prior, posterior and log-twist (one network evaluation).

@@ -17,7 +17,7 @@ from pyro_diffusion.likelihoods.run import Message, handlers, log_density
 from pyro_diffusion.likelihoods.signature import structure
 from pyro_diffusion.likelihoods.trials import trials
 from pyro_diffusion.likelihoods.whitening import RESIDUALS, Whitened, whitened
-from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.processes import Ability
 
 __all__ = ["ProgramLikelihood", "check_model"]
 
@@ -218,8 +218,10 @@ class ProgramLikelihood(Likelihood):
 
     def _no_gradient(self) -> str | None:
         """Why there is no gradient in x_0, or None if there is one."""
-        if not isinstance(self.prior.denoiser.process, GaussianProcess):
-            return f"site {self.site!r}: got discrete data without gradients"
+        process = self.prior.denoiser.process
+        if Ability.NUMBERS not in process.abilities:
+            name = type(process).__name__
+            return f"site {self.site!r}: got data of {name}, which lacks {Ability.NUMBERS.value}"
         if names := self.analysis.dependence.without_gradient:
             return f"likelihood: got no gradient in x_0 at site {', '.join(map(repr, names))}"
         return None

@@ -11,7 +11,6 @@ from torch import Tensor
 from pyro_diffusion.distributions import DenoisedDistribution
 from pyro_diffusion.likelihoods.run import Message, log_density
 from pyro_diffusion.likelihoods.whitening import RESIDUALS, whitened
-from pyro_diffusion.processes import CategoricalProcess, GaussianProcess, SeededNoise, drawing_from
 from pyro_diffusion.unwrapping import unwrap
 
 __all__ = ["Dependence", "agree", "choose_vectorization", "find_dependence", "trials"]
@@ -43,13 +42,7 @@ def trials(prior: DenoisedDistribution) -> Tensor:
     """A few x_0 to try a program on, the same at each call; the global generators are left alone."""
     process = prior.denoiser.process
     shape = (TRIALS, *prior.batch_shape, *prior.event_shape)
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(process, CategoricalProcess):
-        return torch.randint(process.states, shape, generator=generator).to(prior.device)
-    if isinstance(process, GaussianProcess):
-        return torch.randn(shape, generator=generator, dtype=prior.dtype).to(prior.device)
-    with drawing_from(SeededNoise(0)):
-        return prior.sample(torch.Size((TRIALS,)))
+    return process.trial_data(shape, prior.dtype).to(prior.device)
 
 
 def find_dependence(run: Callable[[Tensor], list[Message]], draws: Tensor) -> Dependence:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, final
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import constraints, transform_to
 
 from pyro_diffusion.precision import at_least_single
 from pyro_diffusion.processes.abilities import Ability
@@ -154,6 +154,25 @@ class ForwardProcess(CachedModule):
     def point_mass(self, x0: Tensor) -> TorchDistribution:
         """A posterior that is certain of x_0."""
         raise NotImplementedError
+
+    def trial_data(self, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
+        """Data to try a program on, the same at every call; the global generators are left alone.
+
+        Standard normal numbers, taken to the ``support`` if that is smaller, or symbols, all equally likely.
+
+        Args:
+            shape: of the data, batch + event.
+            dtype: of real data.
+
+        Raises:
+            NotImplementedError: for a support to which torch knows no transform.
+        """
+        support, generator = self.support, torch.Generator().manual_seed(0)
+        if isinstance(support, constraints.integer_interval):
+            low, high = int(support.lower_bound), int(support.upper_bound)
+            return torch.randint(low, high + 1, shape, generator=generator)
+        data: Tensor = transform_to(support)(torch.randn(shape, generator=generator, dtype=dtype))
+        return data
 
     def coefficients(self, s: Level, t: Level, eta: float = 1.0) -> Any:
         """Everything the bridge from t to s needs that depends on times alone (a named tuple of tensors)."""
