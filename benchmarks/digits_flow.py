@@ -25,7 +25,7 @@ from torch import Tensor
 from pyro_diffusion import evaluate
 from pyro_diffusion.denoisers import LevelsDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow, QuantizedDecoder
-from pyro_diffusion.dynamics import ExactTrace, Hutchinson, Trace
+from pyro_diffusion.dynamics import ExactTrace, Hutchinson, ODESolver, TraceEstimator
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine
 
@@ -35,11 +35,13 @@ from examples import digits
 DECODER = QuantizedDecoder(digits.LEVELS)
 
 
-def flow_of(denoiser: LevelsDenoiser, log_snr_max: float, trace: Trace) -> ProbabilityFlow:
+def flow_of(denoiser: LevelsDenoiser, log_snr_max: float, trace: TraceEstimator) -> ProbabilityFlow:
     """The same network's flow, ending where noise is left to dequantize with."""
     process = GaussianProcess(Cosine(log_snr_max, -9.0, shift=1.25), event_dim=3)
     cut = LevelsDenoiser(denoiser.network, process, denoiser.values).eval()
-    return ProbabilityFlow(cut, digits.EVENT_SHAPE, trace=trace, rtol=1e-4, atol=1e-4)
+    return ProbabilityFlow(
+        cut, digits.EVENT_SHAPE, trace=trace, solver=ODESolver(rtol=1e-4, atol=1e-4)
+    )
 
 
 def dequantized(
@@ -103,7 +105,7 @@ def main() -> None:
     short = digits.diffusion(denoiser, 100)
     weighted = evaluate.importance_weighted(short, x, num_samples=8)
     line("8 weighted chains of 100 steps", weighted.bits_per_dim, weighted.kind)
-    trace: Trace = Hutchinson(args.probes) if args.probes else ExactTrace()
+    trace: TraceEstimator = Hutchinson(args.probes) if args.probes else ExactTrace()
     flow = flow_of(denoiser, args.log_snr, trace)
     scale = x[0].numel() * math.log(2)
     rows = {"bound": bound, "weighted chains": weighted}

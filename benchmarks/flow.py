@@ -32,8 +32,8 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import MixtureDenoiser
 from pyro_diffusion.distributions import ProbabilityFlow
-from pyro_diffusion.dynamics import Hutchinson, HutchPlusPlus, Trace
-from pyro_diffusion.dynamics.trace import gaussian, rademacher, sphere
+from pyro_diffusion.dynamics import Hutchinson, HutchPlusPlus, ODESolver, TraceEstimator
+from pyro_diffusion.dynamics.trace_estimators import gaussian, rademacher, sphere
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Level, LinearBeta, LogLinear, Schedule, VarianceExploding
 
@@ -154,7 +154,7 @@ def own_sweep(d: int, x: Tensor, end: float, seeds: range, method: str) -> Sweep
         trace = Hutchinson(1, seed=seed)
         solver = method if tolerance > 1e-8 else "dopri8"
         flow = ProbabilityFlow(
-            denoiser, (d,), trace=trace, method=solver, rtol=tolerance, atol=tolerance
+            denoiser, (d,), trace=trace, solver=ODESolver(solver, rtol=tolerance, atol=tolerance)
         )
         with torch.no_grad():
             score = flow.score(x)
@@ -231,13 +231,13 @@ def coverage(repeats: int) -> bool:
     print(f"{'trace':<38} {'d':>3} {'s.e. nats':>10} {'covered':>8} {'wanted (3 binom. s.e.)':>23}")
     margin = 3 * math.sqrt(0.95 * 0.05 / repeats)
     laws = (rademacher, gaussian, sphere)
-    cases: list[tuple[int, Trace]] = [(16, Hutchinson(64, law)) for law in laws]
+    cases: list[tuple[int, TraceEstimator]] = [(16, Hutchinson(64, law)) for law in laws]
     cases += [(16, HutchPlusPlus(5)), (16, Hutchinson(16)), (64, Hutchinson(32))]
     fine = True
     for d, trace in cases:
         denoiser = mixture(d, LogLinear(14, -14))
         x = draws(denoiser, repeats, seed=1)
-        flow = ProbabilityFlow(denoiser, (d,), trace=trace, method="rk4", steps=24)
+        flow = ProbabilityFlow(denoiser, (d,), trace=trace, solver=ODESolver("rk4", steps=24))
         with torch.no_grad():
             parts = [flow.condition().score(part) for part in x.split(50)]
         value = torch.cat([part.value for part in parts])
@@ -291,7 +291,9 @@ def nuts(samples: int) -> bool:
     truth = {name: float((weights * moment(grid)).sum()) for name, moment in MOMENTS.items()}
 
     def model() -> None:
-        prior = ProbabilityFlow(denoiser, (2,), method="rk4", steps=5, validate_args=False)
+        prior = ProbabilityFlow(
+            denoiser, (2,), solver=ODESolver("rk4", steps=5), validate_args=False
+        )
         x = pyro.sample("x", prior)
         pyro.sample("y", likelihood(x), obs=observed)
 

@@ -35,6 +35,7 @@ from pyro_diffusion import plotting
 from pyro_diffusion.denoisers import MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
 from pyro_diffusion.distributions.red_diff import RedDiff
+from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.evaluate import RankStatistics, sbc, sliced_wasserstein
 from pyro_diffusion.guidance import PlugIn
 from pyro_diffusion.infer import AutoGuidance, TwistedSMC
@@ -132,7 +133,7 @@ def by_importance(count: int) -> tuple[Moments, Tensor, float]:
 
 def by_nuts(chains: int, samples: int, warmup: int) -> tuple[Moments, Tensor]:
     """Chains of NUTS in the noise of the flow, one after another."""
-    flow = ProbabilityFlow(denoiser(), (D,), method="rk4", steps=5, validate_args=False)
+    flow = ProbabilityFlow(denoiser(), (D,), solver=ODESolver("rk4", steps=5), validate_args=False)
     white = poutine.reparam(program(flow), config={"x": TransformReparam()})
     rows = []
     for chain in range(chains):

@@ -36,10 +36,11 @@ from pyro_diffusion import (
     denoisers,
     plotting,
 )
+from pyro_diffusion.dynamics import ODESolver
 
 # Two views of one denoiser: what is trained, and its densities.
 chain = partial(Diffusion, event_shape=(2,), steps=100)
-flow = partial(ProbabilityFlow, event_shape=(2,), method="rk4", steps=16)
+flow = partial(ProbabilityFlow, event_shape=(2,), solver=ODESolver("rk4", steps=16))
 CENTRE, SCALE = torch.tensor([0.5, 0.25]), torch.tensor([0.87, 0.5])
 
 

@@ -22,6 +22,7 @@ from scipy import stats
 
 from pyro_diffusion.denoisers import MixtureDenoiser, TableDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
+from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.guidance import MMPS, SampledGuidance
 from pyro_diffusion.infer import AutoGuidance, AutoTwistedSMC, ChainReparam
 from pyro_diffusion.processes import Absorbing, GaussianProcess
@@ -416,7 +417,7 @@ def test_flow_as_prior():
     """Any view of a denoiser is walked as a chain; only a Diffusion has a density."""
 
     def model():
-        x = pyro.sample("x", ProbabilityFlow(gaussian(), (2,), steps=4, method="rk4"))
+        x = pyro.sample("x", ProbabilityFlow(gaussian(), (2,), solver=ODESolver("rk4", steps=4)))
         pyro.sample("y", Normal(x @ A.mT, NOISE).to_event(1), obs=Y)
 
     times = torch.linspace(0, 1, 40, dtype=torch.float64)

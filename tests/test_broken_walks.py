@@ -10,6 +10,7 @@ from torch import nn
 
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
+from pyro_diffusion.dynamics import ODESolver, SDESolver
 from pyro_diffusion.guidance import MMPS, DataCovariance, PlugIn
 from pyro_diffusion.infer import AutoGuidance
 from pyro_diffusion.likelihoods import ProgramLikelihood
@@ -47,7 +48,10 @@ def test_sde_and_flow():
     network = Broken(nn.Identity())
     network.forward = lambda x, log_snr: x * torch.nan
     denoiser = GaussianDenoiser(network, GaussianProcess(Cosine()))
-    views = (DiffusionSDE(denoiser, (2,), 5), ProbabilityFlow(denoiser, (2,), method="rk4"))
+    views = (
+        DiffusionSDE(denoiser, (2,), solver=SDESolver(steps=5)),
+        ProbabilityFlow(denoiser, (2,), solver=ODESolver("rk4")),
+    )
     for law in (*views, ProbabilityFlow(denoiser, (2,))):
         with pytest.raises(ValueError, match="denoiser: got"):
             law.sample((3,))

@@ -6,13 +6,14 @@ from laws import LAWS, Tiny, conditional, normal
 
 from pyro_diffusion.denoisers import GaussianDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
+from pyro_diffusion.dynamics import SDESolver
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.samplers import Ancestral, simulate
 from pyro_diffusion.schedules import Cosine
 
 KINDS = {"bool": lambda x: x > 0, "complex": lambda x: torch.complex(x.float(), x.float())}
 VIEWS = {law.name: law for law in LAWS} | {
-    "sde": lambda **arguments: DiffusionSDE(normal(), (3,), 4, **arguments),
+    "sde": lambda **arguments: DiffusionSDE(normal(), (3,), solver=SDESolver(steps=4), **arguments),
     "flow": lambda **arguments: ProbabilityFlow(normal(), (3,), **arguments),
 }
 

@@ -9,6 +9,7 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate, infer_discrete
 
 from pyro_diffusion.denoisers import CategoricalDenoiser, Denoiser, GaussianDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
+from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.infer import ChainReparam, forward_chain
 from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
 from pyro_diffusion.schedules import Cosine, Rectified, uniform
@@ -118,7 +119,9 @@ def test_infer_discrete_finds_the_classes_probabilities(view):
     else:
 
         def flow(denoiser, event_shape, context):
-            return ProbabilityFlow(denoiser, event_shape, method="rk4", steps=8, context=context)
+            return ProbabilityFlow(
+                denoiser, event_shape, solver=ODESolver("rk4", steps=8), context=context
+            )
 
         model = program(flow, NormalClass())
     with torch.no_grad():

@@ -8,6 +8,7 @@ from torch.distributions import kl_divergence
 
 from pyro_diffusion.denoisers import MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
+from pyro_diffusion.dynamics import SDESolver
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.samplers import Ancestral, simulate
 from pyro_diffusion.schedules import (
@@ -130,7 +131,7 @@ def test_flow(name):
 
 VIEWS = {
     "chain": lambda d: Diffusion(d, (2,), 20),
-    "sde": lambda d: DiffusionSDE(d, (2,), 20),
+    "sde": lambda d: DiffusionSDE(d, (2,), solver=SDESolver(steps=20)),
     "flow": lambda d: ProbabilityFlow(d, (2,)),
 }
 

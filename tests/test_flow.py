@@ -1,6 +1,7 @@
 """The ODE view: densities against closed form, and what Pyro asks of a distribution."""
 
 import math
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -9,9 +10,9 @@ import torch
 
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
-from pyro_diffusion.dynamics import ExactTrace, Hutchinson, HutchPlusPlus, Solver, transport
+from pyro_diffusion.dynamics import ExactTrace, Hutchinson, HutchPlusPlus, ODESolver, transport
 from pyro_diffusion.dynamics.ode import end_angles, level_at
-from pyro_diffusion.dynamics.trace import gaussian, sphere
+from pyro_diffusion.dynamics.trace_estimators import gaussian, sphere
 from pyro_diffusion.evaluate import flow_log_likelihood
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine, LogLinear, Rectified
@@ -20,7 +21,7 @@ from tests.laws import Tiny, conditional
 
 # Ends so far out that neither the noise left in the data nor the prior shows.
 WIDE = LogLinear(16, -16)
-FINE = {"method": "rk4", "steps": 32}
+FINE = {"solver": ODESolver("rk4", steps=32)}
 
 
 def flow(schedule=WIDE, **arguments) -> ProbabilityFlow:
@@ -51,8 +52,8 @@ def test_log_density_of_the_mixture(d):
 def test_every_adaptive_method_keeps_its_tolerance(method):
     x = mixture_law().sample((30,))
     with torch.no_grad():
-        fine = flow(method="dopri8", rtol=1e-9, atol=1e-9).log_prob(x)
-        error = flow(method=method, rtol=1e-4, atol=1e-4).log_prob(x) - fine
+        fine = flow(solver=ODESolver("dopri8", rtol=1e-9, atol=1e-9)).log_prob(x)
+        error = flow(solver=ODESolver(method, rtol=1e-4, atol=1e-4)).log_prob(x) - fine
     assert error.abs().max() < 1e-2
 
 
@@ -91,7 +92,7 @@ def test_levels_at_angles_are_those_of_the_schedule():
 
 
 def test_the_log_determinant_is_that_of_the_whole_map():
-    law = flow(method="dopri8", rtol=1e-8, atol=1e-8)
+    law = flow(solver=ODESolver("dopri8", rtol=1e-8, atol=1e-8))
     x = mixture_law().sample((2,))
     passage = law.transform.transport(x, inverse=True)
     for row, log_det, z in zip(x, passage.log_det[0], passage.z, strict=True):
@@ -106,7 +107,7 @@ def test_the_density_integrates_to_one():
     axis = torch.linspace(-4, 4, 90, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
-        log_prob = flow(method="rk4", steps=24).log_prob(grid)
+        log_prob = flow(solver=ODESolver("rk4", steps=24)).log_prob(grid)
     assert abs(float(log_prob.exp().sum() * (axis[1] - axis[0]) ** 2) - 1) < 1e-3
 
 
@@ -114,8 +115,11 @@ def test_samples_have_the_law_of_the_data():
     # Each coordinate and their sum against exact draws; 6 two-sample KS tests at 1e-4.
     from scipy.stats import ks_2samp
 
-    x, exact = flow(method="rk4", steps=24).sample((4000,)), mixture_law().sample((4000,))
-    latent = flow(method="rk4", steps=24).encode(exact)
+    x, exact = (
+        flow(solver=ODESolver("rk4", steps=24)).sample((4000,)),
+        mixture_law().sample((4000,)),
+    )
+    latent = flow(solver=ODESolver("rk4", steps=24)).encode(exact)
     normal = torch.randn_like(latent)
     for a, b in ((x, exact), (latent, normal)):
         for u, v in ((a[:, 0], b[:, 0]), (a[:, 1], b[:, 1]), (a.sum(1), b.sum(1))):
@@ -128,11 +132,11 @@ def test_samples_have_the_law_of_the_data():
 def test_fixed_grids_converge_at_their_order(method, order):
     x = mixture_law().sample((10,))
     with torch.no_grad():
-        fine = flow(method="dopri8", rtol=1e-9, atol=1e-9).score(x)
+        fine = flow(solver=ODESolver("dopri8", rtol=1e-9, atol=1e-9)).score(x)
         errors = {"state": [], "density": []}
         grid = [32, 64, 128]
         for steps in grid:
-            got = flow(method=method, steps=steps).score(x)
+            got = flow(solver=ODESolver(method, steps=steps)).score(x)
             errors["state"].append(float((got.latent - fine.latent).abs().mean()))
             errors["density"].append(float((got.value - fine.value).abs().mean()))
             assert (
@@ -145,7 +149,7 @@ def test_fixed_grids_converge_at_their_order(method, order):
 # --- both ways ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [{}, FINE, {"method": "dopri8"}])
+@pytest.mark.parametrize("arguments", [{}, FINE, {"solver": ODESolver("dopri8")}])
 def test_encode_and_decode_are_inverse(arguments):
     law, x = flow(**arguments), mixture_law().sample((5, 3))
     z = law.encode(x)
@@ -194,9 +198,9 @@ def test_a_row_that_is_lost_sets_no_step():
     denoiser, x = Torn(GaussianProcess(WIDE), WEIGHTS, MEANS, VARIANCES), mixture_law().sample((4,))
     ends = end_angles(denoiser.process)
     for estimate in (None, ExactTrace()):
-        expected = transport(denoiser, x[1:], *ends, Solver(), trace=estimate)
+        expected = transport(denoiser, x[1:], *ends, ODESolver(), trace=estimate)
         bad = torch.cat([torch.full((1, 2), 60.0, dtype=torch.float64), x[1:]])
-        got = transport(denoiser, bad, *ends, Solver(), trace=estimate)
+        got = transport(denoiser, bad, *ends, ODESolver(), trace=estimate)
         assert got.z[0].isnan().all()
         assert got.evaluations == expected.evaluations
         torch.testing.assert_close(got.z[1:], expected.z, rtol=1e-10, atol=1e-10)
@@ -211,8 +215,8 @@ def test_a_row_that_is_lost_sets_no_step():
 def test_hutchinson_is_unbiased_and_knows_its_error(trace):
     # 12 data, each within 4.5 of its own standard errors: a false alarm in 10 000 runs.
     x = mixture_law().sample((12,))
-    exact = flow(method="rk4", steps=24).log_prob(x)
-    density = flow(method="rk4", steps=24, trace=trace).score(x)
+    exact = flow(solver=ODESolver("rk4", steps=24)).log_prob(x)
+    density = flow(solver=ODESolver("rk4", steps=24), trace=trace).score(x)
     assert (density.standard_error > 0).all()
     score = (density.value - exact) / density.standard_error
     assert (score.abs() < 4.5).all()
@@ -247,7 +251,7 @@ def test_probes_belong_to_the_instance():
 
 def test_evaluation_reports_what_it_is():
     data = mixture_law().sample((30,))
-    law = flow(method="rk4", steps=16)
+    law = flow(solver=ODESolver("rk4", steps=16))
     exact = flow_log_likelihood(law, data, batch_size=16)
     assert exact.kind == "exact" and exact.evaluations == 64 and exact.dimensions == 2
     torch.testing.assert_close(exact.value, law.log_prob(data))
@@ -286,17 +290,18 @@ def test_adjoint_gradients_are_plain_gradients(trace):
         return gradients(ProbabilityFlow(denoiser, (2,), trace=trace, **arguments), x)
 
     # Gradients are up to 40 in size.
-    fine = at(method="dopri8", rtol=1e-7, atol=1e-7)
-    for arguments, error in ((FINE, 4e-3), ({}, 1e-2)):
+    fine = at(solver=ODESolver("dopri8", rtol=1e-7, atol=1e-7))
+    for solver, error in ((FINE["solver"], 4e-3), (ODESolver(), 1e-2)):
         for adjoint in (False, True):
-            for a, b in zip(at(adjoint=adjoint, **arguments), fine, strict=True):
+            got = at(solver=replace(solver, adjoint=adjoint))
+            for a, b in zip(got, fine, strict=True):
                 assert (a - b).abs().max() < error
 
 
 @pytest.mark.parametrize("trace", [ExactTrace(), Hutchinson(2, gaussian, seed=0)])
 def test_gradients_are_finite_differences(trace):
     denoiser = conditional().double()
-    law = ProbabilityFlow(denoiser, (3,), trace=trace, method="rk4", steps=4)
+    law = ProbabilityFlow(denoiser, (3,), trace=trace, solver=ODESolver("rk4", steps=4))
     x, y = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
     weight = denoiser.network.last.bias
     inputs = (x.requires_grad_(), y.requires_grad_(), weight)
@@ -309,13 +314,15 @@ def test_the_score_of_the_mixture():
     x = mixture_law().sample((10,)).requires_grad_()
     (expected,) = torch.autograd.grad(mixture_law().log_prob(x).sum(), x)
     for adjoint in (False, True):
-        (got,) = torch.autograd.grad(flow(adjoint=adjoint, **FINE).log_prob(x).sum(), x)
+        (got,) = torch.autograd.grad(
+            flow(solver=ODESolver("rk4", steps=32, adjoint=adjoint)).log_prob(x).sum(), x
+        )
         assert (got - expected).abs().max() < 5e-3
 
 
 def test_nothing_is_stale_after_a_step_of_training():
     denoiser = network()
-    rough = {"method": "rk4", "steps": 6}
+    rough = {"solver": ODESolver("rk4", steps=6)}
     law, x = ProbabilityFlow(denoiser, (2,), **rough), torch.randn(3, 2, dtype=torch.float64)
     plain = dist.TransformedDistribution(law.base_dist, [law.transform.with_cache()])
     before = law.log_prob(x)
@@ -363,7 +370,7 @@ def test_a_chain_and_a_flow_share_a_denoiser():
 
 def test_transport_between_inner_angles_composes():
     denoiser, z = mixture(WIDE), torch.randn(3, 2, dtype=torch.float64)
-    solver = Solver("rk4", steps=32)
+    solver = ODESolver("rk4", steps=32)
     whole = transport(denoiser, z, 1.4, 0.3, solver, trace=ExactTrace())
     half = transport(denoiser, z, 1.4, 0.8, solver, trace=ExactTrace())
     rest = transport(denoiser, half.z, 0.8, 0.3, solver, trace=ExactTrace())

@@ -15,7 +15,7 @@ from pyro.infer.reparam import TransformReparam
 
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import FlowTransform, ProbabilityFlow
-from pyro_diffusion.dynamics import Hutchinson
+from pyro_diffusion.dynamics import Hutchinson, ODESolver
 from pyro_diffusion.evaluate import flow_log_likelihood
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine, LogLinear, Rectified
@@ -32,7 +32,7 @@ def flow(schedule=None, **arguments) -> ProbabilityFlow:
 
 def quick(law: Law, denoiser=None, **arguments) -> ProbabilityFlow:
     """Two steps: for plumbing only."""
-    arguments = {"method": "rk4", "steps": 2, "context": law.context, **arguments}
+    arguments = {"solver": ODESolver("rk4", steps=2), "context": law.context, **arguments}
     return ProbabilityFlow(denoiser or law.denoiser(), law.event_shape, **arguments)
 
 
@@ -110,7 +110,7 @@ def test_context_broadcasts_into_the_batch():
     label, y = torch.tensor([[0], [2]]), torch.randn(3, 2)
 
     def build(**context):
-        return ProbabilityFlow(denoiser, (3,), method="rk4", steps=3, context=context)
+        return ProbabilityFlow(denoiser, (3,), solver=ODESolver("rk4", steps=3), context=context)
 
     law, value = build(label=label, y=y), torch.randn(2, 3, 3)
     assert law.batch_shape == (2, 3) and law.sample((4,)).shape == (4, 2, 3, 3)
@@ -135,7 +135,7 @@ def normal_prior(**arguments) -> ProbabilityFlow:
         torch.tensor([[0.5, -1.0]]).double(),
         0.25,
     )
-    return ProbabilityFlow(denoiser, (2,), **{"method": "rk4", "steps": 4, **arguments})
+    return ProbabilityFlow(denoiser, (2,), **{"solver": ODESolver("rk4", steps=4), **arguments})
 
 
 def posterior_model(build=normal_prior):
@@ -186,7 +186,9 @@ def test_training_by_exact_likelihood():
     def model():
         pyro.module("denoiser", denoiser)
         with pyro.plate("data", len(data)):
-            law = ProbabilityFlow(denoiser, (1,), method="rk4", steps=6, trace=Hutchinson())
+            law = ProbabilityFlow(
+                denoiser, (1,), solver=ODESolver("rk4", steps=6), trace=Hutchinson()
+            )
             pyro.sample("x", law, obs=data)
 
     svi = SVI(model, lambda: None, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
@@ -231,12 +233,22 @@ TABLE = {
         lambda: ProbabilityFlow(mixture(LogLinear()), (1, 2)),
         r"event_shape: got \(1, 2\)",
     ),
-    "unknown method": (lambda: flow(method="scipy"), "method: got 'scipy', expected one of dopri5"),
-    "no tolerance": (lambda: flow(rtol=0.0), "rtol: got 0.0, expected a tolerance > 0"),
-    "negative tolerance": (lambda: flow(atol=-1e-4), "atol: got -0.0001"),
-    "nan tolerance": (lambda: flow(atol=math.nan), "atol: got nan"),
-    "no steps": (lambda: flow(method="rk4", steps=0), "steps: got 0, expected an integer >= 1"),
-    "trace by name": (lambda: flow(trace="exact"), "trace: got 'exact', expected a Trace"),
+    "unknown method": (
+        lambda: flow(solver=ODESolver("scipy")),
+        "method: got 'scipy', expected one of dopri5",
+    ),
+    "no tolerance": (
+        lambda: flow(solver=ODESolver(rtol=0.0)),
+        "rtol: got 0.0, expected a tolerance > 0",
+    ),
+    "negative tolerance": (lambda: flow(solver=ODESolver(atol=-1e-4)), "atol: got -0.0001"),
+    "nan tolerance": (lambda: flow(solver=ODESolver(atol=math.nan)), "atol: got nan"),
+    "no solver": (lambda: flow(solver="rk4"), "solver: got 'rk4', expected an ODESolver"),
+    "no steps": (
+        lambda: flow(solver=ODESolver("rk4", steps=0)),
+        "steps: got 0, expected an integer >= 1",
+    ),
+    "trace by name": (lambda: flow(trace="exact"), "trace: got 'exact', expected a TraceEstimator"),
     "nan data": (
         lambda: flow().log_prob(torch.tensor([0.0, math.nan])),
         "value: got 1 NaN or infinite",

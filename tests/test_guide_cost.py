@@ -20,6 +20,7 @@ from pyro_diffusion.distributions import (
     QuantizedDecoder,
 )
 from pyro_diffusion.distributions.deferred import Deferred
+from pyro_diffusion.dynamics import SDESolver
 from pyro_diffusion.infer import AutoGuidance, AutoTwistedSMC, ChainReparam
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
@@ -166,7 +167,7 @@ def test_initial_values_are_draws():
 LAWS = {
     "chain": lambda: Diffusion(counting(), (2,), steps=2),
     "integers": lambda: Diffusion(counting(), (2,), steps=2, decoder=QuantizedDecoder(4)),
-    "sde": lambda: DiffusionSDE(counting(), (2,), steps=2),
+    "sde": lambda: DiffusionSDE(counting(), (2,), solver=SDESolver(steps=2)),
     "flow": lambda: ProbabilityFlow(counting(), (2,)),
     "symbols": lambda: Diffusion(
         TableDenoiser(Absorbing(Rectified.full(), 2), torch.full((2, 2), 0.25)), (2,), steps=2

@@ -10,6 +10,7 @@ from pyro.infer.inspect import get_dependencies, get_model_relations
 
 from pyro_diffusion.denoisers import GaussianDenoiser, TableDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
+from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.infer import ChainReparam, forward_chain
 from pyro_diffusion.nn import MLP
 from pyro_diffusion.processes import Absorbing, GaussianProcess
@@ -20,7 +21,7 @@ traced = pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:Depr
 
 
 def flow(denoiser, event_shape, context=None):
-    return ProbabilityFlow(denoiser, event_shape, method="rk4", steps=2, context=context)
+    return ProbabilityFlow(denoiser, event_shape, solver=ODESolver("rk4", steps=2), context=context)
 
 
 def chain(denoiser, event_shape, context=None):

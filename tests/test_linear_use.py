@@ -26,7 +26,7 @@ from pyro.infer import (
 from pyro.infer.importance import vectorized_importance_weights
 
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
-from pyro_diffusion.dynamics import Hutchinson
+from pyro_diffusion.dynamics import Hutchinson, ODESolver
 from pyro_diffusion.infer.particle_filter import ParticleFilter
 from tests.classes import LOCS, WEIGHTS, NormalClass, data
 
@@ -109,7 +109,11 @@ WRAPPED = {
     "transformed": lambda k: dist.TransformedDistribution(site(LOCS[k]), [AFFINE]),
     "half": lambda k: dist.MaskedMixture(torch.tensor(True), site(LOCS[k]), site(LOCS[k])),
     "noisy flow": lambda k: ProbabilityFlow(
-        DENOISER, (2,), method="rk4", steps=2, trace=Hutchinson(), context={"loc": LOCS[k]}
+        DENOISER,
+        (2,),
+        solver=ODESolver("rk4", steps=2),
+        trace=Hutchinson(),
+        context={"loc": LOCS[k]},
     ),
 }
 MODELS = {
@@ -287,7 +291,7 @@ def test_mixtures_are_refused():
 
     with pytest.raises(ValueError, match="got MixtureSameFamily"):
         Trace_ELBO().loss(model, empty)
-    flows = ProbabilityFlow(DENOISER, (2,), method="rk4", steps=4, context={"loc": LOCS})
+    flows = ProbabilityFlow(DENOISER, (2,), solver=ODESolver("rk4", steps=4), context={"loc": LOCS})
     assert dist.MixtureSameFamily(dist.Categorical(WEIGHTS), flows).log_prob(X).isfinite().all()
 
 
@@ -391,7 +395,7 @@ def beside():
 def seeded(k):
     trace = Hutchinson(seed=0)
     return ProbabilityFlow(
-        DENOISER, (2,), method="rk4", steps=2, trace=trace, context={"loc": LOCS[k]}
+        DENOISER, (2,), solver=ODESolver("rk4", steps=2), trace=trace, context={"loc": LOCS[k]}
     )
 
 

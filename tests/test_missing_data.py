@@ -14,6 +14,7 @@ from torch import nan
 
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
+from pyro_diffusion.dynamics import SDESolver
 from pyro_diffusion.guidance import MMPS, DataCovariance, PlugIn
 from pyro_diffusion.infer import TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
@@ -185,7 +186,7 @@ def test_what_no_mask_hides_is_refused():
 ROWS = torch.tensor([True, False, True, False])
 VIEWS = {
     "chain": lambda d: Diffusion(d, (2,), 10),
-    "sde": lambda d: DiffusionSDE(d, (2,), 10),
+    "sde": lambda d: DiffusionSDE(d, (2,), solver=SDESolver(steps=10)),
     "flow": lambda d: ProbabilityFlow(d, (2,)),
 }
 

@@ -8,6 +8,7 @@ from torch.distributions import kl_divergence
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.distributions.discretized import DiscretizedNormal
+from pyro_diffusion.dynamics import ODESolver, SDESolver
 from pyro_diffusion.guidance.base import GuidedDenoiser
 from pyro_diffusion.infer.simulated_posterior import SimulatedPosterior
 from pyro_diffusion.nn import MLP
@@ -107,10 +108,17 @@ def test_repr():
     assert repr(law.to_event(1)) == f"Independent({law!r}, 1)"
     guided = Diffusion(GuidedDenoiser(network), (2,), steps=1)
     assert "GuidedDenoiser(GaussianDenoiser(MLP))" in repr(guided)
-    law = DiffusionSDE(DENOISER, (2,), steps=20)
-    assert repr(law) == "DiffusionSDE(MixtureDenoiser, event_shape=(2,), steps=20, method='euler')"
-    law = ProbabilityFlow(DENOISER, (2,))
-    assert (
-        repr(law)
-        == f"ProbabilityFlow(MixtureDenoiser, event_shape=(2,), method='dopri5', trace={law.trace!r})"
+    law = DiffusionSDE(DENOISER, (2,), solver=SDESolver(steps=20))
+    assert repr(law) == (
+        "DiffusionSDE(MixtureDenoiser, event_shape=(2,), solver=SDESolver('euler', steps=20), eta=1.0)"
     )
+    law = ProbabilityFlow(DENOISER, (2,))
+    assert repr(law) == (
+        "ProbabilityFlow(MixtureDenoiser, event_shape=(2,), "
+        "solver=ODESolver('dopri5', rtol=1e-05, atol=1e-05), trace=ExactTrace())"
+    )
+    assert (
+        repr(ODESolver("rk4", steps=8, adjoint=True)) == "ODESolver('rk4', steps=8, adjoint=True)"
+    )
+    adaptive = SDESolver("heun", adaptive=True)
+    assert repr(adaptive) == "SDESolver('heun', adaptive=True, rtol=0.01, atol=0.01)"

@@ -23,7 +23,7 @@ from pyro_diffusion.distributions import (
     Simple,
     Weighted,
 )
-from pyro_diffusion.dynamics import Hutchinson
+from pyro_diffusion.dynamics import Hutchinson, ODESolver
 from pyro_diffusion.guidance import SampledGuidance
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess, SeededNoise, draw, drawing_from
@@ -78,7 +78,9 @@ VIEWS = {
     "objective MomentRegression": lambda: Diffusion(head(), (3,), 4, objective=MomentRegression()),
     "estimated divergence": lambda: Diffusion(student(), (3,), 4),
     "sde": lambda: DiffusionSDE(normal(), (3,)),
-    "flow": lambda: ProbabilityFlow(normal(), (3,), trace=Hutchinson(2), method="rk4", steps=2),
+    "flow": lambda: ProbabilityFlow(
+        normal(), (3,), trace=Hutchinson(2), solver=ODESolver("rk4", steps=2)
+    ),
     "guided": lambda: guided(by_name["normal"]()),
     "guided symbols": lambda: guided(by_name["absorbing"]()),
     "guided levels": lambda: guided(by_name["levels"]()),

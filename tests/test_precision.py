@@ -28,6 +28,7 @@ from pyro_diffusion.distributions import (
     ProbabilityFlow,
     QuantizedDecoder,
 )
+from pyro_diffusion.dynamics import SDESolver
 from pyro_diffusion.guidance import MMPS, DataCovariance
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.nn import MLP, LabelContext, TensorContext, Transformer, UNet
@@ -231,7 +232,7 @@ def views():
         denoiser.eval()
     return {
         "chain": (normal, lambda d: Diffusion(d, (3,), 20), x),
-        "sde": (normal, lambda d: DiffusionSDE(d, (3,), 20), x),
+        "sde": (normal, lambda d: DiffusionSDE(d, (3,), solver=SDESolver(steps=20)), x),
         "flow": (normal, lambda d: ProbabilityFlow(d, (3,)), x[:4]),
         "image": (image, lambda d: Diffusion(d, (1, 4, 4), 20), torch.randn(64, 1, 4, 4)),
         "levels": (

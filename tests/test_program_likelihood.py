@@ -25,7 +25,7 @@ from pyro_diffusion.distributions import (
     ProbabilityFlow,
     QuantizedDecoder,
 )
-from pyro_diffusion.dynamics import ExactTrace, Hutchinson
+from pyro_diffusion.dynamics import ExactTrace, Hutchinson, ODESolver
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.schedules import LogLinear, Rectified
@@ -374,7 +374,7 @@ def test_an_observed_flow_has_an_exact_density():
     # The likelihood is exponentiated in weights of particles.
     def model(trace):
         x = pyro.sample("x", Diffusion(DENOISER, (2,), steps=3))
-        flow = ProbabilityFlow(DENOISER, (2,), method="rk4", steps=2, trace=trace)
+        flow = ProbabilityFlow(DENOISER, (2,), solver=ODESolver("rk4", steps=2), trace=trace)
         shift = dist.transforms.AffineTransform(x, 1.0, event_dim=1)
         pyro.sample("y", dist.TransformedDistribution(flow, [shift]), obs=torch.zeros(2, dtype=D))
 

@@ -16,7 +16,7 @@ from torch.distributions import constraints
 
 from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
-from pyro_diffusion.dynamics import ReverseSDE
+from pyro_diffusion.dynamics import ODESolver, ReverseSDE, SDESolver
 from pyro_diffusion.infer import DDPM, AutoGuidance, AutoTwistedSMC
 from pyro_diffusion.nn import MLP
 from pyro_diffusion.processes import GaussianProcess
@@ -26,10 +26,10 @@ from tests.laws import Tiny
 
 VIEWS = {
     "chain": lambda denoiser: Diffusion(denoiser, (2,), steps=4),
-    "sde": lambda denoiser: DiffusionSDE(denoiser, (2,), steps=4),
-    "flow": lambda denoiser: ProbabilityFlow(denoiser, (2,), method="rk4", steps=2),
+    "sde": lambda denoiser: DiffusionSDE(denoiser, (2,), solver=SDESolver(steps=4)),
+    "flow": lambda denoiser: ProbabilityFlow(denoiser, (2,), solver=ODESolver("rk4", steps=2)),
     "adjoint": lambda denoiser: ProbabilityFlow(
-        denoiser, (2,), method="rk4", steps=2, adjoint=True
+        denoiser, (2,), solver=ODESolver("rk4", steps=2, adjoint=True)
     ),
 }
 views = pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
@@ -183,7 +183,7 @@ def test_a_site_is_scored_under_the_weights_that_were_drawn(view):
 def test_the_joint_density_of_data_and_scale(adjoint):
     # Exact: x is normal given its scale. Value and gradient, as NUTS takes them.
     view = functools.partial(
-        ProbabilityFlow, event_shape=(2,), method="rk4", steps=32, adjoint=adjoint
+        ProbabilityFlow, event_shape=(2,), solver=ODESolver("rk4", steps=32, adjoint=adjoint)
     )
     model, x = Model(Scale(), view), 0.5 * torch.randn(8, 2, dtype=torch.float64)
     for at in (-0.7, 0.4):
@@ -203,7 +203,7 @@ def test_the_joint_density_of_data_and_scale(adjoint):
 def test_chains_find_the_scale():
     pyro.set_rng_seed(3)
     x = 0.5 * torch.randn(8, 2, dtype=torch.float64)
-    model = Model(Scale(), lambda d: ProbabilityFlow(d, (2,), method="rk4", steps=8))
+    model = Model(Scale(), lambda d: ProbabilityFlow(d, (2,), solver=ODESolver("rk4", steps=8)))
     grid = torch.linspace(-2, 1, 400, dtype=torch.float64)
     exact = dist.Normal(0.0, grid.exp()).log_prob(x.reshape(-1, 1)).sum(0) - grid**2 / 2
     mcmc = MCMC(
@@ -335,7 +335,7 @@ def test_declared_attributes_and_plain_parts():
     denoiser = GaussianDenoiser(Declared(), GaussianProcess(Cosine()))
 
     def model(x):
-        law = ProbabilityFlow(denoiser, (2,), method="rk4", steps=2)
+        law = ProbabilityFlow(denoiser, (2,), solver=ODESolver("rk4", steps=2))
         pyro.sample("x", law.expand((3,)).to_event(1), obs=x)
 
     trace = poutine.trace(model).get_trace(torch.randn(3, 2))

@@ -16,8 +16,8 @@ from pyro_diffusion.denoisers import analytic_variance
 from pyro_diffusion.denoisers.discrete import Quantized
 from pyro_diffusion.distributions import DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.distributions.discretized import DiscretizedNormal
-from pyro_diffusion.dynamics import Hutchinson, HutchPlusPlus
-from pyro_diffusion.dynamics.trace import gaussian
+from pyro_diffusion.dynamics import Hutchinson, HutchPlusPlus, ODESolver
+from pyro_diffusion.dynamics.trace_estimators import gaussian
 from pyro_diffusion.processes import SeededNoise, draw, drawing_from
 from pyro_diffusion.processes.noise import _GAMMA, RowNoise, _mix, inverted
 from pyro_diffusion.schedules import LogLinear
@@ -167,7 +167,7 @@ def chunked() -> dict:
     sde = DiffusionSDE(law.denoiser, (3,))
 
     def flow(trace=None):
-        view = ProbabilityFlow(law.denoiser, (3,), trace=trace, method="rk4", steps=3)
+        view = ProbabilityFlow(law.denoiser, (3,), trace=trace, solver=ODESolver("rk4", steps=3))
         return lambda **o: evaluate.flow_log_likelihood(view, data, **o)
 
     out |= {
@@ -231,7 +231,7 @@ def test_the_reported_error_of_the_mean_is_the_true_one(seeded):
     repeated probes have a ratio of 2.
     """
     x = mixture_law().sample((1,)).expand(16, 2)
-    law = ProbabilityFlow(mixture(LogLinear(10, -10)), (2,), method="rk4", steps=3)
+    law = ProbabilityFlow(mixture(LogLinear(10, -10)), (2,), solver=ODESolver("rk4", steps=3))
     exact = law.log_prob(x[:1])
     errors, claimed = [], []
     for run in range(40):
@@ -251,8 +251,7 @@ def test_rows_of_a_flow_have_their_own_probes(seed):
         mixture(LogLinear(10, -10)),
         (2,),
         trace=Hutchinson(1, gaussian, seed=seed),
-        method="rk4",
-        steps=8,
+        solver=ODESolver("rk4", steps=8),
     )
     value = law.log_prob(x)
     assert len(value.unique()) == 5

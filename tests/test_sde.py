@@ -41,7 +41,12 @@ BATCHES = [(), (1,), (2, 3)]
 
 
 def build(law: Law, denoiser=None, **arguments) -> DiffusionSDE:
-    arguments = {"steps": 4, "decoder": law.decoder, "context": law.context, **arguments}
+    arguments = {
+        "solver": SDESolver(steps=4),
+        "decoder": law.decoder,
+        "context": law.context,
+        **arguments,
+    }
     return DiffusionSDE(denoiser or law.denoiser(), law.event_shape, **arguments)
 
 
@@ -127,14 +132,16 @@ def test_known_data_walks_the_bridge():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_samples_are_data(method):
-    law = DiffusionSDE(mixture(Cosine(8.0, -8.0)), (2,), 250, method=method)
+    law = DiffusionSDE(mixture(Cosine(8.0, -8.0)), (2,), solver=SDESolver(method, steps=250))
     agree(law.sample((3000,)), *moments(torch.tensor(1.0), torch.tensor(0.0)), slack=0.03)
 
 
 @pytest.mark.parametrize("method", ["heun", "srk"])
 def test_adaptive_samples_are_data(method):
     denoiser = mixture(Cosine(6.0, -6.0))
-    law = DiffusionSDE(denoiser, (2,), method=method, adaptive=True, rtol=0.05, atol=0.05)
+    law = DiffusionSDE(
+        denoiser, (2,), solver=SDESolver(method, adaptive=True, rtol=0.05, atol=0.05)
+    )
     agree(law.sample((1000,)), *moments(torch.tensor(1.0), torch.tensor(0.0)), slack=0.05)
 
 
@@ -350,7 +357,9 @@ def test_torchs_generator_fixes_the_interval():
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_a_seed_fixes_the_samples(adaptive):
-    law = DiffusionSDE(mixture(Cosine(4.0, -4.0)), (2,), 10, method="srk", adaptive=adaptive)
+    law = DiffusionSDE(
+        mixture(Cosine(4.0, -4.0)), (2,), solver=SDESolver("srk", steps=10, adaptive=adaptive)
+    )
     draws = []
     for seed in (1, 1, 2):
         pyro.set_rng_seed(seed)
@@ -518,7 +527,7 @@ def test_plates_and_context():
 
     def model(x=None):
         with pyro.plate("outer", 2, dim=-2), pyro.plate("inner", 3, dim=-1):
-            law = DiffusionSDE(denoiser, (3,), 3, context={"label": labels})
+            law = DiffusionSDE(denoiser, (3,), solver=SDESolver(steps=3), context={"label": labels})
             return pyro.sample("x", law, obs=x)
 
     for x in (None, torch.randn(2, 3, 3)):
@@ -540,15 +549,15 @@ def test_context_reaches_its_row():
 
 
 def test_replace_and_condition():
-    law = DiffusionSDE(conditional(), (3,), 7, method="srk", eta=0.5)
+    law = DiffusionSDE(conditional(), (3,), solver=SDESolver("srk", steps=7), eta=0.5)
     assert law.condition(label=torch.tensor([0, 1])).batch_shape == (2,)
-    changed = law.replace(steps=9)
-    assert (changed.steps, changed.method, changed.eta) == (9, "srk", 0.5)
+    changed = law.replace(solver=SDESolver("heun", steps=9))
+    assert (changed.solver, changed.eta) == (SDESolver("heun", steps=9), 0.5)
 
 
 def test_quantized_data():
     denoiser = GaussianDenoiser(Tiny((3,)), GaussianProcess(Cosine()))
-    law = DiffusionSDE(denoiser, (3,), 5, decoder=QuantizedDecoder(4))
+    law = DiffusionSDE(denoiser, (3,), solver=SDESolver(steps=5), decoder=QuantizedDecoder(4))
     assert law.sample((2,)).dtype == torch.int64
     assert law.log_prob(torch.tensor([0, 3, 1])).shape == ()
 
@@ -571,13 +580,23 @@ BAD = {
     ),
     "no denoiser": (lambda: DiffusionSDE(Tiny((2,)), (2,)), "denoiser: got Tiny"),
     "event": (lambda: DiffusionSDE(mixture(Cosine()), (2, 2)), "event_shape: got"),
-    "steps": (lambda: gaussian(steps=0), "steps: got 0"),
+    "solver": (lambda: gaussian(solver="srk"), "solver: got 'srk', expected an SDESolver"),
+    "steps": (lambda: gaussian(solver=SDESolver(steps=0)), "steps: got 0"),
     "eta": (lambda: gaussian(eta=-0.1), "eta: got -0.1"),
     "eta nan": (lambda: gaussian(eta=math.nan), "eta: got nan"),
-    "method": (lambda: gaussian(method="dopri5"), "method: got 'dopri5', expected one of euler"),
-    "adaptive euler": (lambda: gaussian(adaptive=True), "adaptive: got True with method 'euler'"),
-    "rtol": (lambda: gaussian(rtol=0.0), "rtol: got 0.0, expected a tolerance > 0"),
-    "atol": (lambda: gaussian(atol=-1.0), "atol: got -1.0"),
+    "method": (
+        lambda: gaussian(solver=SDESolver("dopri5")),
+        "method: got 'dopri5', expected one of euler",
+    ),
+    "adaptive euler": (
+        lambda: gaussian(solver=SDESolver(adaptive=True)),
+        "adaptive: got True with method 'euler'",
+    ),
+    "rtol": (
+        lambda: gaussian(solver=SDESolver(rtol=0.0)),
+        "rtol: got 0.0, expected a tolerance > 0",
+    ),
+    "atol": (lambda: gaussian(solver=SDESolver(atol=-1.0)), "atol: got -1.0"),
     "decoder": (lambda: gaussian(decoder=3), "decoder: got 3"),
     "infinite": (
         lambda: DiffusionSDE(mixture(Rectified.full()), (2,), validate_args=True),

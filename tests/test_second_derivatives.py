@@ -12,7 +12,13 @@ from torch.nn import functional as F
 
 from pyro_diffusion.denoisers import GaussianDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
-from pyro_diffusion.dynamics import ExactTrace, Hutchinson, HutchPlusPlus, trace
+from pyro_diffusion.dynamics import (
+    ExactTrace,
+    Hutchinson,
+    HutchPlusPlus,
+    ODESolver,
+    trace_estimators,
+)
 from pyro_diffusion.dynamics.attention import twice_differentiable_attention
 from pyro_diffusion.guidance import MMPS, PiGDM, PlugIn
 from pyro_diffusion.guidance.linearized_denoiser import LinearizedDenoiser
@@ -21,7 +27,7 @@ from pyro_diffusion.nn import MLP, UNet
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine
 
-FEW = {"method": "rk4", "steps": 1}
+FEW = {"solver": ODESolver("rk4", steps=1)}
 
 
 class Attention(nn.Module):
@@ -139,10 +145,10 @@ def test_products_are_those_of_a_loop(name):
     loop = torch.stack(
         [torch.autograd.grad(output, rows, v, create_graph=True)[0] for v in vectors]
     )
-    plain = trace.pull_back(output, rows, vectors, differentiable=False, keep=True)
+    plain = trace_estimators.pull_back(output, rows, vectors, differentiable=False, keep=True)
     torch.testing.assert_close(plain, loop.detach())
     assert not plain.requires_grad
-    pulled = trace.pull_back(output, rows, vectors, differentiable=True)
+    pulled = trace_estimators.pull_back(output, rows, vectors, differentiable=True)
     inputs = [rows, *network.parameters()]
     got, expected = (
         torch.autograd.grad(p.square().sum(), inputs, allow_unused=True, retain_graph=True)
@@ -153,10 +159,10 @@ def test_products_are_those_of_a_loop(name):
 
 def test_perceptrons_and_closed_forms_take_one_batched_pass():
     x = torch.randn(3, 4).requires_grad_()
-    assert trace._operations(MLP(4)(x, torch.zeros(3)), x) <= trace.BATCHED
-    assert "NativeGroupNormBackward0" in trace._operations(nn.GroupNorm(2, 4)(x * 2), x)
+    assert trace_estimators._operations(MLP(4)(x, torch.zeros(3)), x) <= trace_estimators.BATCHED
+    assert "NativeGroupNormBackward0" in trace_estimators._operations(nn.GroupNorm(2, 4)(x * 2), x)
     # What leads to the rows does not count.
-    assert trace._operations(2 * (y := nn.GroupNorm(2, 4)(x)), y) == {"MulBackward0"}
+    assert trace_estimators._operations(2 * (y := nn.GroupNorm(2, 4)(x)), y) == {"MulBackward0"}
 
 
 # --- flows ------------------------------------------------------------------------------------------
@@ -200,9 +206,7 @@ def test_the_adjoint_of_images():
         flow = ProbabilityFlow(
             *(model, event),
             trace=Hutchinson(1, seed=0),
-            adjoint=adjoint,
-            method="rk4",
-            steps=16,
+            solver=ODESolver("rk4", adjoint=adjoint, steps=16),
         )
         inputs = [x, *model.network.parameters()]
         values.append(torch.autograd.grad(flow.log_prob(x).sum(), inputs))

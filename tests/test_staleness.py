@@ -12,7 +12,7 @@ import torch
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.distributions.base import kept_uniform
-from pyro_diffusion.dynamics import ReverseSDE, SDESolver
+from pyro_diffusion.dynamics import ODESolver, ReverseSDE, SDESolver
 from pyro_diffusion.infer import DDPM, TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess
@@ -151,12 +151,12 @@ def test_flows_and_paths_follow_a_table_that_is_loaded():
         return GaussianDenoiser(Tiny((2,)).double(), GaussianProcess(TabulatedBetas(betas)))
 
     used, other, x = denoiser(), denoiser(BETAS / 2), data()
-    flow = ProbabilityFlow(used, (2,), method="rk4", steps=4)
+    flow = ProbabilityFlow(used, (2,), solver=ODESolver("rk4", steps=4))
     sde, solver = ReverseSDE(used, (2,)), SDESolver("euler", 4)
     with torch.no_grad():
         flow.log_prob(x), solver(sde, x)
         used.load_state_dict(other.state_dict())
-        expected = ProbabilityFlow(other, (2,), method="rk4", steps=4).log_prob(x)
+        expected = ProbabilityFlow(other, (2,), solver=ODESolver("rk4", steps=4)).log_prob(x)
         torch.testing.assert_close(flow.log_prob(x), expected, rtol=0, atol=0)
         ends = []
         for path in (sde, ReverseSDE(other, (2,))):
@@ -197,13 +197,17 @@ def test_particles_follow_a_schedule_that_is_trained():
 def test_inference_mode_leaves_nothing_behind(build):
     denoiser = GaussianDenoiser(Tiny((2,)), GaussianProcess(TabulatedBetas(BETAS.float())))
     x = torch.randn(3, 2)
-    steps = {Diffusion: 61, DiffusionSDE: 7, ProbabilityFlow: 4}[build]
+    how = {
+        Diffusion: {"steps": 61},
+        DiffusionSDE: {"solver": SDESolver(steps=7)},
+        ProbabilityFlow: {"solver": ODESolver(steps=4)},
+    }[build]
     with torch.inference_mode():
-        law = build(denoiser, (2,), steps=steps)
+        law = build(denoiser, (2,), **how)
         law.sample(), law.log_prob(x)
         scored = law.log_prob(x)
     torch.testing.assert_close(scored.clone(), law.log_prob(x).detach())
-    for each in (law, build(denoiser, (2,), steps=steps)):
+    for each in (law, build(denoiser, (2,), **how)):
         each.log_prob(x).sum().backward()
     with torch.inference_mode():
         times = uniform(STEPS)

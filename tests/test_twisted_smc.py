@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Data, GaussianDenoiser, MixtureDenoiser, TimeVariance
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, QuantizedDecoder
+from pyro_diffusion.dynamics import SDESolver
 from pyro_diffusion.guidance import GuidedDenoiser, Twisted
 from pyro_diffusion.guidance.base import shift_mean
 from pyro_diffusion.guidance.gaussian_conditioning import MMPS
@@ -279,7 +280,7 @@ def test_bad_input():
         with pytest.raises(ValueError, match="ess_threshold: got"):
             TwistedSMC(law, likelihood, MMPS, 8, threshold)
     with pytest.raises(ValueError, match="diffusion: got DiffusionSDE"):
-        TwistedSMC(DiffusionSDE(ONE, (2,), steps=4), likelihood, MMPS)
+        TwistedSMC(DiffusionSDE(ONE, (2,), solver=SDESolver(steps=4)), likelihood, MMPS)
     with pytest.raises(ValueError, match="guidance: got"):
         TwistedSMC(law, likelihood, lambda denoiser, _: denoiser)
 

@@ -29,6 +29,7 @@ from pyro.infer import (
 from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
+from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.infer import ChainReparam, forward_chain
 from pyro_diffusion.schedules import uniform
 from tests.classes import F64, LOCS, SCALE, WEIGHTS, NormalClass, data, log_joint
@@ -74,7 +75,7 @@ def sde(**context: Tensor) -> DiffusionSDE:
 
 
 def flow(**context: Tensor) -> ProbabilityFlow:
-    return ProbabilityFlow(WIDE, (2,), method="rk4", steps=8, context=context)
+    return ProbabilityFlow(WIDE, (2,), solver=ODESolver("rk4", steps=8), context=context)
 
 
 VIEWS = {

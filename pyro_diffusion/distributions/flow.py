@@ -14,9 +14,9 @@ from pyro_diffusion.distributions.base import DenoisedDistribution, broadcast, b
 from pyro_diffusion.distributions.callers import inside_markov_chain
 from pyro_diffusion.distributions.linear_use import check_linear_use
 from pyro_diffusion.distributions.shape_runs import shapes_only
-from pyro_diffusion.dynamics import ExactTrace, Solver, Trace, transport
-from pyro_diffusion.dynamics.ode import Passage, end_angles
-from pyro_diffusion.dynamics.trace import check_trace
+from pyro_diffusion.dynamics import ExactTrace, ODESolver, TraceEstimator, transport
+from pyro_diffusion.dynamics.ode import Passage, check_ode_solver, end_angles
+from pyro_diffusion.dynamics.trace_estimators import check_trace_estimator
 from pyro_diffusion.processes import Ability, draw
 from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.processes.noise import NoiseSource, RowNoise
@@ -79,8 +79,8 @@ class FlowTransform(TransformModule):
         self,
         denoiser: Denoiser,
         *,
-        trace: Trace | None = None,
-        solver: Solver | None = None,
+        trace: TraceEstimator | None = None,
+        solver: ODESolver | None = None,
         context: dict[str, Tensor] | None = None,
         seed: int = 0,
     ) -> None:
@@ -88,8 +88,8 @@ class FlowTransform(TransformModule):
         process = getattr(denoiser, "process", None)
         require(process, Ability.ODE, argument="denoiser", by=type(denoiser).__name__)
         self.denoiser = denoiser
-        self.trace = ExactTrace() if trace is None else check_trace(trace)
-        self.solver = Solver() if solver is None else solver
+        self.trace = ExactTrace() if trace is None else check_trace_estimator(trace)
+        self.solver = ODESolver() if solver is None else check_ode_solver(solver)
         self.context, self.seed = dict(context or {}), seed
         end_angles(denoiser.process)
         self.domain = self.codomain = constraints.independent(
@@ -195,13 +195,10 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
         denoiser: posterior p(x_0 | x_t) of a Gaussian process, whose mean is read; the schedule has finite
             ends.
         event_shape: shape of one datum; its length is the process's ``event_dim``.
+        solver: :class:`~pyro_diffusion.dynamics.ODESolver`: method, tolerances or number of steps, and where
+            gradients come from; by default adaptive steps to a tolerance of 1e-5.
         trace: :class:`~pyro_diffusion.dynamics.ExactTrace` by default (d vector-Jacobian products per
             evaluation), else ``Hutchinson`` or ``HutchPlusPlus``.
-        method: torchdiffeq method, see :class:`~pyro_diffusion.dynamics.Solver`.
-        rtol: relative tolerance of an adaptive method.
-        atol: absolute tolerance of an adaptive method.
-        steps: steps of a fixed method.
-        adjoint: whether gradients come from the adjoint ODE (less memory) or through the solver's steps.
         context: tensors for the denoiser; their batch shapes broadcast into this distribution's.
         validate_args: whether to check arguments and values; Pyro's global setting by default.
 
@@ -224,33 +221,24 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
     """
 
     has_rsample = True
-    _arguments: ClassVar[tuple[str, ...]] = (
-        *("trace", "method", "rtol", "atol", "steps", "adjoint", "context"),
-    )
-    _shown: ClassVar[tuple[str, ...]] = ("method", "trace")
+    _arguments: ClassVar[tuple[str, ...]] = ("solver", "trace", "context")
+    _shown: ClassVar[tuple[str, ...]] = ("solver", "trace")
 
     def __init__(
         self,
         denoiser: Denoiser,
         event_shape: Shape,
         *,
-        trace: Trace | None = None,
-        method: str = "dopri5",
-        rtol: float = 1e-5,
-        atol: float = 1e-5,
-        steps: int = 32,
-        adjoint: bool = False,
+        solver: ODESolver | None = None,
+        trace: TraceEstimator | None = None,
         context: dict[str, Tensor] | None = None,
         validate_args: bool | None = None,
     ) -> None:
         super().__init__(denoiser, event_shape, context=context, validate_args=validate_args)
-        self.method, self.rtol, self.atol = method, rtol, atol
-        self.steps, self.adjoint = steps, adjoint
-        solver = Solver(method, rtol, atol, steps, adjoint)
         transform = FlowTransform(
             self.denoiser, trace=trace, solver=solver, context=self.context, seed=self._seed
         )
-        self.trace, self.transforms = transform.trace, [transform]
+        self.solver, self.trace, self.transforms = transform.solver, transform.trace, [transform]
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         noise = Normal(zero, zero + 1, validate_args=False).expand(self.event_shape)
         self.base_dist = noise.to_event(len(self.event_shape)).expand(self.batch_shape)

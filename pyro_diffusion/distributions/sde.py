@@ -14,6 +14,7 @@ from pyro_diffusion.distributions.objectives import DecoderStep
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.dynamics import ReverseSDE, SDESolver
 from pyro_diffusion.dynamics.sde import check_eta
+from pyro_diffusion.dynamics.sde_solver import check_sde_solver
 from pyro_diffusion.processes import Ability, draw
 from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.processes.levels import Rates
@@ -49,12 +50,9 @@ class DiffusionSDE(BoundedDistribution):
     Args:
         denoiser: posterior p(x_0 | x_t) of a Gaussian process.
         event_shape: shape of one datum; its length is the process's ``event_dim``.
-        steps: number of even steps in t that sampling takes.
+        solver: :class:`~pyro_diffusion.dynamics.SDESolver` that :meth:`sample` takes: method and number of
+            even steps in t, or tolerances; by default 1000 steps of ``"euler"``.
         eta: share of noise of the reverse SDE, from 0 to 1000; 0 is the probability-flow ODE.
-        method: torchsde method, see :class:`~pyro_diffusion.dynamics.SDESolver`.
-        adaptive: whether sampling chooses its steps (``steps`` is then ignored).
-        rtol: relative tolerance of adaptive steps.
-        atol: absolute tolerance of adaptive steps.
         decoder: p(x | x_{t_0}); normal by default.
         context: tensors for the denoiser; their batch shapes broadcast into this distribution's.
         validate_args: whether to check arguments and values; Pyro's global setting by default.
@@ -67,41 +65,35 @@ class DiffusionSDE(BoundedDistribution):
         >>> from pyro_diffusion.nn import MLP
         >>> from pyro_diffusion.processes import GaussianProcess
         >>> from pyro_diffusion.schedules import SubVP
-        >>> law = DiffusionSDE(GaussianDenoiser(MLP(2), GaussianProcess(SubVP())), (2,), steps=20)
-        >>> law.log_prob(torch.zeros(7, 2)).shape
+        >>> denoiser = GaussianDenoiser(MLP(2), GaussianProcess(SubVP()))
+        >>> diffusion = DiffusionSDE(denoiser, (2,), solver=SDESolver("heun", steps=20))
+        >>> diffusion.log_prob(torch.zeros(7, 2)).shape
         torch.Size([7])
-        >>> law.sample((3,)).shape
+        >>> diffusion.sample((3,)).shape
         torch.Size([3, 2])
 
     References:
         Kingma et al., arXiv 2107.00630, equations 11 to 13 and appendix I; Song et al., arXiv 2011.13456.
     """
 
-    _arguments: ClassVar[tuple[str, ...]] = (
-        *("steps", "eta", "method", "adaptive", "rtol", "atol", "decoder", "context"),
-    )
-    _shown: ClassVar[tuple[str, ...]] = ("steps", "method")
+    _arguments: ClassVar[tuple[str, ...]] = ("solver", "eta", "decoder", "context")
+    _shown: ClassVar[tuple[str, ...]] = ("solver", "eta")
 
     def __init__(
         self,
         denoiser: Denoiser,
         event_shape: Shape,
-        steps: int = 1000,
         *,
+        solver: SDESolver | None = None,
         eta: float = 1.0,
-        method: str = "euler",
-        adaptive: bool = False,
-        rtol: float = 1e-2,
-        atol: float = 1e-2,
         decoder: Decoder | None = None,
         context: dict[str, Tensor] | None = None,
         validate_args: bool | None = None,
     ) -> None:
         if isinstance(denoiser, Denoiser):
             require(denoiser.process, Ability.SDE, argument="denoiser", by=type(denoiser).__name__)
-        self.solver = SDESolver(method, steps, adaptive, rtol, atol)
-        self.steps, self.eta, self.method = self.solver.steps, check_eta(eta), method
-        self.adaptive, self.rtol, self.atol = adaptive, rtol, atol
+        self.solver = SDESolver() if solver is None else check_sde_solver(solver)
+        self.eta = check_eta(eta)
         super().__init__(
             denoiser,
             event_shape,

@@ -1,10 +1,15 @@
 """Drifts and their integration: the SDEs, the probability-flow ODE and the traces its density needs."""
 
 from pyro_diffusion.dynamics.brownian import IndependentIncrements, brownian_interval
-from pyro_diffusion.dynamics.ode import Solver, transport
+from pyro_diffusion.dynamics.ode import ODESolver, transport
 from pyro_diffusion.dynamics.sde import ForwardSDE, KnownData, ReverseSDE
 from pyro_diffusion.dynamics.sde_solver import SDESolver
-from pyro_diffusion.dynamics.trace import ExactTrace, Hutchinson, HutchPlusPlus, Trace
+from pyro_diffusion.dynamics.trace_estimators import (
+    ExactTrace,
+    Hutchinson,
+    HutchPlusPlus,
+    TraceEstimator,
+)
 
 __all__ = [
     "ExactTrace",
@@ -13,10 +18,10 @@ __all__ = [
     "Hutchinson",
     "IndependentIncrements",
     "KnownData",
+    "ODESolver",
     "ReverseSDE",
     "SDESolver",
-    "Solver",
-    "Trace",
+    "TraceEstimator",
     "brownian_interval",
     "transport",
 ]

@@ -15,21 +15,30 @@ from torchdiffeq import odeint, odeint_adjoint
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.dynamics.attention import twice_differentiable_attention
-from pyro_diffusion.dynamics.trace import Trace
+from pyro_diffusion.dynamics.trace_estimators import TraceEstimator
 from pyro_diffusion.processes import Ability, ForwardProcess
 from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.processes.noise import NoiseSource, RowNoise
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_number, check_positive_int, check_tensor
 
-__all__ = ["ADAPTIVE", "FIXED", "Passage", "Solver", "end_angles", "level_at", "transport"]
+__all__ = [
+    "ADAPTIVE",
+    "FIXED",
+    "ODESolver",
+    "Passage",
+    "check_ode_solver",
+    "end_angles",
+    "level_at",
+    "transport",
+]
 
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
 FIXED = ("rk4", "heun3", "midpoint", "euler")
 
 
-@dataclass(frozen=True)
-class Solver:
+@dataclass(frozen=True, repr=False)
+class ODESolver:
     r"""A torchdiffeq method and what it is told.
 
     Tolerances are per coordinate of the unit-variance state :math:`z` and, for densities, per dimension (nats
@@ -69,6 +78,11 @@ class Solver:
             if not 0 < tolerance < math.inf:
                 raise ValueError(f"{name}: got {tolerance}, expected a tolerance > 0")
         check_positive_int("steps", self.steps)
+
+    def __repr__(self) -> str:
+        fixed = self.method in FIXED
+        told = f"steps={self.steps}" if fixed else f"rtol={self.rtol:g}, atol={self.atol:g}"
+        return f"ODESolver({self.method!r}, {told}{', adjoint=True' if self.adjoint else ''})"
 
     def __call__(
         self, field: Any, y: Tensor, start: float, stop: float, parameters: Iterable[Tensor]
@@ -117,6 +131,19 @@ class Solver:
             ) from error
 
 
+def check_ode_solver(solver: object) -> ODESolver:
+    """Refuse anything but an ODE solver.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    if not isinstance(solver, ODESolver):
+        raise ValueError(
+            f"solver: got {solver!r}, expected an ODESolver such as ODESolver('rk4', steps=16)"
+        )
+    return solver
+
+
 class Passage(NamedTuple):
     """Where a path along the ODE ends.
 
@@ -163,9 +190,9 @@ def transport(
     z: Tensor,
     start: float,
     stop: float,
-    solver: Solver,
+    solver: ODESolver,
     context: dict[str, Tensor] | None = None,
-    trace: Trace | None = None,
+    trace: TraceEstimator | None = None,
     noise: NoiseSource | None = None,
 ) -> Passage:
     r"""Carry states along the probability-flow ODE from one angle to another.
@@ -209,6 +236,7 @@ def transport(
         check_number(name, angle, above=0, at_most=math.pi / 2)
     if start == stop:
         raise ValueError(f"stop: got {stop}, the start, expected another angle")
+    check_ode_solver(solver)
     denoiser = in_this_run(denoiser)
     if trace is not None and torch.is_inference_mode_enabled():
         # Autograd records nothing there, not even the divergence.
@@ -251,7 +279,7 @@ class _Field:
         denoiser: Denoiser,
         shape: torch.Size,
         context: dict[str, Tensor],
-        trace: Trace | None,
+        trace: TraceEstimator | None,
         noise: NoiseSource | None,
     ) -> None:
         self.denoiser, self.shape, self.context = denoiser, shape, context

@@ -13,7 +13,7 @@ from pyro_diffusion.dynamics.sde import GaussianSDE, Node
 from pyro_diffusion.schedules.base import Grid
 from pyro_diffusion.validation import check_positive_int
 
-__all__ = ["METHODS", "Method", "SDESolver"]
+__all__ = ["METHODS", "Method", "SDESolver", "check_sde_solver"]
 
 
 class Method(NamedTuple):
@@ -106,7 +106,7 @@ def _rows(table: Tensor, like: Tensor) -> tuple[Tensor, ...]:
     return table.to(like).unbind()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SDESolver:
     """A torchsde method and what it is told.
 
@@ -148,6 +148,12 @@ class SDESolver:
                 f"estimate of its error to steer by, expected one of {able}"
             )
 
+    def __repr__(self) -> str:
+        told = f"steps={self.steps}"
+        if self.adaptive:
+            told = f"adaptive=True, rtol={self.rtol:g}, atol={self.atol:g}"
+        return f"SDESolver({self.method!r}, {told})"
+
     @property
     def order(self) -> Method:
         """What the method promises."""
@@ -183,3 +189,16 @@ class SDESolver:
         states = torchsde.sdeint(sde, y, times, bm=brownian, method=self.method, **keywords)
         out: Tensor = states[-1]
         return out
+
+
+def check_sde_solver(solver: object) -> SDESolver:
+    """Refuse anything but an SDE solver.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    if not isinstance(solver, SDESolver):
+        raise ValueError(
+            f"solver: got {solver!r}, expected an SDESolver such as SDESolver('heun', steps=200)"
+        )
+    return solver

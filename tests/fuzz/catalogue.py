@@ -21,6 +21,7 @@ from pyro_diffusion import (
     schedules,
 )
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
+from pyro_diffusion.dynamics import ODESolver, SDESolver
 from tests.laws import Tiny
 
 
@@ -53,7 +54,7 @@ NOT_CALLED: dict[str, str] = {
     "distributions.DenoisedDistribution": "a base class",
     "distributions.Objective": "a base class",
     "distributions.Regression": "a base class",
-    "dynamics.Trace": "a base class",
+    "dynamics.TraceEstimator": "a base class",
     "guidance.GaussianConditioning": "a base class",
     "guidance.GuidedDenoiser": "a base class",
     "guidance.NoiseAwareGuidance": "a base class",
@@ -580,26 +581,18 @@ def distribution_calls() -> list[Call]:
         },
         "DiffusionSDE": {
             "event_shape": (3,),
-            "steps": 3,
+            "solver": SDESolver(steps=3),
             "eta": 1.0,
-            "method": "euler",
-            "adaptive": False,
-            "rtol": 0.1,
-            "atol": 0.1,
         },
         "ProbabilityFlow": {
             "event_shape": (3,),
+            "solver": ODESolver("rk4", steps=3),
             "trace": dynamics.ExactTrace(),
-            "method": "rk4",
-            "steps": 3,
-            "rtol": 1e-2,
-            "atol": 1e-2,
-            "adjoint": False,
         },
     }
     kinds = {k: getattr(distributions, k) for k in views}
-    chains = {"site": chain(), "sde": DiffusionSDE(gaussian(), (3,), 3)}
-    flow = ProbabilityFlow(gaussian(), (3,), method="rk4", steps=3)
+    chains = {"site": chain(), "sde": DiffusionSDE(gaussian(), (3,), solver=SDESolver(steps=3))}
+    flow = ProbabilityFlow(gaussian(), (3,), solver=ODESolver("rk4", steps=3))
     every = {**chains, "flow": flow}
     labelled = {"label": torch.tensor([0, 1, 2, 0]), "y": torch.zeros(4, 2)}
     symbol = Diffusion(symbols(), (3,), 3)
@@ -616,7 +609,7 @@ def distribution_calls() -> list[Call]:
                 weight=3,
             )
         )
-        small = {k: v for k, v in arguments.items() if k in ("event_shape", "steps", "method")}
+        small = {k: v for k, v in arguments.items() if k in ("event_shape", "steps", "solver")}
         calls.append(
             Call(
                 f"distributions.{name}.context",
@@ -695,7 +688,7 @@ def distribution_calls() -> list[Call]:
                 {
                     "denoiser": gaussian(),
                     "trace": dynamics.ExactTrace(),
-                    "solver": dynamics.Solver("rk4", steps=3),
+                    "solver": dynamics.ODESolver("rk4", steps=3),
                     "seed": 0,
                 }
             ),
@@ -763,12 +756,12 @@ def dynamics_calls() -> list[Call]:
     solver = {"method": "rk4", "rtol": 1e-2, "atol": 1e-2, "steps": 3, "adjoint": False}
 
     def traced(trace: Any) -> Any:
-        return ProbabilityFlow(gaussian(), (3,), method="rk4", steps=2, trace=trace).log_prob(
-            data()
-        )
+        return ProbabilityFlow(
+            gaussian(), (3,), solver=ODESolver("rk4", steps=2), trace=trace
+        ).log_prob(data())
 
     def solved(**arguments: Any) -> Any:
-        return dynamics.transport(gaussian(), data(), 0.1, 1.0, dynamics.Solver(**arguments))
+        return dynamics.transport(gaussian(), data(), 0.1, 1.0, dynamics.ODESolver(**arguments))
 
     def integrated(**arguments: Any) -> Any:
         sde = dynamics.ReverseSDE(gaussian(), (3,))
@@ -788,21 +781,21 @@ def dynamics_calls() -> list[Call]:
         Call(
             "dynamics.ExactTrace",
             lambda value: ProbabilityFlow(
-                gaussian(), (3,), method="rk4", steps=2, trace=dynamics.ExactTrace()
+                gaussian(), (3,), solver=ODESolver("rk4", steps=2), trace=dynamics.ExactTrace()
             ).log_prob(value),
             lambda: {"value": data()},
         ),
         Call(
             "dynamics.Hutchinson",
             lambda **a: traced(dynamics.Hutchinson(**a)),
-            of({"num_probes": 2, "law": dynamics.trace.gaussian, "seed": 0}),
+            of({"num_probes": 2, "law": dynamics.trace_estimators.gaussian, "seed": 0}),
         ),
         Call(
             "dynamics.HutchPlusPlus",
             lambda **a: traced(dynamics.HutchPlusPlus(**a)),
             of({"num_probes": 2, "seed": 0}),
         ),
-        Call("dynamics.Solver", solved, of(solver)),
+        Call("dynamics.ODESolver", solved, of(solver)),
         Call(
             "dynamics.SDESolver",
             integrated,
@@ -822,7 +815,7 @@ def dynamics_calls() -> list[Call]:
                 "z": data(),
                 "start": 0.1,
                 "stop": 1.0,
-                "solver": dynamics.Solver("rk4", steps=2),
+                "solver": dynamics.ODESolver("rk4", steps=2),
                 "trace": dynamics.ExactTrace(),
             },
         ),
@@ -843,6 +836,10 @@ def dynamics_calls() -> list[Call]:
         ),
         *(
             Call(f"dynamics.{f.__name__}", f, rows)
-            for f in (dynamics.trace.gaussian, dynamics.trace.rademacher, dynamics.trace.sphere)
+            for f in (
+                dynamics.trace_estimators.gaussian,
+                dynamics.trace_estimators.rademacher,
+                dynamics.trace_estimators.sphere,
+            )
         ),
     ]

@@ -23,6 +23,7 @@ from pyro_diffusion import (
 )
 from pyro_diffusion import nn as networks
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
+from pyro_diffusion.dynamics import ODESolver, SDESolver
 from tests.fuzz.catalogue import (
     TIMES,
     Call,
@@ -275,8 +276,8 @@ def infer_calls() -> list[Call]:
 
 
 def evaluate_calls() -> list[Call]:
-    flow = ProbabilityFlow(gaussian(), (3,), method="rk4", steps=2)
-    sde = DiffusionSDE(gaussian(), (3,), 2)
+    flow = ProbabilityFlow(gaussian(), (3,), solver=ODESolver("rk4", steps=2))
+    sde = DiffusionSDE(gaussian(), (3,), solver=SDESolver(steps=2))
     conditioned = Diffusion(conditional(), (3,), 3)
     rows = lambda: {"label": torch.tensor([0, 1, 2, 0]), "y": torch.zeros(4, 2)}  # noqa: E731
 

@@ -63,7 +63,15 @@ OBJECTS: dict[type, list[Callable[[], Any]]] = {
         samplers.RePaint,
         lambda: samplers.PredictorCorrector(samplers.Ancestral()),
     ],
-    dynamics.Trace: [
+    dynamics.ODESolver: [
+        lambda: dynamics.ODESolver("euler", steps=2),
+        lambda: dynamics.ODESolver("bosh3", rtol=0.1, atol=0.1, adjoint=True),
+    ],
+    dynamics.SDESolver: [
+        lambda: dynamics.SDESolver("srk", steps=2),
+        lambda: dynamics.SDESolver("heun", adaptive=True, rtol=0.1, atol=0.1),
+    ],
+    dynamics.TraceEstimator: [
         dynamics.ExactTrace,
         dynamics.Hutchinson,
         lambda: dynamics.HutchPlusPlus(7),

@@ -14,8 +14,8 @@ __all__ = [
     "ExactTrace",
     "HutchPlusPlus",
     "Hutchinson",
-    "Trace",
-    "check_trace",
+    "TraceEstimator",
+    "check_trace_estimator",
     "gaussian",
     "rademacher",
     "sphere",
@@ -60,7 +60,7 @@ def sphere(normal: Tensor) -> Tensor:
     return normal * (math.sqrt(normal.shape[-1]) / normal.norm(dim=-1, keepdim=True))
 
 
-class Trace:
+class TraceEstimator:
     """How the trace of a Jacobian is found, row by row.
 
     Attributes:
@@ -91,7 +91,7 @@ class Trace:
         raise NotImplementedError
 
 
-class ExactTrace(Trace):
+class ExactTrace(TraceEstimator):
     """The trace itself: d vector-Jacobian products, one per coordinate, in one batched call."""
 
     def probes(self, like: Tensor, noise: NoiseSource) -> Tensor:
@@ -110,7 +110,7 @@ class ExactTrace(Trace):
         return "ExactTrace()"
 
 
-class Hutchinson(Trace):
+class Hutchinson(TraceEstimator):
     r"""Hutchinson's estimate :math:`v^\top J v` for random v with :math:`E[v v^\top] = I`: unbiased.
 
     Args:
@@ -234,15 +234,16 @@ def _operations(output: Tensor, rows: Tensor) -> set[str]:
     return names
 
 
-def check_trace(trace: object) -> Trace:
+def check_trace_estimator(trace: object) -> TraceEstimator:
     """Refuse anything but a trace object.
 
     Raises:
         ValueError: for another object.
     """
-    if not isinstance(trace, Trace):
+    if not isinstance(trace, TraceEstimator):
         raise ValueError(
-            f"trace: got {trace!r}, expected a Trace such as ExactTrace() or Hutchinson(num_probes=4)"
+            f"trace: got {trace!r}, expected a TraceEstimator such as ExactTrace() or "
+            "Hutchinson(num_probes=4)"
         )
     return trace
 

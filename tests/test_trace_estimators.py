@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyro_diffusion.dynamics import ExactTrace, Hutchinson, HutchPlusPlus
-from pyro_diffusion.dynamics.trace import gaussian, rademacher, sphere
+from pyro_diffusion.dynamics.trace_estimators import gaussian, rademacher, sphere
 from pyro_diffusion.processes import SeededNoise
 
 LAWS = {"rademacher": rademacher, "gaussian": gaussian, "sphere": sphere}
