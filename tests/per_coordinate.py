@@ -3,7 +3,7 @@
 import torch
 
 from pyro_diffusion.denoisers import MixtureDenoiser
-from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.processes import GaussianProcess, SeededNoise
 from pyro_diffusion.schedules import LogLinear
 
 F64 = torch.float64
@@ -64,3 +64,15 @@ def alone(index, point_mass=False):
     mean = torch.tensor([[MEAN[index]]], dtype=F64)
     process = GaussianProcess(Coordinate(index))
     return MixtureDenoiser(process, torch.ones(1, dtype=F64), mean, VARIANCE, point_mass)
+
+
+class ColumnNoise(SeededNoise):
+    """Of the normal numbers that the pair of coordinates gets from a seed, those of one coordinate."""
+
+    def __init__(self, seed, index):
+        super().__init__(seed)
+        self.index = index
+
+    def normal(self, shape, like, event_dim=0):
+        both = super().normal((*shape[:-1], len(RATES)), like, event_dim)
+        return both[..., self.index : self.index + 1]

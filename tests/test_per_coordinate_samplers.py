@@ -1,0 +1,147 @@
+"""Samplers under a process whose scales differ by coordinate: each coordinate goes its own way.
+
+The two coordinates are independent, so with the same noise the pair's trajectory is that of each coordinate
+under a process of one noise level.
+"""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from pyro_diffusion.denoisers import EDMPreconditioning, V
+from pyro_diffusion.processes import SeededNoise, drawing_from
+from pyro_diffusion.samplers import (
+    DDIM,
+    AdamsBashforth,
+    AdamsMoulton,
+    Ancestral,
+    AnnealedLangevin,
+    Heun,
+    Langevin,
+    PredictorCorrector,
+    RePaint,
+    recorder,
+    simulate,
+)
+from pyro_diffusion.schedules import LogLinear, uniform
+from tests.exact import slope
+from tests.per_coordinate import (
+    F64,
+    MEAN,
+    RATES,
+    SHIFTS,
+    VARIANCE,
+    ColumnNoise,
+    PerCoordinate,
+    alone,
+    normal,
+)
+from tests.sampler_table import DETERMINISTIC, STOCHASTIC
+
+PAIR = (0, 1)
+STEPS = 9
+# Uneven in log-SNR, so that weights of multistep methods differ from step to step.
+TIMES = torch.linspace(0, 1, STEPS + 1, dtype=F64) ** 1.4
+OTHERS = [
+    PredictorCorrector(DDIM(), Langevin(moves=2)),
+    PredictorCorrector(AdamsMoulton(), Langevin(0.3)),
+    AnnealedLangevin(0.3, 3),
+    RePaint(jumps=2),
+    RePaint(AdamsBashforth(2), jumps=1),
+]
+RANDOM = [s for s in STOCHASTIC if not isinstance(s, Heun)]
+
+
+def trajectory(denoiser, x, sampler, noise, times=TIMES):
+    states, record = recorder()
+    with drawing_from(noise):
+        simulate(denoiser, times, x, sampler, callback=record)
+    return torch.stack(states)
+
+
+def check_pair(sampler, each=None, point_mass=True, times=TIMES):
+    """The pair's states are those of its coordinates; ``each`` are their samplers, if others."""
+    x = torch.randn(5, 2, dtype=F64)
+    pair = trajectory(normal(point_mass), x, sampler, SeededNoise(7), times)
+    for i in PAIR:
+        own = sampler if each is None else each[i]
+        column = x[:, i : i + 1]
+        one = trajectory(alone(i, point_mass), column, own, ColumnNoise(7, i), times)
+        assert_close(pair[..., i : i + 1], one, rtol=1e-10, atol=1e-10)
+    return pair
+
+
+@pytest.mark.parametrize("sampler", DETERMINISTIC + RANDOM + OTHERS, ids=repr)
+def test_the_pair_goes_as_each_coordinate(sampler):
+    states = check_pair(sampler)
+    assert (states[0] - states[-1]).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("sampler", [Ancestral(), RePaint(jumps=2)], ids=repr)
+def test_reverse_kernels_with_a_posterior_variance(sampler):
+    check_pair(sampler, point_mass=False)
+
+
+@pytest.mark.parametrize("sampler", DETERMINISTIC, ids=repr)
+def test_towards_noise(sampler):
+    check_pair(sampler, times=TIMES.flip(0))
+
+
+@pytest.mark.parametrize("between", [(0.0, math.inf), (0.1, 20.0)])
+def test_heun_raises_noise_in_the_clock(between):
+    """The clock falls by 2 log(1 + gamma), a coordinate's log-SNR by that times its rate."""
+    gamma = 0.2
+    sampler = Heun(STEPS * gamma, 1.01, between)
+
+    def alike(rate, shift):
+        # rho_i = exp(-(rate clock + shift) / 2) where the clock's is rho.
+        ends = tuple(rho**rate * math.exp(-0.5 * shift) for rho in between)
+        return Heun(STEPS * ((1 + gamma) ** rate - 1), 1.01, ends)
+
+    each = [alike(rate, shift) for rate, shift in zip(RATES, SHIFTS, strict=True)]
+    states = check_pair(sampler, each)
+    plain = trajectory(normal(True), states[0], Heun(), SeededNoise(7))
+    assert (states[-1] - plain[-1]).abs().min() > 1e-4
+
+
+def flow(process, x, times):
+    """The probability flow of the two normals: x keeps its quantile at every level."""
+    start, end = (process.level(t) for t in times)
+    mean = torch.tensor(MEAN, dtype=F64)
+
+    def scale(level):
+        return torch.hypot(level.alpha * VARIANCE**0.5, level.sigma)
+
+    return end.alpha * mean + scale(end) / scale(start) * (x - start.alpha * mean)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        DDIM(),
+        AdamsBashforth(2),
+        AdamsBashforth(3, extrapolate=V()),
+        AdamsMoulton(3),
+        AdamsMoulton(4),
+        AdamsMoulton(3, extrapolate=EDMPreconditioning(0.9)),
+        Heun(),
+    ],
+    ids=repr,
+)
+def test_declared_orders(sampler):
+    """Slope of the error against the exact flow, in each coordinate."""
+    denoiser = normal(point_mass=True)
+    # Begins deep in the noise of both coordinates.
+    denoiser.process = PerCoordinate(LogLinear(9.0, -24.0))
+    x = torch.randn(8, 2, dtype=F64)
+    steps = [160, 320, 640] if sampler.order == 4 else [80, 160, 320]
+    errors = []
+    for n in steps:
+        times = uniform(n, F64)
+        exact = flow(denoiser.process, x, times[[-1, 0]])
+        errors.append((simulate(denoiser, times, x, sampler) - exact).abs().mean(0))
+    for i in PAIR:
+        found = slope(steps, [float(error[i]) for error in errors])
+        assert found == pytest.approx(sampler.order, abs=0.25)
