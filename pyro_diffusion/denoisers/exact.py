@@ -81,14 +81,14 @@ class MixtureDenoiser(Denoiser):
         self.point_mass = point_mass
 
     def data(self) -> TorchDistribution:
-        """The law of x_0 itself."""
+        """The distribution of x_0 itself."""
         level = Level(
             *(torch.tensor(v).to(self.means) for v in (0.0, math.inf, math.inf, 1.0, 0.0))
         )
         return self.marginal(level)
 
     def marginal(self, t: Tensor | Level) -> TorchDistribution:
-        """The exact law of x_t, one scalar time."""
+        """The exact marginal of x_t, one scalar time."""
         if isinstance(t, Tensor) and t.dim():
             raise ValueError(f"t: got shape {tuple(t.shape)}, expected one time")
         level = self.process.level(t, self.means)
