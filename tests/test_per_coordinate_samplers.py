@@ -6,13 +6,18 @@ under a process of one noise level.
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch.testing import assert_close
 
-from pyro_diffusion.denoisers import EDMPreconditioning, V
-from pyro_diffusion.processes import SeededNoise, drawing_from
+from pyro_diffusion.denoisers import Data, EDMPreconditioning, GaussianDenoiser, V
+from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.likelihoods import ProgramLikelihood
+from pyro_diffusion.processes import GaussianProcess, SeededNoise, drawing_from
 from pyro_diffusion.samplers import (
+    DAPS,
     DDIM,
     AdamsBashforth,
     AdamsMoulton,
@@ -170,3 +175,61 @@ def test_declared_orders_of_dependent_coordinates(sampler, fine):
     for i in PAIR:
         found = slope(steps, [float(error[i]) for error in errors])
         assert found == pytest.approx(sampler.order, abs=0.3)
+
+
+# DAPS.
+
+ERRORS = torch.tensor([0.5, 0.8], dtype=F64)
+SEEN = torch.tensor([0.3, 1.1], dtype=F64)
+
+
+def observed(denoiser, seen, errors):
+    """Every coordinate is observed with a normal error of its own."""
+
+    def model():
+        x = pyro.sample("x", Diffusion(denoiser, seen.shape, steps=2))
+        pyro.sample("y", dist.Normal(x, errors).to_event(seen.dim()), obs=seen)
+
+    return ProgramLikelihood(model)
+
+
+@pytest.mark.parametrize("inner", [1, 4])
+def test_daps_by_exact_draws(inner, monkeypatch):
+    def states(denoiser, coordinates, noise):
+        likelihood = observed(denoiser, SEEN[coordinates], ERRORS[coordinates])
+        monkeypatch.setattr(torch, "randn_like", lambda v: noise.normal(v.shape, v))
+        return trajectory(denoiser, x[:, coordinates], DAPS(likelihood, inner=inner), noise)
+
+    x = torch.randn(5, 2, dtype=F64)
+    pair = states(normal(True), slice(0, 2), SeededNoise(7))
+    for i in PAIR:
+        one = states(alone(i, True), slice(i, i + 1), ColumnNoise(7, i))
+        assert_close(pair[..., i : i + 1], one, rtol=1e-10, atol=1e-10)
+
+
+def test_daps_moves_reach_a_normal_of_several_variances():
+    """Moments of conjugate normals: four two-sided z-tests at 4.5 errors, false alarms below 3e-5."""
+    center, variance = torch.tensor([0.2, -0.4], dtype=F64), torch.tensor([0.9, 0.02], dtype=F64)
+    sampler = DAPS(observed(normal(True), SEEN, ERRORS), moves=150)
+    x = sampler._langevin(center.expand(4000, 2), variance, 150)
+    precision = 1 / variance + 1 / ERRORS**2
+    mean = (center / variance + SEEN / ERRORS**2) / precision
+    for values, truth in ((x, mean), ((x - mean) ** 2, 1 / precision)):
+        z = (values.mean(0) - truth) / (values.std(0) / len(x) ** 0.5)
+        assert z.abs().max() < 4.5
+
+
+def test_daps_moves_of_images_are_those_of_vectors():
+    class Half(torch.nn.Module):
+        def forward(self, x, log_snr):
+            return x / 2
+
+    ends, x = [], torch.randn(3, 1, 2, 2, dtype=F64)
+    for shape in ((1, 2, 2), (4,)):
+        process = GaussianProcess(LogLinear(6.0, -6.0), event_dim=len(shape))
+        denoiser = GaussianDenoiser(Half(), process, Data())
+        likelihood = observed(denoiser, torch.ones(shape, dtype=F64), torch.ones(shape, dtype=F64))
+        torch.manual_seed(3)
+        end = simulate(denoiser, TIMES, x.reshape(3, *shape), DAPS(likelihood, inner=2, moves=4))
+        ends.append(end.reshape(3, 4))
+    assert_close(*ends)

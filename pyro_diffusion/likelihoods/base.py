@@ -120,7 +120,7 @@ class Likelihood(ABC):
 
         Args:
             center: c, batch + event.
-            variance: v, one number.
+            variance: v, one number or one for each coordinate.
 
         Raises:
             ValueError: as :meth:`linearized`.

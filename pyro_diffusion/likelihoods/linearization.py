@@ -103,12 +103,12 @@ class LinearizedLikelihood:
 
         Of :math:`z \sim \mathcal N(0, v)` and :math:`e \sim \mathcal N(0, I)` in residual space it is
 
-        .. math:: \text{mean} + z + v B^T (I + v B B^T)^{-1} (r - B z + e),
+        .. math:: \text{mean} + z + v B^T (I + B v B^T)^{-1} (r - B z + e),
 
         exact where the residual is an affine function of x_0.
 
         Args:
-            variance: v, one number.
+            variance: v, one number or one for each coordinate of x_0.
 
         References:
             Hoffman & Ribak, 1991 (a draw conditioned by its own residual).
@@ -118,7 +118,8 @@ class LinearizedLikelihood:
         b = self.flat(rows)
         product = matmul(b, self.per_row(z).unsqueeze(-1)).squeeze(-1)
         gap = self.residual - product + torch.randn_like(self.residual)
-        u = solve(variance * matmul(b, b.mT), gap)[0]
+        scaled = b * self.per_row(variance.expand_as(self.mean)).unsqueeze(-2)
+        u = solve(matmul(scaled, b.mT), gap)[0]
         return self.mean + z + variance * self.combined(rows, u)
 
 

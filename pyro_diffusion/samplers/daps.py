@@ -50,9 +50,9 @@ class DAPSCoefficients(NamedTuple):
 class DAPS(Sampler):
     r"""Decoupled annealing posterior sampling. At each level t:
 
-    1. :math:`\tilde x_0` from x_t by ``inner`` deterministic steps (DDIM), evenly in log-SNR;
+    1. :math:`\tilde x_0` from x_t by ``inner`` deterministic steps (DDIM), evenly in log-SNR (the clock);
     2. a draw of :math:`x_0` from :math:`p(y | x_0)\,\mathcal N(x_0; \tilde x_0, r_t^2)`;
-    3. :math:`x_s \sim q(x_s | x_0)`, of no memory of x_t.
+    3. :math:`x_s \sim q(x_s | x_0)`, whatever x_t was.
 
     A sampler, not a guidance: it takes the *prior's* denoiser. Step 2 is one exact draw for linear Normal
     observations (for others that of the likelihood linearized at :math:`\tilde x_0`; the likelihood's own
@@ -70,7 +70,8 @@ class DAPS(Sampler):
     Args:
         likelihood: a :class:`~pyro_diffusion.likelihoods.Likelihood`.
         inner: evaluations of the denoiser in step 1.
-        variance: a function of the level, :math:`r_t^2`; by default the paper's :math:`\sigma^2/\alpha^2`.
+        variance: a function of the level, :math:`r_t^2`, one number or one for each coordinate; by default
+            the paper's :math:`\sigma^2/\alpha^2`.
         moves: Langevin moves in step 2, each one gradient of the likelihood; None for the exact draw.
 
     Raises:
@@ -117,7 +118,7 @@ class DAPS(Sampler):
         late, end = t.clock.reshape(-1, 1), s.clock[0].reshape(())
         levels = process.level_of_clock(late + share * (end - late))
         early, before = levels.map(lambda v: v[:, 1:]), levels.map(lambda v: v[:, :-1])
-        variance = t.sigma**2 / t.alpha**2 if self.variance is None else self.variance(t)
+        variance = t.noise_to_signal**2 if self.variance is None else self.variance(t)
         return DAPSCoefficients(levels, self._flow.coefficients(process, early, before), variance)
 
     def step(
@@ -129,7 +130,15 @@ class DAPS(Sampler):
         t: Level,
         c: DAPSCoefficients,
     ) -> State:
-        """Follow the flow to x_0, draw it given y, noise it to s."""
+        r"""Follow the flow to x_0, draw it given y, noise it to s.
+
+        .. math::
+            \tilde x_0 &= \hat x_0(x_{t_n}), \quad x_{t_{i+1}} = r_i\,x_{t_i} + k_i\,\hat x_0(x_{t_i}), \\
+            x_0 &\sim p(y | x_0)\,\mathcal N(x_0;\, \tilde x_0, r_t^2), \\
+            x_s &= \alpha_s x_0 + \sigma_s z, \qquad z \sim \mathcal N(0, I) ,
+
+        from :math:`x_{t_1} = x_t` on, with DDIM's weights r and k (see :meth:`DDIM.step`).
+        """
         x = state.x
         for i in range(self.inner):
             x0 = denoise(x, c.levels.at(i)).mean
@@ -142,22 +151,25 @@ class DAPS(Sampler):
         return State(draw(process.marginal(x0, s)).detach())
 
     def _langevin(self, center: Tensor, variance: Tensor, moves: int) -> Tensor:
-        """Metropolis-adjusted Langevin moves, with steps adapted towards the acceptance 0.574."""
+        """Metropolis-adjusted Langevin moves, with steps adapted towards the acceptance 0.574.
+
+        A coordinate's step is its variance times a number that each row adapts.
+        """
 
         def target(x0: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
                 x0 = x0.detach().requires_grad_()
                 value = self.likelihood.log_prob(x0)
-                near = (x0 - center).square().reshape(*value.shape, -1).sum(-1)
-                value = value - near / (2 * variance)
+                near = (x0 - center).square() / (2 * variance)
+                value = value - near.reshape(*value.shape, -1).sum(-1)
                 (slope,) = torch.autograd.grad(value.sum(), x0)
             return value.detach(), slope
 
         x = center.detach()
         value, slope = target(x)
-        lead, size = value.shape, torch.full_like(value, 0.5) * variance
+        lead, size = value.shape, torch.full_like(value, 0.5)
         for i in range(moves):
-            step = _spread(size, x)
+            step = _spread(size, x) * variance
             ahead = x + step * slope + (2 * step).sqrt() * torch.randn_like(x)
             there, back = target(ahead)
             gap = _misfit(x, ahead, back, step, lead) - _misfit(ahead, x, slope, step, lead)
