@@ -40,12 +40,13 @@ class GuidedDenoiser(Denoiser):
     and methods differ in their approximation of :math:`p(y | x_t)`, the twist. It is a denoiser as any other,
     so every sampler takes it; twisted SMC uses it as proposal and corrects its error.
 
-    **Implementing a guidance.** Take the denoiser first and what the observations are given by second, a
-    :class:`~pyro_diffusion.likelihoods.Likelihood` or a classifier, so that the class itself is a
-    ``guidance(denoiser, likelihood)`` for :class:`~pyro_diffusion.infer.TwistedSMC` and the guides. Implement
-    :meth:`twisted`; each datum's answer must depend on that datum alone. A guidance without a log-twist
-    overrides ``forward`` in its place, and serves samplers only. What it asks of the forward process, as
-    Tweedie's formula, it lists in ``needs``; nothing else tells processes apart.
+    **Implementing a guidance.** The constructor takes the denoiser first and the observations second, as a
+    :class:`~pyro_diffusion.likelihoods.Likelihood` or a classifier: then the class itself can be given as
+    ``guidance`` to :class:`~pyro_diffusion.infer.TwistedSMC` and the guides, which call
+    ``guidance(denoiser, likelihood)``. Implement :meth:`twisted`, which is called under ``torch.no_grad``;
+    what it returns for a datum must depend on that datum alone. A guidance without a log-twist overrides
+    ``forward`` instead, and serves samplers only. What it asks of the forward process, as Tweedie's formula,
+    it lists in ``needs``; nothing else tells processes apart.
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior.
@@ -65,9 +66,10 @@ class GuidedDenoiser(Denoiser):
         ...         self.likelihood, self.s = likelihood, s
         ...     def twisted(self, xt, t, **context):
         ...         prior = self.denoiser(xt, t, **context)
-        ...         x0 = prior.mean.detach().requires_grad_()
-        ...         log_twist = self.likelihood.log_prob(x0)
-        ...         (gradient,) = torch.autograd.grad(log_twist.sum(), x0)
+        ...         with torch.enable_grad():
+        ...             x0 = prior.mean.detach().requires_grad_()
+        ...             log_twist = self.likelihood.log_prob(x0)
+        ...             (gradient,) = torch.autograd.grad(log_twist.sum(), x0)
         ...         posterior = Normal(prior.mean + self.s * gradient, prior.stddev).to_event(1)
         ...         return Twisted(prior, posterior, log_twist.detach())
     """
