@@ -1,5 +1,6 @@
 """A likelihood written by hand is as good as one extracted from a program."""
 
+import doctest
 import math
 
 import pyro
@@ -9,7 +10,16 @@ import torch
 from torch.testing import assert_close
 
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.guidance import MMPS, TMPD, DiffPIR, PiGDM, PlugIn, Replacement, SampledGuidance
+from pyro_diffusion.guidance import (
+    MMPS,
+    TMPD,
+    DiffPIR,
+    PiGDM,
+    PlugIn,
+    Replacement,
+    SampledGuidance,
+    base,
+)
 from pyro_diffusion.infer import TwistedSMC
 from pyro_diffusion.infer.twisted_smc import default_guidance
 from pyro_diffusion.likelihoods import Likelihood, ProgramLikelihood, Whitened
@@ -128,3 +138,16 @@ def test_a_program_knows_whether_it_has_a_gradient():
     assert not likelihood.differentiable
     with pytest.raises(ValueError, match="got no gradient in x_0 at site 'y', expected a differ"):
         likelihood.check_gradient()
+
+
+def test_the_guidance_of_the_documentation_runs_inside_particles():
+    names = dict(vars(base))
+    for example in doctest.DocTestParser().get_examples(base.GuidedDenoiser.__doc__):
+        exec(example.source, names)  # a definition, which the doctest itself does not call
+    x, t = torch.zeros(3, 2, dtype=F64), torch.tensor(0.4, dtype=F64)
+    guided = names["Shifted"](DENOISER, Sum(), 0.2)
+    mean = DENOISER(x, t).mean
+    slope = (Y - mean.sum(-1)) / SCALE**2  # of log p(y | x_0) in either coordinate
+    assert_close(guided(x, t).mean, mean + 0.2 * slope.unsqueeze(-1).expand(3, 2))
+    law = Diffusion(DENOISER, (2,), steps=4)
+    assert TwistedSMC(law, Sum(), names["Shifted"], num_particles=64).run().ess.min() >= 1
