@@ -1,10 +1,11 @@
 """The data end of a chain: p(x | x_{t_0}), and how data becomes x_0."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, Normal, TorchDistribution
+from pyro.distributions import Categorical, Delta, Normal, TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -63,6 +64,14 @@ class Decoder(DefinedModule, PreciseModule):
         """
         raise NotImplementedError
 
+    def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:
+        """The tensors that define what :meth:`forward` returned: as a process has them for its kernels."""
+        raise NotImplementedError
+
+    def kernel_from(self, tensors: Mapping[str, Tensor], event_dim: int) -> TorchDistribution:
+        """The distribution over data of such tensors, of event dimension ``event_dim``."""
+        raise NotImplementedError
+
     def baseline(self, t: Level, event_shape: torch.Size) -> Tensor | float:
         """Expected -log p(x | x_{t_0}) of a posterior as sure as the evidence at t_0 (nats per datum)."""
         return 0.0
@@ -97,15 +106,19 @@ class NormalDecoder(Decoder):
         mean, scale = _loc_scale(posterior, t)
         return Normal(mean, scale, validate_args=False).to_event(process.event_dim)
 
+    def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:
+        """Mean and standard deviation of every coordinate."""
+        base = per_coordinate(kernel)
+        return {"loc": base.loc, "scale": base.scale}
+
+    def kernel_from(self, tensors: Mapping[str, Tensor], event_dim: int) -> TorchDistribution:
+        """The normal of such moments."""
+        return Normal(**tensors, validate_args=False).to_event(event_dim)
+
     def baseline(self, t: Level, event_shape: torch.Size) -> Tensor | float:
-        """Entropy of the evidence, d/2 (log(2 pi e) - log-SNR): large, negative and the same for all."""
-        numbers = event_shape.numel()
-        log_snr = (
-            t.log_snr.expand(event_shape).sum()
-            if t.log_snr.numel() > 1
-            else numbers * t.log_snr.sum()
-        )
-        return 0.5 * (numbers * math.log(2 * math.pi * math.e) - log_snr)
+        """Entropy of the evidence, the sum of (log(2 pi e) - log-SNR)/2: very negative, the same for all."""
+        # Scales broadcast to the event: their mean is that of all coordinates.
+        return 0.5 * event_shape.numel() * (math.log(2 * math.pi * math.e) - t.log_snr.mean())
 
 
 class QuantizedDecoder(Decoder):
@@ -161,12 +174,27 @@ class QuantizedDecoder(Decoder):
                     f"decoder: got {self.levels} levels and a posterior over {base.logits.shape[-1]} "
                     "values, expected as many"
                 )
-            law: TorchDistribution = base.index if isinstance(base, Quantized) else base
+            integers: TorchDistribution = base.index if isinstance(base, Quantized) else base
         else:
             mean, scale = _loc_scale(posterior, t)
             loc = (mean - self.low) / self.width
-            law = DiscretizedNormal(loc, scale / self.width, self.levels, validate_args=False)
-        return law.to_event(process.event_dim)
+            integers = DiscretizedNormal(loc, scale / self.width, self.levels, validate_args=False)
+        return integers.to_event(process.event_dim)
+
+    def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:
+        """Moments of the normal in units of bins, or log-probabilities of the integers."""
+        base = per_coordinate(kernel)
+        if isinstance(base, DiscretizedNormal):
+            return {"loc": base.loc, "scale": base.scale}
+        return {"logits": base.logits}
+
+    def kernel_from(self, tensors: Mapping[str, Tensor], event_dim: int) -> TorchDistribution:
+        """The normal in integer bins, or the categorical."""
+        if "logits" in tensors:
+            integers: TorchDistribution = Categorical(**tensors, validate_args=False)
+        else:
+            integers = DiscretizedNormal(**tensors, levels=self.levels, validate_args=False)
+        return integers.to_event(event_dim)
 
 
 class CategoricalDecoder(Decoder):
@@ -207,6 +235,14 @@ class CategoricalDecoder(Decoder):
     ) -> TorchDistribution:
         """The posterior."""
         return posterior
+
+    def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:
+        """Log-probabilities of the symbols."""
+        return {"logits": per_coordinate(kernel).logits}
+
+    def kernel_from(self, tensors: Mapping[str, Tensor], event_dim: int) -> TorchDistribution:
+        """The categorical of such log-probabilities."""
+        return Categorical(**tensors, validate_args=False).to_event(event_dim)
 
 
 def default_decoder(process: ForwardProcess) -> Decoder:

@@ -12,7 +12,7 @@ from pyro_diffusion.infer.resampling import multinomial_ancestors
 
 __all__ = ["ConditionalFilter"]
 
-Join = Callable[[Any, Tensor], Tensor]
+Join = Callable[[Any, Tensor, int], Tensor]
 
 
 class ConditionalFilter(ParticleFilter):
@@ -31,7 +31,8 @@ class ConditionalFilter(ParticleFilter):
         guide: likewise; it samples "x".
         num_particles: N >= 2.
         reference: a state for every step, each of the shape of one particle's; None for none.
-        join: ``join(state, x)``, (N,) + batch: log-density of going on to x divided by each particle's twist.
+        join: ``join(state, x, place)``, (N,) + batch: log-density of going on to x, the state at a place of
+            the path, divided by each particle's twist.
         options: those of ``ParticleFilter``.
 
     References:
@@ -80,7 +81,8 @@ class ConditionalFilter(ParticleFilter):
     def _ancestors(self, probs: Tensor, uniform: Tensor) -> Tensor:
         index = multinomial_ancestors(probs, uniform[:-1])
         if self.reference is not None:
-            log_weights = probs.log() + self.join(self.state, self.reference[len(self.visited)])
+            place = len(self.visited)
+            log_weights = probs.log() + self.join(self.state, self.reference[place], place)
             index[:1] = multinomial_ancestors(log_weights.softmax(0), uniform[-1:])
         return index
 

@@ -1,7 +1,5 @@
 """A reverse chain under twists, as the model and the guide of a particle filter."""
 
-import functools
-import inspect
 import math
 from typing import Any
 
@@ -15,7 +13,6 @@ from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import GuidedDenoiser
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.schedules.base import Grid, table_row
-from pyro_diffusion.unwrapping import per_coordinate
 
 __all__ = ["Proposal", "Target", "TwistedChain"]
 
@@ -26,7 +23,9 @@ SPARED = 0.01
 class TwistedChain:
     """What model and guide share: one guided evaluation at a state gives its twist and the next two kernels.
 
-    The likelihood is the target's; the guided denoiser may know another, which makes its twist.
+    The likelihood is the target's; the guided denoiser may know another, which makes its twist. Kernels are
+    kept in the filter's state as the tensors that define them, under keys such as ``"prior.loc"``, so that
+    they are resampled with the particles they belong to.
     """
 
     def __init__(
@@ -64,14 +63,19 @@ class TwistedChain:
         x, context = self.diffusion.with_context(x)
         twisted = self.guided.twisted(x, level, **context)
         for name in ("prior", "posterior"):
-            distribution = getattr(twisted, name)
+            posterior: TorchDistribution = getattr(twisted, name)
             if stage > 0:
-                distribution = self.process.combine(
-                    x, distribution, table_row(self.coefficients, stage - 1)
-                )
+                row = table_row(self.coefficients, stage - 1)
+                kernel = self.process.combine(x, posterior, row)
+                tensors = self.process.kernel_tensors(self._per_particle(kernel, x))
             else:
-                distribution = self.diffusion.decoder(distribution, level, self.process)
-            store_distribution(state, name, distribution)
+                decoder = self.diffusion.decoder
+                kernel = decoder(posterior, level, self.process)
+                tensors = decoder.kernel_tensors(self._per_particle(kernel, x))
+            for key in [key for key in state if key.startswith(f"{name}.")]:
+                del state[key]
+            for key, tensor in tensors.items():
+                state[f"{name}.{key}"] = tensor.contiguous()
         return self._spared(twisted.log_twist.to(torch.float64))
 
     def _spared(self, log_twist: Tensor) -> Tensor:
@@ -84,15 +88,30 @@ class TwistedChain:
         least = log_twist.logsumexp(dims, keepdim=True) + math.log(SPARED / count)
         return torch.logaddexp(log_twist, least.where(least > -math.inf, 0.0))
 
-    def kernel(self, state: Any, name: str) -> TorchDistribution:
-        """A kernel that :meth:`evaluate` kept, as it was resampled."""
-        distribution = stored_distribution(state, name)
-        return distribution.to_event(self.process.event_dim - distribution.event_dim)
+    def _per_particle(self, kernel: TorchDistribution, x: Tensor) -> TorchDistribution:
+        """A kernel at the full batch shape of the states: a filter resamples by the leading dimension."""
+        batch = x.shape[: x.dim() - self.process.event_dim]
+        return kernel if kernel.batch_shape == batch else kernel.expand(batch)
 
-    def join(self, state: Any, x: Tensor) -> Tensor:
-        """Log-density of x after each particle, divided by the particle's twist, (N,) + filters."""
+    def kernel(self, state: Any, name: str, stage: int) -> TorchDistribution:
+        """The kernel to t_stage (below 0, to the data) that :meth:`evaluate` kept, as it was resampled."""
+        prefix = f"{name}."
+        tensors = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        if stage >= 0:
+            return self.process.kernel_from(tensors)
+        return self.diffusion.decoder.kernel_from(tensors, self.process.event_dim)
+
+    def join(self, state: Any, x: Tensor, place: int) -> Tensor:
+        """Log-density of x after each particle, divided by the particle's twist, (N,) + filters.
+
+        Args:
+            state: the filter's.
+            x: the state that comes next.
+            place: its place in the path, 0 at t_K.
+        """
         shape = (*state._log_weights.shape, -1)
-        log_prob = self.kernel(state, "prior").log_prob(x).reshape(shape).sum(-1)
+        kernel = self.kernel(state, "prior", self.diffusion.steps - place)
+        log_prob = kernel.log_prob(x).reshape(shape).sum(-1)
         return log_prob - state["log_twist"].reshape(shape).sum(-1)
 
 
@@ -108,7 +127,7 @@ class Proposal:
 
     def step(self, state: Any, stage: int) -> None:
         """Draw from the guided kernel, or at the end from the guided decoder."""
-        pyro.sample("x", self.chain.kernel(state, "posterior"))
+        pyro.sample("x", self.chain.kernel(state, "posterior", stage))
 
 
 class Target:
@@ -124,7 +143,7 @@ class Target:
 
     def step(self, state: Any, stage: int) -> None:
         """The chain's own kernel to t_stage and the twist there; below 0, the data and their likelihood."""
-        x = pyro.sample("x", self.chain.kernel(state, "prior"))
+        x = pyro.sample("x", self.chain.kernel(state, "prior", stage))
         if stage >= 0:
             self._weigh(state, x, self.chain.evaluate(state, x, stage))
         else:
@@ -137,28 +156,3 @@ class Target:
             raise SMCFailed("NaN or an infinite density")
         pyro.factor("twist", factor)
         state["x"], state["log_twist"] = x, log_twist
-
-
-def store_distribution(state: Any, name: str, distribution: TorchDistribution) -> None:
-    """Keep the parameters of a distribution as tensors that a filter can resample."""
-    base = per_coordinate(distribution)
-    parameters = [key for key in base.arg_constraints if key in vars(base)]
-    # Either names a categorical; the other may be there because somebody asked for it.
-    parameters = ["logits"] if "logits" in parameters else parameters
-    signature = {*inspect.signature(type(base)).parameters} - {"validate_args"}
-    rest = {k: getattr(base, k) for k in signature - {*base.arg_constraints} if hasattr(base, k)}
-    build = functools.partial(type(base), **rest, validate_args=False)
-    for key in [k for k in state if k[0] == name]:
-        del state[key]
-    for parameter in parameters:
-        state[name, build, parameter] = vars(base)[parameter].contiguous()
-
-
-def stored_distribution(state: Any, name: str) -> TorchDistribution:
-    """A distribution from what :func:`store_distribution` kept."""
-    kept = {k: v for k, v in state.items() if k[0] == name}
-    build = next(iter(kept))[1]
-    distribution: TorchDistribution = build(
-        **{parameter: v for (_, _, parameter), v in kept.items()}
-    )
-    return distribution

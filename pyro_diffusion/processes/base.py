@@ -1,6 +1,7 @@
 """What a forward process is: a way to destroy data whose bridge is known."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
 import torch
@@ -182,6 +183,18 @@ class ForwardProcess(CachedModule):
         self, xt: Tensor, posterior: TorchDistribution, coefficients: Any
     ) -> TorchDistribution:
         """The reverse kernel, given its coefficients broadcast against events."""
+        raise NotImplementedError
+
+    def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:
+        """The tensors that define a kernel which :meth:`combine` returned, each of batch + event (+ own).
+
+        A particle filter keeps a kernel by its tensors, so as to resample it; :meth:`kernel_from` is the way
+        back.
+        """
+        raise NotImplementedError
+
+    def kernel_from(self, tensors: Mapping[str, Tensor]) -> TorchDistribution:
+        """The kernel of such tensors, whose batch shape may be another by now."""
         raise NotImplementedError
 
     def coordinate_log_likelihood(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:

@@ -1,5 +1,6 @@
 """Destruction of symbols by independent replacement: all of the categorical algebra of the package."""
 
+from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -162,6 +163,15 @@ class CategoricalProcess(ForwardProcess):
         probs = step * early
         # A state that no data could have reached has no kernel: it gets a uniform one rather than NaN.
         return self._categorical(probs / probs.sum(-1, keepdim=True).clamp(min=_tiny(probs)))
+
+    def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:
+        """Log-probabilities of the symbols."""
+        return {"logits": per_coordinate(kernel).logits}
+
+    def kernel_from(self, tensors: Mapping[str, Tensor]) -> TorchDistribution:
+        """The categorical of such log-probabilities."""
+        kernel = Categorical(logits=tensors["logits"], validate_args=False)
+        return kernel.to_event(self.event_dim)
 
     def coordinate_log_likelihood(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
         """Log-probability of every symbol of x_t, had its x_0 been each of the values."""

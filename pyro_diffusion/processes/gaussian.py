@@ -1,6 +1,7 @@
 """Linear Gaussian destruction: all of the Gaussian algebra of the package."""
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -173,6 +174,15 @@ class GaussianProcess(ForwardProcess):
         if not isinstance(base, Delta):
             variance = variance + c.x0.square() * base.variance
         return self._normal(c.xt * xt + c.x0 * base.mean, variance.sqrt())
+
+    def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:
+        """Mean and standard deviation of every coordinate."""
+        base = per_coordinate(kernel)
+        return {"loc": base.loc, "scale": base.scale}
+
+    def kernel_from(self, tensors: Mapping[str, Tensor]) -> TorchDistribution:
+        """The normal of such moments."""
+        return self._normal(tensors["loc"], tensors["scale"])
 
     def coordinate_log_likelihood(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
         """Log-density of every coordinate of x_t, were its x_0 each of the values, up to a constant."""
