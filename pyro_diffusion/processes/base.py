@@ -45,7 +45,8 @@ class ForwardProcess(CachedModule):
     Implementing a process: The bridge is the reverse kernel of a point mass, so a subclass writes the algebra
     once. It implements ``coefficients`` (all that depends on times alone; loops call it once for all steps)
     and ``combine``, beside ``marginal``, ``transition``, ``prior`` and ``point_mass``; it says what data are
-    (``support``) and what else it can do (``abilities``). A process whose scales differ from its schedule's,
+    (``support``) and what else it can do (``abilities``); for particle filters, which tensors make a kernel
+    (``kernel_tensors``, ``kernel_from``). A process whose scales differ from its schedule's,
     say by coordinate, implements ``scales``, and every other method follows: :meth:`level`, :meth:`levels`
     and :meth:`rates` are how all others learn of signal and noise.
 
