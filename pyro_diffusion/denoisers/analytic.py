@@ -90,7 +90,8 @@ def analytic_variance(
     The estimate is unbiased before it is clipped to :math:`[0, \min(\sigma^2/\alpha^2, s^2)]`. The first
     limit is where :math:`\hat\epsilon` vanishes. The second, with s^2 the data's variance averaged over
     coordinates, stands in for the paper's :math:`((b-a)/2)^2` of data in [a, b]: no posterior exceeds it on
-    average (law of total variance), and it is never looser.
+    average (law of total variance), and it is never looser. Where noise differs by coordinate it is each
+    coordinate's own.
 
     Args:
         denoiser: any denoiser under a Gaussian process, in ``eval()`` mode; only its mean is read.
@@ -213,7 +214,11 @@ def _estimate(
             per_datum = torch.cat(values).reshape(num_samples, len(data)).mean(0)
             means.append(per_datum.mean())
             errors.append(per_datum.std() / len(data) ** 0.5)
-    mean, spread = torch.stack(means), data.var(0).mean()
+    mean, spread = torch.stack(means), data.var(0)
+    if (
+        Ability.ISOTROPIC in process.abilities
+    ):  # otherwise the average may lie below a coordinate's own
+        spread = spread.mean()
     largest = _on_clock(cap(levels, spread), levels).flatten(1).mean(1)
     clipped = torch.minimum(mean.clamp(min=0), largest)
     return EstimatedVariance(knots, clipped, torch.stack(errors)).to(data)
