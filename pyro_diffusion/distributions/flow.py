@@ -4,7 +4,7 @@ import math
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from pyro.distributions import Normal, TransformedDistribution
+from pyro.distributions import TransformedDistribution
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions import constraints
@@ -15,7 +15,7 @@ from pyro_diffusion.distributions.callers import inside_markov_chain
 from pyro_diffusion.distributions.linear_use import check_linear_use
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.dynamics import ExactTrace, ODESolver, TraceEstimator, transport
-from pyro_diffusion.dynamics.ode import Passage, check_ode_solver, end_angles
+from pyro_diffusion.dynamics.ode import Passage, check_ode_solver, data_scale, end_angles
 from pyro_diffusion.dynamics.trace_estimators import check_trace_estimator
 from pyro_diffusion.processes import Ability, draw
 from pyro_diffusion.processes.abilities import require
@@ -121,10 +121,10 @@ class FlowTransform(TransformModule):
         """
         angles = self.angles
         start, stop = angles if inverse else angles[::-1]
-        data = angles[0]
         trace = self.trace if log_det else None
-        # Data are read at the scale of x_0.
-        scale = math.cos(data) if inverse else 1 / math.cos(data)
+        scale = data_scale(self.denoiser.process, x)
+        if inverse:
+            scale = 1 / scale
         z = scale * x if inverse else x
         z, context = broadcast_context(self.denoiser, z, self.context)
         noise = self._noise(z) if noise is None else noise
@@ -133,8 +133,10 @@ class FlowTransform(TransformModule):
             out = out._replace(z=scale * out.z)
         if out.log_det is None:
             return out
-        size = math.prod(x.shape[x.dim() - self.domain.event_dim :])
-        return out._replace(log_det=out.log_det + size * math.log(scale))
+        event = x.shape[x.dim() - self.domain.event_dim :]
+        if isinstance(scale, Tensor):
+            return out._replace(log_det=out.log_det + scale.log().expand(event).sum())
+        return out._replace(log_det=out.log_det + event.numel() * math.log(scale))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """log \\|dy/dx\\| summed over events, by a pass from y; the mean over probes."""
@@ -239,9 +241,9 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
             self.denoiser, trace=trace, solver=solver, context=self.context, seed=self._seed
         )
         self.solver, self.trace, self.transforms = transform.solver, transform.trace, [transform]
-        zero = torch.zeros((), dtype=self.dtype, device=self.device)
-        noise = Normal(zero, zero + 1, validate_args=False).expand(self.event_shape)
-        self.base_dist = noise.to_event(len(self.event_shape)).expand(self.batch_shape)
+        process = self.denoiser.process
+        base = process.base_distribution(self.event_shape, dtype=self.dtype, device=self.device)
+        self.base_dist = base.expand(self.batch_shape)
         self._noisy_chain = (
             self.trace.stochastic and self.trace.seed is None and inside_markov_chain()
         )

@@ -28,6 +28,7 @@ __all__ = [
     "ODESolver",
     "Passage",
     "check_ode_solver",
+    "data_scale",
     "end_angles",
     "level_at",
     "transport",
@@ -174,7 +175,7 @@ def level_at(process: ForwardProcess, angle: Tensor) -> Level:
     """The level where the clock's arctan(sigma / alpha) is ``angle``, in (0, pi/2), any shape.
 
     Raises:
-        ValueError: for other angles, where a look does not cost a wait (on the CPU).
+        ValueError: for other angles, where a check does not cost a wait (on the CPU).
     """
     check_tensor("angle", angle)
     within = (angle > 0) & (angle < math.pi / 2)
@@ -183,6 +184,20 @@ def level_at(process: ForwardProcess, angle: Tensor) -> Level:
             f"angle: got {float(angle.min()):g} to {float(angle.max()):g}, expected angles in (0, pi/2)"
         )
     return process.level_of_clock(-2 * torch.log(torch.tan(angle)))
+
+
+def data_scale(process: ForwardProcess, like: Tensor) -> float | Tensor:
+    r"""What the state at t = 0 is multiplied by to be data: :math:`x_{t_0}/\alpha_0 = z/\cos\phi_0`.
+
+    Args:
+        process: the forward process.
+        like: a state, whose dtype and device the scale takes if it differs by coordinate.
+    """
+    clock = torch.tensor(process.finite_clock_ends()[0], dtype=torch.float64)
+    level = process.level_of_clock(clock)
+    if level.log_snr is level.clock:
+        return 1 / math.cos(end_angles(process)[0])
+    return (torch.hypot(level.alpha, level.sigma) / level.alpha).to(like)
 
 
 def transport(
@@ -204,11 +219,19 @@ def transport(
               = \frac{\cos\phi\; z - \hat x_0}{\sin\phi},
 
     a velocity of about unit size at both ends, zero for normal data of unit variance; the schedule says only
-    where the ends are. Its divergence is the trace of :math:`\partial v / \partial z`, which for data of full
+    where the ends are. Where noise differs by coordinate, :math:`\phi` is the angle of the clock and
+    coordinate k has its own scale :math:`n_k` and angle :math:`\phi_k`, which moves with the clock's:
+
+    .. math:: \frac{dz_k}{d\phi} = \frac{\cos\phi_k\, z_k - \hat x_{0,k}}{\sin\phi_k}\,
+              \frac{d\phi_k}{d\phi}, \qquad
+              \frac{d\phi_k}{d\phi} = \frac{\sin\phi_k \cos\phi_k\,\lambda_k'(t)}
+              {\sin\phi \cos\phi\,\lambda'(t)} .
+
+    The divergence is the trace of :math:`\partial v / \partial z`, which for data of full
     support vanishes at both ends too, and with it the variance of every estimate.
 
     Args:
-        denoiser: posterior of a Gaussian process; its mean is read.
+        denoiser: posterior p(x_0 | x_t), whose mean is used.
         z: states at ``start``, batch + event.
         start: angle to come from, in (0, pi/2).
         stop: angle to go to, another.
@@ -313,7 +336,7 @@ class _Field:
         return out if differentiable else out.detach()
 
     def _velocity(self, angle: Tensor, rows: Tensor) -> Tensor:
-        level = level_at(self.denoiser.process, angle)
+        level, pace = self._level(angle, rows)
         z = rows.reshape(self.shape)
         xt = torch.hypot(level.alpha, level.sigma) * z
         mean: Tensor = self.denoiser(xt, level, **self.context).mean
@@ -322,7 +345,23 @@ class _Field:
                 f"denoiser: got a {type(self.denoiser).__name__} whose mean has no gradient in x_t, expected "
                 "a differentiable one (guidance by observations gives samples; for densities use the prior's)"
             )
-        return (torch.cos(angle) * rows - mean.reshape(rows.shape)) / torch.sin(angle)
+        if pace is None:
+            return (torch.cos(angle) * rows - mean.reshape(rows.shape)) / torch.sin(angle)
+        cosine = level.alpha / torch.hypot(level.alpha, level.sigma)
+        return (pace * cosine * (cosine * z - mean)).reshape(rows.shape)
+
+    def _level(self, angle: Tensor, rows: Tensor) -> tuple[Level, Tensor | None]:
+        r"""The level at an angle of the clock and, where coordinates have angles of their own, their pace.
+
+        That is :math:`\lambda_k' / (\lambda' \sin\phi \cos\phi)`, times :math:`\cos\phi_k` what the gap
+        :math:`\cos\phi_k z_k - \hat x_{0,k}` is multiplied by.
+        """
+        level = level_at(self.denoiser.process, angle)
+        if level.log_snr is level.clock:
+            return level, None
+        rates = self.denoiser.process.rates(level.t)
+        pace = rates.log_snr / (rates.clock * torch.sin(angle) * torch.cos(angle))
+        return rates.level.map(lambda v: v.to(rows.dtype)), pace.to(rows.dtype)
 
 
 class _Spared:

@@ -153,6 +153,19 @@ class ForwardProcess(CachedModule):
         """The law that generation starts from, batch shape ()."""
         raise NotImplementedError
 
+    def base_distribution(
+        self,
+        event_shape: Shape,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> TorchDistribution:
+        r"""What the probability flow starts from: :math:`x_1/\sqrt{\alpha_1^2+\sigma_1^2}` in distribution.
+
+        Of the noise alone, as if none of the data were left at t = 1. Batch shape (); needs
+        :attr:`Ability.ODE`.
+        """
+        raise NotImplementedError
+
     def point_mass(self, x0: Tensor) -> TorchDistribution:
         """A posterior that is certain of x_0."""
         raise NotImplementedError

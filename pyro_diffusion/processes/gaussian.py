@@ -143,6 +143,18 @@ class GaussianProcess(ForwardProcess):
         end = self._level_at(zeros.new_ones(()))
         return self._normal(zeros, torch.hypot(end.alpha, end.sigma))
 
+    def base_distribution(
+        self,
+        event_shape: Shape,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> TorchDistribution:
+        """Standard normal."""
+        zero = torch.zeros((), dtype=dtype, device=device)
+        noise = Normal(zero, zero + 1, validate_args=False)
+        base: TorchDistribution = noise.expand(self.check_event(event_shape))
+        return base.to_event(self.event_dim)
+
     def point_mass(self, x0: Tensor) -> TorchDistribution:
         """Delta at x_0."""
         self.check_state("x0", x0, values=False)
