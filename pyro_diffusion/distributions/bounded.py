@@ -41,7 +41,7 @@ class BoundedDistribution(DenoisedDistribution):
     enumerated latent) is read at one level with one draw of noise for all of them; plates, such as that of
     particles, have noise of their own.
 
-    A subclass says where a position reads (``_read``), and the path's measure (``_span``).
+    A subclass gives the two costs at a position (``_costs``), and the path's measure (``_span``).
 
     Args:
         denoiser: posterior p(x_0 | x_t).
@@ -104,7 +104,7 @@ class BoundedDistribution(DenoisedDistribution):
             offset = noise.uniform((), like)
             place = (offset + _spread(x0.shape[: len(batch)], x0.device)) % 1
             position = (place - share) / (1 - share)
-            decoding, reverse = self._read(value, x0, position)
+            decoding, reverse = self._costs(value, x0, position)
         # What is known of the decoder's term beforehand is added in full, not drawn: less noise, same mean.
         start = self._levels(x0).at(0)
         known = self.objective.decoder_baseline(self.decoder, start, self.event_shape)
@@ -123,7 +123,7 @@ class BoundedDistribution(DenoisedDistribution):
     def decoder_terms(self, value: Tensor) -> Tensor:
         """-log p(x | x_{t_0}) per datum (nats), from a fresh draw of x_{t_0}, sample + batch."""
         x0, batch = self._encoded(value)
-        return self._read(value, x0, x0.new_full(batch, -1.0, dtype=self._time_dtype(x0)))[0]
+        return self._costs(value, x0, x0.new_full(batch, -1.0, dtype=self._time_dtype(x0)))[0]
 
     def reverse_terms(self, value: Tensor, position: Tensor) -> Tensor:
         """The whole reverse term per datum (nats), from one read at a position, sample + batch.
@@ -143,7 +143,7 @@ class BoundedDistribution(DenoisedDistribution):
                 "positions in [0, 1)"
             )
         position = position.to(self._time_dtype(x0)).expand(batch)
-        return self._span * self._read(value, x0, position)[1]
+        return self._span * self._costs(value, x0, position)[1]
 
     def encode(self, value: Tensor) -> Tensor:
         """Data as x_0, checked and broadcast to this distribution's batch shape."""
@@ -185,7 +185,7 @@ class BoundedDistribution(DenoisedDistribution):
         """The whole path's measure: the reverse term is this times its mean over positions in [0, 1)."""
         return 1.0
 
-    def _read(self, value: Tensor, x0: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    def _costs(self, value: Tensor, x0: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """The decoder's cost where a position is negative, and the reverse cost where it is in [0, 1).
 
         Only one is meant for each datum; the other is finite and to be discarded.

@@ -182,7 +182,7 @@ class Diffusion(BoundedDistribution):
     def _span(self) -> float:
         return self.steps
 
-    def _read(self, value: Tensor, x0: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    def _costs(self, value: Tensor, x0: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         reverse = (position * self.steps).floor()
         return self._terms(value, x0, 1 + reverse.clamp(-1, self.steps - 1).long())
 

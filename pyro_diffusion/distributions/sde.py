@@ -139,9 +139,9 @@ class DiffusionSDE(BoundedDistribution):
         t = torch.as_tensor(t, dtype=self._time_dtype(x0), device=x0.device).expand(batch)
         if self._validate_args:
             check_times("t", t)
-        return self._read(value, x0, t)[1]
+        return self._costs(value, x0, t)[1]
 
-    def _read(self, value: Tensor, x0: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    def _costs(self, value: Tensor, x0: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Both readings of the network at a time: as the decoder's term and as the diffusion's."""
         process, event_dim = self.denoiser.process, len(self.event_shape)
         rates = process.rates(position.clamp(min=0).to(x0.dtype))
