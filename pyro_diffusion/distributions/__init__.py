@@ -11,7 +11,8 @@ from pyro_diffusion.distributions.decoders import (
 )
 from pyro_diffusion.distributions.dequantization import Dequantization
 from pyro_diffusion.distributions.diffusion import Diffusion
-from pyro_diffusion.distributions.flow import FlowTransform, LogDensity, ProbabilityFlow
+from pyro_diffusion.distributions.flow import LogDensity, ProbabilityFlow
+from pyro_diffusion.distributions.flow_transform import FlowTransform
 from pyro_diffusion.distributions.objectives import (
     Bound,
     DecoderStep,

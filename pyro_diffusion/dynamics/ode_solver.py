@@ -1,0 +1,157 @@
+"""Torchdiffeq's methods, with tolerances that hold for every row of a batch."""
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint, odeint_adjoint
+
+from pyro_diffusion.validation import check_positive_int
+
+__all__ = ["ADAPTIVE", "FIXED", "Field", "ODESolver", "check_ode_solver"]
+
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
+FIXED = ("rk4", "heun3", "midpoint", "euler")
+
+
+class Field(Protocol):
+    """The velocity of rows: a state of ``size`` numbers each, and the log-determinants per dimension."""
+
+    size: int
+
+    def __call__(self, angle: Tensor, y: Tensor) -> Tensor:
+        """The velocity of rows y at an angle."""
+
+
+@dataclass(frozen=True, repr=False)
+class ODESolver:
+    r"""A torchdiffeq method and what it is told.
+
+    Tolerances are per coordinate of the unit-variance state :math:`z` and, for densities, per dimension (nats
+    / d). They hold for every row of a batch: the step fits the row that needs the shortest.
+    A row whose velocity is NaN is NaN, and that row alone.
+
+    Args:
+        method: adaptive (``dopri5``, ``dopri8``, ``bosh3``, ``adaptive_heun``) or of fixed steps (``rk4``,
+            ``heun3``, ``midpoint``, ``euler``).
+        rtol: relative tolerance of an adaptive method, > 0.
+        atol: absolute tolerance of an adaptive method, > 0.
+        steps: number of steps of a fixed method, evenly spaced in the angle.
+        adjoint: whether gradients solve the adjoint ODE backwards (memory independent of the number of steps,
+            accurate to the tolerance) or go through the solver's steps (exact for what was computed).
+
+    Raises:
+        ValueError: for an unknown method, a tolerance that is not positive, or ``steps < 1``.
+
+    References:
+        Chen et al., Neural ordinary differential equations, arXiv 1806.07366.
+    """
+
+    method: str = "dopri5"
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    steps: int = 32
+    adjoint: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in ADAPTIVE + FIXED:
+            raise ValueError(
+                f"method: got {self.method!r}, expected one of {', '.join(ADAPTIVE)} (adaptive), "
+                f"{', '.join(FIXED)} (fixed steps)"
+            )
+        for name in ("rtol", "atol"):
+            tolerance = getattr(self, name)
+            if not 0 < tolerance < math.inf:
+                raise ValueError(f"{name}: got {tolerance}, expected a tolerance > 0")
+        check_positive_int("steps", self.steps)
+
+    def __repr__(self) -> str:
+        fixed = self.method in FIXED
+        told = f"steps={self.steps}" if fixed else f"rtol={self.rtol:g}, atol={self.atol:g}"
+        return f"ODESolver({self.method!r}, {told}{', adjoint=True' if self.adjoint else ''})"
+
+    def __call__(
+        self, field: Field, y: Tensor, start: float, stop: float, parameters: Iterable[Tensor]
+    ) -> Tensor:
+        """The state at ``stop`` of rows ``y`` at ``start``; gradients also to ``parameters``."""
+        if self.method in FIXED:
+            return self._integrate(field, y, start, stop, parameters)
+        # Solvers that adapt stop at a row that is NaN, and all others with it.
+        field = _Spared(field, y)
+        y = self._integrate(field, y.masked_fill(field.lost, 0.0), start, stop, parameters)
+        return y.masked_fill(field.lost, torch.nan)
+
+    def _integrate(
+        self, field: Field, y: Tensor, start: float, stop: float, parameters: Iterable[Tensor]
+    ) -> Tensor:
+        count = self.steps + 1 if self.method in FIXED else 2
+        # Solvers compare times on the host, so that is where they are made. Steps stop at both ends, beyond
+        # which no level exists.
+        times = torch.linspace(start, stop, count, dtype=torch.float64).to(y.device)
+        options: dict[str, Any] = {}
+        adjoint_options: dict[str, Any] = {}
+        if self.method in ADAPTIVE:
+            ends, first_step = times[[0, -1]], abs(stop - start) / 32
+            norm = functools.partial(_worst_row, size=field.size)
+            options = {"norm": norm, "step_t": ends, "first_step": first_step}
+            # torchdiffeq runs decreasing times negated, and means the adjoint's options so.
+            ends = ends if start < stop else -ends
+            adjoint_options = {"norm": "seminorm", "step_t": ends, "first_step": first_step}
+        keywords = {"rtol": self.rtol, "atol": self.atol, "method": self.method}
+        try:
+            if not self.adjoint:
+                return odeint(field, y, times, options=options, **keywords)[-1]
+            return odeint_adjoint(
+                field,
+                y,
+                times,
+                options=options,
+                adjoint_options=adjoint_options,
+                adjoint_params=tuple(parameters),
+                **keywords,
+            )[-1]
+        except AssertionError as error:  # torchdiffeq's, of a step that has shrunk to nothing
+            raise ValueError(
+                f"denoiser: got a flow that the solver cannot follow ({error}), expected a network whose "
+                "output is finite at every level and changes smoothly from one to the next"
+            ) from error
+
+
+def check_ode_solver(solver: object) -> ODESolver:
+    """Refuse anything but an ODE solver.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    if not isinstance(solver, ODESolver):
+        raise ValueError(
+            f"solver: got {solver!r}, expected an ODESolver such as ODESolver('rk4', steps=16)"
+        )
+    return solver
+
+
+class _Spared:
+    """A field in which lost rows stand still.
+
+    Attributes:
+        lost: where a velocity was NaN, (rows, 1).
+    """
+
+    def __init__(self, field: Field, y: Tensor) -> None:
+        self.field, self.size = field, field.size
+        self.lost = y.isnan().any(-1, keepdim=True)
+
+    def __call__(self, angle: Tensor, y: Tensor) -> Tensor:
+        velocity = self.field(angle, y)
+        self.lost = self.lost | velocity.detach().isnan().any(-1, keepdim=True)
+        return velocity.masked_fill(self.lost, 0.0)
+
+
+def _worst_row(y: Tensor, size: int) -> Tensor:
+    """The largest root mean square of any row, its state and its log-determinants apart."""
+    parts = [part for part in (y[:, :size], y[:, size:]) if part.numel()]
+    return torch.stack([part.square().mean(-1).amax() for part in parts]).amax().sqrt()
