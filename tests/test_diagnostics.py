@@ -217,7 +217,7 @@ def test_the_residual_is_the_equations(make):
     v = process.schedule.f(t) * xt - 0.5 * process.schedule.g2(t) * score
     transported = -torch.sin(xt @ w + b) * (v @ w)
     expected = (along - transported) / process.schedule.log_snr_slope(t)
-    assert_close(_residual(xt, x0 - mean, level.alpha, w, b), expected, rtol=1e-5, atol=1e-6)
+    assert_close(_residual(xt, level.alpha * (x0 - mean), w, b), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_residuals_of_images_and_float32():

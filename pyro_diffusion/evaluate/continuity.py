@@ -57,6 +57,9 @@ def continuity_residual(
     .. math:: R_\phi(\lambda) = E\big[\nabla\phi(x_t)\cdot(\dot\alpha x_0 + \dot\sigma\epsilon - v(x_t))\big]
               = \tfrac{\alpha}{2}\, E\big[\nabla\phi(x_t) \cdot (x_0 - \hat x_0(x_t))\big].
 
+    Where noise differs by coordinate, each is per unit of the clock: its :math:`\alpha_k` comes with
+    :math:`d\lambda_k/d\lambda`, and n is its own.
+
     Zero for every phi if and only if the denoiser's flow carries these marginals, as the exact posterior
     mean's does. The Fokker-Planck equations of the reverse SDEs have the same residual times
     :math:`1 + \eta^2`. An error whose density-weighted divergence vanishes changes no marginal and goes
@@ -113,12 +116,14 @@ def continuity_residual(
     b = 2 * torch.pi * torch.rand(num_functions, dtype=data.dtype, device=data.device)
     spread = data.square().mean()
     at = process.level_of_clock(levels.to(data))
+    rates = process.rates(at.t.flatten())
+    pace = rates.log_snr / rates.clock
     values, errors = [], []
     with torch.no_grad():
-        for level in map(at.at, range(len(levels))):
+        for level, speed in zip(map(at.at, range(len(levels))), pace, strict=True):
             width = (level.alpha.square() * spread + level.sigma.square()).sqrt()
             parts = [
-                _residual(xt, x0 - mean, level.alpha, w / width, b)
+                _residual(xt / width, level.alpha * speed / width * (x0 - mean), w, b)
                 for x0, xt, mean in denoised_batches(
                     denoiser, data, level, num_samples, context, batch_size
                 )
@@ -129,7 +134,7 @@ def continuity_residual(
     return ContinuityResidual(torch.stack(values), torch.stack(errors), at.clock.flatten())
 
 
-def _residual(xt: Tensor, gap: Tensor, alpha: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """alpha/2 grad phi(x_t) . (x_0 - x0_hat), (n, num_functions)."""
-    gradient = -torch.sin(xt.flatten(1) @ w + b)
-    return 0.5 * alpha * gradient * (gap.flatten(1) @ w)
+def _residual(x: Tensor, gap: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """Half the derivative of cos(w . x + b) in the direction of a gap, (n, num_functions)."""
+    gradient = -torch.sin(x.flatten(1) @ w + b)
+    return 0.5 * gradient * (gap.flatten(1) @ w)
