@@ -94,13 +94,13 @@ def analytic_variance(
     coordinate's own.
 
     Args:
-        denoiser: any denoiser under a Gaussian process, in ``eval()`` mode; only its mean is read.
+        denoiser: any denoiser under a Gaussian process, in ``eval()`` mode; only its mean is used.
         data: real data x_0, (n,) + event, n >= 2 (``Diffusion.encode`` makes it from integers). Use training
             data.
         knots: increasing log-SNRs, or how many to space evenly between the schedule's ends.
         num_samples: noise draws per datum and knot.
         context: the denoiser's context, one row per datum.
-        batch_size: data read together.
+        batch_size: data per evaluation of the denoiser.
 
     Returns:
         The variance, with ``standard_error`` at its knots (over data).
@@ -152,7 +152,7 @@ def residual_variance(
         knots: increasing log-SNRs, or how many to space evenly between the schedule's ends.
         num_samples: noise draws per datum and knot.
         context: the denoiser's context, one row per datum.
-        batch_size: data read together.
+        batch_size: data per evaluation of the denoiser.
 
     Returns:
         The variance, with ``standard_error`` at its knots (over data).

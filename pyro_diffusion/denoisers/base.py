@@ -18,19 +18,45 @@ MAX_LOG_SNR = 30.0
 
 
 class Denoiser(DefinedModule, PreciseModule):
-    """A posterior p(x_0 | x_t) under a forward process.
+    r"""A posterior p(x_0 | x_t) under a forward process.
 
-    Subclasses implement ``forward(xt, t, **context)``: xt has shape batch + event, t is a time (scalar or
-    batch shape) or a :class:`~pyro_diffusion.schedules.Level`; the result is a Pyro distribution over x_0
-    with the batch and event shape of xt. Samplers, bounds and guidance ask nothing else of it. A closed-form
-    posterior is as good a denoiser as a network.
+    ``denoiser(xt, t, **context)`` returns a Pyro distribution over x_0. Samplers, bounds and guidance ask
+    nothing else of it. A closed-form posterior is as good a denoiser as a network.
 
     Args:
-        process: the forward process whose states it reads.
+        process: the forward process whose states it denoises.
+
+    Raises:
+        ValueError: for anything but a process.
+
+    **Implementing a denoiser.** Implement :meth:`forward`. xt has shape batch + event; t is a time (scalar or
+    batch shape) or a :class:`~pyro_diffusion.schedules.Level`, and ``self.process.level(t, xt, state="xt")``
+    makes the one of the other and checks both. Return a distribution with the batch and event shape of xt.
+    A posterior without a variance is a ``Delta``; set ``point_mass = True`` then. Refuse an unsuitable
+    process by ``pyro_diffusion.processes.abilities.require``. For a network subclass
+    :class:`NetworkDenoiser`, which calls it (:meth:`NetworkDenoiser.network_output`).
 
     Attributes:
         point_mass: whether its posterior is known to be a point mass, a mean without a variance.
-        guided: whether something else than training bends it, so that sampling may leave what it knows.
+        guided: whether something else than training changes it, so that sampling may leave what it knows.
+
+    Example:
+        The exact posterior of standard normal data,
+        :math:`\mathcal N(\alpha x_t/(\alpha^2 + \sigma^2),\ \sigma^2/(\alpha^2 + \sigma^2))`.
+
+        >>> import torch
+        >>> from pyro.distributions import Normal
+        >>> from pyro_diffusion.processes import GaussianProcess
+        >>> from pyro_diffusion.schedules import Cosine
+        >>> class StandardNormal(Denoiser):
+        ...     def forward(self, xt, t, **context):
+        ...         level = self.process.level(t, xt, state="xt")
+        ...         total = level.alpha**2 + level.sigma**2
+        ...         mean, scale = level.alpha * xt / total, level.sigma / total.sqrt()
+        ...         return Normal(mean, scale).to_event(self.process.event_dim)
+        >>> posterior = StandardNormal(GaussianProcess(Cosine()))(torch.ones(5, 2), 0.5)
+        >>> posterior.mean[0], posterior.variance[0]
+        (tensor([0.7071, 0.7071]), tensor([0.5000, 0.5000]))
     """
 
     point_mass: bool = False
@@ -60,7 +86,7 @@ class Denoiser(DefinedModule, PreciseModule):
 
 
 class NetworkDenoiser(Denoiser):
-    """Base of the denoisers that read a network ``network(x, log_snr, **context)``.
+    """Base of the denoisers that evaluate a network ``network(x, log_snr, **context)``.
 
     The network sees one batch dimension whatever the plates around it: all batch dimensions are flattened
     before the call and restored after. It is conditioned on the log-SNR, never on time, so the schedule can
@@ -174,7 +200,7 @@ def _as_parameters(x: Tensor, network: nn.Module) -> Tensor:
 
 
 def check_outputs(out: Tensor, xt: Tensor, outputs: int) -> Tensor:
-    """Give a network's answer a last dimension of ``outputs``, or refuse it.
+    """Give a network's output a last dimension of ``outputs``, or refuse it.
 
     Raises:
         ValueError: if the network returned another shape than xt's (and ``outputs`` numbers each).

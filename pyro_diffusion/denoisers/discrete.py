@@ -1,4 +1,4 @@
-"""Networks read as a posterior over finitely many values: symbols, or quantized real numbers."""
+"""Networks whose output gives a posterior over finitely many values: symbols, or quantized real numbers."""
 
 from typing import Any, ClassVar
 

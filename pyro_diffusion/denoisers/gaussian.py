@@ -1,4 +1,4 @@
-"""Networks read as a normal (or certain) posterior over real data."""
+"""Networks whose output gives a normal (or certain) posterior over real data."""
 
 from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor, nn

@@ -36,7 +36,7 @@ class Coefficients(NamedTuple):
 
 @dataclass(frozen=True)
 class Parameterization:
-    r"""How a network's output F is read as :math:`\hat x_0 = E[x_0 | x_t]`.
+    r"""How a network's output F gives :math:`\hat x_0 = E[x_0 | x_t]`.
 
     Subclasses give the two coefficients of :meth:`skip_out`. The input is always scaled by
     :math:`c_{in} = (\alpha^2 + \sigma^2)^{-1/2}`, so that the network sees unit variance, and the same

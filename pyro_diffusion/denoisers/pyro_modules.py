@@ -1,4 +1,4 @@
-"""Denoisers made of Pyro modules: parameters and random weights, read where the model runs."""
+"""Denoisers made of Pyro modules: parameters and random weights, taken where the model runs."""
 
 import contextlib
 from collections import OrderedDict
@@ -15,12 +15,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def in_this_run(module: M) -> M:
-    """A module as the running model has it: with every value that Pyro manages read, here and once.
+    """A module as the running model has it: with every value that Pyro manages, taken here and once.
 
-    A ``PyroModule`` makes its ``param`` and ``sample`` statements when an attribute is read, under the names
-    and values that hold while the enclosing model runs. Distributions score after that, so they take what
-    is returned: a copy that shares all else and makes no statements. A module without Pyro modules in it is
-    returned as it is.
+    A ``PyroModule`` makes its ``param`` and ``sample`` statements when an attribute is accessed, under the
+    names and values that hold while the enclosing model runs. Distributions score after that, so they take
+    what is returned: a copy that shares all else and makes no statements. A module without Pyro modules in it
+    is returned as it is.
 
     Args:
         module: any module; ``PyroModule`` parts may stand anywhere in it.
@@ -124,14 +124,14 @@ def _copied(module: Any, done: dict[int, Any], contexts: contextlib.ExitStack) -
 
 
 def _fix(module: Any, copy: Any) -> None:
-    """Read what Pyro manages of a module into its copy."""
+    """Take what Pyro manages of a module into its copy."""
     own = [name for name in module._parameters if not name.endswith("_unconstrained")]
     declared = _declared(module, PyroParam | PyroSample)
     drawn = {name: getattr(module, name) for name in (*declared, *module._pyro_samples)}
     drawn |= {name: getattr(module, name) for name in module._pyro_params}
     for name in own:
         getattr(module, name)  # states the parameter
-    # As buffers, so that gradients, devices and dtypes see them; and where attributes are looked up first.
+    # As buffers, so that gradients, devices and dtypes see them; and where attributes are found first.
     copy.__dict__ |= {
         **drawn,
         "_pyro_context": _Fixed(),

@@ -29,7 +29,7 @@ class VarianceDenoiser(NetworkDenoiser):
     ===================================  =======================================================
 
     Nothing else changes: it is a denoiser as any other, under the same reverse kernel. The head's network
-    reads :math:`x_t/\sqrt{\alpha^2+\sigma^2}` and the log-SNR, and returns one number per coordinate. To
+    takes :math:`x_t/\sqrt{\alpha^2+\sigma^2}` and the log-SNR, and returns one number per coordinate. To
     train it on a frozen mean call ``requires_grad_(False)`` on the base; such a base stays in ``eval()``
     mode.
 
@@ -37,9 +37,8 @@ class VarianceDenoiser(NetworkDenoiser):
         denoiser: any denoiser under a Gaussian process.
         variance: None, a function of a :class:`~pyro_diffusion.schedules.Level`, or a :class:`Variance`.
         network: ``network(x, log_snr, **context)`` for a variance that has a head.
-        show_noise: whether the network also gets ``noise``, the estimate eps_hat of x's shape: it says at
-        once
-            how far x_t is from what the mean takes it for.
+        show_noise: whether the network also gets ``noise``, the estimate eps_hat of x's shape: it says how
+            far x_t is from what the mean takes it for.
 
     Raises:
         ValueError: for a process that is not Gaussian, an unknown variance, or a head and no network (or the

@@ -42,21 +42,42 @@ class ForwardProcess(CachedModule):
     ``prior(event_shape)``        a distribution close to :math:`q(x_1)`
     ============================  =============================================================
 
-    Implementing a process: The bridge is the reverse kernel of a point mass, so a subclass writes the algebra
-    once. It implements ``coefficients`` (all that depends on times alone; loops call it once for all steps)
-    and ``combine``, beside ``marginal``, ``transition``, ``prior`` and ``point_mass``; it says what data are
-    (``support``) and what else it can do (``abilities``); for particle filters, which tensors make a kernel
-    (``kernel_tensors``, ``kernel_from``). A process whose scales differ from its schedule's,
-    say by coordinate, implements ``scales``, and every other method follows: :meth:`level`, :meth:`levels`
-    and :meth:`rates` are how all others learn of signal and noise.
-
     Args:
-        schedule: signal and noise scales; a process's own matter, nobody else asks it.
+        schedule: signal and noise scales as functions of time. Code outside the process takes levels from
+            :meth:`level`, :meth:`levels`, :meth:`level_of_clock` and :meth:`rates` instead.
         event_dim: number of rightmost dimensions that make one datum.
 
     Attributes:
         abilities: what methods may ask of the process, see :class:`Ability`.
         support: constraint on one coordinate of the data.
+
+    **Implementing a process.** Scales of its own, say by coordinate, take one method, :meth:`scales`, of a
+    subclass of a process that has the rest: levels, rates and everything above the process follow, and it
+    loses ``Ability.ISOTROPIC``, so that what needs one noise level refuses it. A new way to destroy data
+    writes its algebra once, as the bridge is the reverse kernel of a point mass: :meth:`coefficients` (all
+    that depends on times alone; loops call it once for all steps) and :meth:`combine`, beside
+    :meth:`marginal`, :meth:`transition`, :meth:`prior` and :meth:`point_mass`. It says what data are
+    (``support``) and what methods may ask of it (``abilities``, see :class:`Ability`); for particle filters,
+    which tensors define a kernel (:meth:`kernel_tensors`, :meth:`kernel_from`).
+
+    Example:
+        A Gaussian process whose coordinates have their log-SNRs shifted against the schedule's.
+
+        >>> from pyro_diffusion.processes import GaussianProcess
+        >>> from pyro_diffusion.schedules import Cosine
+        >>> class Shifted(GaussianProcess):
+        ...     def __init__(self, schedule, shift):
+        ...         super().__init__(schedule)
+        ...         self.register_buffer("shift", shift)
+        ...     def scales(self, level):
+        ...         log_snr = level.clock + self.shift.to(level.clock)
+        ...         alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+        ...         return level._replace(log_snr=log_snr, alpha=alpha, sigma=sigma)
+        >>> process = Shifted(Cosine(), torch.tensor([0.0, -2.0]))
+        >>> process.level(torch.tensor([0.2, 0.4])).log_snr.shape
+        torch.Size([2, 2])
+        >>> Ability.ISOTROPIC in process.abilities
+        False
 
     References:
         Sohl-Dickstein et al., arXiv 1503.03585; Ho et al., arXiv 2006.11239.
@@ -98,7 +119,7 @@ class ForwardProcess(CachedModule):
         Args:
             name: of the argument, for errors.
             x: the state, batch + event.
-            values: whether to look at the numbers, too (a host round trip on GPU).
+            values: whether to check the numbers, too (a host round trip on GPU).
 
         Raises:
             ValueError: naming the argument.
@@ -137,11 +158,11 @@ class ForwardProcess(CachedModule):
         """
 
     def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
-        """The law of x_t given x_0."""
+        """The distribution of x_t given x_0."""
         raise NotImplementedError
 
     def transition(self, xs: Tensor, s: Tensor | Level, t: Tensor | Level) -> TorchDistribution:
-        """The law of x_t given an earlier x_s, s < t."""
+        """The distribution of x_t given an earlier x_s, s < t."""
         raise NotImplementedError
 
     def prior(
@@ -150,7 +171,7 @@ class ForwardProcess(CachedModule):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> TorchDistribution:
-        """The law that generation starts from, batch shape ()."""
+        """The distribution that generation starts from, batch shape ()."""
         raise NotImplementedError
 
     def base_distribution(
@@ -246,7 +267,7 @@ class ForwardProcess(CachedModule):
     def bridge(
         self, xt: Tensor, x0: Tensor, s: Tensor | Level, t: Tensor | Level, eta: float = 1.0
     ) -> TorchDistribution:
-        """The law of x_s given x_t and x_0, s < t: the reverse kernel of a point mass at x_0."""
+        """The distribution of x_s given x_t and x_0, s < t: the reverse kernel of a point mass at x_0."""
         check_broadcast("x0", x0.shape, xt.shape)
         return self.reverse(xt, self.point_mass(x0), s, t, eta)
 

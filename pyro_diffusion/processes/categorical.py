@@ -103,11 +103,11 @@ class CategoricalProcess(ForwardProcess):
             )
 
     def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
-        """The law of x_t given x_0 (exact)."""
+        """The distribution of x_t given x_0 (exact)."""
         return self._replace(x0, self.level(t, x0, state="x0").alpha)
 
     def transition(self, xs: Tensor, s: Tensor | Level, t: Tensor | Level) -> TorchDistribution:
-        """The law of x_t given x_s (exact)."""
+        """The distribution of x_t given x_s (exact)."""
         early, late = self.level(s, xs, "s", "xs"), self.level(t, xs)
         if not (isinstance(s, Level) or isinstance(t, Level)):
             check_order(early, late)
@@ -119,7 +119,7 @@ class CategoricalProcess(ForwardProcess):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> TorchDistribution:
-        """The law at t = 1 of data that is uniform over its symbols."""
+        """The marginal at t = 1 of data that is uniform over its symbols."""
         noise = self.noise.to(dtype=dtype or torch.get_default_dtype(), device=device)
         alpha = self._level_at(noise.new_ones(())).alpha.unsqueeze(-1)
         uniform = torch.zeros_like(noise)
@@ -129,7 +129,7 @@ class CategoricalProcess(ForwardProcess):
 
     def point_mass(self, x0: Tensor) -> TorchDistribution:
         """Certainty of x_0, symbol by symbol."""
-        # On a GPU a look at the symbols would cost a wait.
+        # On a GPU a check of the symbols would cost a wait.
         self.check_state("x0", x0, values=x0.device.type == "cpu")
         probs = torch.nn.functional.one_hot(x0, len(self.noise)).to(self.noise.dtype)
         return Categorical(probs=probs, validate_args=False).to_event(self.event_dim)

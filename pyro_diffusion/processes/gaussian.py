@@ -120,12 +120,12 @@ class GaussianProcess(ForwardProcess):
             check_finite(name, x)
 
     def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
-        """The law of x_t given x_0 (exact)."""
+        """The distribution of x_t given x_0 (exact)."""
         level = self.level(t, x0, state="x0")
         return self._normal(level.alpha * x0, level.sigma)
 
     def transition(self, xs: Tensor, s: Tensor | Level, t: Tensor | Level) -> TorchDistribution:
-        """The law of x_t given x_s (exact)."""
+        """The distribution of x_t given x_s (exact)."""
         early, late = self.level(s, xs, "s", "xs"), self.level(t, xs)
         if not (isinstance(s, Level) or isinstance(t, Level)):
             check_order(early, late)

@@ -184,8 +184,8 @@ class RowNoise(NoiseSource):
     stream of its own, whose j-th word is :math:`h(k_i + j\gamma)`, :math:`k_i = h(h(s) + i\gamma)`.
     Rows are the last batch dimension of what is drawn.
 
-    Normal and categorical laws, and all with an ``icdf``, are drawn row by row. Others are drawn for all
-    rows together, from a seed of the first row's: right, but then dependent on the batch.
+    Normal and categorical distributions, and all with an ``icdf``, are drawn row by row. Others are drawn for
+    all rows together, from a seed of the first row's: right, but then dependent on the batch.
 
     Args:
         seed: an integer from 0 to below 2**63.
@@ -271,7 +271,7 @@ def inverted(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _own(distribution: TorchDistribution, sample_shape: Shape) -> Tensor:
-    # ``rsample`` is the cheaper one, too: ``Normal.sample`` looks at the scales first (on a GPU, a round trip
+    # ``rsample`` is the cheaper one, too: ``Normal.sample`` checks the scales first (on a GPU, a round trip
     # to the host).
     shape = torch.Size(sample_shape)
     return distribution.rsample(shape) if distribution.has_rsample else distribution.sample(shape)

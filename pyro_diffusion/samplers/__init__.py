@@ -1,4 +1,4 @@
-"""Samplers: one class each, with a single step, walked by one loop."""
+"""Samplers: one class each, with a single step, taken by one loop."""
 
 from pyro_diffusion.samplers.ancestral import DDIM, Ancestral
 from pyro_diffusion.samplers.base import Sampler, State, recorder, simulate

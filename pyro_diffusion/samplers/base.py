@@ -34,15 +34,21 @@ class State(NamedTuple):
 
 
 class Sampler:
-    """One step from a later time t to an earlier time s.
+    r"""One step from a later time t to an earlier time s.
 
     ``coefficients`` is called once for all steps with vectors of levels; ``step`` gets its rows.
     A step is pure: everything it remembers is in the state it returns.
 
+    **Implementing a sampler.** Implement :meth:`coefficients`, everything that depends on levels alone, and
+    :meth:`step`, the arithmetic with the denoiser. Refuse an unsuitable process in ``coefficients`` by
+    ``pyro_diffusion.processes.abilities.require``. A sampler that carries more than x from step to step keeps
+    it in ``State.history``; one whose start differs implements :meth:`init`. Draw noise by
+    :func:`~pyro_diffusion.processes.draw`, and declare the orders and ``evaluations``.
+
     Attributes:
         order: order of convergence in the number of steps to the probability-flow ODE's solution, or None
             if the sampler draws noise.
-        weak_order: order in which the law of the state converges to that of the reverse SDE, or None
+        weak_order: order in which the state's distribution converges to that of the reverse SDE, or None
             if it is deterministic or does not converge with the number of steps alone.
         strong_order: order in which its paths converge to those of the SDE on the same Brownian motion,
             or None if it is deterministic or follows no such path.
@@ -51,6 +57,28 @@ class Sampler:
     All orders are for an exact, smooth denoiser, steps that shrink evenly in log-SNR, and grids that begin
     deep in the noise: the first steps of a multistep method are of lower order, which limits it to order 2
     (3 if it corrects them) on a grid that begins where the posterior mean already moves.
+
+    Example:
+        DDIM without noise, :math:`x_s = r\,x_t + k\,\hat x_0`, written out.
+
+        >>> import torch
+        >>> from pyro_diffusion.denoisers import MixtureDenoiser
+        >>> from pyro_diffusion.distributions import Diffusion
+        >>> from pyro_diffusion.processes import Ability, GaussianProcess
+        >>> from pyro_diffusion.processes.abilities import require
+        >>> from pyro_diffusion.schedules import Cosine
+        >>> class Deterministic(Sampler):
+        ...     order = 1
+        ...     def coefficients(self, process, s, t):
+        ...         require(process, Ability.FREE_VARIANCE, argument="sampler", by="Deterministic()")
+        ...         r = s.sigma / t.sigma
+        ...         return r, s.alpha - r * t.alpha
+        ...     def step(self, process, denoise, state, s, t, c):
+        ...         r, k = c
+        ...         return State(r * state.x + k * denoise(state.x, t).mean)
+        >>> denoiser = MixtureDenoiser(GaussianProcess(Cosine()), torch.ones(2), torch.eye(2), 0.1)
+        >>> Diffusion(denoiser, (2,), steps=20, sampler=Deterministic()).sample((5,)).shape
+        torch.Size([5, 2])
     """
 
     order: int | None = None
@@ -76,7 +104,7 @@ class Sampler:
 
         Args:
             process: the forward process.
-            read: ``denoise(x, t)``, the posterior over x_0.
+            denoise: ``denoise(x, t)``, the posterior over x_0.
             state: the state at t.
             s: level to go to.
             t: level to come from.
@@ -107,12 +135,12 @@ def simulate(
     progress: bool = False,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Walk a grid of times from its last to its first with a sampler.
+    """Sample along a grid of times, from its last to its first.
 
     Args:
         denoiser: posterior over x_0, on the device of x.
-        times: K + 1 times; walked from the last to the first (a decreasing grid walks towards noise,
-            which only deterministic samplers can do).
+        times: K + 1 times, taken from the last to the first (a decreasing grid goes towards noise, which
+            only deterministic samplers can do).
         x: state at ``times[-1]``, batch + event.
         sampler: what one step does.
         context: passed to the denoiser.
@@ -123,13 +151,14 @@ def simulate(
         The state at ``times[0]``.
 
     Raises:
-        ValueError: for a state of another kind, times outside [0, 1] or out of order, and walks that end in
-            NaN, or whose guidance overshot (the estimate implies noise of over 1000 standard deviations).
+        ValueError: for a state of another kind, times outside [0, 1] or out of order, and trajectories that
+            end in NaN, or whose guidance overshot (the estimate implies noise of over 1000 standard
+            deviations).
     """
     denoiser = in_this_run(denoiser)  # one network for all steps
     process, context = denoiser.process, context or {}
     process.check_state("x", x)
-    _check_walk(times)
+    _check_sequence(times)
     dtype = x.dtype if x.is_floating_point() else times.dtype
     process.check_precision(at_least_single(dtype), times)
     levels = process.levels(times, dtype, x.device)
@@ -152,21 +181,21 @@ def simulate(
         try:
             state = sampler.step(process, denoise, state, s, t, c)
         except (RuntimeError, ValueError):
-            monitor.check(state.x)  # what broke was perhaps the walk before
+            monitor.check(state.x)  # what broke was perhaps an earlier step
             raise
         if callback is not None:
             callback(j, state.x)
     return monitor.check(state.x)
 
 
-def _check_walk(times: Tensor) -> None:
+def _check_sequence(times: Tensor) -> None:
     if check_tensor("times", times).dim() != 1 or len(times) < 2:
         raise ValueError(
             f"times: got shape {tuple(times.shape)}, expected at least two times (steps >= 1)"
         )
     check_times("times", times)
-    way = times.diff().sign()
-    if not bool(((way == way[0]) & (way != 0)).all()):
+    sign = times.diff().sign()
+    if not bool(((sign == sign[0]) & (sign != 0)).all()):
         raise ValueError("times: got a grid that turns or stops, expected times in order")
 
 

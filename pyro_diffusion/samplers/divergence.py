@@ -1,4 +1,4 @@
-"""Walks that went wrong: NaN from a network, or guidance that overshoots until states leave the model."""
+"""Sampling that went wrong: NaN from a network, or guidance that overshoots until states leave the model."""
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -15,15 +15,15 @@ LARGEST_NOISE = 1e3
 
 
 class DivergenceMonitor:
-    r"""What the reads of one walk tell, kept on the device and looked at once, when it ends.
+    r"""Signs of failure along one trajectory, kept on the device and checked once, at its end.
 
     A guided estimate implies a noise :math:`\hat\epsilon = (x_t - \alpha \hat x_0)/\sigma`. Were it exact,
     :math:`E\|\hat\epsilon\|^2 \le d` whatever data, prior and observations are, by Jensen's inequality.
-    Guidance that overshoots enlarges it at every step. A walk in which some datum's root mean square exceeds
-    ``LARGEST_NOISE`` has left the model; data of large scale have not.
+    Guidance that overshoots enlarges it at every step. A trajectory on which some datum's root mean square
+    exceeds ``LARGEST_NOISE`` has left the model; data of large scale have not.
 
     Args:
-        denoiser: what is read; only one that is ``guided`` is watched for its noise.
+        denoiser: what is evaluated; only one that is ``guided`` is checked for its noise.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
@@ -32,7 +32,7 @@ class DivergenceMonitor:
         self.log_snr: list[Tensor] = []
 
     def observe(self, xt: Tensor, t: Level, posterior: TorchDistribution) -> None:
-        """Mark a read: its largest implied noise, or NaN."""
+        """Mark an evaluation: its largest implied noise, or NaN."""
         if not xt.is_floating_point():
             base = per_coordinate(posterior)
             scores = getattr(base, "logits", None)
@@ -46,10 +46,11 @@ class DivergenceMonitor:
             self._mark(mean.amax().sqrt(), t)
 
     def check(self, x: Tensor) -> Tensor:
-        """The walk's last state, or what is wrong with it.
+        """The last state, or what is wrong with it.
 
         Raises:
-            ValueError: for states that are not finite, NaN in a read, or noise beyond ``LARGEST_NOISE``.
+            ValueError: for states that are not finite, NaN in an evaluation, or noise beyond
+                ``LARGEST_NOISE``.
         """
         finite = torch.where(x.isfinite().all(), 0.0, torch.nan)
         marks = torch.stack([*(m.to(finite) for m in self.marks), finite])

@@ -1,4 +1,4 @@
-r"""The exponential integrator's algebra: which average of past readings a step's bridge should go to.
+r"""The exponential integrator's algebra: which average of past outputs a step's bridge should go to.
 
 In half log-SNR :math:`u = \lambda/2` the probability flow in every scale is
 :math:`d(x/\sigma) = \hat x_0\,e^u du`, so the bridge to the average of :math:`\hat x_0` under the weight

@@ -39,17 +39,17 @@ class Heun(DDIM):
 
     In :math:`y = x/\alpha` and :math:`\rho = \sigma/\alpha` the probability flow is
     :math:`dy/d\rho = (y - \hat x_0)/\rho` in every scale. A step adds noise to raise :math:`\rho_t` to
-    :math:`\hat\rho = (1 + \gamma)\rho_t`, with :math:`\gamma = \min(\text{churn}/K, \sqrt2 - 1)` in a walk
+    :math:`\hat\rho = (1 + \gamma)\rho_t`, with :math:`\gamma = \min(\text{churn}/K, \sqrt2 - 1)` on a grid
     of K steps, goes down to :math:`\rho_s` by Euler's step (DDIM's) and corrects it by the slope found there.
     Noise is never raised above the end of the schedule.
 
     Two network evaluations a step; Gaussian processes only. Deterministic, of order 2 and usable in both
-    directions without churn; with churn (and ``noise=1``) the law of the state is of weak order 2. Made for
+    directions without churn; with churn (and ``noise=1``) the state is of weak order 2. Made for
     the :func:`~pyro_diffusion.schedules.karras` grid: in few, large steps of log-SNR the correction
     overshoots.
 
     Args:
-        churn: how much noise is renewed over the whole walk, from 0 to 1e6 (S_churn of the paper).
+        churn: how much noise is renewed over the whole grid, from 0 to 1e6 (S_churn of the paper).
         noise: factor of the fresh noise, > 0 and at most 1000 (S_noise; a little above 1 makes up for what
             networks remove).
         between: the range of :math:`\rho` in which noise is renewed (S_tmin, S_tmax).
@@ -113,7 +113,20 @@ class Heun(DDIM):
         t: Level,
         c: HeunCoefficients,
     ) -> State:
-        """Raise the noise, take Euler's step, correct it."""
+        r"""Raise the noise, take Euler's step, correct it.
+
+        .. math::
+            \hat x &= \frac{\hat\alpha}{\alpha_t}\,x_t
+                     + \hat\alpha \sqrt{\hat\rho^2 - \rho_t^2}\;S\,z, \qquad z \sim \mathcal N(0, I), \\
+            x' &= r\,\hat x + k\,\hat x_0(\hat x), \qquad
+                  r = \frac{\sigma_s}{\hat\sigma}, \quad k = \alpha_s - r\,\hat\alpha, \\
+            x_s &= x' + \frac{\alpha_s}{2} \Big(\frac{\hat\rho}{\rho_s} - 1\Big)
+                   \big(\hat x_0(x') - \hat x_0(\hat x)\big),
+
+        with hats for the raised level and S for the factor ``noise``; without churn it is the level at t.
+        The last line replaces the slope of Euler's step, :math:`(\hat x/\hat\alpha -
+        \hat x_0(\hat x))/\hat\rho`, by its average with that at :math:`x'`.
+        """
         x = state.x
         if self.churn > 0:
             x = draw(process.combine(x, process.point_mass(x), c.renewal)).detach()

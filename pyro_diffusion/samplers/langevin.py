@@ -25,9 +25,9 @@ class Langevin:
     :math:`2(\text{snr}\,|z|/|\text{score}|)^2` with both norms at their typical values, so that it depends
     on the noise level alone: not on the datum, and never on its batch-mates.
 
-    Approximate: moves are not Metropolis-adjusted. Where the law is a normal of variance v, theirs has
-    :math:`v/(1 - \text{snr}^2\sigma_s^2/v)`, however many moves are made. Gaussian processes only, in any
-    scale.
+    Approximate: moves are not Metropolis-adjusted. Where :math:`q(x_s)` is a normal of variance v, their
+    stationary distribution has :math:`v/(1 - \text{snr}^2\sigma_s^2/v)`, however many moves are made.
+    Gaussian processes only, in any scale.
 
     Args:
         snr: signal-to-noise ratio of a move, in (0, 1); the moves are stable below 1.
@@ -70,7 +70,11 @@ class Langevin:
         s: Level,
         c: GaussianCoefficients,
     ) -> Tensor:
-        """All moves at one level."""
+        r"""All moves at one level, each from x to :math:`a\,x + k\,\hat x_0(x) + \sqrt v\,z`.
+
+        Here :math:`a = 1 - 2\,\text{snr}^2`, :math:`k = 2\,\text{snr}^2 \alpha_s`,
+        :math:`v = 4\,\text{snr}^2 \sigma_s^2` and :math:`z \sim \mathcal N(0, I)`.
+        """
         for _ in range(self.moves):
             x = draw(process.combine(x, process.point_mass(denoise(x, s).mean), c)).detach()
         return x
@@ -140,13 +144,21 @@ class PredictorCorrector(Sampler):
         t: Level,
         c: PredictorCorrectorCoefficients,
     ) -> State:
-        """Predict, then correct; what the predictor remembers stays its own."""
+        r"""Predict, then correct; what the predictor remembers stays its own.
+
+        The predictor takes :math:`x_t` to :math:`x_s^{(0)}`; with a, k and v of :meth:`Langevin.correct`
+
+        .. math:: x_s^{(i+1)} = a\,x_s^{(i)} + k\,\hat x_0(x_s^{(i)}) + \sqrt v\,z_i, \qquad
+                  z_i \sim \mathcal N(0, I),
+
+        ``moves`` times.
+        """
         state = self.predictor.step(process, denoise, state, s, t, c.predictor)
         return state._replace(x=self.corrector.correct(process, denoise, state.x, s, c.corrector))
 
 
 class Rescaling(Sampler):
-    r"""Keeps :math:`x/\alpha` from level to level: no reading, no move."""
+    r"""Keeps :math:`x/\alpha` from level to level, without a network evaluation."""
 
     evaluations = 0
 
@@ -157,7 +169,7 @@ class Rescaling(Sampler):
     def step(
         self, process: ForwardProcess, denoise: Denoise, state: State, s: Level, t: Level, c: Any
     ) -> State:
-        """Rescale."""
+        r""":math:`x_s = (\alpha_s/\alpha_t)\,x_t`."""
         return State(c[0] * state.x)
 
 

@@ -1,4 +1,4 @@
-"""Multistep samplers: the bridge to an x_0 extrapolated from what has been read so far."""
+"""Multistep samplers: the bridge to an x_0 extrapolated from past evaluations of the denoiser."""
 
 from typing import Any, NamedTuple
 
@@ -23,20 +23,24 @@ __all__ = ["AdamsBashforth", "AdamsMoulton", "DPMSolverPP", "UniPC"]
 
 
 class MultistepCoefficients(NamedTuple):
-    """Rows of a multistep sampler. A *reading* F is a weighted sum of the state and its posterior mean.
+    r"""Rows of a multistep sampler, as :meth:`AdamsBashforth.step` uses them.
+
+    The output F that is extrapolated is a weighted sum of the state and its posterior mean, as
+    :math:`\hat x_0 = c_{skip}\,x + c_{out}\,F`.
 
     Attributes:
         bridge: from t to s.
-        reading_x: weight of the state in F.
-        reading_x0: weight of the posterior mean in F.
+        output_x: :math:`-c_{skip}/c_{out}`, weight of the state in F.
+        output_x0: :math:`1/c_{out}`, weight of the posterior mean in F.
         state: weight of the state in the x_0 that the bridge goes to.
-        weights: weights of the last readings in it, newest first.
-        correction: what the last readings add to the state before the step (none without a corrector).
+        weights: weights of the last outputs in it, newest first.
+        correction: weights of the last outputs in what is added to the state before the step (none without a
+            corrector).
     """
 
     bridge: GaussianCoefficients
-    reading_x: Tensor
-    reading_x0: Tensor
+    output_x: Tensor
+    output_x0: Tensor
     state: Tensor
     weights: Tensor
     correction: Tensor
@@ -56,7 +60,7 @@ class AdamsBashforth(DDIM):
     hardly moves at the noise end. ``order=1`` with ``Data()`` is DDIM. One network evaluation a step;
     Gaussian processes only, in any scale. The denoiser's own parameterization does not matter here.
 
-    At ``eta=0`` the sampler is deterministic, of this order, and also walks towards noise. Otherwise the
+    At ``eta=0`` the sampler is deterministic, of this order, and also goes towards noise. Otherwise the
     bridge is DDIM's of that eta, of strong order 1 and weak order min(order, 2).
 
     Args:
@@ -102,7 +106,7 @@ class AdamsBashforth(DDIM):
         return f"{type(self).__name__}(order={order}, eta={self.eta:g}, {self.extrapolate!r})"
 
     def coefficients(self, process: ForwardProcess, s: Level, t: Level) -> MultistepCoefficients:
-        """The bridge's at this eta and the weights of the readings, in float64 until the end.
+        """The bridge's at this eta and the weights of the outputs F, in float64 until the end.
 
         Raises:
             ValueError: for a process that is not Gaussian, or an infinite log-SNR.
@@ -137,7 +141,7 @@ class AdamsBashforth(DDIM):
     def _weights(
         self, late: Tensor, h: Tensor, z: Tensor, ahead: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Weights of the state and of the readings at hand (``ahead``: and of the one at the step's end)."""
+        """Weights of the state and of the outputs at hand (``ahead``: and of the one at the step's end)."""
         count, extra = len(h), int(ahead)
         most = min(self.values, count)
         state, moments = step_rule(self.extrapolate, late, h, z, self.values + extra)
@@ -170,20 +174,33 @@ class AdamsBashforth(DDIM):
         t: Level,
         c: MultistepCoefficients,
     ) -> State:
-        """The bridge to the average of the extrapolated posterior mean."""
+        r"""The bridge to the average of the extrapolated posterior mean.
+
+        .. math::
+            F_0 &= \big(\hat x_0(x_t) - c_{skip}\,x_t\big) / c_{out}, \qquad
+            x_t' = x_t + \textstyle\sum_i d_i F_i, \\
+            \bar x_0 &= a\,x_t' + \textstyle\sum_i w_i F_i, \qquad
+            x_s = r\,x_t' + k\,\bar x_0 + \sqrt v\,z ,
+
+        with the outputs :math:`F_1, F_2, \ldots` of the steps before from ``state.history``. The weights a
+        (``c.state``) and :math:`w_i` (``c.weights``) make :math:`\bar x_0` the average over the step of
+        the polynomial through the :math:`F_i`. With a corrector :math:`d_i` (``c.correction``, otherwise
+        zero) is k of the step before times the change in its weights when :math:`F_0` is one of its values,
+        too. r, k and v are DDIM's, see :meth:`DDIM.step`.
+        """
         x = state.x
-        readings = (c.reading_x * x + c.reading_x0 * denoise(x, t).mean, *state.history)
+        outputs = (c.output_x * x + c.output_x0 * denoise(x, t).mean, *state.history)
         if self.corrects:
-            x = x + _sum(c.correction, readings)
-        x0 = c.state * x + _sum(c.weights, readings)
+            x = x + _sum(c.correction, outputs)
+        x0 = c.state * x + _sum(c.weights, outputs)
         kept = self.values - 1 + self.corrects
-        return State(self.bridge_step(process, x, x0, c.bridge), readings[:kept])
+        return State(self.bridge_step(process, x, x0, c.bridge), outputs[:kept])
 
 
 class AdamsMoulton(AdamsBashforth):
-    r"""Exponential Adams-Bashforth-Moulton: predicts, and corrects the step when its end has been read.
+    r"""Exponential Adams-Bashforth-Moulton: predicts, and corrects once the step's end was evaluated.
 
-    The prediction is :class:`AdamsBashforth` of one order less. The reading where it ends serves twice: for
+    The prediction is :class:`AdamsBashforth` of one order less. The output F where it ends serves twice: for
     the next step, and to correct this one by the polynomial through one value more. Hence one network
     evaluation a step. The last step is not corrected, which would take one more; it extrapolates linearly.
 
@@ -279,7 +296,7 @@ class DPMSolverPP(AdamsBashforth):
         return f"DPMSolverPP(eta={self.eta:g})"
 
 
-def _sum(weights: Tensor, readings: tuple[Any, ...]) -> Tensor:
-    """Weighted sum over as many readings as there are yet."""
-    total: Tensor = sum(w * value for w, value in zip(weights, readings, strict=False))
+def _sum(weights: Tensor, outputs: tuple[Any, ...]) -> Tensor:
+    """Weighted sum over as many outputs as there are yet."""
+    total: Tensor = sum(w * value for w, value in zip(weights, outputs, strict=False))
     return total

@@ -17,7 +17,7 @@ class RePaint(Sampler):
     r"""A sampler's step from t to s, then ``jumps`` times: noise back by :math:`q(x_t | x_s)`, and again.
 
     Made for :class:`~pyro_diffusion.guidance.Replacement`, whose known coordinates are right at every level
-    while the others have only heard of them through x_t: each round lets the others answer to them. With an
+    while the others depend on them through x_t alone: each round brings the others closer to them. With an
     exact denoiser of no observations the rounds change nothing. Approximate; better with more rounds and
     smaller steps. ``jumps + 1`` times the predictor's evaluations a step; any process. (The jumps are of one
     step of the grid: coarser or finer ones are the grid's business.)
@@ -56,7 +56,13 @@ class RePaint(Sampler):
     def step(
         self, process: ForwardProcess, denoise: Denoise, state: State, s: Level, t: Level, c: Any
     ) -> State:
-        """Step, and for every jump back and step again; a predictor remembers earlier steps only."""
+        r"""Step, and for every jump back and step again; a predictor remembers earlier steps only.
+
+        .. math:: x_s^{(0)} = f(x_t), \qquad x_t^{(i)} \sim q(x_t | x_s^{(i-1)}), \qquad
+                  x_s^{(i)} = f(x_t^{(i)}), \qquad i = 1, \ldots, \text{jumps},
+
+        with f for the predictor's step from t to s.
+        """
         after = self.predictor.step(process, denoise, state, s, t, c)
         for _ in range(self.jumps):
             back = draw(process.transition(after.x, s, t)).detach()
