@@ -142,7 +142,10 @@ def test_rows_have_their_own_probes_and_the_generator_fixes_them():
 TABLE = {
     "no probes": (lambda: Hutchinson(0), "num_probes: got 0, expected an integer >= 1"),
     "half a probe": (lambda: HutchPlusPlus(0.5), "num_probes: got 0.5"),
-    "law by name": (lambda: Hutchinson(1, "rademacher"), "law: got 'rademacher', expected a map"),
+    "distribution by name": (
+        lambda: Hutchinson(1, "rademacher"),
+        "distribution: got 'rademacher', expected a map",
+    ),
 }
 
 

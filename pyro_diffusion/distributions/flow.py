@@ -28,12 +28,12 @@ __all__ = ["LogDensity", "ProbabilityFlow"]
 
 
 class LogDensity(NamedTuple):
-    """Log-densities of data and what is known of their error.
+    """Log-densities of data and their standard errors.
 
     Attributes:
         value: log p(x) in nats, sample + batch; the mean over probes.
         standard_error: over probes, of the same shape; 0 for the exact trace, NaN for a single probe (whose
-            error nothing tells).
+            error is unknown).
         latent: where the data came from, z ~ N(0, I), sample + batch + event.
         evaluations: network evaluations that the whole batch took.
     """
@@ -45,7 +45,7 @@ class LogDensity(NamedTuple):
 
 
 class _Pushforward(TransformedDistribution):
-    """A transformed distribution that is told its shapes; its parts are set afterwards."""
+    """A transformed distribution built from its shapes; its parts are set afterwards."""
 
     def __init__(
         self, batch_shape: Shape, event_shape: Shape, validate_args: bool | None = None
@@ -56,7 +56,7 @@ class _Pushforward(TransformedDistribution):
 
 
 class ProbabilityFlow(DenoisedDistribution, _Pushforward):
-    r"""A diffusion model's law of data through its probability-flow ODE: a continuous normalizing flow.
+    r"""A diffusion model's distribution of data by its probability-flow ODE: a continuous normalizing flow.
 
     Data are :math:`x = f(z)` with :math:`z \sim \mathcal N(0, I)` and f the ODE's map from t = 1 to t = 0
     (:class:`FlowTransform`), so with v the velocity in the angle :math:`\phi`
@@ -64,11 +64,11 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
     .. math:: \log p(x) = \log \mathcal N(z; 0, I) + \int_{\phi_0}^{\phi_1} tr \frac{\partial v}{\partial z}
               \,d\phi + d \log \cos \phi_0 .
 
-    ``log_prob`` is *exact* for this law up to the solver's tolerance with the exact trace, and *unbiased*
-    with a stochastic one, whose probes are drawn once per instance and kept along the path: an instance
-    scores a value alike however often it is asked. ``rsample`` is reparameterized, both are differentiable
-    in values, parameters and context. The law is that of the ODE: with the true posterior mean, data
-    blurred by the noise that is left at t = 0; with a network, in general not quite the law of
+    ``log_prob`` is *exact* for this distribution up to the solver's tolerance with the exact trace, and
+    *unbiased* with a stochastic one, whose probes are drawn once per instance and kept along the path: an
+    instance always gives one value the same score. ``rsample`` is reparameterized, both are differentiable in
+    values, parameters and context. The distribution is that of the ODE: with the true posterior mean,
+    data blurred by the noise that is left at t = 0; with a network, in general not quite that of
     :class:`Diffusion`.
 
     A Markov chain needs one potential: a stochastic trace without a seed is refused by ``log_prob`` when the
@@ -77,7 +77,7 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
     Register the network as for any view: ``pyro.module("denoiser", denoiser)``.
 
     Args:
-        denoiser: posterior p(x_0 | x_t) of a Gaussian process, whose mean is read; the schedule has finite
+        denoiser: posterior p(x_0 | x_t) of a Gaussian process, whose mean is used; the schedule has finite
             ends.
         event_shape: shape of one datum; its length is the process's ``event_dim``.
         solver: :class:`~pyro_diffusion.dynamics.ODESolver`: method, tolerances or number of steps, and where

@@ -28,12 +28,12 @@ class FlowTransform(TransformModule):
     :math:`z = x_{t_1} / \sqrt{\alpha_1^2 + \sigma_1^2}` and data are :math:`x = x_{t_0} / \alpha_0`. See
     :func:`~pyro_diffusion.dynamics.transport` for the equation.
 
-    Nothing is cached, so nothing is stale after the denoiser was trained; asked for inverse and determinant
-    apart, it walks twice. :class:`ProbabilityFlow` walks once.
+    Nothing is cached, so nothing is stale after the denoiser was trained; the inverse and its determinant,
+    called one after the other, integrate the ODE twice, :class:`ProbabilityFlow` once.
 
     Args:
         denoiser: posterior of a Gaussian process; a submodule of this transform.
-        trace: how divergences are found, exactly by default.
+        trace: of the divergence, exact by default.
         solver: how the ODE is integrated.
         context: tensors for the denoiser, which broadcast to the batch.
         seed: of a stochastic trace's probes.
@@ -90,7 +90,7 @@ class FlowTransform(TransformModule):
             noise: of the trace's probes; by default the numbers of this transform's seed for each row of x.
 
         Returns:
-            ``z`` is the other end; ``log_det`` are log-determinants of the map walked, one per probe.
+            ``z`` is the other end; ``log_det`` are log-determinants of that map, one per probe.
         """
         angles = self.angles
         start, stop = angles if inverse else angles[::-1]

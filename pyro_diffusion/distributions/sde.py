@@ -24,14 +24,14 @@ __all__ = ["DiffusionSDE"]
 
 
 class DiffusionSDE(BoundedDistribution):
-    r"""A diffusion model's law of data in continuous time: the limit of :class:`Diffusion` for many steps.
+    r"""A diffusion model in continuous time, the limit of :class:`Diffusion` for many steps.
 
     .. math::
         -\log p(x) \le KL(q(x_{t_1} | x) \| p(x_{t_1})) + \mathbb E_q[-\log p(x | x_{t_0})]
         + \tfrac12 \int_0^1 (-\lambda'(t))\, e^{\lambda(t)}\,
         \mathbb E_q \|x_0 - \hat x_0(x_t)\|^2\, dt .
 
-    ``log_prob`` is an *unbiased estimate of this bound* from one network read per datum, at
+    ``log_prob`` is an *unbiased estimate of this bound* from one network evaluation per datum, at
     low-discrepancy times; its randomness is drawn once per instance, as in :class:`Diffusion`. There are no
     steps in it and only the posterior's mean matters (but for the decoder). It depends on the schedule
     through its two ends alone. Parameters of the schedule therefore get another gradient: that of the
@@ -41,9 +41,9 @@ class DiffusionSDE(BoundedDistribution):
 
     What would exponentiate the estimate is refused, as :class:`Diffusion` has it.
 
-    :meth:`sample` walks the reverse SDE with torchsde and decodes; an approximation that gets better with
-    steps. It is not reparameterized. What the bound bounds is the law of the SDE with ``eta=1``: with an
-    inexact denoiser, draws of another eta follow another law.
+    :meth:`sample` integrates the reverse SDE with torchsde and decodes; an approximation that gets better
+    with steps. It is not reparameterized. The bound is on the distribution of the SDE with ``eta=1``: with an
+    inexact denoiser, draws of another eta have another distribution.
 
     The network is trained only if Pyro sees it, as with any view: ``pyro.module("denoiser", denoiser)``.
 
@@ -142,7 +142,7 @@ class DiffusionSDE(BoundedDistribution):
         return self._costs(value, x0, t)[1]
 
     def _costs(self, value: Tensor, x0: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Both readings of the network at a time: as the decoder's term and as the diffusion's."""
+        """The decoder's and the diffusion's term of one evaluation of the network."""
         process, event_dim = self.denoiser.process, len(self.event_shape)
         rates = process.rates(position.clamp(min=0).to(x0.dtype))
         scale: list[Tensor] | None = None

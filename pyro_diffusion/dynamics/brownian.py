@@ -10,16 +10,17 @@ from pyro_diffusion.validation import check_number, check_sizes
 
 __all__ = ["IndependentIncrements", "brownian_interval"]
 
-# Both the increment and its integral, which methods of strong order 1.5 ask for.
+# Both the increment and its integral, which methods of strong order 1.5 need.
 LEVY_AREA = "space-time"
 
 
 class IndependentIncrements(torchsde.BaseBrownian):
-    r"""Increments drawn as they are asked for: Brownian motion for one walk forward over a fixed grid.
+    r"""Increments drawn on demand: Brownian motion for one integration forward over a fixed grid.
 
-    For an interval of width h it returns :math:`W \sim \mathcal N(0, h)` and, if asked, the integral
-    :math:`U = \int (W_s - W_{t_a})\,ds = h (W/2 + H)` with :math:`H \sim \mathcal N(0, h/12)`. Exact in law,
-    and nothing is remembered: an interval asked for again would be drawn again, so going back is refused.
+    For an interval of width h it returns :math:`W \sim \mathcal N(0, h)` and, on request, the integral
+    :math:`U = \int (W_s - W_{t_a})\,ds = h (W/2 + H)` with :math:`H \sim \mathcal N(0, h/12)`. The
+    joint distribution is exact. Nothing is stored: a repeated interval would be drawn again, so going back is
+    refused.
     Adaptive steps and adjoints need :func:`brownian_interval`.
 
     Args:
@@ -29,7 +30,7 @@ class IndependentIncrements(torchsde.BaseBrownian):
         generator: torch's default generator of the device when None.
 
     Raises:
-        ValueError: for sizes below 1, and when asked for an interval before the last one.
+        ValueError: for sizes below 1, and for an interval that starts before the last one ended.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class IndependentIncrements(torchsde.BaseBrownian):
         return_U: bool = False,
         return_A: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The increment over [ta, tb], and its integral if asked."""
+        """The increment over [ta, tb], and its integral on request."""
         start, stop = float(ta), math.nan if tb is None else float(tb)
         if not self._reached <= start <= stop or return_A:
             raise ValueError(
@@ -98,7 +99,7 @@ def brownian_interval(
     device: torch.device | None = None,
     stop: float = 1.0,
 ) -> torchsde.BrownianInterval:
-    """torchsde's Brownian path over [0, stop], to be asked for any interval, again and again.
+    """torchsde's Brownian path over [0, stop], for any interval, in any order and repeatedly.
 
     Its entropy is drawn from torch's default generator; torchsde's own default is numpy's.
 

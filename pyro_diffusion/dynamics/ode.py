@@ -33,8 +33,8 @@ class Passage(NamedTuple):
 
     Attributes:
         z: state, batch + event.
-        log_det: log-determinant of the passage, one per estimate of the trace, (columns,) + batch; None if
-            not asked for.
+        log_det: log-determinant of the passage, one per estimate of the trace, (columns,) + batch; None
+            without a trace.
         evaluations: network evaluations that it took.
     """
 
@@ -116,11 +116,11 @@ def transport(
     Args:
         denoiser: posterior p(x_0 | x_t), whose mean is used.
         z: states at ``start``, batch + event.
-        start: angle to come from, in (0, pi/2).
-        stop: angle to go to, another.
+        start: angle at the start, in (0, pi/2).
+        stop: angle at the end, another.
         solver: the method.
         context: passed to the denoiser, at the batch shape of z.
-        trace: how to find the divergence; None for the states alone.
+        trace: of the divergence; None for the states alone.
         noise: of the trace's probes; that of seed 0 if None.
 
     Raises:
@@ -154,7 +154,8 @@ def transport(
     ):
         what = "a density" if trace is not None else f"the adaptive method {solver.method!r}"
         raise ValueError(
-            f"flow: got {what} under torch.jit.trace, which would keep what its first call found; expected "
+            f"flow: got {what} under torch.jit.trace, which would keep what its first call computed; "
+            "expected "
             f"an ELBO or kernel without Jit (or draws by a fixed method, {', '.join(FIXED)})"
         )
     # Pyro's provenance (``render_model``) is lost where a solver writes into tensors of its own.

@@ -29,7 +29,7 @@ class Field(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class ODESolver:
-    r"""A torchdiffeq method and what it is told.
+    r"""A torchdiffeq method and its options.
 
     Tolerances are per coordinate of the unit-variance state :math:`z` and, for densities, per dimension (nats
     / d). They hold for every row of a batch: the step fits the row that needs the shortest.
@@ -71,8 +71,8 @@ class ODESolver:
 
     def __repr__(self) -> str:
         fixed = self.method in FIXED
-        told = f"steps={self.steps}" if fixed else f"rtol={self.rtol:g}, atol={self.atol:g}"
-        return f"ODESolver({self.method!r}, {told}{', adjoint=True' if self.adjoint else ''})"
+        options = f"steps={self.steps}" if fixed else f"rtol={self.rtol:g}, atol={self.atol:g}"
+        return f"ODESolver({self.method!r}, {options}{', adjoint=True' if self.adjoint else ''})"
 
     def __call__(
         self, field: Field, y: Tensor, start: float, stop: float, parameters: Iterable[Tensor]
@@ -80,10 +80,10 @@ class ODESolver:
         """The state at ``stop`` of rows ``y`` at ``start``; gradients also to ``parameters``."""
         if self.method in FIXED:
             return self._integrate(field, y, start, stop, parameters)
-        # Solvers that adapt stop at a row that is NaN, and all others with it.
-        field = _Spared(field, y)
-        y = self._integrate(field, y.masked_fill(field.lost, 0.0), start, stop, parameters)
-        return y.masked_fill(field.lost, torch.nan)
+        # An adaptive solver fails on a NaN in any row.
+        field = _FrozenNaNs(field, y)
+        y = self._integrate(field, y.masked_fill(field.nan, 0.0), start, stop, parameters)
+        return y.masked_fill(field.nan, torch.nan)
 
     def _integrate(
         self, field: Field, y: Tensor, start: float, stop: float, parameters: Iterable[Tensor]
@@ -134,21 +134,21 @@ def check_ode_solver(solver: object) -> ODESolver:
     return solver
 
 
-class _Spared:
-    """A field in which lost rows stand still.
+class _FrozenNaNs:
+    """A field whose velocity is 0 in rows where it was NaN once.
 
     Attributes:
-        lost: where a velocity was NaN, (rows, 1).
+        nan: rows that were NaN, (rows, 1).
     """
 
     def __init__(self, field: Field, y: Tensor) -> None:
         self.field, self.size = field, field.size
-        self.lost = y.isnan().any(-1, keepdim=True)
+        self.nan = y.isnan().any(-1, keepdim=True)
 
     def __call__(self, angle: Tensor, y: Tensor) -> Tensor:
         velocity = self.field(angle, y)
-        self.lost = self.lost | velocity.detach().isnan().any(-1, keepdim=True)
-        return velocity.masked_fill(self.lost, 0.0)
+        self.nan = self.nan | velocity.detach().isnan().any(-1, keepdim=True)
+        return velocity.masked_fill(self.nan, 0.0)
 
 
 def _worst_row(y: Tensor, size: int) -> Tensor:

@@ -23,7 +23,7 @@ class Node(NamedTuple):
     Attributes (of shape times + (numbers in a datum,), or times + (1,) if all are alike):
         state: a.
         noise: g.
-        data: b, if the SDE reads an estimate of the data.
+        data: b, if the drift depends on the denoiser.
         level: the schedule there, likewise.
     """
 
@@ -99,7 +99,7 @@ class GaussianSDE(torchsde.BaseSDE):
         return torch.zeros_like(y) + self._node(t, y).noise
 
     def _node(self, u: Tensor, y: Tensor) -> Node:
-        # Beside the solver's time, on the host.
+        # On the host, as the solver's time is.
         node = self.nodes(torch.as_tensor(u, dtype=torch.float64).clamp(0, 1))
         if node.level is None:
             return node
@@ -109,9 +109,10 @@ class GaussianSDE(torchsde.BaseSDE):
 
 
 class ForwardSDE(GaussianSDE):
-    r"""What destroys data, :math:`dx = f(t)\,x\,dt + g(t)\,dw` with u = t.
+    r"""The SDE from data to noise, :math:`dx = f(t)\,x\,dt + g(t)\,dw` with u = t.
 
-    From x_0 at t = 0, i.e. a state of law q(x_{t_0} | x_0), its law at t is the process's marginal (exact).
+    From x_0 at t = 0, i.e. a state drawn from q(x_{t_0} | x_0), its
+    distribution at t is exactly the process's marginal.
 
     Args:
         process: a Gaussian process whose schedule has finite ends.
@@ -142,7 +143,7 @@ class ForwardSDE(GaussianSDE):
 
 
 class ReverseSDE(GaussianSDE):
-    r"""What rebuilds data: SDEs in u = 1 - t whose marginals are those of the forward one.
+    r"""The SDEs from noise to data, in u = 1 - t, whose marginals are those of the forward one.
 
     .. math:: dx = -\Big[f x - \tfrac{1 + \eta^2}{2} g^2 s\Big] du + \eta\,g\,dw, \qquad
               s = \frac{\alpha \hat x_0 - x}{\sigma^2}.
@@ -156,7 +157,7 @@ class ReverseSDE(GaussianSDE):
     :math:`(1 + \eta^2)^2 / (4 \eta^2)` times it otherwise.
 
     Args:
-        denoiser: posterior p(x_0 | x_t) under a Gaussian process; its mean is read.
+        denoiser: posterior p(x_0 | x_t) under a Gaussian process; its mean is used.
         event_shape: shape of one datum.
         eta: share of the noise, from 0 to 1000.
         context: tensors for the denoiser, one row per row of the state.
@@ -217,7 +218,7 @@ class ReverseSDE(GaussianSDE):
 
 
 class KnownData(Denoiser):
-    r"""The posterior of one who knows the data: a point mass at x_0.
+    r"""The posterior of known data: a point mass at x_0.
 
     Under it the reverse SDE is the bridge, whose marginals are q(x_t | x_0).
 

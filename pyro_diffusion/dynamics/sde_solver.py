@@ -1,4 +1,4 @@
-"""Which of torchsde's methods walks an SDE, in how many steps or to which tolerance."""
+"""Which of torchsde's methods integrates an SDE, in how many steps or to which tolerance."""
 
 import math
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Method(NamedTuple):
         strong_order: order of the error of paths.
         weak_order: order of the error of expectations.
         evaluations: of the drift, a step.
-        nodes: times of a step at which coefficients are looked up: evenly spaced, the next step's start not
+        nodes: times of a step at which coefficients are needed: evenly spaced, the next step's start not
             counted.
         adaptive: whether step doubling gives it an error estimate of use.
     """
@@ -45,17 +45,17 @@ METHODS = {
 }
 
 
-class Walk(torchsde.BaseSDE):
-    r"""An SDE in the time of a fixed walk, whose steps have length 1.
+class TabulatedSDE(torchsde.BaseSDE):
+    r"""An SDE on a fixed grid of steps, in a time in which they have length 1.
 
     With h = 1 / steps it is :math:`dy = h f\,d\tau + \sqrt h\,g\,dw`, :math:`\tau = u / h`. Its coefficients
-    are computed once, at the times that the method looks at, and read on the host by those times. They carry
-    no gradient to the schedule.
+    are computed once, at the times that the method evaluates, and looked up on the host. They carry no
+    gradient to the schedule.
 
     Args:
-        sde: what is walked.
-        steps: how many steps.
-        method: how.
+        sde: with the time u in [0, 1].
+        steps: number of steps.
+        method: of integration.
         like: a state.
     """
 
@@ -83,13 +83,13 @@ class Walk(torchsde.BaseSDE):
     def f_and_g_prod(self, t: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Drift, and diffusion times a vector."""
         i = self._index(t)
-        if self._grid is None:  # no estimate is read: the drift is linear
+        if self._grid is None:  # no network: the drift is linear
             return self._state[i] * y, self._noise[i] * v
         return self._drift(y, self._node(t)), self._noise[i] * v
 
     def _index(self, t: Tensor) -> int:
-        place = float(t)
-        return int(place) if self._nodes == 1 else round(place * self._nodes)
+        step = float(t)
+        return int(step) if self._nodes == 1 else round(step * self._nodes)
 
     def _node(self, t: Tensor) -> Node:
         i = self._index(t)
@@ -108,10 +108,10 @@ def _rows(table: Tensor, like: Tensor) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True, repr=False)
 class SDESolver:
-    """A torchsde method and what it is told.
+    """A torchsde method and its options.
 
-    Fixed steps walk even times in u over independent increments; adaptive ones a Brownian path that can be
-    asked again, whose step fits a whole batch and is torchsde's: half steps against whole ones.
+    Fixed steps are even in u and take independent increments. Adaptive ones are torchsde's, which compare two
+    half steps with a whole one for all rows at once, along a Brownian path that is kept.
 
     Args:
         method: ``"euler"``, ``"milstein"`` (the same under additive noise), ``"heun"`` or
@@ -144,26 +144,26 @@ class SDESolver:
         if self.adaptive and not METHODS[self.method].adaptive:
             able = ", ".join(name for name, method in METHODS.items() if method.adaptive)
             raise ValueError(
-                f"adaptive: got True with method {self.method!r}, whose single read of the drift gives no "
-                f"estimate of its error to steer by, expected one of {able}"
+                f"adaptive: got True with method {self.method!r}, whose single evaluation of the drift "
+                f"gives no estimate of its error, expected one of {able}"
             )
 
     def __repr__(self) -> str:
-        told = f"steps={self.steps}"
+        options = f"steps={self.steps}"
         if self.adaptive:
-            told = f"adaptive=True, rtol={self.rtol:g}, atol={self.atol:g}"
-        return f"SDESolver({self.method!r}, {told})"
+            options = f"adaptive=True, rtol={self.rtol:g}, atol={self.atol:g}"
+        return f"SDESolver({self.method!r}, {options})"
 
     @property
     def order(self) -> Method:
-        """What the method promises."""
+        """The method's orders and costs."""
         return METHODS[self.method]
 
     def __call__(self, sde: GaussianSDE, y: Tensor) -> Tensor:
         """The state at u = 1.
 
         Args:
-            sde: what to walk; adaptive steps set its ``sde_type`` to the method's.
+            sde: to integrate; adaptive steps set its ``sde_type`` to the method's.
             y: state at u = 0, (rows, numbers in a datum).
         """
         if self.adaptive:
@@ -172,10 +172,10 @@ class SDESolver:
             keywords = {"rtol": self.rtol, "atol": self.atol, "dt": 1e-2}
             brownian: torchsde.BaseBrownian = brownian_interval(y.shape, y.dtype, y.device)
             return self._integrate(sde, y, times, brownian, adaptive=True, **keywords)
-        walk = Walk(sde, self.steps, self.order, y)
+        tabulated = TabulatedSDE(sde, self.steps, self.order, y)
         times = torch.tensor([0.0, self.steps], dtype=torch.promote_types(y.dtype, torch.float32))
         brownian = IndependentIncrements(y.shape, y.dtype, y.device)
-        return self._integrate(walk, y, times, brownian, dt=torch.ones_like(times[0]))
+        return self._integrate(tabulated, y, times, brownian, dt=torch.ones_like(times[0]))
 
     def _integrate(
         self,

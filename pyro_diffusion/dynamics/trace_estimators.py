@@ -21,7 +21,7 @@ __all__ = [
     "sphere",
 ]
 
-Law = Callable[[Tensor], Tensor]
+ProbeDistribution = Callable[[Tensor], Tensor]
 
 # What perceptrons, transformers and closed-form posteriors are made of. Batched products of these are right
 # to second order, as the tests compare with a loop; that of torch's group norm raises or is silently wrong.
@@ -41,7 +41,7 @@ BATCHED = frozenset(
 
 
 def rademacher(normal: Tensor) -> Tensor:
-    """Signs: the least variance of all laws with independent coordinates; diagonals come out exactly."""
+    """Signs: the least variance of all probes with independent coordinates; exact for diagonal Jacobians."""
     check_tensor("normal", normal)
     return torch.where(normal < 0, -1.0, 1.0).to(normal.dtype)
 
@@ -52,7 +52,7 @@ def gaussian(normal: Tensor) -> Tensor:
 
 
 def sphere(normal: Tensor) -> Tensor:
-    r"""Uniform on the sphere of radius :math:`\sqrt d`; multiples of the identity come out exactly."""
+    r"""Uniform on the sphere of radius :math:`\sqrt d`; exact for multiples of the identity."""
     if check_tensor("normal", normal).dim() == 0 or not normal.is_floating_point():
         raise ValueError(
             f"normal: got shape {tuple(normal.shape)} of {normal.dtype}, expected real vectors (..., d)"
@@ -61,7 +61,7 @@ def sphere(normal: Tensor) -> Tensor:
 
 
 class TraceEstimator:
-    """How the trace of a Jacobian is found, row by row.
+    """The trace of a Jacobian, or an estimate of it, row by row.
 
     Attributes:
         columns: independent estimates that one call returns.
@@ -115,7 +115,7 @@ class Hutchinson(TraceEstimator):
 
     Args:
         num_probes: number of vectors v, each one estimate; the spread between them is the standard error.
-        law: of the probes: ``rademacher``, ``gaussian``, ``sphere``, or any map of standard
+        distribution: of the probes: ``rademacher``, ``gaussian``, ``sphere``, or any map of standard
             normal draws (..., d) to vectors of covariance I.
         seed: fixes the probes, for Markov chains and repeatable scores.
 
@@ -128,18 +128,25 @@ class Hutchinson(TraceEstimator):
 
     stochastic = True
 
-    def __init__(self, num_probes: int = 1, law: Law = rademacher, seed: int | None = None) -> None:
-        self.columns, self.law, self.seed = check_positive_int("num_probes", num_probes), law, seed
+    def __init__(
+        self,
+        num_probes: int = 1,
+        distribution: ProbeDistribution = rademacher,
+        seed: int | None = None,
+    ) -> None:
+        self.columns = check_positive_int("num_probes", num_probes)
+        self.distribution, self.seed = distribution, seed
         if seed is not None:
             self.seed = check_seed("seed", seed)
-        if not callable(law):
+        if not callable(distribution):
             raise ValueError(
-                f"law: got {law!r}, expected a map of normal draws such as rademacher, gaussian or sphere"
+                f"distribution: got {distribution!r}, expected a map of normal draws such as rademacher, "
+                "gaussian or sphere"
             )
 
     def probes(self, like: Tensor, noise: NoiseSource) -> Tensor:
         """Random vectors, (num_probes, n, d)."""
-        return self.law(_normal(self.columns, like, noise))
+        return self.distribution(_normal(self.columns, like, noise))
 
     def __call__(
         self, output: Tensor, rows: Tensor, probes: Tensor, differentiable: bool = False
@@ -148,11 +155,11 @@ class Hutchinson(TraceEstimator):
         return (probes * pull_back(output, rows, probes, differentiable)).sum(-1)
 
     def __repr__(self) -> str:
-        return f"Hutchinson({self.columns}, {self.law.__name__}, seed={self.seed})"
+        return f"Hutchinson({self.columns}, {self.distribution.__name__}, seed={self.seed})"
 
 
 class HutchPlusPlus(Hutchinson):
-    r"""Hutch++: exact on a random sketch of the Jacobian's range, Hutchinson on what is left.
+    r"""Hutch++: exact on a random sketch of the Jacobian's range, Hutchinson on the rest.
 
     .. math:: tr(Q^\top J Q) + g^\top (I - QQ^\top)\, J\, (I - QQ^\top)\, g, \qquad
               Q = \text{orth}(J^\top S)
@@ -163,7 +170,7 @@ class HutchPlusPlus(Hutchinson):
 
     Args:
         num_probes: number of vectors g, and of columns of S.
-        law: of the probes g, see :class:`Hutchinson`.
+        distribution: of the probes g, see :class:`Hutchinson`.
         seed: fixes S and g.
 
     Raises:
@@ -175,9 +182,9 @@ class HutchPlusPlus(Hutchinson):
 
     def probes(self, like: Tensor, noise: NoiseSource) -> Tensor:
         """Random vectors for the sketch and for the rest, (2 num_probes, n, d)."""
-        # Two sign vectors may be parallel, and then the sketch has no range to speak of.
+        # Two sign vectors may be parallel, and then the sketch has one dimension less.
         normal = _normal(2 * self.columns, like, noise)
-        return torch.cat([normal[: self.columns], self.law(normal[self.columns :])])
+        return torch.cat([normal[: self.columns], self.distribution(normal[self.columns :])])
 
     def __call__(
         self, output: Tensor, rows: Tensor, probes: Tensor, differentiable: bool = False
@@ -195,7 +202,7 @@ class HutchPlusPlus(Hutchinson):
         return products[: len(basis)].sum(0) + products[len(basis) :]
 
     def __repr__(self) -> str:
-        return f"HutchPlusPlus({self.columns}, {self.law.__name__}, seed={self.seed})"
+        return f"HutchPlusPlus({self.columns}, {self.distribution.__name__}, seed={self.seed})"
 
 
 def pull_back(

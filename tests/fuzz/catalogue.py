@@ -788,7 +788,7 @@ def dynamics_calls() -> list[Call]:
         Call(
             "dynamics.Hutchinson",
             lambda **a: traced(dynamics.Hutchinson(**a)),
-            of({"num_probes": 2, "law": dynamics.trace_estimators.gaussian, "seed": 0}),
+            of({"num_probes": 2, "distribution": dynamics.trace_estimators.gaussian, "seed": 0}),
         ),
         Call(
             "dynamics.HutchPlusPlus",
