@@ -26,6 +26,7 @@ from pyro_diffusion import evaluate
 from pyro_diffusion.denoisers import LevelsDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow, QuantizedDecoder
 from pyro_diffusion.dynamics import ExactTrace, Hutchinson, ODESolver, TraceEstimator
+from pyro_diffusion.estimate import Estimate
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine
 
@@ -77,7 +78,7 @@ def dequantized(
     return result, float((torch.stack(variances).mean(0) / samples).sum().sqrt() / len(x))
 
 
-def line(title: str, figure: evaluate.Estimate, kind: str, probes: float = 0.0) -> None:
+def line(title: str, figure: Estimate, kind: str, probes: float = 0.0) -> None:
     """One row of the table."""
     print(
         f"{title:<46} {figure.value:>8.4f} {figure.standard_error:>8.4f} {probes:>8.4f} "

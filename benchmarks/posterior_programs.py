@@ -36,7 +36,8 @@ from pyro_diffusion.denoisers import MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
 from pyro_diffusion.distributions.red_diff import RedDiff
 from pyro_diffusion.dynamics import ODESolver
-from pyro_diffusion.evaluate import RankStatistics, sbc, sliced_wasserstein
+from pyro_diffusion.evaluate import sbc, sliced_wasserstein
+from pyro_diffusion.evaluate.calibration import RankStatistics
 from pyro_diffusion.guidance import PlugIn
 from pyro_diffusion.infer import AutoGuidance, TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood

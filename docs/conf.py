@@ -55,10 +55,10 @@ nitpick_ignore_regex = [
     (
         r"py:(class|exc)",
         r"pyro_diffusion\..+\.("
-        r"\w*Coefficients|Analysis|CachedModule|Rates|ConditionalFilter|Conditioning|ContinuityResidual|Filter|"
+        r"\w*Coefficients|Analysis|CachedModule|Rates|ConditionalFilter|Conditioning|Filter|"
         r"GaussianSDE|LinearizedDenoiser|LinearizedLikelihood|Method|NoClosedForms|Node|NoiseHead|"
         r"NoiseSource|Observations|ParticleFilter|Passage|PreciseModule|ScheduleLike|Solved|"
-        r"Sources|TwoEndedSchedule|TwoSampleTest|WassersteinBound"
+        r"Sources|TwoEndedSchedule"
         r")|SMCFailed",
     ),
 ]

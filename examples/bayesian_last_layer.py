@@ -34,7 +34,6 @@ from pyro_diffusion import (
     LogLinear,
     ProbabilityFlow,
     denoisers,
-    plotting,
 )
 from pyro_diffusion.dynamics import ODESolver
 
@@ -112,7 +111,7 @@ def draw(results: dict[str, dict[str, Tensor]], axis: Tensor) -> Figure:
             axis.numpy(), axis.numpy(), spread, vmin=0, vmax=2, cmap="viridis", rasterized=True
         )
         ax.scatter(
-            *result["data"][:500].T.numpy(), s=4, color="white", edgecolors=plotting.BLUE, lw=0.3
+            *result["data"][:500].T.numpy(), s=4, color="white", edgecolors="tab:blue", lw=0.3
         )
         ax.set(title=name, aspect="equal", xlabel="first coordinate")
     panels[0].set_ylabel("second coordinate")

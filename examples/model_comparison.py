@@ -123,7 +123,7 @@ def draw(log_z: Tensor, error: Tensor, y: Tensor, x: Tensor, label: Tensor) -> F
     for i, (left, middle, right) in enumerate(axes):
         plotting.sample_grid(x[i : i + 1], low=0, high=HIGH, ax=left)
         plotting.sample_grid(pictures[i : i + 1], low=0, high=HIGH, ax=middle)
-        colours = [plotting.ORANGE if c == label[i] else plotting.BLUE for c in range(CLASSES)]
+        colours = ["tab:orange" if c == label[i] else "tab:blue" for c in range(CLASSES)]
         height = log_z[:, i] - log_z[:, i].max()
         for c in range(CLASSES):
             bar = 2 * float(error[c, i])

@@ -151,7 +151,7 @@ def points_figure(data: Tensor, samples: Tensor) -> Figure:
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for ax, title, points in zip(panels, ("data", "samples"), (data, samples), strict=True):
-        ax.scatter(*points.T.numpy(), s=3, alpha=0.5, linewidths=0, color=plotting.BLUE)
+        ax.scatter(*points.T.numpy(), s=3, alpha=0.5, linewidths=0, color="tab:blue")
         ax.set(title=title, aspect="equal", xlabel="first coordinate")
         ax.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel="second coordinate", xlim=(-2.2, 2.2), ylim=(-2.2, 2.2))

@@ -32,7 +32,7 @@ from restoration import HIGH, blurring, by_covariance, panels, prior
 from torch import Tensor
 from tqdm import trange
 
-from pyro_diffusion import AutoTwistedSMC, Diffusion, ProgramLikelihood, TwistedSMC, infer, plotting
+from pyro_diffusion import AutoTwistedSMC, Diffusion, ProgramLikelihood, TwistedSMC, infer
 
 PRIOR = (0.0, 1.0)  # of log s
 
@@ -169,11 +169,11 @@ def draw(found: dict[str, dict[str, Any]], scales: Tensor, sd: float) -> Figure:
     if (draws := found["particle Gibbs"]["draws"]).numel() > 1:
         ax.hist(draws.exp(), bins=20, density=True, color="#cccccc", label="particle Gibbs")
     density = found["quadrature"]["weights"] / width / scales
-    ax.plot(scales, density, "o-", ms=3, color=plotting.BLUE, label="quadrature")
+    ax.plot(scales, density, "o-", ms=3, color="tab:blue", label="quadrature")
     fine = torch.linspace(float(at[0]), float(at[-1]), 300).double()
     fitted = dist.Normal(found["SVI"]["mean"], found["SVI"]["sd"]).log_prob(fine).exp()
-    ax.plot(fine.exp(), fitted / fine.exp(), "--", color=plotting.ORANGE, label="SVI")
-    ax.axvline(sd, color=plotting.GREEN, lw=1, label="truth")
+    ax.plot(fine.exp(), fitted / fine.exp(), "--", color="tab:orange", label="SVI")
+    ax.axvline(sd, color="tab:green", lw=1, label="truth")
     ax.set_xlabel("noise scale s, grey levels")
     ax.set_ylabel("posterior density")
     ax.legend(frameon=False)

@@ -26,7 +26,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 from tqdm import trange
 
-from pyro_diffusion import MLP, Diffusion, GaussianDenoiser, GaussianProcess, LogLinear, plotting
+from pyro_diffusion import MLP, Diffusion, GaussianDenoiser, GaussianProcess, LogLinear
 from pyro_diffusion.nn import TensorContext
 
 
@@ -153,7 +153,7 @@ def draw(mixture: Mixture, x: Tensor) -> Figure:
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     for ax, (title, (rows, k)) in zip(axes, panels.items(), strict=True):
-        colours = np.array([plotting.BLUE, plotting.ORANGE])[k]
+        colours = np.array(["tab:blue", "tab:orange"])[k]
         ax.scatter(*rows.T.numpy(), s=4, alpha=0.6, linewidths=0, c=colours)
         ax.set(title=title, aspect="equal", xlim=(-2.4, 2.4), ylim=(-2, 2))
         ax.spines[["top", "right"]].set_visible(False)

@@ -28,11 +28,10 @@ from pyro_diffusion.distributions import (
     NormalDecoder,
     Objective,
     QuantizedDecoder,
-    ReverseStep,
     Simple,
     Weighted,
 )
-from pyro_diffusion.distributions.objectives import divergence
+from pyro_diffusion.distributions.objectives import ReverseStep, divergence
 from pyro_diffusion.infer import ChainReparam, forward_chain
 from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
 from pyro_diffusion.schedules import Cosine, Rectified, uniform, uniform_log_snr

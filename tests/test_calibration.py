@@ -10,7 +10,8 @@ from pyro.distributions import Bernoulli, Normal
 from scipy import stats
 
 from pyro_diffusion import plotting
-from pyro_diffusion.evaluate import RankStatistics, c2st, sbc
+from pyro_diffusion.evaluate import c2st, sbc
+from pyro_diffusion.evaluate.calibration import RankStatistics
 
 
 def program(y=None):

@@ -26,6 +26,7 @@ from torch import nn
 
 from pyro_diffusion import checkpoint
 from pyro_diffusion.checkpoint import CheckpointError, files
+from pyro_diffusion.checkpoint.saving import restore_module
 from pyro_diffusion.optim import EMA
 
 
@@ -598,7 +599,7 @@ def test_module_of_another_kind_is_refused_whole(tmp_path):
 def test_restore_module_wants_tensors():
     module = nn.Linear(1, 1)
     with pytest.raises(CheckpointError, match=r"part: .*weight has shape int"):
-        checkpoint.restore_module(module, {"weight": 1, "bias": torch.zeros(1)}, name="part")
+        restore_module(module, {"weight": 1, "bias": torch.zeros(1)}, name="part")
 
 
 # --- training
@@ -658,7 +659,7 @@ class Training:
 
     def resume(self, path):
         state = checkpoint.load(path, {"kind": self.kind})
-        checkpoint.restore_module(self.network, state["network"])
+        restore_module(self.network, state["network"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.set_state(state["optimizer"])
         self.losses = state["losses"]

@@ -9,7 +9,8 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch.testing import assert_close
 
 from pyro_diffusion.denoisers import GaussianDenoiser
-from pyro_diffusion.distributions import Diffusion, RedDiff, ReverseStep
+from pyro_diffusion.distributions import Diffusion, RedDiff
+from pyro_diffusion.distributions.objectives import ReverseStep
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.samplers import DAPS, DDIM, AdamsMoulton, daps, simulate

@@ -12,6 +12,7 @@ from torch import nn
 import pyro_diffusion
 from pyro_diffusion import checkpoint
 from pyro_diffusion.checkpoint import CheckpointError
+from pyro_diffusion.checkpoint.saving import restore_module
 from pyro_diffusion.denoisers import (
     NPR,
     SN,
@@ -30,7 +31,8 @@ from pyro_diffusion.denoisers import (
     unit_variance,
 )
 from pyro_diffusion.distributions import CategoricalDecoder, NormalDecoder, QuantizedDecoder
-from pyro_diffusion.nn import MLP, DefinedModule, Transformer
+from pyro_diffusion.nn import MLP, Transformer
+from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.optim import EMA
 from pyro_diffusion.processes import Absorbing, CategoricalProcess, GaussianProcess, Uniform
 from pyro_diffusion.schedules import (
@@ -119,7 +121,7 @@ def test_every_public_class_has_its_row():
     public = {getattr(module, name) for module in modules for name in module.__all__}
     kinds = {c for c in public if isinstance(c, type) and issubclass(c, DefinedModule)}
     abstract = "Schedule VariancePreserving ForwardProcess Denoiser NetworkDenoiser Variance"
-    names = {c.__name__ for c in kinds} - {*abstract.split(), "Decoder", "DefinedModule"}
+    names = {c.__name__ for c in kinds} - {*abstract.split(), "Decoder"}
     assert names == {type(module).__name__ for module, _ in DEFINITIONS}
 
 
@@ -178,7 +180,7 @@ def test_another_model_is_refused_and_the_same_is_not(tmp_path, travel, build, o
     with pytest.raises(ValueError, match=error):
         wrong.load_state_dict(state)
     with pytest.raises(CheckpointError, match=error):
-        checkpoint.restore_module(wrong, state)
+        restore_module(wrong, state)
     checkpoint.save_module(path, build())
     checkpoint.load_module(path, build())
     with pytest.raises(CheckpointError, match=error):
@@ -216,7 +218,7 @@ def test_within_a_module_of_another_kind():
     with pytest.raises(RuntimeError, match=error):
         other.load_state_dict(state)
     with pytest.raises(CheckpointError, match=error):
-        checkpoint.restore_module(other, state)
+        restore_module(other, state)
 
 
 def test_an_average_says_what_it_is_an_average_of():
@@ -227,8 +229,8 @@ def test_an_average_says_what_it_is_an_average_of():
     with pytest.raises(ValueError, match=r"average'\]: of another model: prior\.process\.schedule"):
         other.load_state_dict(state)
     with pytest.raises(CheckpointError, match="log_snr_max"):
-        checkpoint.restore_module(other.module, state["average"])
-    checkpoint.restore_module(module, state["average"])
+        restore_module(other.module, state["average"])
+    restore_module(module, state["average"])
 
 
 def test_a_pyro_module_is_the_module_it_was_made_of():

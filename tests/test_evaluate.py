@@ -19,8 +19,9 @@ from torch import Tensor
 from pyro_diffusion import evaluate
 from pyro_diffusion.denoisers import Denoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Dequantization, Diffusion, Simple
-from pyro_diffusion.evaluate import LogLikelihoodEstimate, from_log_weights
+from pyro_diffusion.evaluate import LogLikelihoodEstimate
 from pyro_diffusion.evaluate.comparison import stacking_weights
+from pyro_diffusion.evaluate.importance import from_log_weights
 from pyro_diffusion.evaluate.pareto import pareto_khat
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine, LogLinear, uniform

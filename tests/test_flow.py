@@ -10,8 +10,8 @@ import torch
 
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
-from pyro_diffusion.dynamics import ExactTrace, Hutchinson, HutchPlusPlus, ODESolver, transport
-from pyro_diffusion.dynamics.ode import end_angles, level_at
+from pyro_diffusion.dynamics import ExactTrace, Hutchinson, HutchPlusPlus, ODESolver
+from pyro_diffusion.dynamics.ode import end_angles, level_at, transport
 from pyro_diffusion.dynamics.trace_estimators import gaussian, sphere
 from pyro_diffusion.evaluate import flow_log_likelihood
 from pyro_diffusion.processes import GaussianProcess

@@ -24,8 +24,8 @@ from pyro_diffusion.dynamics import (
     KnownData,
     ReverseSDE,
     SDESolver,
-    brownian_interval,
 )
+from pyro_diffusion.dynamics.brownian import brownian_interval
 from pyro_diffusion.dynamics.sde_solver import METHODS
 from pyro_diffusion.evaluate import log_likelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess

@@ -44,6 +44,12 @@ def test_about_twenty_names_are_those_of_the_submodules():
         assert getattr(submodule, name) is value
 
 
+def test_the_submodules_export_few_names():
+    """What a program spells; results and machinery stay in their modules."""
+    exported = [importlib.import_module(f"pyro_diffusion.{name}").__all__ for name in SUBMODULES]
+    assert sum(map(len, exported)) <= 160
+
+
 @pytest.mark.parametrize("name", SUBMODULES)
 def test_submodules(name):
     assert name in pyro_diffusion.__all__

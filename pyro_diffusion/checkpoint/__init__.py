@@ -7,13 +7,12 @@ Loading runs no code from the file.
 """
 
 from pyro_diffusion.checkpoint.files import CheckpointError
-from pyro_diffusion.checkpoint.saving import load, load_module, restore_module, save, save_module
+from pyro_diffusion.checkpoint.saving import load, load_module, save, save_module
 
 __all__ = [
     "CheckpointError",
     "load",
     "load_module",
-    "restore_module",
     "save",
     "save_module",
 ]

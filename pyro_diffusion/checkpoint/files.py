@@ -87,8 +87,13 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
     for name in sorted(tensors):
         tensor = tensors[name]
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+        crc = zlib.crc32(_bytes(tensor), crc)
     return crc
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a tensor on the host, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 @contextlib.contextmanager

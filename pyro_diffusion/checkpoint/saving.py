@@ -124,7 +124,7 @@ def restore_module(module: nn.Module, state: Mapping[str, Any], name: str = "sta
     Raises:
         CheckpointError: naming every key that is missing, unexpected, of another shape or of a dtype
             that does not convert, and what defines the model otherwise
-            (:class:`~pyro_diffusion.nn.DefinedModule`); the module is then left as it was.
+            (:class:`~pyro_diffusion.nn.definition.DefinedModule`); the module is then left as it was.
     """
     own = module.state_dict()
     problems = [f"misses {key}" for key in own if key not in state]

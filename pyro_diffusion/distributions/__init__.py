@@ -1,8 +1,6 @@
 """Diffusion models as Pyro distributions, and the densities at their data end."""
 
 from pyro_diffusion.distributions import kl as _kl  # noqa: F401 (registers divergences)
-from pyro_diffusion.distributions.base import DenoisedDistribution
-from pyro_diffusion.distributions.bounded import BoundedDistribution
 from pyro_diffusion.distributions.decoders import (
     CategoricalDecoder,
     Decoder,
@@ -11,13 +9,11 @@ from pyro_diffusion.distributions.decoders import (
 )
 from pyro_diffusion.distributions.dequantization import Dequantization
 from pyro_diffusion.distributions.diffusion import Diffusion
-from pyro_diffusion.distributions.flow import LogDensity, ProbabilityFlow
+from pyro_diffusion.distributions.flow import ProbabilityFlow
 from pyro_diffusion.distributions.flow_transform import FlowTransform
 from pyro_diffusion.distributions.objectives import (
     Bound,
-    DecoderStep,
     Objective,
-    ReverseStep,
     Weighted,
 )
 from pyro_diffusion.distributions.red_diff import RedDiff
@@ -31,17 +27,13 @@ from pyro_diffusion.distributions.sde import DiffusionSDE
 
 __all__ = [
     "Bound",
-    "BoundedDistribution",
     "CategoricalDecoder",
     "Decoder",
-    "DecoderStep",
-    "DenoisedDistribution",
     "Dequantization",
     "Diffusion",
     "DiffusionSDE",
     "FlowTransform",
     "Hybrid",
-    "LogDensity",
     "MomentRegression",
     "NormalDecoder",
     "Objective",
@@ -49,7 +41,6 @@ __all__ = [
     "QuantizedDecoder",
     "RedDiff",
     "Regression",
-    "ReverseStep",
     "Simple",
     "Weighted",
 ]

@@ -10,8 +10,8 @@ from torch.distributions import constraints
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.base import broadcast_context
-from pyro_diffusion.dynamics import ExactTrace, ODESolver, TraceEstimator, transport
-from pyro_diffusion.dynamics.ode import Passage, data_scale, end_angles
+from pyro_diffusion.dynamics import ExactTrace, ODESolver, TraceEstimator
+from pyro_diffusion.dynamics.ode import Passage, data_scale, end_angles, transport
 from pyro_diffusion.dynamics.ode_solver import check_ode_solver
 from pyro_diffusion.dynamics.trace_estimators import check_trace_estimator
 from pyro_diffusion.processes import Ability
@@ -26,7 +26,7 @@ class FlowTransform(TransformModule):
 
     The ODE runs between the two ends of the process's schedule; its state there is
     :math:`z = x_{t_1} / \sqrt{\alpha_1^2 + \sigma_1^2}` and data are :math:`x = x_{t_0} / \alpha_0`. See
-    :func:`~pyro_diffusion.dynamics.transport` for the equation.
+    :func:`~pyro_diffusion.dynamics.ode.transport` for the equation.
 
     Nothing is cached, so nothing is stale after the denoiser was trained; the inverse and its determinant,
     called one after the other, integrate the ODE twice, :class:`ProbabilityFlow` once.

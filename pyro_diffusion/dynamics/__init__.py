@@ -1,7 +1,6 @@
 """Drifts and their integration: the SDEs, the probability-flow ODE and the traces its density needs."""
 
-from pyro_diffusion.dynamics.brownian import IndependentIncrements, brownian_interval
-from pyro_diffusion.dynamics.ode import transport
+from pyro_diffusion.dynamics.brownian import IndependentIncrements
 from pyro_diffusion.dynamics.ode_solver import ODESolver
 from pyro_diffusion.dynamics.sde import ForwardSDE, KnownData, ReverseSDE
 from pyro_diffusion.dynamics.sde_solver import SDESolver
@@ -23,6 +22,4 @@ __all__ = [
     "ReverseSDE",
     "SDESolver",
     "TraceEstimator",
-    "brownian_interval",
-    "transport",
 ]

@@ -21,7 +21,7 @@ class IndependentIncrements(torchsde.BaseBrownian):
     :math:`U = \int (W_s - W_{t_a})\,ds = h (W/2 + H)` with :math:`H \sim \mathcal N(0, h/12)`. The
     joint distribution is exact. Nothing is stored: a repeated interval would be drawn again, so going back is
     refused.
-    Adaptive steps and adjoints need :func:`brownian_interval`.
+    Adaptive steps and adjoints need a path that is remembered, such as ``torchsde.BrownianInterval``.
 
     Args:
         shape: of the increments, (rows, channels).
@@ -55,7 +55,7 @@ class IndependentIncrements(torchsde.BaseBrownian):
         if not self._reached <= start <= stop or return_A:
             raise ValueError(
                 f"ta, tb: got the interval from {start} to {stop} after one that ended at {self._reached}, "
-                "expected intervals one after another (take brownian_interval for any other use)"
+                "expected intervals one after another (take torchsde.BrownianInterval for any other use)"
             )
         self._reached = stop
         width = stop - start

@@ -1,16 +1,12 @@
 """Likelihoods with their error bars, comparisons, and the way to ArviZ."""
 
-from pyro_diffusion.estimate import Estimate, LogLikelihoodEstimate, Terms
+from pyro_diffusion.estimate import LogLikelihoodEstimate
 from pyro_diffusion.evaluate.bound import log_likelihood
-from pyro_diffusion.evaluate.calibration import RankStatistics, sbc
+from pyro_diffusion.evaluate.calibration import sbc
 from pyro_diffusion.evaluate.chain_costs import chain_costs
 from pyro_diffusion.evaluate.comparison import compare
 from pyro_diffusion.evaluate.continuity import continuity_residual
-from pyro_diffusion.evaluate.importance import (
-    from_log_weights,
-    importance_weighted,
-    log_weights,
-)
+from pyro_diffusion.evaluate.importance import importance_weighted, log_weights
 from pyro_diffusion.evaluate.inference_data import to_arviz, to_elpd
 from pyro_diffusion.evaluate.ode import flow_log_likelihood
 from pyro_diffusion.evaluate.posterior_data import posterior_to_arviz
@@ -18,16 +14,12 @@ from pyro_diffusion.evaluate.two_sample import c2st
 from pyro_diffusion.evaluate.wasserstein import sliced_wasserstein, wasserstein, wasserstein_bound
 
 __all__ = [
-    "Estimate",
     "LogLikelihoodEstimate",
-    "RankStatistics",
-    "Terms",
     "c2st",
     "chain_costs",
     "compare",
     "continuity_residual",
     "flow_log_likelihood",
-    "from_log_weights",
     "importance_weighted",
     "log_likelihood",
     "log_weights",

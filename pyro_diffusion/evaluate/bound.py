@@ -4,7 +4,8 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyro_diffusion.distributions import Bound, BoundedDistribution, Diffusion
+from pyro_diffusion.distributions import Bound, Diffusion
+from pyro_diffusion.distributions.bounded import BoundedDistribution
 from pyro_diffusion.estimate import LOWER_BOUND, LogLikelihoodEstimate, Terms, concatenate
 from pyro_diffusion.evaluate.rows import Rows, batches, check_model, check_rows, checked_seed
 from pyro_diffusion.processes import SeededNoise, drawing_from

@@ -206,7 +206,7 @@ def sbc(
             ranks.setdefault(name, []).append(rank)
     if len(counts) > 1:
         raise ValueError(f"posterior: got {sorted(counts)} draws, expected always the same number")
-    return RankStatistics({k: torch.stack(v) for k, v in ranks.items()}, counts.pop())
+    return RankStatistics({k: torch.stack(v).cpu() for k, v in ranks.items()}, counts.pop())
 
 
 def _observed(
@@ -268,5 +268,5 @@ def _ranks(
         smaller, equal = ((rows[1:] < rows[0]).sum(0), (rows[1:] == rows[0]).sum(0))
         rank = smaller + (torch.rand(equal.shape, device=equal.device) * (equal + 1)).long()
         single = value.dim() == 1
-        ranks |= {name if single else f"{name}[{i}]": r.cpu() for i, r in enumerate(rank)}
+        ranks |= {name if single else f"{name}[{i}]": r for i, r in enumerate(rank)}
     return ranks

@@ -9,7 +9,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_diffusion.distributions import DenoisedDistribution, ProbabilityFlow
+from pyro_diffusion.distributions import ProbabilityFlow
+from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.likelihoods.run import (
     Message,
     check_fixed_rows,

@@ -19,7 +19,7 @@ class TwoSampleTest:
 
     Attributes:
         accuracy: cross-validated, 0.5 if they cannot be told apart and 1 if always.
-        standard_error: of the accuracy (widened, see :func:`c2st`).
+        standard_error: of the accuracy (widened, see :func:`~pyro_diffusion.evaluate.c2st`).
         p_value: chance of such an accuracy or a higher one if both samples have one distribution
             (approximate).
     """

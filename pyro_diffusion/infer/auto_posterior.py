@@ -15,8 +15,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.distributions import DenoisedDistribution, Diffusion
-from pyro_diffusion.distributions.base import plates_entered
+from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.distributions.base import DenoisedDistribution, plates_entered
 from pyro_diffusion.distributions.callers import called_from
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.guidance.base import Guidance

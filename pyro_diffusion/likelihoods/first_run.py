@@ -10,7 +10,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_diffusion.distributions import DenoisedDistribution
+from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.likelihoods.missing import without_missing
 from pyro_diffusion.likelihoods.run import (
     Message,

@@ -6,12 +6,9 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_diffusion.distributions import (
-    BoundedDistribution,
-    DenoisedDistribution,
-    ProbabilityFlow,
-    QuantizedDecoder,
-)
+from pyro_diffusion.distributions import ProbabilityFlow, QuantizedDecoder
+from pyro_diffusion.distributions.base import DenoisedDistribution
+from pyro_diffusion.distributions.bounded import BoundedDistribution
 from pyro_diffusion.likelihoods.run import Message
 from pyro_diffusion.unwrapping import unwrap_to
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_diffusion.distributions import DenoisedDistribution
+from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.likelihoods.run import Message, log_density
 from pyro_diffusion.likelihoods.whitening import RESIDUALS, whitened
 from pyro_diffusion.unwrapping import unwrap

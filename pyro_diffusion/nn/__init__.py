@@ -6,7 +6,6 @@ returns ``x.shape`` when its attribute ``outputs`` is 1, else ``x.shape + (outpu
 """
 
 from .context import LabelContext, TensorContext
-from .definition import DefinedModule
 from .embedding import fourier_embedding
 from .mlp import MLP
 from .transformer import Transformer
@@ -14,7 +13,6 @@ from .unet import UNet
 
 __all__ = [
     "MLP",
-    "DefinedModule",
     "LabelContext",
     "TensorContext",
     "Transformer",

@@ -5,16 +5,11 @@ save); functions with several panels return a Figure. Figures are made without p
 no display, are never shown, and are freed like any other object.
 """
 
-from pyro_diffusion.plotting.canvas import BLUE, GREEN, GREY, ORANGE
 from pyro_diffusion.plotting.curves import bound_per_step, loss_curve, schedule
 from pyro_diffusion.plotting.images import reverse_trajectory, sample_grid
 from pyro_diffusion.plotting.ranks import rank_histogram
 
 __all__ = [
-    "BLUE",
-    "GREEN",
-    "GREY",
-    "ORANGE",
     "bound_per_step",
     "loss_curve",
     "rank_histogram",

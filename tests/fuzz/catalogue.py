@@ -49,9 +49,7 @@ NOT_CALLED: dict[str, str] = {
     "denoisers.Denoiser": "a base class",
     "denoisers.Parameterization": "a base class",
     "denoisers.Variance": "a base class",
-    "distributions.BoundedDistribution": "a base class",
     "distributions.Decoder": "a base class",
-    "distributions.DenoisedDistribution": "a base class",
     "distributions.Objective": "a base class",
     "distributions.Regression": "a base class",
     "dynamics.TraceEstimator": "a base class",
@@ -59,14 +57,8 @@ NOT_CALLED: dict[str, str] = {
     "guidance.GuidedDenoiser": "a base class",
     "guidance.NoiseAwareGuidance": "a base class",
     "likelihoods.Likelihood": "a base class",
-    "nn.DefinedModule": "a base class",
     "samplers.Sampler": "a base class",
     "schedules.VariancePreserving": "a base class",
-    "distributions.DecoderStep": "made by the package, for reading",
-    "distributions.LogDensity": "made by the package, for reading",
-    "distributions.ReverseStep": "made by the package, for reading",
-    "evaluate.Estimate": "made by the package, for reading",
-    "evaluate.Terms": "made by the package, for reading",
     "guidance.Twisted": "made by the package, for reading",
     "likelihoods.Whitened": "made by the package, for reading",
     "processes.Ability": "an enumeration",
@@ -761,7 +753,7 @@ def dynamics_calls() -> list[Call]:
         ).log_prob(data())
 
     def solved(**arguments: Any) -> Any:
-        return dynamics.transport(gaussian(), data(), 0.1, 1.0, dynamics.ODESolver(**arguments))
+        return dynamics.ode.transport(gaussian(), data(), 0.1, 1.0, dynamics.ODESolver(**arguments))
 
     def integrated(**arguments: Any) -> Any:
         sde = dynamics.ReverseSDE(gaussian(), (3,))
@@ -809,7 +801,7 @@ def dynamics_calls() -> list[Call]:
         Call("dynamics.ForwardSDE", forward, of({"process": PROCESS, "event_shape": (3,)})),
         Call(
             "dynamics.transport",
-            dynamics.transport,
+            dynamics.ode.transport,
             lambda: {
                 "denoiser": gaussian(),
                 "z": data(),
@@ -826,7 +818,7 @@ def dynamics_calls() -> list[Call]:
         ),
         Call(
             "dynamics.brownian_interval",
-            lambda **a: increments(dynamics.brownian_interval(**a)),
+            lambda **a: increments(dynamics.brownian.brownian_interval(**a)),
             of({**shape, "stop": 1.0}),
         ),
         Call(

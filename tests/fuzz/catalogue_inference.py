@@ -285,8 +285,8 @@ def evaluate_calls() -> list[Call]:
         return evaluate.log_likelihood(law, **arguments)
 
     weights = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
-    known = evaluate.from_log_weights(weights, 3, 3)
-    ranks = evaluate.RankStatistics({"x": torch.arange(40) % 10}, 9)
+    known = evaluate.importance.from_log_weights(weights, 3, 3)
+    ranks = evaluate.calibration.RankStatistics({"x": torch.arange(40) % 10}, 9)
 
     def simulate(**arguments: Any) -> Any:
         def model() -> None:
@@ -335,7 +335,7 @@ def evaluate_calls() -> list[Call]:
         ),
         Call(
             "evaluate.from_log_weights",
-            evaluate.from_log_weights,
+            evaluate.importance.from_log_weights,
             of({"log_weights": weights, "evaluations": 3.0, "dimensions": 3}),
             True,
         ),
@@ -426,7 +426,7 @@ def evaluate_calls() -> list[Call]:
         ),
         Call(
             "evaluate.RankStatistics",
-            lambda **a: evaluate.RankStatistics(**a).p_value(),
+            lambda **a: evaluate.calibration.RankStatistics(**a).p_value(),
             of({"ranks": {"x": torch.arange(40) % 10}, "num_samples": 9}),
         ),
     ]
