@@ -93,7 +93,7 @@ def transport(
     trace: TraceEstimator | None = None,
     noise: NoiseSource | None = None,
 ) -> Passage:
-    r"""Carry states along the probability-flow ODE from one angle to another.
+    r"""Integrate the probability-flow ODE from one angle to another.
 
     With :math:`n = \sqrt{\alpha^2 + \sigma^2}`, :math:`z = x_t / n` and
     :math:`\phi = \arctan(\sigma/\alpha) \in (0, \pi/2)`, the flow of every schedule is one and the same ODE,
@@ -179,7 +179,11 @@ def transport(
 
 
 class _Field:
-    """The velocity of rows (z, log-det per dimension, one per column of the trace)."""
+    r"""The velocity of rows (z, log-det per dimension, one per column of the trace).
+
+    For z it is :math:`(\cos\phi\,z - \hat x_0) / \sin\phi`, or by coordinate as :func:`transport` has it; for
+    the log-determinants :math:`tr(\partial v / \partial z) / d`.
+    """
 
     def __init__(
         self,
@@ -237,8 +241,8 @@ class _Field:
     def _level(self, angle: Tensor, rows: Tensor) -> tuple[Level, Tensor | None]:
         r"""The level at an angle of the clock and, where coordinates have angles of their own, their pace.
 
-        That is :math:`\lambda_k' / (\lambda' \sin\phi \cos\phi)`, times :math:`\cos\phi_k` what the gap
-        :math:`\cos\phi_k z_k - \hat x_{0,k}` is multiplied by.
+        The pace is :math:`\lambda_k' / (\lambda' \sin\phi \cos\phi)`, so that
+        :math:`dz_k/d\phi = \text{pace}_k \cos\phi_k\,(\cos\phi_k\,z_k - \hat x_{0,k})`.
         """
         level = level_at(self.denoiser.process, angle)
         if level.log_snr is level.clock:

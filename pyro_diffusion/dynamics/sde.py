@@ -18,7 +18,7 @@ __all__ = ["ForwardSDE", "GaussianSDE", "KnownData", "ReverseSDE"]
 
 
 class Node(NamedTuple):
-    r"""An SDE :math:`dy = (a y + b \hat x_0)\,du + g\,dw` at one of its times.
+    r"""Coefficients of an SDE :math:`dy = (a\,y + b\,\hat x_0)\,du + g\,dw` at one or more times.
 
     Attributes (of shape times + (numbers in a datum,), or times + (1,) if all are alike):
         state: a.
@@ -132,13 +132,13 @@ class ForwardSDE(GaussianSDE):
     """
 
     def nodes(self, u: Tensor) -> Node:
-        """f and g at times t = u."""
+        """Coefficients f and g, with b = 0, at times t = u."""
         rates = self.process.rates(u)
         drift, noise = rates.log_alpha, rates.diffusion.sqrt()
         return Node(drift.reshape(*u.shape, -1), noise.reshape(*u.shape, -1))
 
     def drift(self, y: Tensor, node: Node) -> Tensor:
-        """f x."""
+        """The drift f x of rows y."""
         return node.state * y
 
 
@@ -147,6 +147,13 @@ class ReverseSDE(GaussianSDE):
 
     .. math:: dx = -\Big[f x - \tfrac{1 + \eta^2}{2} g^2 s\Big] du + \eta\,g\,dw, \qquad
               s = \frac{\alpha \hat x_0 - x}{\sigma^2}.
+
+    With :math:`g^2 = -\sigma^2 \lambda'(t)` it is linear in the state and the posterior mean, which is how it
+    is computed (elementwise where noise differs by coordinate):
+
+    .. math:: dx = (a\,x + b\,\hat x_0)\,du + \eta\,g\,dw, \qquad
+              a = \tfrac{1 + \eta^2}{2}\,\lambda' - f, \qquad
+              b = -\tfrac{1 + \eta^2}{2}\,\lambda'\,\alpha .
 
     ``eta=1`` is Anderson's reverse of the forward SDE, ``eta=0`` the probability-flow ODE. With the exact
     posterior mean the marginals are those of the forward process for every eta.
@@ -194,23 +201,27 @@ class ReverseSDE(GaussianSDE):
             self.h = self._prior_drift
 
     def nodes(self, u: Tensor) -> Node:
-        """Coefficients of the state, the estimate and the noise at times t = 1 - u."""
+        r"""Coefficients at times t = 1 - u.
+
+        With :math:`c = \tfrac{1 + \eta^2}{2} \lambda'(t)` they are :math:`a = c - f` of the state,
+        :math:`b = -c\,\alpha` of the posterior mean and :math:`\eta\,g` of the noise.
+        """
         rates = self.process.rates(1 - u)
-        pull = 0.5 * (1 + self.eta**2) * rates.log_snr
+        c = 0.5 * (1 + self.eta**2) * rates.log_snr
+        a, b = c - rates.log_alpha, -c * rates.level.alpha
         noise = self.eta * rates.diffusion.sqrt()
-        coefficients = (pull - rates.log_alpha, noise, -pull * rates.level.alpha)
-        state, noise, data = (v.reshape(*u.shape, -1) for v in coefficients)
+        state, noise, data = (v.reshape(*u.shape, -1) for v in (a, noise, b))
         return Node(state, noise, data, rates.level)
 
     def drift(self, y: Tensor, node: Node) -> Tensor:
-        """The model's drift."""
-        return self._toward(self.denoiser, y, node)
+        """The drift a y + b x0_hat of rows y."""
+        return self._drift_of(self.denoiser, y, node)
 
     def _prior_drift(self, t: Tensor, y: Tensor) -> Tensor:
         assert self.prior is not None
-        return self._toward(self.prior, y, self._node(t, y))
+        return self._drift_of(self.prior, y, self._node(t, y))
 
-    def _toward(self, denoiser: Denoiser, y: Tensor, node: Node) -> Tensor:
+    def _drift_of(self, denoiser: Denoiser, y: Tensor, node: Node) -> Tensor:
         assert node.data is not None and node.level is not None
         x = y.reshape(-1, *self.event_shape)
         estimate = denoiser(x, node.level, **self.context).mean.reshape(y.shape)

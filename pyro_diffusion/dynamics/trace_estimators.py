@@ -17,6 +17,7 @@ __all__ = [
     "TraceEstimator",
     "check_trace_estimator",
     "gaussian",
+    "pull_back",
     "rademacher",
     "sphere",
 ]
@@ -61,12 +62,40 @@ def sphere(normal: Tensor) -> Tensor:
 
 
 class TraceEstimator:
-    """The trace of a Jacobian, or an estimate of it, row by row.
+    r"""The trace of a Jacobian, or an estimate of it, row by row.
+
+    **Implementing a trace estimator.** :meth:`probes` draws the vectors, once per path; calling the object
+    with them gives the estimates at one point of it. :func:`pull_back` computes products
+    :math:`v^\top J`, all in one backward pass where it can. Estimates must be unbiased, for a density to be.
+    Take random numbers from ``noise`` alone, with the rows of ``like`` as batch dimensions: then a row's
+    estimate does not depend on the others in its batch.
 
     Attributes:
         columns: independent estimates that one call returns.
-        stochastic: whether they are random.
+        stochastic: whether they are random. Set it where they are: the density is then called unbiased, not
+            exact, and refused where it would be exponentiated.
         seed: fixes the probes of a stochastic one; None lets each distribution draw its own.
+
+    Example:
+        Of the d vectors of a random orthogonal basis, k: unbiased, and exact for k = d.
+
+        >>> from pyro_diffusion.processes import SeededNoise
+        >>> class Orthogonal(TraceEstimator):
+        ...     stochastic = True
+        ...     def __init__(self, k):
+        ...         self.k = k
+        ...     def probes(self, like, noise):
+        ...         d = like.shape[1]
+        ...         normal = noise.normal((d, *like.shape), like, event_dim=1)
+        ...         basis = torch.linalg.qr(normal.transpose(0, 1)).Q
+        ...         return math.sqrt(d) * basis.transpose(0, 1)[: self.k]
+        ...     def __call__(self, output, rows, probes, differentiable=False):
+        ...         products = pull_back(output, rows, probes, differentiable)
+        ...         return (products * probes).sum(-1).mean(0, keepdim=True)
+        >>> rows, trace = torch.randn(5, 4, requires_grad=True), Orthogonal(4)
+        >>> estimate = trace(rows.sin(), rows, trace.probes(rows.detach(), SeededNoise(0)))
+        >>> torch.allclose(estimate, rows.cos().sum(-1), atol=1e-5)
+        True
     """
 
     columns = 1
@@ -208,7 +237,14 @@ class HutchPlusPlus(Hutchinson):
 def pull_back(
     output: Tensor, rows: Tensor, vectors: Tensor, differentiable: bool, keep: bool = False
 ) -> Tensor:
-    """Vector-Jacobian products of (k, n, d) vectors.
+    r"""Products :math:`v^\top J` with the Jacobian of each row, (k, n, d).
+
+    Args:
+        output: a function of ``rows``, (n, d), each row of its own row alone.
+        rows: (n, d), in the graph of ``output``.
+        vectors: v, (k, n, d).
+        differentiable: whether the products carry a graph.
+        keep: whether the graph of ``output`` is needed again.
 
     One batched backward pass, but k passes where a graph is wanted through operations that are not in
     :data:`BATCHED`: the second derivatives of a batched pass are not right for every operation.
