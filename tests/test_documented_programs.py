@@ -7,6 +7,10 @@ import pyro
 import pytest
 import torch
 
+from pyro_diffusion import evaluate
+from pyro_diffusion.processes import Ability, CategoricalProcess, GaussianProcess
+from tests.per_coordinate import PerCoordinate
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -75,3 +79,25 @@ def test_the_three_ways_of_mixtures_run() -> None:
     assert page["classes"].reshape(-1).shape == (192,)
     assert page["log_likelihood"] > page["bound"]
     assert {*pyro.get_param_store()} > {"weights", "classifier$$$0.weight"}
+
+
+def test_a_process_of_your_own_runs_and_what_needs_one_noise_level_refuses_it() -> None:
+    page = run("docs/contracts.md", {})
+    assert page["samples"].shape == (500, 2)
+    assert bool(torch.isfinite(page["bound"]).all())
+    level = page["process"].level(torch.tensor([0.5]))
+    assert torch.equal(level.log_snr - level.clock, torch.tensor([[2.0, -2.0]]))
+    with pytest.raises(ValueError, match="one noise level for all coordinates"):
+        evaluate.chain_costs(page["denoiser"], page["samples"], page["diffusion"].times)
+
+
+def test_the_table_of_abilities_is_that_of_the_processes() -> None:
+    lines = (ROOT / "docs/contracts.md").read_text().splitlines()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines]
+    found = {row[0]: row[-3:] for row in rows if row and row[0] in Ability.__members__}
+    kinds = [GaussianProcess, PerCoordinate, CategoricalProcess]
+    stated = {
+        name: ["yes" * (a in kind.abilities) for kind in kinds]
+        for name, a in Ability.__members__.items()
+    }
+    assert found == stated

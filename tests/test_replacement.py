@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyro_diffusion.denoisers import GaussianDenoiser, TableDenoiser
+from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser, TableDenoiser
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import Replacement
 from pyro_diffusion.likelihoods import ProgramLikelihood
-from pyro_diffusion.processes import Absorbing, GaussianProcess
+from pyro_diffusion.processes import Ability, Absorbing, GaussianProcess
 from pyro_diffusion.samplers import (
     DDIM,
     AdamsBashforth,
@@ -206,3 +206,13 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="jumps: got -1"):
         RePaint(Ancestral(), jumps=-1)
     assert repr(RePaint()) == "RePaint(Ancestral(), jumps=9)"
+
+
+def test_repaint_needs_transitions():
+    class Unlinked(GaussianProcess):
+        abilities = GaussianProcess.abilities - {Ability.MARKOV}
+
+    denoiser = MixtureDenoiser(Unlinked(Cosine()), torch.ones(1), torch.zeros(1, 2), 1.0)
+    simulate(denoiser, torch.linspace(0, 1, 3), torch.zeros(1, 2), DDIM())
+    with pytest.raises(ValueError, match=r"sampler: got RePaint.* lacks a Markov transition"):
+        simulate(denoiser, torch.linspace(0, 1, 3), torch.zeros(1, 2), RePaint())

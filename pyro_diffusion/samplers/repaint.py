@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_diffusion.processes import ForwardProcess, draw
+from pyro_diffusion.processes import Ability, ForwardProcess, draw
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.samplers.ancestral import Ancestral
 from pyro_diffusion.samplers.base import Denoise, Sampler, State, check_sampler
 from pyro_diffusion.schedules import Level
@@ -50,7 +51,12 @@ class RePaint(Sampler):
         return self.predictor.init(x)
 
     def coefficients(self, process: ForwardProcess, s: Level, t: Level) -> tuple[Any, ...]:
-        """The predictor's."""
+        """The predictor's.
+
+        Raises:
+            ValueError: for a process without a Markov transition, and as the predictor.
+        """
+        require(process, Ability.MARKOV, argument="sampler", by=self)
         return self.predictor.coefficients(process, s, t)
 
     def step(
