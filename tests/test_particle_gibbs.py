@@ -140,7 +140,7 @@ def test_noise_scale_and_data_jointly():
     ).log_prob(data).sum(-1)
     weights = log_posterior.softmax(0)
     effective = found["scale"]["n_eff"]
-    assert effective > 25 and found["moved"]["chain 0"] > 0.8
+    assert effective > 25 and found["update rate"]["chain 0"] > 0.8
     assert within(draws["scale"].log(), effective, (weights * log_scale).sum())
     second = (weights * log_scale.square()).sum()
     assert within(draws["scale"].log().square(), effective, second)
@@ -161,7 +161,7 @@ def test_another_kernel_for_the_others():
     mcmc.run()
     draws = mcmc.get_samples()
     assert (draws["scale"] > 0).all() and len(draws["x"].unique(dim=0)) > 1
-    assert set(mcmc.diagnostics()) >= {"scale", "x", "moved", "acceptance rate"}
+    assert set(mcmc.diagnostics()) >= {"scale", "x", "update rate", "acceptance rate"}
 
 
 def test_the_other_kernel_never_uses_the_potential_of_an_old_x():

@@ -1,4 +1,4 @@
-"""What every view of a denoiser shares: its checks, home, context and own randomness."""
+"""What all distributions of a denoiser share: checks, dtype and device, context and own randomness."""
 
 import functools
 import itertools
@@ -26,7 +26,7 @@ __all__ = ["DenoisedDistribution"]
 
 
 class DenoisedDistribution(NoClosedForms, TorchDistribution):
-    """A law of data read from a denoiser; the chain, the SDE and the ODE are three of them.
+    """A distribution of data that a denoiser defines; the chain, the SDE and the ODE are three of them.
 
     It holds the denoiser, the dtype and device that its tensors say, the context and the batch shape that
     follows from it, and a seed of its own: an instance that draws in ``log_prob`` scores a value alike
@@ -65,9 +65,9 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
         validate_args: bool | None = None,
     ) -> None:
         event_shape = check_event(denoiser, event_shape)
-        # Scores are asked for when the model has run: Pyro's parameters and random weights are read now.
+        # Scores are asked for when the model has run: Pyro's parameters and random weights are taken now.
         self.denoiser = in_this_run(denoiser)
-        self.dtype, self.device = home(self.denoiser)
+        self.dtype, self.device = dtype_and_device(self.denoiser)
         self.context = {k: v for k, v in (context or {}).items() if v is not None}
         for name, value in self.context.items():
             check_tensor(name, value, boolean=True)
@@ -219,7 +219,7 @@ def broadcast_context(
 
 
 def _brief(module: Any) -> str:
-    """A denoiser by the names of its class and of what it reads, not by all of its layers."""
+    """A denoiser by the names of its class and of what it wraps, not by all of its layers."""
     inner = getattr(module, "denoiser", None) or getattr(module, "network", None)
     name = type(module).__name__
     return f"{name}({_brief(inner)})" if isinstance(inner, torch.nn.Module) else name
@@ -251,7 +251,7 @@ def check_event(denoiser: object, event_shape: object) -> torch.Size:
     return denoiser.process.check_event(event_shape)  # type: ignore[arg-type]
 
 
-def home(denoiser: Denoiser) -> tuple[torch.dtype | None, torch.device | None]:
+def dtype_and_device(denoiser: Denoiser) -> tuple[torch.dtype | None, torch.device | None]:
     """Dtype and device of a denoiser's parameters, or else of its own buffers; None if it has neither."""
     process = {id(x) for x in (*denoiser.process.buffers(), *denoiser.process.parameters())}
     own = (p for p in denoiser.parameters() if id(p) not in process)

@@ -1,4 +1,4 @@
-"""Models whose log_prob is an unbiased estimate of an evidence lower bound, from one read per datum."""
+"""Models whose log_prob is an unbiased estimate of an evidence lower bound, from one evaluation per datum."""
 
 import math
 from typing import ClassVar
@@ -33,12 +33,13 @@ class BoundedDistribution(DenoisedDistribution):
     .. math:: -\log p(x) \le KL(q(x_{t_K} | x) \| p(x_{t_K})) + \text{reverse}
         + \mathbb E_q[-\log p(x | x_{t_0})].
 
-    The reverse term is a sum over steps (a chain) or an integral over time (an SDE). :meth:`log_prob` reads
-    the network once per datum, at low-discrepancy positions :math:`(u + i/B) \bmod 1` over the batch (in an
-    order that spreads each row and column of a batch of several dimensions): a share of them reads the
-    decoder's term, the rest is spread evenly along the path, and each is weighted by its inverse probability.
+    The reverse term is a sum over steps (a chain) or an integral over time (an SDE). :meth:`log_prob`
+    evaluates the network once per datum, at low-discrepancy positions :math:`(u + i/B) \bmod 1` over the
+    batch (in an order that spreads each row and column of a batch of several dimensions): a share of them is
+    for the decoder's term, the rest is spread evenly along the path, and each is weighted by its inverse
+    probability.
     A datum that is scored under several contexts (data of shape (N,), a context of shape (C, 1), as of an
-    enumerated latent) is read at one level with one draw of noise for all of them; plates, such as that of
+    enumerated latent) is scored at one level with one draw of noise for all of them; plates, such as that of
     particles, have noise of their own.
 
     A subclass gives the two costs at a position (``_costs``), and the path's measure (``_span``).
@@ -126,7 +127,7 @@ class BoundedDistribution(DenoisedDistribution):
         return self._costs(value, x0, x0.new_full(batch, -1.0, dtype=self._time_dtype(x0)))[0]
 
     def reverse_terms(self, value: Tensor, position: Tensor) -> Tensor:
-        """The whole reverse term per datum (nats), from one read at a position, sample + batch.
+        """The whole reverse term per datum (nats), from one evaluation at a position, sample + batch.
 
         Args:
             value: data, sample + batch + event.
@@ -150,17 +151,17 @@ class BoundedDistribution(DenoisedDistribution):
         return self._encoded(value)[0]
 
     def _decoded(self, x: Tensor) -> Tensor:
-        """Data drawn from the decoder at the end of a walk."""
+        """Data drawn from the decoder at the end of a path."""
         self._check_outcome(x)
-        law = self.decode(x)
-        base = per_coordinate(law)
+        decoded = self.decode(x)
+        base = per_coordinate(decoded)
         for name in ("loc", "probs"):  # torch would draw integers from NaN
             if torch.is_tensor(getattr(base, name, None)):
                 self._check_outcome(getattr(base, name))
-        return draw(law)
+        return draw(decoded)
 
     def decode(self, x: Tensor) -> TorchDistribution:
-        """The law of data given the path's last state x_{t_0}, batch + event (one network read)."""
+        """The distribution of data given the last state x_{t_0}, batch + event (one network evaluation)."""
         process = self.denoiser.process
         if self._validate_args:
             check_event_shape("x", x, self.event_shape)
@@ -177,7 +178,7 @@ class BoundedDistribution(DenoisedDistribution):
 
     @property
     def _fair_share(self) -> float:
-        """The decoder's share of the reads were all terms alike."""
+        """The decoder's share of the evaluations were all terms alike."""
         return 0.0
 
     @property

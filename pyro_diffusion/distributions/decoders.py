@@ -25,7 +25,7 @@ __all__ = ["CategoricalDecoder", "Decoder", "NormalDecoder", "QuantizedDecoder",
 class Decoder(DefinedModule, PreciseModule):
     """Turns the last posterior into a distribution over data, and data into x_0.
 
-    A decoder never looks at a network: it widens the denoiser's posterior at t_0 until it has a density
+    A decoder never evaluates a network: it widens the denoiser's posterior at t_0 until it has a density
     (or a probability) over data.
     """
 
@@ -55,7 +55,7 @@ class Decoder(DefinedModule, PreciseModule):
     def forward(
         self, posterior: TorchDistribution, t: Level, process: ForwardProcess
     ) -> TorchDistribution:
-        """The law of data given x_{t_0}.
+        """The distribution of data given x_{t_0}.
 
         Args:
             posterior: p(x_0 | x_{t_0}) from the denoiser.

@@ -1,4 +1,4 @@
-"""A distribution that is worked out when it is first asked, known by its shapes until then."""
+"""A distribution that is computed when it is first needed, known by its shapes until then."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -45,26 +45,26 @@ class Deferred(TorchDistribution):
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
 
     @lazy_property
-    def law(self) -> Any:
+    def distribution(self) -> Any:
         """The distribution itself."""
         return self._make()
 
     @property
     def support(self) -> Any:
         """That of the distribution."""
-        return self.law.support
+        return self.distribution.support
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> "Deferred":
         """The same at a larger batch shape, still deferred."""
         shape = torch.Size(batch_shape)
-        return Deferred(lambda: self.law.expand(shape), shape, self.event_shape)
+        return Deferred(lambda: self.distribution.expand(shape), shape, self.event_shape)
 
     def sample(self, sample_shape: Shape = ()) -> Tensor:
         """Draws of the distribution."""
         with torch.no_grad():
-            return draw(self.law.expand(torch.Size(sample_shape) + self.batch_shape))
+            return draw(self.distribution.expand(torch.Size(sample_shape) + self.batch_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of the distribution."""
-        out: Tensor = self.law.log_prob(value)
+        out: Tensor = self.distribution.log_prob(value)
         return out

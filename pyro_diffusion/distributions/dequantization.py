@@ -12,7 +12,7 @@ __all__ = ["Dequantization"]
 
 
 class Dequantization(TransformModule):
-    r"""Reads integers as real numbers by adding uniform noise: :math:`x = \lfloor y \rfloor`, y = x + u.
+    r"""Turns integers into real numbers by adding uniform noise: :math:`x = \lfloor y \rfloor`, y = x + u.
 
     As the last transform of a ``TransformedDistribution`` over real y it turns a density into a
     distribution of integers, :math:`P(x) = \int_0^1 p(x + u)\,du`. Scoring draws one u per value, so that

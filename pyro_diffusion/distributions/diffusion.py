@@ -20,7 +20,7 @@ __all__ = ["Diffusion"]
 
 
 class Diffusion(BoundedDistribution):
-    r"""A diffusion model's law of data: the discrete chain as a hierarchical variational autoencoder.
+    r"""A diffusion model's distribution of data: its chain as a hierarchical variational autoencoder.
 
     On a grid :math:`0 \le t_0 < \dots < t_K \le 1` the model is
     :math:`p(x_{t_K}) \prod_j p(x_{t_{j-1}} | x_{t_j})\, p(x | x_{t_0})` and its evidence lower bound
@@ -29,7 +29,7 @@ class Diffusion(BoundedDistribution):
         \log p(x) \ge \mathbb E_q \log p(x | x_{t_0}) - KL(q(x_{t_K} | x) \| p(x_{t_K}))
         - \sum_{j=1}^K \mathbb E_q KL(q(x_{t_{j-1}} | x_{t_j}, x) \| p(x_{t_{j-1}} | x_{t_j})).
 
-    ``log_prob`` is an *unbiased estimate of this bound* from one network read per datum: one of the
+    ``log_prob`` is an *unbiased estimate of this bound* from one network evaluation per datum: one of the
     K + 1 terms is drawn per datum, at low-discrepancy positions :math:`(u + i/B) \bmod 1` over the batch,
     and weighted by its inverse probability. Its randomness is drawn once per instance: an instance scores a
     value alike however often it is asked, while a model that builds the distribution afresh each run (the
@@ -41,12 +41,12 @@ class Diffusion(BoundedDistribution):
     chain (:class:`~pyro_diffusion.infer.ChainReparam`), :class:`ProbabilityFlow` and latents enumerated in
     the guide are right.
 
-    :meth:`sample` walks the same grid with any sampler and draws from the decoder; it is not
+    :meth:`sample` follows the same grid with any sampler and draws from the decoder; it is not
     reparameterized.
 
     The network is trained only if Pyro sees it: call ``pyro.module("denoiser", denoiser)`` in the model,
     or make it an attribute of a ``PyroModule`` model.
-    Of a network made of Pyro modules, parameters and random weights (``PyroSample``) are read where the
+    Of a network made of Pyro modules, parameters and random weights (``PyroSample``) are taken where the
     distribution is built: inside the model, and outside of its plates if there are random ones.
 
     Args:
@@ -71,10 +71,10 @@ class Diffusion(BoundedDistribution):
         >>> from pyro_diffusion.processes import GaussianProcess, draw
         >>> from pyro_diffusion.schedules import Cosine
         >>> denoiser = GaussianDenoiser(MLP(2), GaussianProcess(Cosine()))
-        >>> law = Diffusion(denoiser, event_shape=(2,), steps=50)
-        >>> law.log_prob(torch.zeros(7, 2)).shape
+        >>> diffusion = Diffusion(denoiser, event_shape=(2,), steps=50)
+        >>> diffusion.log_prob(torch.zeros(7, 2)).shape
         torch.Size([7])
-        >>> law.sample((3,)).shape
+        >>> diffusion.sample((3,)).shape
         torch.Size([3, 2])
 
     References:
@@ -117,7 +117,7 @@ class Diffusion(BoundedDistribution):
 
     @property
     def steps(self) -> int:
-        """Number K of reverse steps; the chain has K + 1 latent variables and reads the network as often."""
+        """Number K of reverse steps; the chain has K + 1 latent variables and as many network evaluations."""
         return len(self.times) - 1
 
     def replace(self, **changes: Any) -> Self:
@@ -187,12 +187,12 @@ class Diffusion(BoundedDistribution):
         return self._terms(value, x0, 1 + reverse.clamp(-1, self.steps - 1).long())
 
     def _terms(self, value: Tensor, x0: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Both readings of the network at t_index: as the decoder's term and as the reverse step's.
+        """Both uses of the network's output at t_index: as the decoder's term and as the reverse step's.
 
         Only one is meant for each datum; the other is finite and to be discarded.
         """
         process = self.denoiser.process
-        # Three levels for each datum: where it is read, and the ends of its step.
+        # Three levels for each datum: that of its state, and the ends of its step.
         which = torch.stack([index, index.clamp(min=1), (index - 1).clamp(min=0)])
         levels = self._levels(x0).at(which)
         t, late, early = map(levels.at, range(3))

@@ -1,4 +1,4 @@
-"""A normal distribution read off in integer bins."""
+"""A normal distribution in integer bins."""
 
 import math
 from typing import Any, ClassVar
@@ -37,8 +37,8 @@ class DiscretizedNormal(NoClosedForms, TorchDistribution):
         ValueError: for fewer levels, or values that are no such integers.
 
     Example:
-        >>> law = DiscretizedNormal(torch.tensor(1.3), torch.tensor(0.8), levels=4)
-        >>> round(float(law.log_prob(torch.arange(4)).exp().sum()), 6)
+        >>> integers = DiscretizedNormal(torch.tensor(1.3), torch.tensor(0.8), levels=4)
+        >>> round(float(integers.log_prob(torch.arange(4)).exp().sum()), 6)
         1.0
 
     References:

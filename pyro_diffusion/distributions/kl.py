@@ -1,4 +1,4 @@
-"""Divergences between laws read from a denoiser: none is known, and each says what to do instead."""
+"""Divergences between distributions of denoisers: none is known, and each says what to do instead."""
 
 from typing import Any, Never
 
@@ -20,8 +20,8 @@ __all__: list[str] = []
 @register_kl(TransformedDistribution, ProbabilityFlow)
 def _kl_unknown(p: Distribution, q: Distribution) -> Never:
     names = f"{type(p).__name__}, {type(q).__name__}"
-    views = [law for law in (p, q) if isinstance(law, DenoisedDistribution)]
-    bound = any(not isinstance(law, ProbabilityFlow) for law in views)
+    views = [x for x in (p, q) if isinstance(x, DenoisedDistribution)]
+    bound = any(not isinstance(x, ProbabilityFlow) for x in views)
     raise NotImplementedError(
         f"kl_divergence({names}): there is no closed form; average p.log_prob(x) - q.log_prob(x) over draws "
         "x of p"
@@ -39,6 +39,6 @@ def _kl_flows(p: ProbabilityFlow, q: ProbabilityFlow) -> Tensor:
 
 @register_kl(Delta, DenoisedDistribution)
 def _kl_delta(p: Any, q: DenoisedDistribution) -> Tensor:
-    """As Pyro has it for any law: the point's own density is a constant."""
+    """As Pyro has it for any distribution: the point's own density is a constant."""
     out: Tensor = -q.log_prob(p.v)
     return out

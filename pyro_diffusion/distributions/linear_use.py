@@ -61,11 +61,11 @@ CHAIN = "the unfolded chain (ChainReparam and forward_chain)"
 WAYS_OUT = f"{CHAIN} or ProbabilityFlow"
 
 
-def check_linear_use(law: Any, chains: bool = True) -> None:
-    """Refuse callers that exponentiate the estimate which a law is about to make.
+def check_linear_use(distribution: Any, chains: bool = True) -> None:
+    """Refuse callers that exponentiate the estimate which a distribution is about to make.
 
     Args:
-        law: whose ``log_prob`` is asked for.
+        distribution: whose ``log_prob`` is asked for.
         chains: whether a Markov chain is refused as well.
 
     Raises:
@@ -85,8 +85,8 @@ def check_linear_use(law: Any, chains: bool = True) -> None:
     if refused is None:
         return
     raise ValueError(
-        f"log_prob: got {refused[0]}, expected {refused[1]}: {type(law).__name__}.log_prob is an unbiased "
-        "estimate, which is no bound once it is exponentiated"
+        f"log_prob: got {refused[0]}, expected {refused[1]}: {type(distribution).__name__}.log_prob is an "
+        "unbiased estimate, which is no bound once it is exponentiated"
     )
 
 

@@ -1,4 +1,4 @@
-"""What torch's interface lists and a law known by its draws does not have: each says what to do instead."""
+"""What torch's interface lists and a distribution known by its draws lacks: each says what to do instead."""
 
 from typing import Any, Never
 
@@ -11,9 +11,9 @@ __all__ = ["NoClosedForms", "unavailable"]
 DRAWS = "average draws, such as sample((1000,)).{}(0)"
 
 
-def unavailable(law: Any, name: str, why: str, instead: str) -> NotImplementedError:
+def unavailable(distribution: Any, name: str, why: str, instead: str) -> NotImplementedError:
     """The error of something that a distribution does not have."""
-    return NotImplementedError(f"{type(law).__name__}.{name}: {why}; {instead}")
+    return NotImplementedError(f"{type(distribution).__name__}.{name}: {why}; {instead}")
 
 
 class NoClosedForms:
@@ -38,7 +38,7 @@ class NoClosedForms:
     @property
     def mode(self) -> Tensor:
         """Not available."""
-        self._refuse("mode", "the mode has no closed form", "maximize log_prob, or look at draws")
+        self._refuse("mode", "the mode has no closed form", "maximize log_prob, or inspect draws")
 
     def cdf(self, value: Tensor) -> Tensor:
         """Not available: count draws below a value."""

@@ -1,4 +1,4 @@
-"""Runs of a program of which only the shapes are used: no chain is walked for them."""
+"""Runs of a program of which only the shapes are used: no chain is sampled for them."""
 
 import weakref
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def kept_example(denoiser: Denoiser, key: Any, make: Callable[[], Tensor]) -> Te
     return kept[1].clone()
 
 
-# The last one of each denoiser: a model that builds its law anew at each run finds it again.
+# The last one of each denoiser: a model that builds its distribution anew at each run finds it again.
 _EXAMPLES: weakref.WeakKeyDictionary[Denoiser, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
 
 

@@ -7,7 +7,7 @@ from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.distributions.base import home
+from pyro_diffusion.distributions.base import dtype_and_device
 from pyro_diffusion.guidance.base import GuidedDenoiser
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.base import check_likelihood
@@ -59,7 +59,7 @@ class Replacement(GuidedDenoiser):
         super().__init__(denoiser)
         self.likelihood = check_likelihood(likelihood)
         self.likelihood.check_gradient()
-        observed, precision = _observed_coordinates(likelihood, *home(denoiser))
+        observed, precision = _observed_coordinates(likelihood, *dtype_and_device(denoiser))
         self.register_buffer("observed", observed, persistent=False)
         self.register_buffer("precision", precision, persistent=False)
 

@@ -94,7 +94,7 @@ class ParticleGibbs(MCMCKernel):
         }
         self._build_others = others
         self.others: MCMCKernel | None = None
-        self._moved = self._sweeps = 0
+        self._updates = self._sweeps = 0
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Run the program once, set the other kernel up, and draw a first path by an ordinary filter."""
@@ -117,7 +117,7 @@ class ParticleGibbs(MCMCKernel):
         others = {k: v for k, v in params.items() if k != self.name}
         before, self._value = params[self.name], self._update(others)
         self._sweeps += 1
-        self._moved += int(not torch.equal(before, self._value))
+        self._updates += int(not torch.equal(before, self._value))
         if self.others is not None:
             if hasattr(self.others, "clear_cache"):
                 self.others.clear_cache()  # its potential was that of the old x
@@ -145,13 +145,13 @@ class ParticleGibbs(MCMCKernel):
             self.others.end_warmup()
 
     def logging(self) -> dict[str, str]:
-        """The other kernel's line, and how often the site moved."""
-        own = {"moved": f"{self._moved / max(self._sweeps, 1):.2f}"}
+        """The other kernel's line, and how often the site was updated."""
+        own = {"update rate": f"{self._updates / max(self._sweeps, 1):.2f}"}
         return {**((self.others and self.others.logging()) or {}), **own}
 
     def diagnostics(self) -> dict[str, Any]:
-        """The other kernel's, and the share of sweeps in which the site moved."""
-        own = {"moved": self._moved / max(self._sweeps, 1)}
+        """The other kernel's, and the share of sweeps that changed the site."""
+        own = {"update rate": self._updates / max(self._sweeps, 1)}
         # Pyro's kernels forget theirs once they are cleaned up.
         others = {} if self.others is None or self._reference is None else self.others.diagnostics()
         return {**others, **own}

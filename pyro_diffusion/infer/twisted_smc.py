@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from pyro_diffusion.denoisers import Denoiser, NetworkDenoiser
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.distributions.base import home
+from pyro_diffusion.distributions.base import dtype_and_device
 from pyro_diffusion.estimate import UNBIASED, Estimate
 from pyro_diffusion.guidance import (
     MMPS,
@@ -52,7 +52,7 @@ def default_guidance(denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenois
     except ValueError:
         return SampledGuidance(denoiser, likelihood)
     own = likelihood.batch_shape + likelihood.event_shape
-    dtype, device = home(denoiser)
+    dtype, device = dtype_and_device(denoiser)
     trial = torch.zeros(own, dtype=dtype, device=device)
     learned = any(isinstance(module, NetworkDenoiser) for module in denoiser.modules())
     conditioning = DiffPIR if learned else MMPS
@@ -151,7 +151,7 @@ class TwistedSMC:
         )
 
     def drive(self, particles: Filter) -> Filter:
-        """Walk a filter from noise to data.
+        """Run a filter from noise to data.
 
         Raises:
             SMCFailed: (a ``ValueError``) if at some step no particle explains the observations at all.
@@ -179,7 +179,7 @@ class TwistedSMC:
         return particles
 
     def run(self) -> Particles:
-        """Walk from noise to data once.
+        """Run a fresh filter from noise to data once.
 
         Raises:
             SMCFailed: (a ``ValueError``) if at some step no particle explains the observations at all.
