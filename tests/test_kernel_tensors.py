@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pyro_diffusion.denoisers import Denoiser, TableDenoiser
-from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.distributions import CategoricalDecoder, Diffusion, QuantizedDecoder
 from pyro_diffusion.guidance import GuidedDenoiser, Twisted
 from pyro_diffusion.infer import TwistedSMC
 from pyro_diffusion.likelihoods import Likelihood
@@ -57,6 +57,23 @@ def test_a_kernel_is_rebuilt_from_its_tensors_for_any_choice_of_rows(law):
         draws = kernel.sample((3,))
         torch.manual_seed(1)
         assert rebuild(tensors).sample((3,)).equal(draws)
+
+
+# Probabilities below float's resolution and one of 0, or their logarithms; and what was asked for before.
+@pytest.mark.parametrize("of", ["probs", "logits"])
+@pytest.mark.parametrize("asked", [(), ("logits",), ("probs",)], ids=str)
+@pytest.mark.parametrize("decoder", [CategoricalDecoder(3), QuantizedDecoder(3)], ids=repr)
+def test_impossible_symbols_stay_impossible_and_unlikely_ones_unlikely(decoder, of, asked):
+    logits = torch.tensor([[0.0, -30.0, -200.0], [0.0, 0.0, -30.0]])
+    kernel = dist.Categorical(**{of: logits.exp() if of == "probs" else logits}).to_event(1)
+    for name in asked:
+        getattr(kernel.base_dist, name)
+    kernel = kernel.expand((4,))
+    again = decoder.kernel_from(decoder.kernel_tensors(kernel), 1)
+    assert again.base_dist.probs.equal(kernel.base_dist.probs)
+    assert (again.base_dist.probs[:, 0, 2] == 0).all()
+    x = torch.cartesian_prod(torch.arange(3), torch.arange(3))[:, None]
+    close(again.log_prob(x), kernel.log_prob(x), rtol=0, atol=0)
 
 
 class Constant(Denoiser):

@@ -182,19 +182,18 @@ class QuantizedDecoder(Decoder):
         return integers.to_event(process.event_dim)
 
     def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:
-        """Moments of the normal in units of bins, or log-probabilities of the integers."""
+        """Moments of the normal in units of bins, or (log-)probabilities of the integers."""
         base = per_coordinate(kernel)
         if isinstance(base, DiscretizedNormal):
             return {"loc": base.loc, "scale": base.scale}
-        return {"logits": base.logits}
+        return _categorical_tensors(base)
 
     def kernel_from(self, tensors: Mapping[str, Tensor], event_dim: int) -> TorchDistribution:
         """The normal in integer bins, or the categorical."""
-        if "logits" in tensors:
-            integers: TorchDistribution = Categorical(**tensors, validate_args=False)
-        else:
-            integers = DiscretizedNormal(**tensors, levels=self.levels, validate_args=False)
-        return integers.to_event(event_dim)
+        if "loc" in tensors:
+            binned = DiscretizedNormal(**tensors, levels=self.levels, validate_args=False)
+            return binned.to_event(event_dim)
+        return _categorical(tensors).to_event(event_dim)
 
 
 class CategoricalDecoder(Decoder):
@@ -237,12 +236,12 @@ class CategoricalDecoder(Decoder):
         return posterior
 
     def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:
-        """Log-probabilities of the symbols."""
-        return {"logits": per_coordinate(kernel).logits}
+        """Probabilities of the symbols, their logarithms, or both."""
+        return _categorical_tensors(per_coordinate(kernel))
 
     def kernel_from(self, tensors: Mapping[str, Tensor], event_dim: int) -> TorchDistribution:
-        """The categorical of such log-probabilities."""
-        return Categorical(**tensors, validate_args=False).to_event(event_dim)
+        """The categorical of such (log-)probabilities."""
+        return _categorical(tensors).to_event(event_dim)
 
 
 def default_decoder(process: ForwardProcess) -> Decoder:
@@ -274,6 +273,23 @@ def _states(process: ForwardProcess) -> int:
     """How many symbols data may be."""
     support: Any = process.support
     return int(support.upper_bound) + 1
+
+
+def _categorical_tensors(base: Any) -> dict[str, Tensor]:
+    """What a categorical draws by (probabilities) and scores by (their logarithms), as far as it holds them.
+
+    Neither says all of the other: logarithms of probabilities that are 0 are those of torch's floor instead,
+    and probabilities of low logarithms underflow.
+    """
+    return {name: vars(base)[name] for name in ("probs", "logits") if name in vars(base)}
+
+
+def _categorical(tensors: Mapping[str, Tensor]) -> Categorical:
+    """The categorical that draws and scores by such tensors."""
+    given = "logits" if "logits" in tensors else "probs"
+    out = Categorical(**{given: tensors[given]}, validate_args=False)
+    out.__dict__.update(tensors)
+    return out
 
 
 def _loc_scale(posterior: TorchDistribution, t: Level) -> tuple[Tensor, Tensor]:
