@@ -28,7 +28,7 @@ from pyro_diffusion.infer import AutoGuidance, AutoTwistedSMC, ChainReparam
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.samplers import DDIM
 from pyro_diffusion.schedules import LogLinear, Rectified
-from tests.laws import conditional
+from tests.small_diffusions import conditional
 
 STEPS = 8
 A = torch.tensor([[1.0, 0.5]], dtype=torch.float64)

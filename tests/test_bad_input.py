@@ -52,7 +52,7 @@ from pyro_diffusion.schedules import (
     uniform,
     uniform_log_snr,
 )
-from tests.laws import Tiny, conditional
+from tests.small_diffusions import Tiny, conditional
 
 NAN, INF = math.nan, math.inf
 PROCESS = GaussianProcess(Cosine())

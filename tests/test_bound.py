@@ -35,7 +35,7 @@ from pyro_diffusion.distributions.objectives import ReverseStep, divergence
 from pyro_diffusion.infer import ChainReparam, forward_chain
 from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
 from pyro_diffusion.schedules import Cosine, Rectified, uniform, uniform_log_snr
-from tests.laws import LAWS
+from tests.small_diffusions import SMALL_DIFFUSIONS
 
 F64 = torch.float64
 
@@ -340,9 +340,9 @@ def test_estimated_terms_are_the_exact_ones(process):
 
 @pytest.mark.parametrize("name", ["normal", "point", "image", "levels", "absorbing", "uniform"])
 def test_gradient_against_finite_differences(name):
-    (law,) = (law for law in LAWS if law.name == name)
-    denoiser = law.denoiser().double()
-    diffusion, value = law(denoiser, times=uniform(6, F64)), law.data((64,), dtype=F64)
+    (small,) = (small for small in SMALL_DIFFUSIONS if small.name == name)
+    denoiser = small.denoiser().double()
+    diffusion, value = small(denoiser, times=uniform(6, F64)), small.data((64,), dtype=F64)
     parameters = list(denoiser.parameters())
     loss = diffusion.log_prob(value).sum()
     gradient = torch.autograd.grad(loss, parameters)
@@ -363,9 +363,9 @@ def test_gradient_against_finite_differences(name):
 
 
 def test_gradient_in_the_data_against_finite_differences():
-    law = LAWS[0]
-    diffusion = law(law.denoiser().double(), times=uniform(6, F64))
-    value = law.data((40,), dtype=F64).requires_grad_()
+    small = SMALL_DIFFUSIONS[0]
+    diffusion = small(small.denoiser().double(), times=uniform(6, F64))
+    value = small.data((40,), dtype=F64).requires_grad_()
     assert torch.autograd.gradcheck(diffusion.log_prob, (value,), fast_mode=True)
 
 
@@ -519,11 +519,11 @@ def test_float32_follows_float64():
 
 def test_a_categorical_network_bound_is_finite_at_certain_levels():
     process = Absorbing(Rectified.full(), 5)
-    (law,) = (law for law in LAWS if law.name == "absorbing")
-    denoiser = law.denoiser()
+    (small,) = (small for small in SMALL_DIFFUSIONS if small.name == "absorbing")
+    denoiser = small.denoiser()
     assert isinstance(denoiser, CategoricalDenoiser) and process.schedule.alpha(torch.ones(())) == 0
-    value = law.data((50,))
-    diffusion = law(denoiser)
+    value = small.data((50,))
+    diffusion = small(denoiser)
     for j in range(diffusion.steps + 2):
         assert diffusion.bound_terms(value, j).isfinite().all()
     # Nothing is masked at t = 0 and all is at t = 1: both ends cost nothing.

@@ -24,10 +24,10 @@ from pyro_diffusion.infer import DDPM, ChainReparam, forward_chain
 from pyro_diffusion.infer.reparam import reverse_chain
 from pyro_diffusion.processes import Absorbing, CategoricalProcess, GaussianProcess, Uniform
 from pyro_diffusion.schedules import Cosine, Rectified, uniform
-from tests.laws import LAWS, Law, Tiny, conditional
+from tests.small_diffusions import SMALL_DIFFUSIONS, SmallDiffusion, Tiny, conditional
 
 F64 = torch.float64
-laws = pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+every_kind = pytest.mark.parametrize("small", SMALL_DIFFUSIONS, ids=lambda small: small.name)
 
 
 def mixture(**arguments) -> MixtureDenoiser:
@@ -119,11 +119,11 @@ def test_expected_gradients_agree_too():
     assert ((a.mean(0) - b.mean(0)).abs() <= 4.5 * error).all()
 
 
-@laws
-def test_stock_elbos_run_in_both_parameter_modes(law: Law, module_local_params):
-    data = law.data((6,))
-    context = {k: v.expand(6, *v.shape) for k, v in law.context.items()}
-    ddpm = DDPM(law.denoiser(), law.event_shape, steps=3, decoder=law.decoder)
+@every_kind
+def test_stock_elbos_run_in_both_parameter_modes(small: SmallDiffusion, module_local_params):
+    data = small.data((6,))
+    context = {k: v.expand(6, *v.shape) for k, v in small.context.items()}
+    ddpm = DDPM(small.denoiser(), small.event_shape, steps=3, decoder=small.decoder)
     discrete = isinstance(ddpm.model.denoiser.process, CategoricalProcess)
     # Pyro asks for a reparameterized guide where it takes divergences in closed form.
     mean_field = Trace_ELBO if discrete else TraceMeanField_ELBO
@@ -239,16 +239,16 @@ def test_renyi_lies_between_the_bound_and_the_truth(steps):
     assert math.isfinite(single)
 
 
-@laws
-def test_predictive_and_generation(law: Law):
-    context = {k: v.expand(4, *v.shape) for k, v in law.context.items()}
-    ddpm = DDPM(law.denoiser(), law.event_shape, steps=3, decoder=law.decoder)
+@every_kind
+def test_predictive_and_generation(small: SmallDiffusion):
+    context = {k: v.expand(4, *v.shape) for k, v in small.context.items()}
+    ddpm = DDPM(small.denoiser(), small.event_shape, steps=3, decoder=small.decoder)
     for parallel in (False, True):
         draws = Predictive(ddpm.model, num_samples=5, parallel=parallel)(size=4, **context)
         for name in ("x", "x_t3", "x_t2", "x_t1", "x_t0"):
-            assert draws[name].shape == (5, 4, *law.event_shape)
+            assert draws[name].shape == (5, 4, *small.event_shape)
         assert len(draws["x"].unique(dim=0)) == 5
-    assert ddpm.model(size=4, **context).shape == (4, *law.event_shape)
+    assert ddpm.model(size=4, **context).shape == (4, *small.event_shape)
     with pytest.raises(ValueError, match="size: got None"):
         ddpm.model()
 
@@ -276,18 +276,18 @@ def test_importance_recovers_the_evidence():
     assert posterior.get_ESS() > 50
 
 
-def chain_model(law: Law, denoiser, size: int = 3):
+def chain_model(small: SmallDiffusion, denoiser, size: int = 3):
     def model():
         with pyro.plate("data", size):
-            return pyro.sample("x", law(denoiser, steps=3))
+            return pyro.sample("x", small(denoiser, steps=3))
 
     return poutine.reparam(model, config={"x": ChainReparam()})
 
 
-@laws
-def test_condition_replay_and_do(law: Law):
-    denoiser = law.denoiser()
-    model, data = chain_model(law, denoiser), law.data((3,))
+@every_kind
+def test_condition_replay_and_do(small: SmallDiffusion):
+    denoiser = small.denoiser()
+    model, data = chain_model(small, denoiser), small.data((3,))
     trace = poutine.trace(poutine.condition(model, {"x": data})).get_trace()
     assert trace.nodes["x"]["is_observed"] and trace.nodes["x"]["value"] is data
     assert trace.log_prob_sum().isfinite()
@@ -302,45 +302,45 @@ def test_condition_replay_and_do(law: Law):
     assert cut.nodes["x"]["value"].shape == data.shape
 
 
-@laws
-def test_sites_shapes_and_order(law: Law):
-    denoiser, size = law.denoiser(), 3
-    trace = poutine.trace(chain_model(law, denoiser)).get_trace()
+@every_kind
+def test_sites_shapes_and_order(small: SmallDiffusion):
+    denoiser, size = small.denoiser(), 3
+    trace = poutine.trace(chain_model(small, denoiser)).get_trace()
     names = [name for name in trace.nodes if name.startswith("x")]
     assert names == ["x_t3", "x_t2", "x_t1", "x_t0", "x"]
     trace.compute_log_prob()
     for name in names:
         assert trace.nodes[name]["log_prob"].shape == (size,)
-        assert trace.nodes[name]["value"].shape == (size, *law.event_shape)
+        assert trace.nodes[name]["value"].shape == (size, *small.event_shape)
         assert not trace.nodes[name]["is_observed"]
 
 
-@laws
-def test_chain_inside_nested_plates_and_under_vectorized_particles(law: Law):
-    denoiser, data = law.denoiser(), law.data((2, 3))
+@every_kind
+def test_chain_inside_nested_plates_and_under_vectorized_particles(small: SmallDiffusion):
+    denoiser, data = small.denoiser(), small.data((2, 3))
 
     def model():
         with pyro.plate("outer", 2, dim=-2), pyro.plate("inner", 3, dim=-1):
-            pyro.sample("x", law(denoiser, steps=3), obs=data)
+            pyro.sample("x", small(denoiser, steps=3), obs=data)
 
     def guide():
         with pyro.plate("outer", 2, dim=-2), pyro.plate("inner", 3, dim=-1):
-            forward_chain("x", law(denoiser, steps=3), data)
+            forward_chain("x", small(denoiser, steps=3), data)
 
     chain = poutine.reparam(model, config={"x": ChainReparam()})
     elbo = Trace_ELBO(num_particles=5, vectorize_particles=True, max_plate_nesting=2)
     p, _ = next(elbo._get_traces(chain, guide, (), {}))
-    assert p.nodes["x_t1"]["value"].shape == (5, 2, 3, *law.event_shape)
+    assert p.nodes["x_t1"]["value"].shape == (5, 2, 3, *small.event_shape)
     assert math.isfinite(elbo.loss(chain, guide))
 
 
-@laws
+@every_kind
 @pytest.mark.parametrize("outside", [True, False], ids=["around", "inside"])
-def test_chain_under_to_event(law: Law, outside):
-    denoiser, data = law.denoiser(), law.data((4, 2))
+def test_chain_under_to_event(small: SmallDiffusion, outside):
+    denoiser, data = small.denoiser(), small.data((4, 2))
 
     def build():
-        return law(denoiser, steps=3).expand((2,)).to_event(1)
+        return small(denoiser, steps=3).expand((2,)).to_event(1)
 
     def model():
         with pyro.plate("data", 4):
@@ -359,14 +359,14 @@ def test_chain_under_to_event(law: Law, outside):
     trace.compute_log_prob()
     for name in ("x_t3", "x_t0", "x"):
         assert trace.nodes[name]["log_prob"].shape == (4,)
-        assert trace.nodes[name]["value"].shape == (4, 2, *law.event_shape)
+        assert trace.nodes[name]["value"].shape == (4, 2, *small.event_shape)
     assert math.isfinite(Trace_ELBO().loss(chain, guide))
 
 
 def test_chain_in_a_subsampled_plate_is_scaled():
-    law, data = LAWS[0], LAWS[0].data((20,))
-    denoiser = law.denoiser()
-    ddpm = DDPM(denoiser, law.event_shape, steps=2)
+    small, data = SMALL_DIFFUSIONS[0], SMALL_DIFFUSIONS[0].data((20,))
+    denoiser = small.denoiser()
+    ddpm = DDPM(denoiser, small.event_shape, steps=2)
     trace = poutine.trace(ddpm.model).get_trace(data, subsample_size=5)
     assert trace.nodes["x"]["value"].shape == (5, 3)
     assert all(trace.nodes[name]["scale"] == 4 for name in ("x", "x_t0", "x_t2"))
@@ -425,12 +425,12 @@ def test_model_and_guide_conditionals_meet_in_closed_form():
 
 
 def test_auxiliary_sites_need_no_counterpart():
-    law = LAWS[0]
-    denoiser, data = law.denoiser(), law.data((3,))
+    small = SMALL_DIFFUSIONS[0]
+    denoiser, data = small.denoiser(), small.data((3,))
 
     def guide():
         with pyro.plate("data", 3):
-            forward_chain("x", law(denoiser), data, auxiliary=True)
+            forward_chain("x", small(denoiser), data, auxiliary=True)
 
     trace = poutine.trace(guide).get_trace()
     assert all(
@@ -451,7 +451,7 @@ def test_auxiliary_sites_need_no_counterpart():
     [
         (dist.Normal(0.0, 1.0), "Normal"),
         (dist.Normal(torch.zeros(2), 1.0).to_event(1), "Normal"),
-        (LAWS[0]().mask(False), "MaskedDistribution"),
+        (SMALL_DIFFUSIONS[0]().mask(False), "MaskedDistribution"),
     ],
 )
 def test_reparam_refuses_other_distributions(fn, found):
@@ -465,10 +465,10 @@ def test_reparam_refuses_other_distributions(fn, found):
 
 
 def test_the_chain_refuses_bad_data():
-    ddpm = DDPM(LAWS[0].denoiser(), (3,), steps=2)
+    ddpm = DDPM(SMALL_DIFFUSIONS[0].denoiser(), (3,), steps=2)
     with pytest.raises(ValueError, match="value: got 1 NaN"):
         ddpm.guide(torch.tensor([[0.0, torch.nan, 0.0]]))
     with pytest.raises(ValueError, match="x: got shape"):
         ddpm.guide(torch.zeros(4, 2))
     with pytest.raises(ValueError, match="steps: got 0"):
-        DDPM(LAWS[0].denoiser(), (3,), steps=0)
+        DDPM(SMALL_DIFFUSIONS[0].denoiser(), (3,), steps=0)

@@ -22,7 +22,7 @@ from pyro_diffusion.samplers import DDIM, Ancestral
 from pyro_diffusion.schedules import LogLinear, Rectified, VarianceExploding
 from pyro_diffusion.unwrapping import per_coordinate
 from tests.exact import MEANS, VARIANCES, WEIGHTS, mixture
-from tests.laws import Tiny
+from tests.small_diffusions import Tiny
 
 SCHEDULES = {
     "variance preserving": lambda: LogLinear(10.0, -10.0),

@@ -10,7 +10,7 @@ from pyro_diffusion.denoisers import CategoricalDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE
 from pyro_diffusion.processes import Absorbing
 from pyro_diffusion.schedules import Rectified
-from tests.laws import Tiny, conditional
+from tests.small_diffusions import Tiny, conditional
 
 
 def views():

@@ -16,8 +16,8 @@ from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.samplers import DAPS, DDIM, AdamsMoulton, daps, simulate
 from pyro_diffusion.schedules import Cosine, Level, LogLinear, Rectified, uniform_log_snr
 from tests.exact import mixture
-from tests.laws import Tiny
 from tests.linear_gaussian import F64, Feed, NormalDenoiser, Reading, isotropic, problem
+from tests.small_diffusions import Tiny
 
 
 def conjugate_variance(variance):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from laws import LAWS, Tiny, conditional, normal
+from small_diffusions import SMALL_DIFFUSIONS, Tiny, conditional, normal
 
 from pyro_diffusion.denoisers import GaussianDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
@@ -12,7 +12,7 @@ from pyro_diffusion.samplers import Ancestral, simulate
 from pyro_diffusion.schedules import Cosine
 
 KINDS = {"bool": lambda x: x > 0, "complex": lambda x: torch.complex(x.float(), x.float())}
-VIEWS = {law.name: law for law in LAWS} | {
+VIEWS = {small.name: small for small in SMALL_DIFFUSIONS} | {
     "sde": lambda **arguments: DiffusionSDE(normal(), (3,), solver=SDESolver(steps=4), **arguments),
     "flow": lambda **arguments: ProbabilityFlow(normal(), (3,), **arguments),
 }

@@ -23,7 +23,7 @@ from pyro_diffusion.evaluate.continuity import _residual
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.schedules import Cosine, LogLinear, Rectified, VarianceExploding
 from tests.exact import SCHEDULES, mixture
-from tests.laws import Tiny
+from tests.small_diffusions import Tiny
 
 F64 = torch.float64
 SIZE = 2

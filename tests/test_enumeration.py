@@ -14,7 +14,7 @@ from pyro_diffusion.infer import ChainReparam, forward_chain
 from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
 from pyro_diffusion.schedules import Cosine, Rectified, uniform
 from tests.classes import F64, LOCS, WEIGHTS, NormalClass, data, log_joint
-from tests.laws import Tiny
+from tests.small_diffusions import Tiny
 
 
 def program(view, denoiser: Denoiser, enumerate_: str | None = "parallel"):

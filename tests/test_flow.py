@@ -17,7 +17,7 @@ from pyro_diffusion.evaluate import flow_log_likelihood
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine, LogLinear, Rectified
 from tests.exact import MEANS, SCHEDULES, VARIANCES, WEIGHTS, Gauge, mixture, mixture_law, slope
-from tests.laws import Tiny, conditional
+from tests.small_diffusions import Tiny, conditional
 
 # Ends so far out that neither the noise left in the data nor the prior shows.
 WIDE = LogLinear(16, -16)

@@ -20,49 +20,49 @@ from pyro_diffusion.evaluate import flow_log_likelihood
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine, LogLinear, Rectified
 from tests.exact import mixture
-from tests.laws import LAWS, Law, Tiny, conditional
+from tests.small_diffusions import SMALL_DIFFUSIONS, SmallDiffusion, Tiny, conditional
 
-REAL = [law for law in LAWS if law.name not in ("absorbing", "uniform")]
-laws = pytest.mark.parametrize("law", REAL, ids=lambda law: law.name)
+REAL = [small for small in SMALL_DIFFUSIONS if small.name not in ("absorbing", "uniform")]
+every_kind = pytest.mark.parametrize("small", REAL, ids=lambda small: small.name)
 
 
 def flow(schedule=None, **arguments) -> ProbabilityFlow:
     return ProbabilityFlow(mixture(schedule or LogLinear()), (2,), **arguments)
 
 
-def quick(law: Law, denoiser=None, **arguments) -> ProbabilityFlow:
+def quick(small: SmallDiffusion, denoiser=None, **arguments) -> ProbabilityFlow:
     """Two steps: for plumbing only."""
-    arguments = {"solver": ODESolver("rk4", steps=2), "context": law.context, **arguments}
-    return ProbabilityFlow(denoiser or law.denoiser(), law.event_shape, **arguments)
+    arguments = {"solver": ODESolver("rk4", steps=2), "context": small.context, **arguments}
+    return ProbabilityFlow(denoiser or small.denoiser(), small.event_shape, **arguments)
 
 
-def real(law: Law, batch=(), dtype=None):
-    return torch.randn((*batch, *law.event_shape), dtype=dtype)
+def real(small: SmallDiffusion, batch=(), dtype=None):
+    return torch.randn((*batch, *small.event_shape), dtype=dtype)
 
 
-@laws
+@every_kind
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3)])
-def test_shapes(law: Law, batch):
-    density = quick(law).expand(batch)
-    assert density.batch_shape == batch and density.event_shape == law.event_shape
-    assert density.support.event_dim == density.event_dim == len(law.event_shape)
+def test_shapes(small: SmallDiffusion, batch):
+    density = quick(small).expand(batch)
+    assert density.batch_shape == batch and density.event_shape == small.event_shape
+    assert density.support.event_dim == density.event_dim == len(small.event_shape)
     assert density.has_rsample
     for sample_shape in ((), (4,)):
         value = density.rsample(sample_shape)
-        assert value.shape == sample_shape + batch + law.event_shape
+        assert value.shape == sample_shape + batch + small.event_shape
         assert density.sample(sample_shape).requires_grad is False
         assert density.log_prob(value).shape == sample_shape + batch
         assert density.support.check(value).shape == sample_shape + batch
         assert density.encode(value).shape == value.shape
         x, log_prob = density.rsample_and_log_prob(sample_shape)
         assert x.shape == value.shape and log_prob.shape == sample_shape + batch
-    assert density.log_prob(real(law)).shape == batch
-    assert quick(law).log_prob(real(law, batch)).shape == batch
+    assert density.log_prob(real(small)).shape == batch
+    assert quick(small).log_prob(real(small, batch)).shape == batch
 
 
-@laws
-def test_expand_twice_mask_and_to_event(law: Law):
-    density, value = quick(law), real(law, (2, 3))
+@every_kind
+def test_expand_twice_mask_and_to_event(small: SmallDiffusion):
+    density, value = quick(small), real(small, (2, 3))
     twice = density.expand((3,)).expand(torch.Size((2, 3)))
     assert isinstance(twice, ProbabilityFlow) and twice.batch_shape == (2, 3)
     assert twice.denoiser is density.denoiser
@@ -71,37 +71,37 @@ def test_expand_twice_mask_and_to_event(law: Law):
     mask = torch.tensor([True, False, True])
     torch.testing.assert_close(twice.mask(mask).log_prob(value), expected * mask)
     grouped = twice.to_event(1)
-    assert grouped.batch_shape == (2,) and grouped.event_shape == (3, *law.event_shape)
+    assert grouped.batch_shape == (2,) and grouped.event_shape == (3, *small.event_shape)
     torch.testing.assert_close(grouped.log_prob(value), expected.sum(-1))
-    assert grouped.expand((5, 2)).rsample().shape == (5, 2, 3, *law.event_shape)
+    assert grouped.expand((5, 2)).rsample().shape == (5, 2, 3, *small.event_shape)
 
 
-@laws
-def test_pickle_deepcopy_and_float64(law: Law):
-    density, value = quick(law).expand((2,)), real(law, (2,))
+@every_kind
+def test_pickle_deepcopy_and_float64(small: SmallDiffusion):
+    density, value = quick(small).expand((2,)), real(small, (2,))
     density.rsample()
     expected = density.log_prob(value)
     for copied in (pickle.loads(pickle.dumps(density)), copy.deepcopy(density)):
         torch.testing.assert_close(copied.log_prob(value), expected)
-        assert copied.expand((3, 2)).sample().shape == (3, 2, *law.event_shape)
-    context = {k: v.double() if v.is_floating_point() else v for k, v in law.context.items()}
-    double = quick(law, law.denoiser().double(), context=context)
+        assert copied.expand((3, 2)).sample().shape == (3, 2, *small.event_shape)
+    context = {k: v.double() if v.is_floating_point() else v for k, v in small.context.items()}
+    double = quick(small, small.denoiser().double(), context=context)
     assert double.log_prob(value).dtype == double.sample().dtype == torch.float64
 
 
-@laws
-def test_plates(law: Law):
-    denoiser = law.denoiser()
+@every_kind
+def test_plates(small: SmallDiffusion):
+    denoiser = small.denoiser()
 
     def model(x=None):
         pyro.module("denoiser", denoiser)
         with pyro.plate("outer", 2, dim=-2), pyro.plate("inner", 3, dim=-1):
-            return pyro.sample("x", quick(law, denoiser), obs=x)
+            return pyro.sample("x", quick(small, denoiser), obs=x)
 
-    for x in (None, real(law, (2, 3))):
+    for x in (None, real(small, (2, 3))):
         trace = poutine.trace(model).get_trace(x)
         trace.compute_log_prob()
-        assert trace.nodes["x"]["value"].shape == (2, 3, *law.event_shape)
+        assert trace.nodes["x"]["value"].shape == (2, 3, *small.event_shape)
         assert trace.nodes["x"]["log_prob"].shape == (2, 3)
 
 
@@ -216,7 +216,7 @@ def test_markov_chains_want_fixed_probes():
 
 # --- bad input ------------------------------------------------------------------------------------
 
-SYMBOLS = next(law for law in LAWS if law.name == "absorbing")
+SYMBOLS = next(small for small in SMALL_DIFFUSIONS if small.name == "absorbing")
 
 TABLE = {
     "symbols": (

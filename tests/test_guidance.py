@@ -28,9 +28,9 @@ from pyro_diffusion.samplers import AdamsMoulton, Ancestral, DPMSolverPP, ancest
 from pyro_diffusion.schedules import Cosine, LogLinear, uniform_log_snr
 from pyro_diffusion.unwrapping import per_coordinate
 from tests.exact import mixture
-from tests.laws import Tiny
 from tests.linear_gaussian import F64, NormalDenoiser, Reading, affine_map, isotropic, problem
 from tests.sampler_table import DETERMINISTIC, STOCHASTIC
+from tests.small_diffusions import Tiny
 
 METHODS = {
     "PiGDM": PiGDM,

@@ -11,11 +11,11 @@ from pyro_diffusion.infer import TwistedSMC
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.schedules import Cosine, Rectified
-from tests.laws import LAWS, Law
+from tests.small_diffusions import SMALL_DIFFUSIONS, SmallDiffusion
 
 close = torch.testing.assert_close
 F64 = torch.float64
-TABLE = Law(
+TABLE = SmallDiffusion(
     "table",
     lambda: TableDenoiser(Absorbing(Rectified.full(), 2), torch.tensor([[0.5, 0.2], [0.0, 0.3]])),
     (2,),
@@ -23,9 +23,9 @@ TABLE = Law(
 )
 
 
-def kernels(law, count):
+def kernels(small, count):
     """A reverse kernel and a decoder's distribution, each with what takes it apart and rebuilds it."""
-    diffusion = law()
+    diffusion = small()
     process, decoder = diffusion.denoiser.process, diffusion.decoder
     xt = process.prior(diffusion.event_shape).sample((count,))
     levels = process.levels(torch.tensor([0.02, 0.3, 0.6]))
@@ -43,10 +43,10 @@ def kernels(law, count):
     )
 
 
-@pytest.mark.parametrize("law", [*LAWS, TABLE], ids=lambda law: law.name)
-def test_a_kernel_is_rebuilt_from_its_tensors_for_any_choice_of_rows(law):
+@pytest.mark.parametrize("small", [*SMALL_DIFFUSIONS, TABLE], ids=lambda small: small.name)
+def test_a_kernel_is_rebuilt_from_its_tensors_for_any_choice_of_rows(small):
     count, rows = 4, torch.tensor([2, 0, 0, 3, 1])
-    for kernel, take_apart, rebuild in kernels(law, count):
+    for kernel, take_apart, rebuild in kernels(small, count):
         tensors = take_apart(kernel)
         assert all(len(tensor) == count for tensor in tensors.values())
         again = rebuild({name: tensor[rows] for name, tensor in tensors.items()})

@@ -7,9 +7,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact import mixture
-from laws import Tiny
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
+from small_diffusions import Tiny
 from torch import nan
 
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser

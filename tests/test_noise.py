@@ -28,7 +28,7 @@ from pyro_diffusion.guidance import SampledGuidance
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess, SeededNoise, draw, drawing_from
 from pyro_diffusion.schedules import Cosine
-from tests.laws import LAWS, Tiny, normal
+from tests.small_diffusions import SMALL_DIFFUSIONS, Tiny, normal
 
 
 class StudentProcess(GaussianProcess):
@@ -67,7 +67,7 @@ def student() -> GaussianDenoiser:
     return GaussianDenoiser(Tiny((3,), 2), StudentProcess(Cosine()), variance=LearnedVariance())
 
 
-by_name = {law.name: law for law in LAWS}
+by_name = {small.name: small for small in SMALL_DIFFUSIONS}
 VIEWS = {
     **{f"chain {name}": law for name, law in by_name.items()},
     **{
@@ -221,7 +221,10 @@ def test_dropout_is_torchs_own():
     """In training mode a network draws as any torch module does; in eval mode a score repeats."""
     network = Tiny((3,))
     network.last = torch.nn.Sequential(torch.nn.Dropout(0.5), network.last)
-    law, value = Diffusion(GaussianDenoiser(network, GaussianProcess(Cosine())), (3,), 4), LAWS[1]
+    law, value = (
+        Diffusion(GaussianDenoiser(network, GaussianProcess(Cosine())), (3,), 4),
+        SMALL_DIFFUSIONS[1],
+    )
     value = value.data((8,))
     torch.manual_seed(3)
     first = law.log_prob(value)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from exact import mixture
-from laws import Tiny
+from small_diffusions import Tiny
 
 from pyro_diffusion.denoisers import (
     NPR,

@@ -42,7 +42,7 @@ from pyro_diffusion.schedules import Cosine, Rectified, optimal_grid, uniform
 from pyro_diffusion.schedules.optimal_grid import optimal_grids, step_costs
 from pyro_diffusion.unwrapping import per_coordinate
 from tests.exact import SCHEDULES, mixture
-from tests.laws import Tiny
+from tests.small_diffusions import Tiny
 
 F64 = torch.float64
 each_schedule = pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)

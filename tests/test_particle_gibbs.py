@@ -22,7 +22,7 @@ from pyro_diffusion.infer.conditional_filter import ConditionalFilter
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.schedules import Cosine, LogLinear, Rectified, uniform
-from tests.laws import Tiny
+from tests.small_diffusions import Tiny
 
 F64 = torch.float64
 # A standard normal prior: its chain is exactly the forward process reversed, at any number of steps.

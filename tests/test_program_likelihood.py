@@ -30,7 +30,7 @@ from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.schedules import LogLinear, Rectified
 from tests.exact import mixture
-from tests.laws import Tiny
+from tests.small_diffusions import Tiny
 
 D = torch.float64
 DENOISER = mixture(LogLinear(10.0, -10.0))  # data in two dimensions

@@ -22,7 +22,7 @@ from pyro_diffusion.nn import MLP
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.samplers import Ancestral, simulate
 from pyro_diffusion.schedules import Cosine, LearnedSchedule, LogLinear, uniform
-from tests.laws import Tiny
+from tests.small_diffusions import Tiny
 
 VIEWS = {
     "chain": lambda denoiser: Diffusion(denoiser, (2,), steps=4),

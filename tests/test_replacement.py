@@ -23,8 +23,8 @@ from pyro_diffusion.samplers import (
 from pyro_diffusion.schedules import Cosine, LogLinear, Rectified, uniform_log_snr
 from pyro_diffusion.unwrapping import per_coordinate
 from tests.exact import mixture
-from tests.laws import Tiny
 from tests.linear_gaussian import F64, Feed, NormalDenoiser, Reading, isotropic
+from tests.small_diffusions import Tiny
 
 EYE = torch.eye(3, dtype=F64)
 

@@ -22,7 +22,7 @@ from pyro_diffusion.processes import SeededNoise, draw, drawing_from
 from pyro_diffusion.processes.noise import _GAMMA, RowNoise, _mix, inverted
 from pyro_diffusion.schedules import LogLinear
 from tests.exact import mixture, mixture_law
-from tests.laws import LAWS
+from tests.small_diffusions import SMALL_DIFFUSIONS
 from tests.test_noise import guided
 
 F64 = torch.float64
@@ -145,8 +145,8 @@ def test_other_laws_are_right_though_not_row_by_row():
 
 
 def double(name: str):
-    law = next(law for law in LAWS if law.name == name)
-    return law(law.denoiser().double(), steps=3), law.data((7,), dtype=F64)
+    small = next(small for small in SMALL_DIFFUSIONS if small.name == name)
+    return small(small.denoiser().double(), steps=3), small.data((7,), dtype=F64)
 
 
 def chunked() -> dict:

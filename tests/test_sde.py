@@ -31,23 +31,23 @@ from pyro_diffusion.evaluate import log_likelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.schedules import Cosine, LogLinear, Rectified, SubVP
 from tests.exact import SCHEDULES, mixture, mixture_law, slope
-from tests.laws import LAWS, Law, Tiny, conditional
+from tests.small_diffusions import SMALL_DIFFUSIONS, SmallDiffusion, Tiny, conditional
 
 F64 = torch.float64
 each_schedule = pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
-REAL = [law for law in LAWS if law.name not in ("absorbing", "uniform")]
-laws = pytest.mark.parametrize("law", REAL, ids=lambda law: law.name)
+REAL = [small for small in SMALL_DIFFUSIONS if small.name not in ("absorbing", "uniform")]
+every_kind = pytest.mark.parametrize("small", REAL, ids=lambda small: small.name)
 BATCHES = [(), (1,), (2, 3)]
 
 
-def build(law: Law, denoiser=None, **arguments) -> DiffusionSDE:
+def build(small: SmallDiffusion, denoiser=None, **arguments) -> DiffusionSDE:
     arguments = {
         "solver": SDESolver(steps=4),
-        "decoder": law.decoder,
-        "context": law.context,
+        "decoder": small.decoder,
+        "context": small.context,
         **arguments,
     }
-    return DiffusionSDE(denoiser or law.denoiser(), law.event_shape, **arguments)
+    return DiffusionSDE(denoiser or small.denoiser(), small.event_shape, **arguments)
 
 
 def agree(x: Tensor, mean: Tensor, covariance: Tensor, slack: float = 0.0) -> None:
@@ -183,10 +183,10 @@ def test_a_tabulated_walk_is_the_sde_itself(make):
 
 
 def test_an_image_is_walked_as_its_numbers():
-    law = next(law for law in LAWS if law.name == "image")
-    denoiser = law.denoiser()
+    small = next(small for small in SMALL_DIFFUSIONS if small.name == "image")
+    denoiser = small.denoiser()
     x = torch.randn(3, 4)
-    sde = ReverseSDE(denoiser, law.event_shape)
+    sde = ReverseSDE(denoiser, small.event_shape)
     u = torch.tensor(0.25)
     level = denoiser.process.level(torch.tensor(0.75), x.reshape(3, 1, 2, 2))
     estimate = denoiser(x.reshape(3, 1, 2, 2), level).mean.reshape(3, 4)
@@ -457,35 +457,35 @@ def test_gradient_of_the_bound():
 # Pyro's contract
 
 
-@laws
-def test_support_holds_the_samples(law: Law):
-    view = build(law)
-    assert view.support.event_dim == view.event_dim == len(law.event_shape)
+@every_kind
+def test_support_holds_the_samples(small: SmallDiffusion):
+    view = build(small)
+    assert view.support.event_dim == view.event_dim == len(small.event_shape)
     assert not view.has_rsample
     assert view.support.check(view.sample((5,))).all()
 
 
-@laws
+@every_kind
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("sample_shape", [(), (4,)])
-def test_shapes(law: Law, batch, sample_shape):
-    view = build(law).expand(batch)
-    assert view.batch_shape == batch and view.event_shape == law.event_shape
+def test_shapes(small: SmallDiffusion, batch, sample_shape):
+    view = build(small).expand(batch)
+    assert view.batch_shape == batch and view.event_shape == small.event_shape
     value = view.sample(sample_shape)
-    assert value.shape == sample_shape + batch + law.event_shape and not value.requires_grad
+    assert value.shape == sample_shape + batch + small.event_shape and not value.requires_grad
     score = view.log_prob(value)
     assert score.shape == sample_shape + batch and score.isfinite().all()
-    assert view.log_prob(law.data()).shape == batch
+    assert view.log_prob(small.data()).shape == batch
     assert view.bound_terms(value, 0.3).shape == sample_shape + batch
 
 
-@laws
-def test_expand_twice_mask_and_to_event(law: Law):
-    view = build(law)
+@every_kind
+def test_expand_twice_mask_and_to_event(small: SmallDiffusion):
+    view = build(small)
     once = view.expand((3,))
     twice = once.expand((2, 3))
     assert isinstance(twice, DiffusionSDE) and twice.denoiser is view.denoiser
-    value = law.data((2, 3))
+    value = small.data((2, 3))
     assert twice.log_prob(value).equal(view.log_prob(value))
     assert twice.log_prob(value).equal(once.log_prob(value))
     mask = torch.tensor([True, False, True])
@@ -493,28 +493,28 @@ def test_expand_twice_mask_and_to_event(law: Law):
     assert twice.to_event(1).log_prob(value).shape == (2,)
 
 
-@laws
-def test_pickle_and_deepcopy(law: Law):
-    view, value = build(law).expand((2,)), law.data((2,))
+@every_kind
+def test_pickle_and_deepcopy(small: SmallDiffusion):
+    view, value = build(small).expand((2,)), small.data((2,))
     view.sample()
     for copied in (pickle.loads(pickle.dumps(view)), copy.deepcopy(view)):
         assert copied.log_prob(value).equal(view.log_prob(value))
-        assert copied.expand((3, 2)).sample().shape == (3, 2, *law.event_shape)
+        assert copied.expand((3, 2)).sample().shape == (3, 2, *small.event_shape)
 
 
-@laws
-def test_float64(law: Law):
-    context = {k: v.double() if v.is_floating_point() else v for k, v in law.context.items()}
-    view = build(law, law.denoiser().double(), context=context)
-    value = law.data((6,), dtype=F64)
+@every_kind
+def test_float64(small: SmallDiffusion):
+    context = {k: v.double() if v.is_floating_point() else v for k, v in small.context.items()}
+    view = build(small, small.denoiser().double(), context=context)
+    value = small.data((6,), dtype=F64)
     assert view.log_prob(value).dtype == F64
-    assert view.sample().dtype == (F64 if law.levels is None else torch.int64)
+    assert view.sample().dtype == (F64 if small.levels is None else torch.int64)
     assert view.log_prob(value.to(torch.float32)).dtype == F64
 
 
 def test_an_instance_scores_alike_and_another_afresh():
-    denoiser, value = LAWS[0].denoiser(), LAWS[0].data((32,))
-    first, second = build(LAWS[0], denoiser), build(LAWS[0], denoiser)
+    denoiser, value = SMALL_DIFFUSIONS[0].denoiser(), SMALL_DIFFUSIONS[0].data((32,))
+    first, second = build(SMALL_DIFFUSIONS[0], denoiser), build(SMALL_DIFFUSIONS[0], denoiser)
     before = torch.get_rng_state()
     assert first.log_prob(value).equal(first.log_prob(value))
     assert torch.get_rng_state().equal(before)
@@ -570,7 +570,7 @@ def gaussian(**arguments):
 
 
 def categorical():
-    return LAWS[-4].denoiser()
+    return SMALL_DIFFUSIONS[-4].denoiser()
 
 
 BAD = {

@@ -18,7 +18,7 @@ from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine, LearnedSchedule, TabulatedBetas, uniform
 from tests.exact import BETAS, Gauge, mixture
-from tests.laws import Tiny
+from tests.small_diffusions import Tiny
 
 STEPS = 6
 

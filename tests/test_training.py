@@ -22,7 +22,7 @@ from pyro_diffusion.distributions import Bound, Diffusion, Hybrid, QuantizedDeco
 from pyro_diffusion.nn import MLP
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.schedules import Cosine, Rectified
-from tests.laws import Tiny
+from tests.small_diffusions import Tiny
 
 
 def empty(*args, **kwargs) -> None:

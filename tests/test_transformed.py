@@ -28,7 +28,7 @@ from pyro_diffusion.infer.reparam import reverse_chain
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import LogLinear, uniform
 from tests.exact import Shifted
-from tests.laws import LAWS
+from tests.small_diffusions import SMALL_DIFFUSIONS
 
 F64 = torch.float64
 D = 3
@@ -226,16 +226,16 @@ def test_dequantization_is_not_unfolded():
 
 
 def discrete():
-    law = LAWS[2]
+    small = SMALL_DIFFUSIONS[2]
     return Diffusion(
-        law.denoiser(), law.event_shape, steps=3, decoder=QuantizedDecoder(4)
-    ), law.data((4,))
+        small.denoiser(), small.event_shape, steps=3, decoder=QuantizedDecoder(4)
+    ), small.data((4,))
 
 
 def test_discrete_data_have_no_jacobian():
     base, data = discrete()
     whole = dist.TransformedDistribution(base, [AffineTransform(0.0, 2.0)])
-    symbols = LAWS[4]()
+    symbols = SMALL_DIFFUSIONS[4]()
     calls = [
         lambda: evaluate.log_likelihood(whole, 2.0 * data),
         lambda: evaluate.importance_weighted(whole, 2.0 * data),

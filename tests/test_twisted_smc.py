@@ -29,7 +29,7 @@ from pyro_diffusion.likelihoods.program import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine, LogLinear, uniform
 from tests.exact import MEANS, VARIANCES, WEIGHTS, mixture
-from tests.laws import LAWS, Law
+from tests.small_diffusions import SMALL_DIFFUSIONS, SmallDiffusion
 
 F64 = torch.float64
 A = torch.tensor([[1.0, 0.5], [-0.3, 0.8]], dtype=F64)
@@ -216,20 +216,20 @@ def test_data_that_share_an_observation_are_weighed_together():
     assert (abs(done.mean - expected) < 4.5 * done.mean_error).all()
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
-def test_every_kind_of_diffusion(law: Law):
-    diffusion = law(steps=3)
+@pytest.mark.parametrize("small", SMALL_DIFFUSIONS, ids=lambda small: small.name)
+def test_every_kind_of_diffusion(small: SmallDiffusion):
+    diffusion = small(steps=3)
 
     def model():
         x = pyro.sample("x", diffusion)
-        size = x.reshape(*x.shape[: x.dim() - len(law.event_shape)], -1).to(torch.float).sum(-1)
+        size = x.reshape(*x.shape[: x.dim() - len(small.event_shape)], -1).to(torch.float).sum(-1)
         pyro.sample("y", dist.Normal(size, 2.0), obs=torch.tensor(1.0))
 
     done = TwistedSMC(diffusion, ProgramLikelihood(model), SampledGuidance, 32).run()
-    assert done.value.shape == (32, *law.event_shape) and done.value.isfinite().all()
+    assert done.value.shape == (32, *small.event_shape) and done.value.isfinite().all()
     assert math.isfinite(done.log_evidence.value) and done.mean.isfinite().all()
-    if law.levels is not None:
-        assert (done.value == done.value.round()).all() and done.value.max() < law.levels
+    if small.levels is not None:
+        assert (done.value == done.value.round()).all() and done.value.max() < small.levels
 
 
 def test_integers_and_transforms_come_back_on_the_sites_own_scale():

@@ -65,7 +65,7 @@ class TraceEstimator:
     r"""The trace of a Jacobian, or an estimate of it, row by row.
 
     **Implementing a trace estimator.** :meth:`probes` draws the vectors, once per path; calling the object
-    with them gives the estimates at one point of it. :func:`pull_back` computes products
+    with them gives the estimates at one point of it. ``pull_back`` computes products
     :math:`v^\top J`, all in one backward pass where it can. Estimates must be unbiased, for a density to be.
     Take random numbers from ``noise`` alone, with the rows of ``like`` as batch dimensions: then a row's
     estimate does not depend on the others in its batch.

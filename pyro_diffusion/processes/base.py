@@ -183,7 +183,7 @@ class ForwardProcess(CachedModule):
         r"""What the probability flow starts from: :math:`x_1/\sqrt{\alpha_1^2+\sigma_1^2}` in distribution.
 
         Of the noise alone, as if none of the data were left at t = 1. Batch shape (); needs
-        :attr:`Ability.ODE`.
+        ``Ability.ODE``.
         """
         raise NotImplementedError
 

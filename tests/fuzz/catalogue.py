@@ -22,7 +22,7 @@ from pyro_diffusion import (
 )
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.dynamics import ODESolver, SDESolver
-from tests.laws import Tiny
+from tests.small_diffusions import Tiny
 
 
 @dataclass(frozen=True)

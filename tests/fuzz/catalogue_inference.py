@@ -40,7 +40,7 @@ from tests.fuzz.catalogue import (
     used_guidance,
     used_network,
 )
-from tests.laws import Tiny
+from tests.small_diffusions import Tiny
 
 
 def spelled() -> likelihoods.ProgramLikelihood:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion import denoisers, distributions, dynamics, processes, samplers, schedules
-from tests.laws import Tiny
+from tests.small_diffusions import Tiny
 
 NUMBERS = [0.0, -1.0, 0.5, 1.0, 1e-30, 1e30, math.nan, math.inf, -math.inf, 2, -3]
 COUNTS = [0, -1, 1, 2, 7, 10**20, -(10**20), True]

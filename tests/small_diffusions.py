@@ -55,7 +55,7 @@ def conditional() -> Denoiser:
 
 
 @dataclass(frozen=True)
-class Law:
+class SmallDiffusion:
     """How to build a small diffusion and data for it."""
 
     name: str
@@ -76,35 +76,35 @@ class Law:
         return torch.randint(self.levels, shape)
 
 
-LAWS = [
-    Law("normal", normal, (3,)),
-    Law("point", lambda: GaussianDenoiser(Tiny((3,)), GaussianProcess(Cosine())), (3,)),
-    Law(
+SMALL_DIFFUSIONS = [
+    SmallDiffusion("normal", normal, (3,)),
+    SmallDiffusion("point", lambda: GaussianDenoiser(Tiny((3,)), GaussianProcess(Cosine())), (3,)),
+    SmallDiffusion(
         "image",
         lambda: GaussianDenoiser(Tiny((1, 2, 2)), GaussianProcess(Cosine(), event_dim=3)),
         (1, 2, 2),
         levels=4,
         decoder=QuantizedDecoder(4),
     ),
-    Law(
+    SmallDiffusion(
         "levels",
         lambda: LevelsDenoiser(Tiny((3,), 4), GaussianProcess(Cosine()), uniform_levels(4)),
         (3,),
         levels=4,
         decoder=QuantizedDecoder(4),
     ),
-    Law(
+    SmallDiffusion(
         "absorbing",
         lambda: CategoricalDenoiser(Tiny((3,), 5), Absorbing(Rectified.full(), 5)),
         (3,),
         levels=5,
     ),
-    Law(
+    SmallDiffusion(
         "uniform",
         lambda: CategoricalDenoiser(Tiny((3,), 5), Uniform(Rectified.full(), 5)),
         (3,),
         levels=5,
     ),
-    Law("label", conditional, (3,), context={"label": torch.tensor(1)}),
-    Law("vector", conditional, (3,), context={"y": torch.tensor([0.5, -1.0])}),
+    SmallDiffusion("label", conditional, (3,), context={"label": torch.tensor(1)}),
+    SmallDiffusion("vector", conditional, (3,), context={"y": torch.tensor([0.5, -1.0])}),
 ]
