@@ -118,6 +118,10 @@ def wasserstein_bound(
     gradients per level: for small d). ``lipschitz`` lifts that reserve where the constant is known.
     Multi-modal data has posterior means so steep between modes that the bound says nothing.
 
+    Needs one noise level for all coordinates: the two solutions' distance is measured in the data's units,
+    :math:`|x/\alpha|`, and grows by one scalar rate per unit of :math:`\lambda`. Under scales by coordinate
+    the log-SNRs fall at different rates, and errors in one coordinate enter the others' at another.
+
     Args:
         denoiser: a denoiser under a Gaussian process, in ``eval()`` mode.
         data: real data x_0, (n,) + event, n >= 2.
@@ -133,7 +137,8 @@ def wasserstein_bound(
         ``lipschitz`` at the quadrature's levels ``log_snr``.
 
     Raises:
-        ValueError: for a process that is not Gaussian, bad data, eta < 0 or fewer than two points.
+        ValueError: for a process that is not Gaussian or whose scales differ by coordinate, bad data,
+            eta < 0 or fewer than two points.
 
     References:
         Kwon, Fan & Lee, arXiv 2212.06359, theorem 1.
