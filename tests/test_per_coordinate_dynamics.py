@@ -1,8 +1,13 @@
 """SDEs and the probability flow under scales by coordinate: closed forms, and each coordinate alone."""
 
+from functools import partial
+
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI, JitTrace_ELBO
+from pyro.optim import Adam
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from pyro_diffusion.denoisers import MixtureDenoiser
@@ -18,12 +23,24 @@ from pyro_diffusion.dynamics import (
     SDESolver,
 )
 from pyro_diffusion.processes import SeededNoise, draw, drawing_from
+from pyro_diffusion.schedules import LearnedSchedule
 from tests.exact import MEANS, VARIANCES, WEIGHTS
-from tests.per_coordinate import F64, MEAN, VARIANCE, PerCoordinate, alone, normal
+from tests.per_coordinate import (
+    F64,
+    GROWTHS,
+    MEAN,
+    RATES,
+    SHIFTS,
+    VARIANCE,
+    PerCoordinate,
+    alone,
+    normal,
+)
 
 PAIR = (0, 1)
 TIGHT = ODESolver("dopri8", rtol=1e-9, atol=1e-9)
 close = torch.testing.assert_close
+traced = pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
 
 
 def mixture():
@@ -164,7 +181,7 @@ def test_adaptive_steps_and_the_forward_sde():
         assert (end.var(0) / last.sigma**2).log().abs().max() < 4.5 * (2 / len(y)) ** 0.5 + 0.02
 
 
-def test_known_data_leads_home():
+def test_known_data_lead_back_to_them():
     process, x0 = PerCoordinate(), torch.randn(500, 2, dtype=F64)
     last = process.level(1.0)
     y = last.alpha * x0 + last.sigma * torch.randn_like(x0)
@@ -203,3 +220,158 @@ def test_the_bound_is_the_log_density():
     error = estimates.std() / len(estimates) ** 0.5
     assert (estimates.mean() - exact).abs() < 4.5 * error + 0.01
     assert error < 0.03
+
+
+# --- learned scales, and where rates are computed -----------------------------------------------------
+
+
+class LearnedScales(PerCoordinate):
+    """The same process, whose numbers are parameters."""
+
+    def __init__(self, schedule=None):
+        super().__init__(schedule)
+        for name in ("rate", "shift", "growth"):
+            value = getattr(self, name)
+            delattr(self, name)
+            self.register_parameter(name, torch.nn.Parameter(value))
+
+
+def learned_normal(schedule=None):
+    """A denoiser that is not exact for the data of the tests, under a process that learns its scales."""
+    mean = torch.tensor([MEAN], dtype=F64)
+    process = LearnedScales(schedule).double()
+    return MixtureDenoiser(process, torch.ones(1, dtype=F64), mean, VARIANCE)
+
+
+def close_rates(got, expected, **tolerance):
+    for a, b in zip((*got.level, *got[1:]), (*expected.level, *expected[1:]), strict=True):
+        close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("make", [PerCoordinate, LearnedScales])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_rates_need_no_autograd(mode, make):
+    process, t = make(), torch.linspace(0, 1, 5, dtype=F64)
+    expected = process.rates(t)
+    with mode():
+        for times in (t, t.clone()):
+            got = process.rates(times)
+            assert not got.log_snr.requires_grad
+            close_rates(got, expected)
+
+
+@pytest.mark.parametrize("make", [PerCoordinate, LearnedScales])
+def test_single_precision_rates(make):
+    process, t = make(), torch.linspace(0, 1, 5)
+    got = process.rates(t)
+    assert {v.dtype for v in (*got.level, *got[1:])} == {torch.float32}
+    exact = process.rates(t.double())
+    close_rates(got, exact, check_dtype=False, rtol=1e-5, atol=1e-5)
+
+
+def rates_of(process, t, rate, shift, growth):
+    """Rates as a function of times and of the numbers of the scales."""
+    process.rate, process.shift, process.growth = rate, shift, growth
+    rates = process.rates(t)
+    return rates.log_snr, rates.log_alpha, rates.diffusion
+
+
+NUMBERS = [torch.tensor(numbers, dtype=F64) for numbers in (RATES, SHIFTS, GROWTHS)]
+
+
+def test_rates_have_gradients_to_times_and_scales():
+    t = torch.tensor([0.2, 0.7], dtype=F64)
+    leaves = [v.clone().requires_grad_() for v in (t, *NUMBERS)]
+    assert torch.autograd.gradcheck(partial(rates_of, PerCoordinate()), leaves)
+
+
+@traced
+def test_compiled_rates_follow_times_and_scales():
+    # Nothing of the first call stays in the program, derivatives included.
+    function, first = partial(rates_of, PerCoordinate()), torch.tensor([0.2, 0.7], dtype=F64)
+    compiled = torch.jit.trace(lambda *tensors: function(*tensors), (first, *NUMBERS))
+    t = torch.tensor([0.1, 0.6], dtype=F64)
+    others = [(v + 0.1).requires_grad_() for v in NUMBERS]
+    got, expected = compiled(t, *others), function(t, *others)
+    close(got, expected)
+    slopes = [
+        torch.autograd.grad(sum(v.sin().sum() for v in out), others) for out in (got, expected)
+    ]
+    close(*slopes)
+
+
+@traced
+def test_compiled_bounds_train_the_scales():
+    denoiser, x = learned_normal(), torch.randn(4, 2, dtype=F64)
+    before = denoiser.process.rate.detach().clone()
+
+    def model(x):
+        pyro.module("denoiser", denoiser)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", DiffusionSDE(denoiser, (2,)), obs=x)
+
+    svi = SVI(model, lambda x: None, Adam({"lr": 1e-2}), JitTrace_ELBO(ignore_jit_warnings=True))
+    for _ in range(3):
+        svi.step(x)
+    assert (denoiser.process.rate != before).all() and denoiser.process.rate.isfinite().all()
+
+
+def test_schedules_get_the_squared_terms_gradient_and_scales_the_bounds():
+    # Both by finite differences, over fixed data, times and noise.
+    schedule = LearnedSchedule(4)
+    denoiser = learned_normal(schedule)
+    sde, t = DiffusionSDE(denoiser, (2,)), torch.linspace(0.1, 0.9, 6, dtype=F64)
+    x = torch.randn(6, 2, dtype=F64, requires_grad=True)
+
+    def terms():
+        with drawing_from(SeededNoise(3)):
+            return sde.reverse_terms(x, t)
+
+    def differences(parameter, power):
+        out = torch.zeros_like(parameter)
+        with torch.no_grad():
+            for i in range(len(parameter)):
+                values = []
+                for step in (1e-6, -1e-6):
+                    parameter[i] += step
+                    values.append(terms().pow(power).sum())
+                    parameter[i] -= step
+                out[i] = (values[0] - values[1]) / 2e-6
+        return out
+
+    process = denoiser.process
+    schedule_parameters = list(process.schedule.parameters())
+    scales = [process.rate, process.shift, process.growth]
+    got = torch.autograd.grad(terms().sum(), [*schedule_parameters, *scales, x])
+    powers = [2] * len(schedule_parameters) + [1] * len(scales)
+    for gradient, parameter, power in zip(
+        got, [*schedule_parameters, *scales], powers, strict=False
+    ):
+        close(gradient, differences(parameter, power), rtol=1e-4, atol=1e-4)
+    for parameter in schedule_parameters:
+        parameter.requires_grad_(False)
+    close(got[-1], torch.autograd.grad(terms().sum(), x)[0])
+
+
+@traced
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_draws_by_a_fixed_method_can_be_compiled():
+    flow = ProbabilityFlow(normal(), (2,), solver=ODESolver("rk4", steps=4))
+    z, other = torch.randn(2, 5, 2, dtype=F64)
+    compiled = torch.jit.trace(flow.decode, (z,), check_trace=False)
+    close(compiled(other), flow.decode(other))
+    with pytest.raises(ValueError, match=r"got a density under torch.jit.trace.*without Jit"):
+        torch.jit.trace(flow.log_prob, (z,), check_trace=False)
+
+
+def test_nothing_else_needs_autograd():
+    with torch.inference_mode():
+        x = torch.randn(3, 2, dtype=F64)
+        sde, flow = (
+            DiffusionSDE(normal(), (2,), solver=SDESolver("heun", 4)),
+            ProbabilityFlow(normal(), (2,)),
+        )
+        assert sde.sample((3,)).isfinite().all() and sde.log_prob(x).isfinite().all()
+        close(flow.decode(flow.encode(x)), x, rtol=0, atol=1e-3)
+        inside = flow.log_prob(x)
+    close(inside, ProbabilityFlow(normal(), (2,)).log_prob(x.clone()), rtol=0, atol=1e-3)

@@ -39,6 +39,9 @@ class DiffusionSDE(BoundedDistribution):
     that were parameters would get the wrong gradient; :class:`~pyro_diffusion.schedules.LearnedSchedule`
     fixes them.)
 
+    Parameters of a process's own ``scales`` keep the bound's gradient: where noise differs by coordinate, the
+    diffusion term of an inexact denoiser depends on them.
+
     What would exponentiate the estimate is refused, as :class:`Diffusion` has it.
 
     :meth:`sample` integrates the reverse SDE with torchsde and decodes; an approximation that gets better
@@ -144,10 +147,8 @@ class DiffusionSDE(BoundedDistribution):
     def _costs(self, value: Tensor, x0: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """The decoder's and the diffusion's term of one evaluation of the network."""
         process, event_dim = self.denoiser.process, len(self.event_shape)
-        rates = process.rates(position.clamp(min=0).to(x0.dtype))
-        scale: list[Tensor] | None = None
-        if rates.log_snr.requires_grad and torch.is_grad_enabled():
-            rates, scale = _twice_the_cost(rates)
+        gradient = _SquaredTermGradient()
+        rates = process.rates(position.clamp(min=0).to(x0.dtype), gradient)
         level, slope = rates.level, rates.log_snr
         xt = draw(process.marginal(x0, level))
         posterior = self.posterior(xt, level)
@@ -155,23 +156,31 @@ class DiffusionSDE(BoundedDistribution):
         decoding = self.objective.decoder_term(last)
         error = (x0 - posterior.mean).square()
         cost = sum_rightmost(-0.5 * slope * level.log_snr.exp() * error, event_dim)
-        if scale is not None:
-            scale.append((2 * cost.detach()).reshape(cost.shape + (1,) * event_dim))
+        gradient.factor = (2 * cost.detach()).reshape(cost.shape + (1,) * event_dim)
         return decoding, cost
 
 
-def _twice_the_cost(rates: Rates) -> tuple[Rates, list[Tensor]]:
-    r"""Rates whose gradients are multiplied by the number that is appended to the list.
+class _SquaredTermGradient:
+    r"""Multiplies the gradients of a schedule's rates by a factor that is known later.
 
-    With :math:`2L` this makes :math:`\nabla L^2` of what would be :math:`\nabla L`.
+    With the factor :math:`2L` this makes :math:`\nabla L^2` of what would be :math:`\nabla L`.
+
+    Attributes:
+        factor: to be set before the backward pass, batch + singleton event dimensions.
     """
-    scale: list[Tensor] = []
 
-    def scaled(x: Tensor) -> Tensor:
+    factor: Tensor
+
+    def __call__(self, rates: Rates) -> Rates:
+        """The same rates, whose gradients are multiplied."""
+        if not (rates.log_snr.requires_grad and torch.is_grad_enabled()):
+            return rates
+        slope = self._scaled(rates.log_snr)
+        return Rates(rates.level.map(self._scaled), slope, slope, self._scaled(rates.log_alpha))
+
+    def _scaled(self, x: Tensor) -> Tensor:
         # An alias of its own: what one of the outputs was computed from another is scaled once.
         alias = x.view_as(x)
         if alias.requires_grad:
-            alias.register_hook(lambda gradient: gradient * scale[0])
+            alias.register_hook(lambda gradient: gradient * self.factor)
         return alias
-
-    return rates._replace(level=rates.level.map(scaled), log_snr=scaled(rates.log_snr)), scale

@@ -1,7 +1,7 @@
 """What a forward process is: a way to destroy data whose bridge is known."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, final
 
 import torch
@@ -370,10 +370,15 @@ class ForwardProcess(CachedModule):
         return self._scaled(self.schedule.level_of_log_snr(clock))
 
     @final
-    def rates(self, t: Tensor) -> Rates:
+    def rates(self, t: Tensor, schedule_rates: Callable[[Rates], Rates] | None = None) -> Rates:
         r"""Levels at times of any shape and their exact derivatives per unit of t, times + event.
 
         By the chain rule through :meth:`scales`, from the derivatives of the schedule.
+
+        Args:
+            t: times.
+            schedule_rates: applied to the schedule's own rates before :meth:`scales`, for instance to give
+                its parameters another gradient.
 
         Raises:
             ValueError: for times outside [0, 1], where a check does not cost a wait (on the CPU).
@@ -386,6 +391,8 @@ class ForwardProcess(CachedModule):
         base = base.unsqueeze(self.event_dim)
         slope, drift = (v.reshape(base.t.shape) for v in (slope, drift))
         own = Rates(base, slope, slope, drift)
+        if schedule_rates is not None:
+            own = schedule_rates(own)
         return rates_through(self.scales, own) if self._scales_differ else own
 
     def check_grid(self, times: Tensor) -> None:
