@@ -1,4 +1,4 @@
-"""What stands around a distribution: ``to_event``, masks, expansion and transforms, in any order."""
+"""Wrappers around a distribution: ``to_event``, masks, expansion and transforms, in any order."""
 
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ class Unwrapped(NamedTuple):
 
     Attributes:
         base: the innermost distribution, at its full batch shape if it can be expanded to it.
-        wrappers: what stood around it, outermost first.
+        wrappers: those around it, outermost first.
     """
 
     base: Any
@@ -37,7 +37,7 @@ class Unwrapped(NamedTuple):
 
     @property
     def masks(self) -> tuple[tuple[Tensor | bool, int], ...]:
-        """Each mask, outermost first, and the number of event dimensions where it stands."""
+        """Each mask, outermost first, and the number of event dimensions at its place."""
         masked = (w for w in self.wrappers if isinstance(w, MaskedDistribution))
         return tuple((w._mask, w.event_dim) for w in masked)
 
@@ -70,7 +70,7 @@ def check_wrappers(name: str, found: Unwrapped) -> None:
     """Refuse what has no density of its own: masks, transforms of discrete data or not bijective.
 
     Raises:
-        ValueError: naming what was found and the way out.
+        ValueError: naming what was found and what to do instead.
     """
     if found.masks:
         raise ValueError(
@@ -111,7 +111,7 @@ def unwrap(fn: Any, until: type | tuple[type, ...] = ()) -> Unwrapped:
 
 
 def unwrap_to(fn: Any, kind: type | tuple[type, ...]) -> Unwrapped | None:
-    """The distribution of some type inside another with what stands around it, or None.
+    """The distribution of some type inside another with the wrappers around it, or None.
 
     A mixture of such is none: what is inside has to be the whole distribution.
 

@@ -88,7 +88,7 @@ def test_a_process_of_your_own_runs_and_what_needs_one_noise_level_refuses_it() 
     level = page["process"].level(torch.tensor([0.5]))
     assert torch.equal(level.log_snr - level.clock, torch.tensor([[2.0, -2.0]]))
     with pytest.raises(ValueError, match="one noise level for all coordinates"):
-        evaluate.chain_costs(page["denoiser"], page["samples"], page["diffusion"].times)
+        evaluate.wasserstein_bound(page["denoiser"], page["samples"])
 
 
 def test_the_table_of_abilities_is_that_of_the_processes() -> None:

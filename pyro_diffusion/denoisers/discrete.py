@@ -128,7 +128,7 @@ class Quantized(TorchDistribution):
 
 
 class _EvidenceDenoiser(NetworkDenoiser):
-    """Bayes' rule per coordinate: the network says what the *other* coordinates tell, evidence is exact."""
+    """Bayes' rule per coordinate: a network for the evidence of the *other* coordinates, its own exactly."""
 
     def _logits(
         self, x: Tensor, xt: Tensor, values: Tensor, level: Level, context: dict[str, Any]

@@ -23,7 +23,7 @@ def in_this_run(module: M) -> M:
     is returned as it is.
 
     Args:
-        module: any module; ``PyroModule`` parts may stand anywhere in it.
+        module: any module; ``PyroModule`` parts may be anywhere in it.
 
     Returns:
         The same, or a copy whose ``PyroParam``, ``PyroSample`` and ``Parameter`` attributes are fixed.
@@ -109,7 +109,7 @@ def _copied(module: Any, done: dict[int, Any], contexts: contextlib.ExitStack) -
     copy = done[id(module)] = object.__new__(type(module))
     state = {k: v for k, v in module.__dict__.items() if k != "_compiled_call_impl"}
     copy.__dict__.update(state)
-    # Through the attribute, which tells a part its name in the whole.
+    # Through the attribute, which gives a part its name in the whole.
     parts = {
         name: getattr(module, name) if pyro_module and part is not None else part
         for name, part in module._modules.items()

@@ -1,4 +1,4 @@
-"""What methods ask of a forward process, and the one place where it is refused for want of it."""
+"""What methods need of a forward process, and the check that refuses a process without it."""
 
 import enum
 

@@ -145,7 +145,7 @@ class ForwardProcess(CachedModule):
         return sizes
 
     def check_precision(self, dtype: torch.dtype, times: Tensor) -> None:
-        """Refuse a dtype in which the levels at a grid's ends cannot be told from data or pure noise.
+        """Refuse a dtype in which the levels at a grid's ends are indistinguishable from data or noise.
 
         Asked by every model when it computes. It costs nothing unless the schedule reaches that far.
 
@@ -362,7 +362,7 @@ class ForwardProcess(CachedModule):
 
     @final
     def level_of_clock(self, clock: Tensor) -> Level:
-        """The level at which networks are told a log-SNR (or that of the process's end beyond it), any shape.
+        """The level at a clock of any shape; beyond the process's ends that of the end.
 
         The inverse of ``level(t).clock``; shape as :meth:`levels`.
         """

@@ -1,4 +1,4 @@
-r"""Decoupled annealing: a draw of x_0 given x_t and y at every level, noised anew for the next."""
+r"""Decoupled annealing: a draw of x_0 given x_t and y at every level, noised again for the next."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable

@@ -80,7 +80,7 @@ class AdamsBashforth(DDIM):
 
     corrects = False
     middle = False  # whether a linear F is averaged by its middle value
-    values_at_last = 4  # at most so many values in the last step, which no corrector will mend
+    values_at_last = 4  # at most so many values in the last step, which is never corrected
 
     def __init__(
         self, order: int = 3, eta: float = 0.0, extrapolate: Parameterization | None = None

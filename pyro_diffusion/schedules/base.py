@@ -19,7 +19,7 @@ class Level(NamedTuple):
 
     Attributes:
         t: time in [0, 1].
-        clock: the log-SNR of the schedule, one number per time: what networks are told.
+        clock: the log-SNR of the schedule, one number per time: the input of networks.
         log_snr: :math:`\lambda = \log(\alpha^2/\sigma^2)`.
         alpha: signal scale.
         sigma: noise scale.
