@@ -1,33 +1,26 @@
 """What a forward process is: a way to destroy data whose bridge is known."""
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, final
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from pyro_diffusion.precision import at_least_single
-from pyro_diffusion.processes.abilities import Ability
-from pyro_diffusion.processes.levels import Rates, check_falling, check_order, rates_through
-from pyro_diffusion.schedules import Level, Schedule
-from pyro_diffusion.schedules.cached import CachedModule, Sources
-from pyro_diffusion.schedules.grids import check_grid
+from pyro_diffusion.processes.levels import check_order
+from pyro_diffusion.processes.scaled import ScaledProcess
+from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import (
     Shape,
     check_broadcast,
-    check_positive_int,
     check_sizes,
-    check_tensor,
-    check_times,
 )
 
 __all__ = ["ForwardProcess"]
 
 
-class ForwardProcess(CachedModule):
+class ForwardProcess(ScaledProcess):
     r"""A Markov process :math:`q` that destroys data, t = 0 (data) to t = 1 (noise).
 
     Five conditionals define it; each method returns a Pyro distribution whose batch shape is that of the
@@ -83,52 +76,10 @@ class ForwardProcess(CachedModule):
         Sohl-Dickstein et al., arXiv 1503.03585; Ho et al., arXiv 2006.11239.
     """
 
-    abilities: ClassVar[frozenset[Ability]] = frozenset()
-
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        """Scales of a subclass's own may differ by coordinate, unless it says otherwise."""
-        super().__init_subclass__(**keywords)
-        if "scales" in vars(cls) and "abilities" not in vars(cls):
-            cls.abilities = cls.abilities - {Ability.ISOTROPIC}
-
-    def __init__(self, schedule: Schedule, event_dim: int = 1) -> None:
-        super().__init__()
-        if not isinstance(schedule, Schedule):
-            raise ValueError(f"schedule: got {type(schedule).__name__}, expected a Schedule")
-        self.schedule = schedule
-        self.event_dim = check_positive_int("event_dim", event_dim, at_least=0)
-
     @property
     def support(self) -> constraints.Constraint:
         """Constraint on one coordinate of the data."""
         raise NotImplementedError
-
-    def scales(self, level: Level) -> Level:
-        r"""The process's level, given its schedule's with singleton dimensions where events are.
-
-        By default the same. Override it for scales of your own: return ``level._replace(log_snr=...,
-        alpha=..., sigma=...)`` with tensors that broadcast to times + event, elementwise differentiable
-        functions of the level, in its dtype and on its device; ``t`` and ``clock`` stay. The log-SNR must be
-        that of the scales, :math:`\log(\alpha^2/\sigma^2)`, and fall with t in every coordinate.
-        """
-        return level
-
-    def check_state(self, name: str, x: Tensor, values: bool = True) -> None:
-        """Refuse what cannot be a state: fewer dimensions than a datum has, or the wrong kind of numbers.
-
-        Args:
-            name: of the argument, for errors.
-            x: the state, batch + event.
-            values: whether to check the numbers, too (a host round trip on GPU).
-
-        Raises:
-            ValueError: naming the argument.
-        """
-        if check_tensor(name, x).dim() < self.event_dim:
-            raise ValueError(
-                f"{name}: got shape {tuple(x.shape)}, expected batch dimensions followed by "
-                f"{self.event_dim} event dimension(s)"
-            )
 
     def check_event(self, event_shape: Shape) -> torch.Size:
         """The shape of one datum, or a refusal.
@@ -270,164 +221,3 @@ class ForwardProcess(CachedModule):
         """The distribution of x_s given x_t and x_0, s < t: the reverse kernel of a point mass at x_0."""
         check_broadcast("x0", x0.shape, xt.shape)
         return self.reverse(xt, self.point_mass(x0), s, t, eta)
-
-    @property
-    def clock_ends(self) -> tuple[float, float]:
-        """The clock at t = 0 and t = 1, decreasing; perhaps infinite."""
-        return self.schedule.log_snr_max, self.schedule.log_snr_min
-
-    def finite_clock_ends(self) -> tuple[float, float]:
-        """The clock at t = 0 and t = 1.
-
-        Raises:
-            ValueError: if one of them is infinite.
-        """
-        ends = self.clock_ends
-        if not all(map(math.isfinite, ends)):
-            raise ValueError(
-                f"schedule: got log-SNR ends {list(ends)}, expected finite ends (cut the schedule with "
-                "log_snr_max and log_snr_min)"
-            )
-        return ends
-
-    @final
-    def level(
-        self,
-        t: Tensor | Level | float,
-        like: Tensor | None = None,
-        name: str = "t",
-        state: str | None = None,
-    ) -> Level:
-        """The level at times of a state's batch shape, with dimensions for events.
-
-        Args:
-            t: time(s); a Level is handed back as it is, so one of batch shape must come from here.
-            like: a state whose device, and dtype if it is real, the level takes.
-            name: of the argument t, for errors.
-            state: name of the argument ``like`` if it is to be checked as a state.
-
-        Raises:
-            ValueError: for times outside [0, 1] or of a shape that does not broadcast with the state's batch,
-                and for what is no state. With a Level both are taken as checked.
-        """
-        if isinstance(t, Level):
-            return t
-        if isinstance(t, Tensor):
-            check_tensor(name, t)
-        if like is not None:
-            if state is not None:
-                self.check_state(state, like)
-            batch = like.shape[: like.dim() - self.event_dim]
-            if isinstance(t, Tensor):
-                check_broadcast(name, t.shape, batch)
-            dtype = at_least_single(like.dtype) if like.is_floating_point() else None
-            t = torch.as_tensor(t, dtype=dtype, device=like.device)
-        t = torch.as_tensor(t)
-        check_times(name, t)
-        return self._level_at(t)
-
-    @final
-    def levels(
-        self, times: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None
-    ) -> Level:
-        """The levels at many times, of shape times + event; those of the last times are kept.
-
-        A model goes along one grid again and again. A process with parameters is evaluated every time, and so
-        is any on times that require a gradient; a grid changed in place is another grid.
-
-        Args:
-            times: of any shape.
-            dtype: of the result, that of the times by default; float32 in place of shorter ones.
-            device: of the result, that of the times by default.
-
-        Raises:
-            ValueError: for times outside [0, 1], where a check does not cost a wait (on the CPU).
-        """
-        check_tensor("times", times)
-        place = (at_least_single(dtype or times.dtype), device or times.device)
-        sources = self._sources(times)
-        kept = self._cached("levels")
-        if kept is not None and kept[:2] == (sources, place):
-            level: Level = kept[2]
-            return level
-        if times.device.type == "cpu":  # elsewhere a check would cost a wait
-            check_times("times", times)
-        if times.is_inference() and not torch.is_inference_mode_enabled():
-            times = times.clone()  # autograd can save a copy
-        times = times.to(dtype=place[0], device=place[1])
-        level = self._level_at(times)
-        if sources is not None and not torch.is_inference_mode_enabled():
-            self._cache("levels", (sources, place, level))
-        return level
-
-    @final
-    def level_of_clock(self, clock: Tensor) -> Level:
-        """The level at a clock of any shape; beyond the process's ends that of the end.
-
-        The inverse of ``level(t).clock``; shape as :meth:`levels`.
-        """
-        check_tensor("clock", clock)
-        return self._scaled(self.schedule.level_of_log_snr(clock))
-
-    @final
-    def rates(self, t: Tensor, schedule_rates: Callable[[Rates], Rates] | None = None) -> Rates:
-        r"""Levels at times of any shape and their exact derivatives per unit of t, times + event.
-
-        By the chain rule through :meth:`scales`, from the derivatives of the schedule.
-
-        Args:
-            t: times.
-            schedule_rates: applied to the schedule's own rates before :meth:`scales`, for instance to give
-                its parameters another gradient.
-
-        Raises:
-            ValueError: for times outside [0, 1], where a check does not cost a wait (on the CPU).
-        """
-        check_tensor("t", t)
-        if t.device.type == "cpu":
-            check_times("t", t)
-        base, slope = self.schedule.level(t, check=False), self.schedule._slope(t)
-        drift = self.schedule._signal_slope(base.log_snr) * slope
-        base = base.unsqueeze(self.event_dim)
-        slope, drift = (v.reshape(base.t.shape) for v in (slope, drift))
-        own = Rates(base, slope, slope, drift)
-        if schedule_rates is not None:
-            own = schedule_rates(own)
-        return rates_through(self.scales, own) if self._scales_differ else own
-
-    def check_grid(self, times: Tensor) -> None:
-        """Refuse a grid that is not increasing in time and decreasing in every coordinate's log-SNR.
-
-        Raises:
-            ValueError: naming the times or the schedule.
-        """
-        if not isinstance(times, Tensor):
-            raise ValueError(f"times: got {type(times).__name__}, expected a tensor of times")
-        sources = self._sources(times)
-        if sources is not None and self._cached("checked") == sources:
-            return  # the grid of the run before
-        # Beside the schedule's own tensors if it has any, else where they are: no wait for a device.
-        own = times.to([*self.buffers(), *self.parameters(), times][0].device)
-        check_grid(own, self.schedule)
-        self._check_grid_levels(own)
-        self._cache("checked", sources)
-
-    def _check_grid_levels(self, times: Tensor) -> None:
-        """Refuse levels along a grid that the process cannot use."""
-        if self._scales_differ:
-            check_falling(self._level_at(times), type(self).__name__)
-
-    @property
-    def _scales_differ(self) -> bool:
-        """Whether the process has scales of its own: what follows from them is then computed, not known."""
-        return type(self).scales is not ForwardProcess.scales
-
-    def _level_at(self, t: Tensor) -> Level:
-        """The levels at times of any shape, unchecked and not kept."""
-        return self._scaled(self.schedule.level(t, check=False))
-
-    def _scaled(self, level: Level) -> Level:
-        return self.scales(level.unsqueeze(self.event_dim))
-
-    def _sources(self, times: Tensor) -> Sources | None:
-        return self.sources(times, stamps=(self.schedule.stamp,))
