@@ -226,7 +226,7 @@ def draw(
             axis="log_snr",
         ).figure,
         "loss": plotting.loss_curve(losses, unit="bits/dim").figure,
-        "schedule": plotting.schedule(denoiser.process.schedule),
+        "schedule": plotting.schedule(denoiser.process),
     }
     for name, figure in figures.items():
         figure.savefig(args.out / f"{name}.png", dpi=150, bbox_inches="tight")

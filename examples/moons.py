@@ -191,7 +191,7 @@ def draw(
             axis="log_snr",
         ).figure,
         "loss": plotting.loss_curve(losses).figure,
-        "schedule": plotting.schedule(diffusion.denoiser.process.schedule),
+        "schedule": plotting.schedule(diffusion.denoiser.process),
     }
     for name, figure in figures.items():
         figure.savefig(args.out / f"{name}.png", dpi=120)

@@ -57,7 +57,7 @@ class Terms:
             draw visited takes its nearest visited neighbour's value. In continuous time, the integrals over K
             equal slices of [0, 1].
         steps_standard_error: (K,), standard errors over data and draws; infinite where not visited twice.
-        log_snr: (K,), log-SNR at t_j.
+        log_snr: (K,), log-SNR at t_j: the schedule's, if coordinates have log-SNRs of their own.
         reverse: the sum of all steps (in continuous time, the diffusion term).
         prior_standard_error: standard error over data (NaN for one datum).
         decoder_standard_error: standard error over data and draws.

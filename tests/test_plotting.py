@@ -95,11 +95,14 @@ def test_bound_per_step():
 
 
 def fake_schedule(explode=False):
-    return types.SimpleNamespace(
-        alpha=lambda t: torch.ones(()) if explode else (1 - t**2).sqrt(),
-        sigma=lambda t: 80 * t if explode else t,
-        log_snr=lambda t: -2 * (80 * t).log() if explode else ((1 - t**2) / t**2).log(),
-    )
+    def level(t):
+        return types.SimpleNamespace(
+            alpha=torch.ones_like(t) if explode else (1 - t**2).sqrt(),
+            sigma=80 * t if explode else t,
+            log_snr=-2 * (80 * t).log() if explode else ((1 - t**2) / t**2).log(),
+        )
+
+    return types.SimpleNamespace(level=level)
 
 
 @pytest.mark.parametrize("explode", [False, True])

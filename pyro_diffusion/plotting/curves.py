@@ -25,17 +25,27 @@ from pyro_diffusion.validation import check_positive_int
 __all__ = ["bound_per_step", "loss_curve", "schedule"]
 
 
+class LevelsLike(Protocol):
+    """Signal and noise scales at some times."""
+
+    @property
+    def alpha(self) -> Tensor:
+        """Signal scale, times + event."""
+
+    @property
+    def sigma(self) -> Tensor:
+        """Noise scale, times + event."""
+
+    @property
+    def log_snr(self) -> Tensor:
+        """Log signal-to-noise ratio in nats, times + event."""
+
+
 class ScheduleLike(Protocol):
-    """What :func:`schedule` needs of a schedule."""
+    """What :func:`schedule` needs of a schedule or a forward process."""
 
-    def alpha(self, t: Tensor) -> Tensor:
-        """Signal scale at times in [0, 1]."""
-
-    def sigma(self, t: Tensor) -> Tensor:
-        """Noise scale at times in [0, 1]."""
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        """Log signal-to-noise ratio at times in [0, 1], in nats."""
+    def level(self, t: Tensor) -> LevelsLike:
+        """The scales at times in [0, 1]."""
 
 
 def bound_per_step(
@@ -87,10 +97,11 @@ def bound_per_step(
 
 
 def schedule(schedule: ScheduleLike, num_points: int = 201) -> Figure:
-    """Draws the signal and noise scales of a schedule, and its log-SNR, over time.
+    """Draws the signal and noise scales of a schedule or a forward process, and the log-SNR, over time.
 
     Args:
-        schedule: any object with ``alpha(t)``, ``sigma(t)`` and ``log_snr(t)``.
+        schedule: a schedule or a forward process: any object whose ``level(t)`` has ``alpha``, ``sigma`` and
+            ``log_snr``. Scales by coordinate give a curve for each coordinate.
         num_points: number of times, evenly spread over [0, 1]. Infinite values are left out, and a
             log-SNR that runs away within a hundredth of an end runs out of the panel.
 
@@ -103,20 +114,28 @@ def schedule(schedule: ScheduleLike, num_points: int = 201) -> Figure:
         device = tensors[0].device if tensors else None
     check_positive_int("num_points", num_points, at_least=2)
     t = torch.linspace(0, 1, num_points, dtype=torch.float64, device=device)
+    level = schedule.level(t)
     alpha, sigma, log_snr = (
-        as_numpy(torch.as_tensor(each).expand_as(t))
-        for each in (schedule.alpha(t), schedule.sigma(t), schedule.log_snr(t))
+        as_numpy(each.reshape(num_points, -1)) for each in (level.alpha, level.sigma, level.log_snr)
     )
     x = as_numpy(t)
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     scales, ratio = figure.subplots(1, 2)
-    scales.plot(x, finite_or_nan(alpha), color=BLUE, label="signal, alpha")
-    scales.plot(x, finite_or_nan(sigma), color=ORANGE, linestyle="--", label="noise, sigma")
+    signal = scales.plot(x, finite_or_nan(alpha), color=BLUE)[0]
+    noise = scales.plot(x, finite_or_nan(sigma), color=ORANGE, linestyle="--")[0]
     if np.nanmax(finite_or_nan(sigma)) > 10:  # variance exploding
         scales.set_yscale("log")
     scales.set_ylabel("scale (units of the data)")
     # above the panel: the two curves leave no corner free for every schedule
-    scales.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    labels = ["signal, alpha", "noise, sigma"]
+    scales.legend(
+        [signal, noise],
+        labels,
+        frameon=False,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1),
+        ncols=2,
+    )
     ratio.axhline(0, color=GREY, linewidth=0.8)
     ratio.plot(x, finite_or_nan(log_snr), color=GREEN)
     ratio.set_ylabel("log-SNR (nats)")
