@@ -20,7 +20,8 @@ class DivergenceMonitor:
     A guided estimate implies a noise :math:`\hat\epsilon = (x_t - \alpha \hat x_0)/\sigma`. Were it exact,
     :math:`E\|\hat\epsilon\|^2 \le d` whatever data, prior and observations are, by Jensen's inequality.
     Guidance that overshoots enlarges it at every step. A trajectory on which some datum's root mean square
-    exceeds ``LARGEST_NOISE`` has left the model; data of large scale have not.
+    exceeds ``LARGEST_NOISE`` has left the model; data of large scale have not. Errors name the level by its
+    clock, one number even where noise differs by coordinate.
 
     Args:
         denoiser: what is evaluated; only one that is ``guided`` is checked for its noise.
@@ -29,7 +30,7 @@ class DivergenceMonitor:
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
         self.marks: list[Tensor] = []
-        self.log_snr: list[Tensor] = []
+        self.clocks: list[Tensor] = []
 
     def observe(self, xt: Tensor, t: Level, posterior: TorchDistribution) -> None:
         """Mark an evaluation: its largest implied noise, or NaN."""
@@ -59,7 +60,7 @@ class DivergenceMonitor:
             return x
         first = int((~good).nonzero()[0])
         value, kind = float(marks[first]), type(self.denoiser).__name__
-        where = f" at log-SNR {float(self.log_snr[first]):.3g}" if first < len(self.marks) else ""
+        where = f" at log-SNR {float(self.clocks[first]):.3g}" if first < len(self.marks) else ""
         if self.denoiser.guided:
             raise ValueError(
                 f"guidance: got {kind} whose estimate leaves the model{where}: it takes the state for noise "
@@ -73,4 +74,4 @@ class DivergenceMonitor:
 
     def _mark(self, value: Tensor, t: Level) -> None:
         self.marks.append(value)
-        self.log_snr.append(t.log_snr.detach().amax())
+        self.clocks.append(t.clock.detach().amax())
