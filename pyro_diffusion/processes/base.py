@@ -37,21 +37,22 @@ class ForwardProcess(ScaledProcess):
 
     Args:
         schedule: signal and noise scales as functions of time. Code outside the process takes levels from
-            :meth:`level`, :meth:`levels`, :meth:`level_of_clock` and :meth:`rates` instead.
+            ``level``, ``levels``, ``level_of_clock`` and ``rates`` instead.
         event_dim: number of rightmost dimensions that make one datum.
 
     Attributes:
         abilities: what methods may ask of the process, see :class:`Ability`.
         support: constraint on one coordinate of the data.
 
-    **Implementing a process.** Scales of its own, say by coordinate, take one method, :meth:`scales`, of a
-    subclass of a process that has the rest: levels, rates and everything above the process follow, and it
-    loses ``Ability.ISOTROPIC``, so that what needs one noise level refuses it. A new way to destroy data
-    writes its algebra once, as the bridge is the reverse kernel of a point mass: :meth:`coefficients` (all
-    that depends on times alone; loops call it once for all steps) and :meth:`combine`, beside
-    :meth:`marginal`, :meth:`transition`, :meth:`prior` and :meth:`point_mass`. It says what data are
-    (``support``) and what methods may ask of it (``abilities``, see :class:`Ability`); for particle filters,
-    which tensors define a kernel (:meth:`kernel_tensors`, :meth:`kernel_from`).
+    **Implementing a process.** Scales of its own, say by coordinate, take one method, ``scales`` (see
+    :class:`~pyro_diffusion.processes.scaled.ScaledProcess`), of a subclass of a process that has the rest:
+    levels, rates and everything above the process follow, and it loses ``Ability.ISOTROPIC``, so that what
+    needs one noise level refuses it. A new way to destroy data writes its algebra once, as the bridge is the
+    reverse kernel of a point mass: :meth:`coefficients` (all that depends on times alone; loops call it once
+    for all steps) and :meth:`combine`, beside :meth:`marginal`, :meth:`transition`, :meth:`prior` and
+    :meth:`point_mass`. It says what data are (``support``) and what methods may ask of it (``abilities``, see
+    :class:`Ability`); for particle filters, which tensors define a kernel (:meth:`kernel_tensors`,
+    :meth:`kernel_from`).
 
     Example:
         A Gaussian process whose coordinates have their log-SNRs shifted against the schedule's.

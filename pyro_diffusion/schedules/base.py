@@ -25,9 +25,9 @@ class Level(NamedTuple):
         sigma: noise scale.
 
     A schedule's levels have the shape of the times in all five, and its clock is its log-SNR. The levels of a
-    process (:meth:`~pyro_diffusion.processes.ForwardProcess.levels`) broadcast to times + event: ``t`` and
-    ``clock`` have singletons for events, the scales singletons or, where noise differs by coordinate, the
-    event shape. (Levels of a single time may be plain numbers.) Loops evaluate a whole grid at once and
+    process (:meth:`~pyro_diffusion.processes.scaled.ScaledProcess.levels`) broadcast to times + event: ``t``
+    and ``clock`` have singletons for events, the scales singletons or, where noise differs by coordinate,
+    the event shape. (Levels of a single time may be plain numbers.) Loops evaluate a whole grid at once and
     index it.
     """
 
