@@ -98,7 +98,7 @@ class BatchedProgram:
         return (sum(parts[1:], parts[0]),)
 
     def collapse(self, x: Tensor, lead: int, event: int = 0) -> Tensor:
-        """All but sample dimensions and those of the data moved to one last dimension.
+        """All but sample dimensions and those of the data gathered in one last dimension.
 
         Args:
             x: sample + plates + event.

@@ -34,7 +34,8 @@ def deviance_residual(fn: Any, value: Tensor) -> tuple[Tensor, Tensor] | None:
 
     * location families (StudentT, Cauchy, Laplace, AsymmetricLaplace, SoftLaplace, Logistic, Gumbel): l is
       the log-density at ``loc``. A cusp there is rounded within ``eps ** 0.25`` scales of it;
-    * Poisson, Binomial, NegativeBinomial, Geometric: l is that of :math:`\mu = y`;
+    * Poisson, Binomial, NegativeBinomial, Geometric: l is that of :math:`\mu = y`, for a Poisson
+      :math:`l - \log p(y) = y \log(y/\mu) - y + \mu`;
     * Multinomial: each class as a Poisson, which given the total they are;
     * other discrete distributions (Bernoulli, Categorical, ...): the bound l = 0, and the sign is +.
 

@@ -54,7 +54,9 @@ class ProgramLikelihood(Likelihood):
             on the left, broadcast against the sample dimensions of x_0: each particle may have its own noise
             scale.
         residuals: ``"normal"`` for those of Normal sites only; ``"deviance"`` for signed deviance residuals
-            of other sites, which are no linear function of x_0 but make the same sum of squares.
+            of other sites (Poisson, Bernoulli, StudentT, ...), which are no linear function of x_0 but make
+            the same sum of squares; formulas by family in
+            ``pyro_diffusion.likelihoods.deviance.deviance_residual``.
             ``log_prob`` is the same for both.
         subsamples: indices of plates that the model subsamples, by name; those that it draws by itself must
             be given. Each datum of the site must have its own observations there, and the plates' factor
@@ -176,10 +178,15 @@ class ProgramLikelihood(Likelihood):
         return Whitened(*(v.to(x0.dtype) for v in self._extract(x0, self._whitened)))
 
     def with_residuals(self, residuals: str) -> Self:
-        """The same likelihood with residuals of another kind, unchecked and cheap.
+        r"""The same likelihood with residuals of another kind, unchecked and cheap.
 
         Linearizing deviance residuals makes Gaussian guidance (MMPS, PiGDM, TMPD, DiffPIR) a generalized
-        Gauss-Newton approximation for likelihoods that are not Normal. Twisted SMC corrects it.
+        Gauss-Newton approximation for likelihoods that are not Normal. Twisted SMC corrects it. Of a Poisson
+        site with rate :math:`\mu(x_0)` the residual is
+
+        .. math:: r = \text{sign}(y - \mu) \sqrt{2\,(y \log(y / \mu) - y + \mu)} ;
+
+        other families: ``pyro_diffusion.likelihoods.deviance.deviance_residual``.
 
         Args:
             residuals: ``"normal"`` or ``"deviance"``.
