@@ -57,7 +57,7 @@ def chain(times, guided):
 
     The guided chain has the posterior mean given y and the variance that the prior alone has.
     """
-    alpha, sigma = scales(times[-1])
+    alpha, sigma = scales(1.0)  # the prior is that of t = 1, wherever the grid ends
     mean, covariance = torch.zeros(2, dtype=F64), torch.diag(alpha**2 + sigma**2)
     eye = torch.eye(2, dtype=F64)
     for k in range(len(times) - 1, -1, -1):
