@@ -258,14 +258,14 @@ def test_a_process_is_saved_and_restored(tmp_path):
     saved, path = normal(), tmp_path / "model.safetensors"
     saved.process.rate.copy_(torch.tensor([0.9, 0.7]))
     checkpoint.save_module(path, saved)
-    fresh, x = normal(), torch.randn(5, 2, dtype=F64)
-    before = fresh.process.levels(uniform(4, F64)).log_snr  # kept, and to be forgotten
+    fresh, x, times = normal(), torch.randn(5, 2, dtype=F64), uniform(4, F64)
+    before = fresh.process.levels(times).log_snr  # kept, and to be forgotten
     checkpoint.load_module(path, fresh)
     for other in (fresh, copy.deepcopy(saved)):
         close(other.process.rate, torch.tensor([0.9, 0.7], dtype=F64))
         close(other(x, 0.4).mean, saved(x, 0.4).mean, rtol=0, atol=0)
-        log_snr = other.process.levels(uniform(4, F64)).log_snr
-        close(log_snr, saved.process.levels(uniform(4, F64)).log_snr, rtol=0, atol=0)
+        log_snr = other.process.levels(times).log_snr
+        close(log_snr, saved.process.levels(times).log_snr, rtol=0, atol=0)
         assert not torch.equal(log_snr, before)
 
 
