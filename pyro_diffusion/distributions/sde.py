@@ -34,7 +34,8 @@ class DiffusionSDE(BoundedDistribution):
     ``log_prob`` is an *unbiased estimate of this bound* from one network evaluation per datum, at
     low-discrepancy times; its randomness is drawn once per instance, as in :class:`Diffusion`. There are no
     steps in it and only the posterior's mean matters (but for the decoder). It depends on the schedule
-    through its two ends alone. Parameters of the schedule therefore get another gradient: that of the
+    through its two ends alone (where a process has ``scales`` of its own, as long as these depend on the
+    level through its clock). Parameters of the schedule therefore get another gradient: that of the
     squared diffusion term, whose expectation they can change, so that they learn to lower its variance. (Ends
     that were parameters would get the wrong gradient; :class:`~pyro_diffusion.schedules.LearnedSchedule`
     fixes them.)

@@ -94,6 +94,12 @@ class GaussianSDE(torchsde.BaseSDE):
         node = self._node(t, y)
         return self.drift(y, node), node.noise * v
 
+    def _flat(self, coefficient: Tensor, u: Tensor) -> Tensor:
+        """A coefficient for flat states: times + (1,), or one number per coordinate of a datum."""
+        if coefficient.numel() > u.numel():
+            coefficient = coefficient.expand(*u.shape, *self.event_shape)
+        return coefficient.reshape(*u.shape, -1)
+
     def _spread(self, t: Tensor, y: Tensor) -> Tensor:
         """Diffusion per coordinate."""
         return torch.zeros_like(y) + self._node(t, y).noise
@@ -135,7 +141,7 @@ class ForwardSDE(GaussianSDE):
         """Coefficients f and g, with b = 0, at times t = u."""
         rates = self.process.rates(u)
         drift, noise = rates.log_alpha, rates.diffusion.sqrt()
-        return Node(drift.reshape(*u.shape, -1), noise.reshape(*u.shape, -1))
+        return Node(self._flat(drift, u), self._flat(noise, u))
 
     def drift(self, y: Tensor, node: Node) -> Tensor:
         """The drift f x of rows y."""
@@ -210,7 +216,7 @@ class ReverseSDE(GaussianSDE):
         c = 0.5 * (1 + self.eta**2) * rates.log_snr
         a, b = c - rates.log_alpha, -c * rates.level.alpha
         noise = self.eta * rates.diffusion.sqrt()
-        state, noise, data = (v.reshape(*u.shape, -1) for v in (a, noise, b))
+        state, noise, data = (self._flat(v, u) for v in (a, noise, b))
         return Node(state, noise, data, rates.level)
 
     def drift(self, y: Tensor, node: Node) -> Tensor:

@@ -79,13 +79,15 @@ class DataCovariance(GaussianConditioning):
         event = v.shape[v.dim() - k :]
         flat = v.reshape(*v.shape[: v.dim() - k], -1)
         snr = level.noise_to_signal.square().reciprocal()
-        if snr.dim() == 0 or snr.shape[snr.dim() - k :].numel() == 1:
-            snr = snr if snr.dim() == 0 else snr.reshape(*snr.shape[: snr.dim() - k], 1)
+        # Levels of one time have the event's dimensions alone, or fewer.
+        times = snr.shape[: max(snr.dim() - k, 0)]
+        if snr.numel() == times.numel():
+            snr = snr.reshape(*times, 1)
             vectors, values = self.vectors.to(v), self.values.to(v)
             parts = matmul(flat, vectors)
             return matmul(parts / (1 / values + snr), vectors.mT).reshape(v.shape)
         if at.matrix is None:
-            at.matrix = self._matrix(snr.expand(*snr.shape[: snr.dim() - k], *event).flatten(-k))
+            at.matrix = self._matrix(snr.expand(*times, *event).reshape(*times, -1))
         if at.matrix.dim() == 2:
             return matmul(flat, at.matrix).reshape(v.shape)
         return matmul(flat.unsqueeze(-2), at.matrix).reshape(v.shape)

@@ -96,10 +96,8 @@ class GaussianProcess(ForwardProcess):
             return
         with torch.no_grad():
             log_snr = self._level_at(times[[0, -1]].double()).log_snr
-        start, end = float(log_snr[0].max()), float(log_snr[-1].min())
-        if start < end:  # towards noise
-            start, end = float(log_snr[0].min()), float(log_snr[-1].max())
-        if not (max(start, end) <= high and min(start, end) >= low):
+        start, end = float(log_snr.max()), float(log_snr.min())
+        if not (start <= high and end >= low):
             finer = "" if dtype == torch.float64 else ", or float64"
             raise ValueError(
                 f"schedule: got {type(self.schedule).__name__} with log-SNR {start:g} to {end:g} and "
@@ -209,7 +207,7 @@ class GaussianProcess(ForwardProcess):
         super()._check_grid_levels(times)
         log_snr = self._level_at(times[[0, -1]]).log_snr
         if not bool(torch.isfinite(log_snr).all()):
-            ends = [float(v.flatten()[0]) for v in log_snr]
+            ends = [float(log_snr[0].max()), float(log_snr[-1].min())]
             raise ValueError(
                 f"schedule: got log-SNR {ends} at the ends of the grid, expected finite values (cut the "
                 "schedule with log_snr_max and log_snr_min)"

@@ -33,7 +33,9 @@ class ScaledProcess(CachedModule):
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Scales of a subclass's own may differ by coordinate, unless it says otherwise."""
         super().__init_subclass__(**keywords)
-        if "scales" in vars(cls) and "abilities" not in vars(cls):
+        # Abilities are those of the class that states them, whose scales they are about.
+        stated = next(base for base in cls.__mro__ if "abilities" in vars(base))
+        if cls.scales is not stated.scales:  # type: ignore[attr-defined]
             cls.abilities = cls.abilities - {Ability.ISOTROPIC}
 
     def __init__(self, schedule: Schedule, event_dim: int = 1) -> None:
@@ -49,7 +51,10 @@ class ScaledProcess(CachedModule):
         By default the same. Override it for scales of your own: return ``level._replace(log_snr=...,
         alpha=..., sigma=...)`` with tensors that broadcast to times + event, elementwise differentiable
         functions of the level, in its dtype and on its device; ``t`` and ``clock`` stay. The log-SNR must be
-        that of the scales, :math:`\log(\alpha^2/\sigma^2)`, and fall with t in every coordinate.
+        that of the scales, :math:`\log(\alpha^2/\sigma^2)`, and fall with t in every coordinate. Beside a
+        schedule that is learned they should depend on the clock alone: by ``t`` the bound would depend on the
+        schedule. What they are computed from are attributes, buffers and submodules with a schedule: an
+        attribute that is changed in place (a list, a plain tensor) is not noticed.
         """
         return level
 
@@ -229,4 +234,5 @@ class ScaledProcess(CachedModule):
         return self.scales(level.unsqueeze(self.event_dim))
 
     def _sources(self, times: Tensor) -> Sources | None:
-        return self.sources(times, stamps=(self.schedule.stamp,))
+        parts = (module for module in self.modules() if isinstance(module, CachedModule))
+        return self.sources(times, stamps=tuple(module.stamp for module in parts))
