@@ -245,7 +245,7 @@ def overhead(turns: int, steps: int = 1000) -> bool:
     print(f"\nSeconds of {steps} Euler steps through torchsde over a bare loop (float32)")
     print(f"{'SDE':<10} {'shape':>9} {'bare s':>8} {'ratio':>7} {'wanted':>8}")
     fine, process = True, GaussianProcess(LinearBeta())
-    solver = SDESolver("euler", steps)
+    solver = SDESolver("euler", steps=steps)
     for size, wanted in ((2, 1.6), (784, 1.15)):
         x = torch.randn(64, size)
         forward = ForwardSDE(process, (size,))

@@ -91,7 +91,7 @@ DOORS = {
     "bound": lambda d: Diffusion(d, EVENT, 5).log_prob(data()),
     "terms": lambda d: Diffusion(d, EVENT, 5).bound_terms(data(), torch.arange(5)),
     "sde bound": lambda d: DiffusionSDE(d, EVENT).log_prob(data()),
-    "sde draws": lambda d: DiffusionSDE(d, EVENT, solver=SDESolver("euler", 6)).sample((4,)),
+    "sde draws": lambda d: DiffusionSDE(d, EVENT, solver=SDESolver("euler", steps=6)).sample((4,)),
     "forward sde": lambda d: ForwardSDE(d.process, EVENT).f(torch.tensor(0.3), data().flatten(1)),
     "flow": lambda d: ProbabilityFlow(d, EVENT, solver=ODESolver("rk4", steps=6)).log_prob(data()),
     "flow draws": lambda d: ProbabilityFlow(d, EVENT, solver=ODESolver("rk4", steps=6)).sample(

@@ -243,6 +243,15 @@ TABLE = {
     ),
     "negative tolerance": (lambda: flow(solver=ODESolver(atol=-1e-4)), "atol: got -0.0001"),
     "nan tolerance": (lambda: flow(solver=ODESolver(atol=math.nan)), "atol: got nan"),
+    "steps of an adaptive method": (
+        lambda: ODESolver("dopri5", steps=5),
+        r"steps: got 5 for the adaptive method 'dopri5', expected no steps \(it takes rtol, atol\)",
+    ),
+    "rtol of a fixed-step method": (
+        lambda: ODESolver("rk4", rtol=1e-9),
+        r"rtol: got 1e-09 for the fixed-step method 'rk4', expected no rtol \(it takes steps\)",
+    ),
+    "atol of a fixed-step method": (lambda: ODESolver("rk4", atol=1e-9), "atol: got 1e-09 for the"),
     "no solver": (lambda: flow(solver="rk4"), "solver: got 'rk4', expected an ODESolver"),
     "no steps": (
         lambda: flow(solver=ODESolver("rk4", steps=0)),

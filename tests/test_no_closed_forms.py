@@ -122,3 +122,8 @@ def test_repr():
     )
     adaptive = SDESolver("heun", adaptive=True)
     assert repr(adaptive) == "SDESolver('heun', adaptive=True, rtol=0.01, atol=0.01)"
+    assert adaptive.steps is None
+    assert ODESolver("rk4").rtol is None
+    for solver, method in ((ODESolver, "rk4"), (SDESolver, "heun")):
+        with pytest.raises(TypeError, match="positional"):
+            solver(method, 16)

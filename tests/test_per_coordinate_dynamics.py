@@ -147,7 +147,7 @@ def test_coefficients_are_each_coordinates_own(eta):
             close(sde.f(t, y), torch.cat(apart, -1))
 
 
-METHODS = [SDESolver("euler", 12), SDESolver("heun", 12), SDESolver("srk", 12)]
+METHODS = [SDESolver("euler", steps=12), SDESolver("heun", steps=12), SDESolver("srk", steps=12)]
 
 
 @pytest.mark.parametrize("solver", METHODS, ids=repr)
@@ -174,7 +174,10 @@ def test_adaptive_steps_and_the_forward_sde():
     process, x0 = PerCoordinate(), torch.tensor([0.5, -1.0], dtype=F64)
     first, last = process.level(0.0), process.level(1.0)
     y = first.alpha * x0 + first.sigma * torch.randn(4000, 2, dtype=F64)
-    for solver in (SDESolver("srk", 60), SDESolver("srk", adaptive=True, rtol=1e-2, atol=1e-2)):
+    for solver in (
+        SDESolver("srk", steps=60),
+        SDESolver("srk", adaptive=True, rtol=1e-2, atol=1e-2),
+    ):
         end = solver(ForwardSDE(process, (2,)), y)
         gap = (end.mean(0) - last.alpha * x0) / (last.sigma / len(y) ** 0.5)
         assert gap.abs().max() < 4.5
@@ -185,7 +188,7 @@ def test_known_data_lead_back_to_them():
     process, x0 = PerCoordinate(), torch.randn(500, 2, dtype=F64)
     last = process.level(1.0)
     y = last.alpha * x0 + last.sigma * torch.randn_like(x0)
-    end = SDESolver("euler", 400)(ReverseSDE(KnownData(process, x0), (2,)), y)
+    end = SDESolver("euler", steps=400)(ReverseSDE(KnownData(process, x0), (2,)), y)
     first = process.level(0.0)
     residual = (end - first.alpha * x0) / first.sigma
     assert (residual.square().mean(0).log().abs() < 0.5).all()
@@ -368,7 +371,7 @@ def test_nothing_else_needs_autograd():
     with torch.inference_mode():
         x = torch.randn(3, 2, dtype=F64)
         sde, flow = (
-            DiffusionSDE(normal(), (2,), solver=SDESolver("heun", 4)),
+            DiffusionSDE(normal(), (2,), solver=SDESolver("heun", steps=4)),
             ProbabilityFlow(normal(), (2,)),
         )
         assert sde.sample((3,)).isfinite().all() and sde.log_prob(x).isfinite().all()

@@ -100,7 +100,7 @@ def test_reverse_paths_restore_the_data(make, eta):
     denoiser = mixture(schedule)
     end = schedule.level(torch.tensor([0.0, 1.0], dtype=F64))
     x = mixture_law(end.alpha[1], end.sigma[1]).sample((2000,))
-    out = SDESolver("heun", 100)(ReverseSDE(denoiser, (2,), eta), x)
+    out = SDESolver("heun", steps=100)(ReverseSDE(denoiser, (2,), eta), x)
     agree(out, *moments(end.alpha[0], end.sigma[0]), slack=0.02)
 
 
@@ -173,7 +173,7 @@ def test_a_tabulated_walk_is_the_sde_itself(make):
     for method, steps in (("euler", 8), ("heun", 8), ("srk", 8)):
         sde = ReverseSDE(denoiser, (2,), sde_type=METHODS[method].sde_type)
         pyro.set_rng_seed(1)
-        tabulated = SDESolver(method, steps)(sde, x)
+        tabulated = SDESolver(method, steps=steps)(sde, x)
         pyro.set_rng_seed(1)
         # The check of the contract draws once before the walk, for both.
         bm = IndependentIncrements(x.shape, F64)
@@ -198,8 +198,10 @@ def test_rows_do_not_depend_on_their_batch():
     denoiser = mixture(Cosine())
     x = torch.randn(4, 2, dtype=F64)
     sde = ReverseSDE(denoiser, (2,), 0.0)
-    whole = SDESolver("heun", 20)(sde, x)
-    torch.testing.assert_close(whole[:1], SDESolver("heun", 20)(sde, x[:1]), rtol=1e-12, atol=1e-12)
+    whole = SDESolver("heun", steps=20)(sde, x)
+    torch.testing.assert_close(
+        whole[:1], SDESolver("heun", steps=20)(sde, x[:1]), rtol=1e-12, atol=1e-12
+    )
 
 
 # Orders
@@ -593,10 +595,22 @@ BAD = {
         "adaptive: got True with method 'euler'",
     ),
     "rtol": (
-        lambda: gaussian(solver=SDESolver(rtol=0.0)),
+        lambda: gaussian(solver=SDESolver("heun", adaptive=True, rtol=0.0)),
         "rtol: got 0.0, expected a tolerance > 0",
     ),
-    "atol": (lambda: gaussian(solver=SDESolver(atol=-1.0)), "atol: got -1.0"),
+    "atol": (
+        lambda: gaussian(solver=SDESolver("heun", adaptive=True, atol=-1.0)),
+        "atol: got -1.0",
+    ),
+    "rtol of fixed steps": (
+        lambda: SDESolver("euler", rtol=0.1),
+        r"rtol: got 0.1 for adaptive=False, expected no rtol \(it takes steps\)",
+    ),
+    "atol of fixed steps": (lambda: SDESolver("srk", atol=0.1), "atol: got 0.1 for adaptive=False"),
+    "steps of adaptive ones": (
+        lambda: SDESolver("srk", adaptive=True, steps=50),
+        r"steps: got 50 for adaptive=True, expected no steps \(it takes rtol, atol\)",
+    ),
     "decoder": (lambda: gaussian(decoder=3), "decoder: got 3"),
     "infinite": (
         lambda: DiffusionSDE(mixture(Rectified.full()), (2,), validate_args=True),

@@ -152,7 +152,7 @@ def test_flows_and_paths_follow_a_table_that_is_loaded():
 
     used, other, x = denoiser(), denoiser(BETAS / 2), data()
     flow = ProbabilityFlow(used, (2,), solver=ODESolver("rk4", steps=4))
-    sde, solver = ReverseSDE(used, (2,)), SDESolver("euler", 4)
+    sde, solver = ReverseSDE(used, (2,)), SDESolver("euler", steps=4)
     with torch.no_grad():
         flow.log_prob(x), solver(sde, x)
         used.load_state_dict(other.state_dict())
@@ -200,7 +200,7 @@ def test_inference_mode_leaves_nothing_behind(build):
     how = {
         Diffusion: {"steps": 61},
         DiffusionSDE: {"solver": SDESolver(steps=7)},
-        ProbabilityFlow: {"solver": ODESolver(steps=4)},
+        ProbabilityFlow: {"solver": ODESolver("rk4", steps=4)},
     }[build]
     with torch.inference_mode():
         law = build(denoiser, (2,), **how)

@@ -1,16 +1,15 @@
 """Torchdiffeq's methods, with tolerances that hold for every row of a batch."""
 
 import functools
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
-from pyro_diffusion.validation import check_positive_int
+from pyro_diffusion.dynamics.solver_options import check_options, options_repr
 
 __all__ = ["ADAPTIVE", "FIXED", "Field", "ODESolver", "check_ode_solver"]
 
@@ -38,23 +37,25 @@ class ODESolver:
     Args:
         method: adaptive (``dopri5``, ``dopri8``, ``bosh3``, ``adaptive_heun``) or of fixed steps (``rk4``,
             ``heun3``, ``midpoint``, ``euler``).
-        rtol: relative tolerance of an adaptive method, > 0.
-        atol: absolute tolerance of an adaptive method, > 0.
-        steps: number of steps of a fixed method, evenly spaced in the angle.
+        rtol: relative tolerance of an adaptive method, > 0; 1e-5 by default.
+        atol: absolute tolerance of an adaptive method, > 0; 1e-5 by default.
+        steps: number of steps of a fixed method, evenly spaced in the angle; 32 by default.
         adjoint: whether gradients solve the adjoint ODE backwards (memory independent of the number of steps,
             accurate to the tolerance) or go through the solver's steps (exact for what was computed).
 
     Raises:
-        ValueError: for an unknown method, a tolerance that is not positive, or ``steps < 1``.
+        ValueError: for an unknown method, a tolerance that is not positive, ``steps < 1``, or an option that
+            the method does not take: steps of an adaptive method, tolerances of one of fixed steps.
 
     References:
         Chen et al., Neural ordinary differential equations, arXiv 1806.07366.
     """
 
     method: str = "dopri5"
-    rtol: float = 1e-5
-    atol: float = 1e-5
-    steps: int = 32
+    _: KW_ONLY
+    rtol: float | None = None
+    atol: float | None = None
+    steps: int | None = None
     adjoint: bool = False
 
     def __post_init__(self) -> None:
@@ -63,16 +64,19 @@ class ODESolver:
                 f"method: got {self.method!r}, expected one of {', '.join(ADAPTIVE)} (adaptive), "
                 f"{', '.join(FIXED)} (fixed steps)"
             )
-        for name in ("rtol", "atol"):
-            tolerance = getattr(self, name)
-            if not 0 < tolerance < math.inf:
-                raise ValueError(f"{name}: got {tolerance}, expected a tolerance > 0")
-        check_positive_int("steps", self.steps)
+        fixed = self.method in FIXED
+        kind = f"the {'fixed-step' if fixed else 'adaptive'} method {self.method!r}"
+        defaults = {"steps": 32} if fixed else {"rtol": 1e-5, "atol": 1e-5}
+        for name, value in check_options(kind, self._options, defaults).items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def _options(self) -> dict[str, float | None]:
+        return {"steps": self.steps, "rtol": self.rtol, "atol": self.atol}
 
     def __repr__(self) -> str:
-        fixed = self.method in FIXED
-        options = f"steps={self.steps}" if fixed else f"rtol={self.rtol:g}, atol={self.atol:g}"
-        return f"ODESolver({self.method!r}, {options}{', adjoint=True' if self.adjoint else ''})"
+        adjoint = ", adjoint=True" if self.adjoint else ""
+        return f"ODESolver({self.method!r}, {options_repr(self._options)}{adjoint})"
 
     def __call__(
         self, field: Field, y: Tensor, start: float, stop: float, parameters: Iterable[Tensor]
@@ -88,20 +92,21 @@ class ODESolver:
     def _integrate(
         self, field: Field, y: Tensor, start: float, stop: float, parameters: Iterable[Tensor]
     ) -> Tensor:
-        count = self.steps + 1 if self.method in FIXED else 2
+        count = 2 if self.steps is None else self.steps + 1
         # Solvers compare times on the host, so that is where they are made. Steps stop at both ends, beyond
         # which no level exists.
         times = torch.linspace(start, stop, count, dtype=torch.float64).to(y.device)
+        keywords: dict[str, Any] = {"method": self.method}
         options: dict[str, Any] = {}
         adjoint_options: dict[str, Any] = {}
         if self.method in ADAPTIVE:
+            keywords |= {"rtol": self.rtol, "atol": self.atol}
             ends, first_step = times[[0, -1]], abs(stop - start) / 32
             norm = functools.partial(_worst_row, size=field.size)
             options = {"norm": norm, "step_t": ends, "first_step": first_step}
             # torchdiffeq runs decreasing times negated, and means the adjoint's options so.
             ends = ends if start < stop else -ends
             adjoint_options = {"norm": "seminorm", "step_t": ends, "first_step": first_step}
-        keywords = {"rtol": self.rtol, "atol": self.atol, "method": self.method}
         try:
             if not self.adjoint:
                 return odeint(field, y, times, options=options, **keywords)[-1]

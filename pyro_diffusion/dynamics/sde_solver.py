@@ -1,7 +1,7 @@
 """Which of torchsde's methods integrates an SDE, in how many steps or to which tolerance."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyro_diffusion.dynamics.brownian import IndependentIncrements, brownian_interval
 from pyro_diffusion.dynamics.sde import GaussianSDE, Node
+from pyro_diffusion.dynamics.solver_options import check_options, options_repr
 from pyro_diffusion.schedules.base import Grid
-from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["METHODS", "Method", "SDESolver", "check_sde_solver"]
 
@@ -116,43 +116,47 @@ class SDESolver:
     Args:
         method: ``"euler"``, ``"milstein"`` (the same under additive noise), ``"heun"`` or
             ``"srk"``; the last of strong order 1.5.
-        steps: number of fixed steps.
+        steps: number of fixed steps; 1000 by default.
         adaptive: whether steps adapt; ``"heun"`` and ``"srk"`` only.
-        rtol: relative tolerance of adaptive steps, > 0.
-        atol: absolute tolerance of adaptive steps, > 0.
+        rtol: relative tolerance of adaptive steps, > 0; 0.01 by default.
+        atol: absolute tolerance of adaptive steps, > 0; 0.01 by default.
 
     Raises:
-        ValueError: naming the argument, what it was and what was expected.
+        ValueError: naming the argument, what it was and what was expected; also for a number of adaptive
+            steps, and for tolerances of fixed ones.
 
     References:
         Li et al. (torchsde), arXiv 2001.01328; Roessler, SIAM J. Numer. Anal. 48, 2010 (srk).
     """
 
     method: str = "euler"
-    steps: int = 1000
+    _: KW_ONLY
+    steps: int | None = None
     adaptive: bool = False
-    rtol: float = 1e-2
-    atol: float = 1e-2
+    rtol: float | None = None
+    atol: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method: got {self.method!r}, expected one of {', '.join(METHODS)}")
-        check_positive_int("steps", self.steps)
-        for name in ("rtol", "atol"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected a tolerance > 0")
         if self.adaptive and not METHODS[self.method].adaptive:
             able = ", ".join(name for name, method in METHODS.items() if method.adaptive)
             raise ValueError(
                 f"adaptive: got True with method {self.method!r}, whose single evaluation of the drift "
                 f"gives no estimate of its error, expected one of {able}"
             )
+        kind = f"adaptive={self.adaptive}"
+        defaults = {"rtol": 1e-2, "atol": 1e-2} if self.adaptive else {"steps": 1000}
+        for name, value in check_options(kind, self._options, defaults).items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def _options(self) -> dict[str, float | None]:
+        return {"steps": self.steps, "rtol": self.rtol, "atol": self.atol}
 
     def __repr__(self) -> str:
-        options = f"steps={self.steps}"
-        if self.adaptive:
-            options = f"adaptive=True, rtol={self.rtol:g}, atol={self.atol:g}"
-        return f"SDESolver({self.method!r}, {options})"
+        adaptive = "adaptive=True, " if self.adaptive else ""
+        return f"SDESolver({self.method!r}, {adaptive}{options_repr(self._options)})"
 
     @property
     def order(self) -> Method:
@@ -166,7 +170,7 @@ class SDESolver:
             sde: to integrate; adaptive steps set its ``sde_type`` to the method's.
             y: state at u = 0, (rows, numbers in a datum).
         """
-        if self.adaptive:
+        if self.steps is None:  # adaptive
             sde.sde_type = self.order.sde_type
             times = torch.tensor([0.0, 1.0], dtype=torch.float64)
             keywords = {"rtol": self.rtol, "atol": self.atol, "dt": 1e-2}

@@ -745,7 +745,8 @@ def distribution_calls() -> list[Call]:
 
 def dynamics_calls() -> list[Call]:
     rows = lambda: {"normal": torch.randn(2, 4, 3)}  # noqa: E731
-    solver = {"method": "rk4", "rtol": 1e-2, "atol": 1e-2, "steps": 3, "adjoint": False}
+    fixed = {"method": "rk4", "steps": 3, "adjoint": False}
+    tolerances = {"rtol": 0.1, "atol": 0.1}
 
     def traced(trace: Any) -> Any:
         return ProbabilityFlow(
@@ -787,11 +788,17 @@ def dynamics_calls() -> list[Call]:
             lambda **a: traced(dynamics.HutchPlusPlus(**a)),
             of({"num_probes": 2, "seed": 0}),
         ),
-        Call("dynamics.ODESolver", solved, of(solver)),
+        Call("dynamics.ODESolver", solved, of(fixed)),
+        Call("dynamics.ODESolver.adaptive", solved, of({"method": "dopri5", **tolerances})),
         Call(
             "dynamics.SDESolver",
             integrated,
-            of({"method": "euler", "steps": 3, "adaptive": False, "rtol": 0.1, "atol": 0.1}),
+            of({"method": "euler", "steps": 3, "adaptive": False}),
+        ),
+        Call(
+            "dynamics.SDESolver.adaptive",
+            integrated,
+            of({"method": "heun", "adaptive": True, **tolerances}),
         ),
         Call(
             "dynamics.ReverseSDE",
