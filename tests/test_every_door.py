@@ -23,6 +23,7 @@ REFUSALS = tuple(f"which lacks {ability.value}" for ability in Ability)
 # Calls that ask a process for levels and whose answer is free of them, and why.
 FREE_OF_SCALES: dict[str, str] = {
     "likelihoods.ProgramLikelihood": "scores data; levels are asked for in its trial runs alone",
+    "dynamics.KnownData": "a point mass at the data whatever the level",
     "evaluate.posterior_to_arviz": "scores draws that are given",
 }
 

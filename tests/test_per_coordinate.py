@@ -4,10 +4,12 @@ Its coordinates are independent in data and noise, so each is a process of one n
 numbers, which other tests prove, are what is expected here.
 """
 
+import pytest
 import torch
 from per_coordinate import F64, PerCoordinate, alone, normal
 from torch.distributions import kl_divergence
 
+from pyro_diffusion.denoisers import MixtureDenoiser
 from pyro_diffusion.processes import Ability, GaussianProcess
 from pyro_diffusion.schedules import Cosine, uniform
 
@@ -112,16 +114,62 @@ def test_the_exact_posterior_and_its_reverse_kernel():
     assert kl_divergence(whole, whole).abs().max() < 1e-12
 
 
-def test_grids_are_checked_in_every_coordinate():
-    class Rising(PerCoordinate):
-        def scales(self, level):
-            level = super().scales(level)
-            flat = torch.stack([level.log_snr[..., 0], -level.log_snr[..., 1]], -1)
-            return level._replace(log_snr=flat)
+def changed(**changes):
+    """A process whose scales are spoilt: functions of the level and the right result, by field."""
 
-    try:
-        Rising(Cosine()).check_grid(uniform(4, F64))
-    except ValueError as error:
-        assert "log-SNR of Rising that does not decrease" in str(error)
-    else:
-        raise AssertionError
+    class Spoilt(PerCoordinate):
+        def scales(self, level):
+            right = super().scales(level)
+            return right._replace(**{k: f(level, right) for k, f in changes.items()})
+
+    return Spoilt()
+
+
+def rising(level, right):
+    return torch.stack([right.log_snr[..., 0], -right.log_snr[..., 1]], -1)
+
+
+SPOILT = {
+    "squared noise": (
+        {"sigma": lambda _, right: right.sigma**2},
+        "off that of its alpha and sigma",
+    ),
+    "halved signal": ({"alpha": lambda _, right: right.alpha / 2}, "off that of its alpha"),
+    "negative signal": (
+        {"alpha": lambda _, right: -right.alpha},
+        "got alpha from -.* finite numbers >= 0",
+    ),
+    "shifted log-SNR": ({"log_snr": lambda _, right: right.log_snr + 1}, "1 off that of its alpha"),
+    "no event": ({"alpha": lambda level, _: level.alpha.squeeze(-1)}, "got alpha of shape"),
+    "NaN": ({"sigma": lambda _, right: right.sigma * torch.nan}, "got sigma from nan"),
+    "double": ({"alpha": lambda _, right: right.alpha.double()}, "got alpha in torch.float64"),
+    "a number": ({"sigma": lambda *_: 0.5}, "expected a Level of tensors"),
+    "rising": (
+        {
+            "log_snr": rising,
+            "alpha": lambda *args: torch.sigmoid(rising(*args)).sqrt(),
+            "sigma": lambda *args: torch.sigmoid(-rising(*args)).sqrt(),
+        },
+        "log-SNR of Spoilt that does not decrease",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_scales_that_are_none_are_refused(name):
+    changes, message = SPOILT[name]
+    for door in (
+        lambda p: p.check_grid(uniform(4, F64)),
+        lambda p: p.finite_clock_ends(),
+        lambda p: MixtureDenoiser(p, torch.ones(1), torch.zeros(1, 2), 1.0),
+        lambda p: p.prior((2,)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            door(changed(**changes))
+
+
+def test_events_are_those_of_the_scales():
+    with pytest.raises(ValueError, match=r"event_shape: got \(3,\), expected one that the scales"):
+        PerCoordinate().check_event((3,))
+    with pytest.raises(ValueError, match="scales: got an attribute of one process"):
+        GaussianProcess(Cosine()).scales = lambda level: level

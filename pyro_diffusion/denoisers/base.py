@@ -66,6 +66,7 @@ class Denoiser(DefinedModule, PreciseModule):
         super().__init__()
         if not isinstance(process, ForwardProcess):
             raise ValueError(f"process: got {type(process).__name__}, expected a ForwardProcess")
+        process.check_scales()
         self.process = process
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:

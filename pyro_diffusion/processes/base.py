@@ -94,6 +94,12 @@ class ForwardProcess(ScaledProcess):
                 f"event_shape: got {tuple(event_shape)}, expected {self.event_dim} "
                 "dimension(s), the event_dim of the denoiser's process"
             )
+        own = self.check_scales()
+        if any(mine not in (1, size) for mine, size in zip(own, sizes, strict=True)):
+            raise ValueError(
+                f"event_shape: got {tuple(sizes)}, expected one that the scales of {type(self).__name__}, of "
+                f"shape {tuple(own)}, broadcast to"
+            )
         return sizes
 
     def check_precision(self, dtype: torch.dtype, times: Tensor) -> None:

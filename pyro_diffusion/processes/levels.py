@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_diffusion.schedules import Level
 
-__all__ = ["Rates", "check_falling", "check_order", "rates_through"]
+__all__ = ["Rates", "check_falling", "check_level", "check_order", "rates_through"]
 
 
 class Rates(NamedTuple):
@@ -59,6 +59,52 @@ def check_order(s: Level, t: Level) -> None:
     """
     if not bool((s.log_snr > t.log_snr).all()):
         raise ValueError("s, t: got s at or after t, expected s < t")
+
+
+def check_level(level: object, given: Level, name: str) -> Level:
+    """Refuse scales of a process's own that are no scales.
+
+    Args:
+        level: what ``scales`` made of the schedule's.
+        given: the schedule's levels at increasing times, on the leading dimension.
+        name: of the process.
+
+    Raises:
+        ValueError: naming the process, what was found and what was expected.
+    """
+    if not isinstance(level, Level) or not all(isinstance(v, Tensor) for v in level):
+        raise ValueError(
+            f"scales: got {type(level).__name__} of {name}, expected a Level of tensors"
+        )
+    for key, value in level._asdict().items():
+        if value.dim() != given.t.dim() or value.shape[0] != given.t.shape[0]:
+            raise ValueError(
+                f"scales: got {key} of shape {tuple(value.shape)} of {name} at times of shape "
+                f"{tuple(given.t.shape)}, expected times and {given.t.dim() - 1} event dimension(s)"
+            )
+        if value.dtype != given.t.dtype:
+            raise ValueError(
+                f"scales: got {key} in {value.dtype} of {name} for a level in {given.t.dtype}, expected the "
+                "level's (numbers and buffers `.to(level.clock)`)"
+            )
+        if (
+            key != "clock"
+            and key != "log_snr"
+            and not bool((value.isfinite() & (value >= 0)).all())
+        ):
+            raise ValueError(
+                f"scales: got {key} from {float(value.min()):g} to {float(value.max()):g} of {name}, "
+                "expected finite numbers >= 0"
+            )
+    expected = 2 * (level.alpha.log() - level.sigma.log())
+    gap = (level.log_snr - expected).abs().nan_to_num(nan=0.0)  # infinite ends
+    if bool(level.log_snr.isnan().any()) or bool((gap > 1e-2 * (1 + expected.abs())).any()):
+        raise ValueError(
+            f"scales: got a log-SNR of {name} that is {float(gap.max()):g} off that of its alpha and sigma, "
+            "expected log(alpha^2 / sigma^2)"
+        )
+    check_falling(level, name)
+    return level
 
 
 def check_falling(level: Level, name: str) -> None:

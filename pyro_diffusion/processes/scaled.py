@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_diffusion.precision import at_least_single
 from pyro_diffusion.processes.abilities import Ability
-from pyro_diffusion.processes.levels import Rates, check_falling, rates_through
+from pyro_diffusion.processes.levels import Rates, check_falling, check_level, rates_through
 from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.schedules.cached import CachedModule, Sources
 from pyro_diffusion.schedules.grids import check_grid
@@ -58,6 +58,50 @@ class ScaledProcess(CachedModule):
         """
         return level
 
+    def check_scales(self) -> torch.Size:
+        """Refuse scales of a process's own that are no scales; asked where it meets a denoiser or grid.
+
+        Once for what they are computed from; a process with parameters is checked once.
+
+        Returns:
+            What the scales broadcast with in an event; of singletons where they are the schedule's.
+
+        Raises:
+            ValueError: for scales of another shape or dtype, not finite or negative, that contradict their
+                log-SNR, or whose log-SNR does not fall with time.
+        """
+        if not self._scales_differ:
+            return torch.Size([1] * self.event_dim)
+        times = self.__dict__.setdefault(
+            "_check_times", torch.linspace(0, 1, 33, dtype=torch.float64)
+        )
+        sources = self._sources(times)
+        kept = self._cached("scales")
+        if kept is not None and (sources is None or kept[0] == sources):
+            event: torch.Size = kept[1]
+            return event
+        device = next((x.device for x in (*self.buffers(), *self.parameters())), times.device)
+        with torch.no_grad():
+            for dtype in (torch.float32, torch.float64):
+                at = times.to(device=device, dtype=dtype)
+                given = self.schedule.level(at, check=False).unsqueeze(self.event_dim)
+                level = check_level(self.scales(given), given, type(self).__name__)
+        event = torch.broadcast_shapes(*(v.shape[1:] for v in level))
+        self._cache("scales", (sources, event))
+        return event
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; scales are a method of a class, whose abilities they are about.
+
+        Raises:
+            ValueError: for ``scales``.
+        """
+        if name == "scales":
+            raise ValueError(
+                "scales: got an attribute of one process, expected a subclass's method"
+            )
+        super().__setattr__(name, value)
+
     def check_state(self, name: str, x: Tensor, values: bool = True) -> None:
         """Refuse what cannot be a state: fewer dimensions than a datum has, or the wrong kind of numbers.
 
@@ -86,6 +130,7 @@ class ScaledProcess(CachedModule):
         Raises:
             ValueError: if one of them is infinite.
         """
+        self.check_scales()
         ends = self.clock_ends
         if not all(map(math.isfinite, ends)):
             raise ValueError(
@@ -207,6 +252,7 @@ class ScaledProcess(CachedModule):
         """
         if not isinstance(times, Tensor):
             raise ValueError(f"times: got {type(times).__name__}, expected a tensor of times")
+        self.check_scales()
         sources = self._sources(times)
         if sources is not None and self._cached("checked") == sources:
             return  # the grid of the run before
@@ -233,6 +279,6 @@ class ScaledProcess(CachedModule):
     def _scaled(self, level: Level) -> Level:
         return self.scales(level.unsqueeze(self.event_dim))
 
-    def _sources(self, times: Tensor) -> Sources | None:
+    def _sources(self, *times: Tensor) -> Sources | None:
         parts = (module for module in self.modules() if isinstance(module, CachedModule))
-        return self.sources(times, stamps=tuple(module.stamp for module in parts))
+        return self.sources(*times, stamps=tuple(module.stamp for module in parts))
