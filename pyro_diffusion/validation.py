@@ -21,12 +21,18 @@ __all__ = [
     "check_sizes",
     "check_tensor",
     "check_times",
+    "kind_of",
 ]
 
 Shape = torch.Size | list[int] | tuple[int, ...]
 
 # Counts and sizes beyond it are slips of the keyboard: what they ask for would never end, or fit.
 LARGEST_COUNT = 2**31 - 1
+
+
+def kind_of(value: object) -> str:
+    """What an argument is, for errors: the name of its type, or that it is a class itself."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def check_tensor(name: str, x: object, boolean: bool = False, meta: bool = False) -> Tensor:

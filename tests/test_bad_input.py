@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from pyro_diffusion import evaluate
 from pyro_diffusion.denoisers import (
     CategoricalDenoiser,
     EDMPreconditioning,
@@ -25,6 +26,7 @@ from pyro_diffusion.distributions import (
     Diffusion,
     Hybrid,
     NormalDecoder,
+    ProbabilityFlow,
     QuantizedDecoder,
 )
 from pyro_diffusion.guidance import (
@@ -35,7 +37,7 @@ from pyro_diffusion.guidance import (
     PlugIn,
     SampledGuidance,
 )
-from pyro_diffusion.infer import DDPM, TwistedSMC
+from pyro_diffusion.infer import DDPM, AutoGuidance, ParticleGibbs, TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, CategoricalProcess, GaussianProcess, Uniform
 from pyro_diffusion.samplers import DAPS, DDIM
@@ -136,6 +138,11 @@ def at(index: int, bad: float) -> torch.Tensor:
 
 
 TABLE = {
+    # processes
+    "class for a schedule": (
+        lambda: GaussianProcess(Cosine),
+        r"schedule: got the class Cosine, expected a Schedule such as Cosine\(\)",
+    ),
     # data
     "nan data": (lambda: gaussian().log_prob(at(0, NAN)), r"value: got 1 NaN .*\(2, 3\).*finite"),
     "infinite data": (lambda: gaussian().log_prob(at(2, -INF)), "value: got 1 NaN or infinite"),
@@ -409,6 +416,15 @@ TABLE = {
     "solver by another name": (lambda: MMPS(mixture(), read(), solver="lu"), "solver: got 'lu'"),
     "no iterations": (lambda: MMPS(mixture(), read(), iterations=0), "iterations: got 0"),
     "negative scale": (lambda: PlugIn(mixture(), read(), scale=-1.0), "scale: got -1.0"),
+    # evaluation
+    "flow for a bound": (
+        lambda: evaluate.log_likelihood(ProbabilityFlow(mixture(), (3,)), SEEN),
+        "diffusion: got ProbabilityFlow, expected Diffusion .*use flow_log_likelihood for a Prob",
+    ),
+    "chain for a flow": (
+        lambda: evaluate.flow_log_likelihood(gaussian(), SEEN),
+        "flow: got Diffusion, expected ProbabilityFlow.*use log_likelihood for a Diffusion",
+    ),
     # particles
     "one particle": (lambda: particles(read(), num_particles=1), "num_particles: got 1, .*>= 2"),
     "no particle": (lambda: particles(read(), num_particles=0), "num_particles: got 0, .*>= 2"),
@@ -417,6 +433,26 @@ TABLE = {
     "all weights zero": (
         lambda: particles(read(never), SampledGuidance, num_particles=4).run(),
         "likelihood: got none that is positive .*4 particles.*more noise, use more particles",
+    ),
+    "instance for a guidance, in a guide": (
+        lambda: AutoGuidance(lambda: None, MMPS(mixture(), read())),
+        "guidance: got an instance of MMPS, expected a class",
+    ),
+    "instance for a guidance, of particles": (
+        lambda: particles(read(), MMPS(mixture(), read())),
+        "guidance: got an instance of MMPS, expected a class",
+    ),
+    "instance for a guidance, of Gibbs moves": (
+        lambda: ParticleGibbs(lambda: None, guidance=MMPS(mixture(), read())),
+        "guidance: got an instance of MMPS, expected a class",
+    ),
+    "no function for particles": (
+        lambda: particles(read(), "MMPS"),
+        r"guidance: got str, expected guidance\(denoiser, likelihood\)",
+    ),
+    "counts in a guide": (
+        lambda: particles(read(rates), MMPS, num_particles=2).run(),
+        r"with a Poisson, .*guidance=lambda d, l: MMPS\(d, l.with_residuals\(\"deviance\"\)\)",
     ),
     "guidance that is none": (
         lambda: particles(read(), lambda denoiser, _: denoiser),

@@ -94,8 +94,8 @@ def test_levels_at_angles_are_those_of_the_schedule():
 def test_the_log_determinant_is_that_of_the_whole_map():
     law = flow(solver=ODESolver("dopri8", rtol=1e-8, atol=1e-8))
     x = mixture_law().sample((2,))
-    passage = law.transform.transport(x, inverse=True)
-    for row, log_det, z in zip(x, passage.log_det[0], passage.z, strict=True):
+    end = law.transform.transport(x, inverse=True)
+    for row, log_det, z in zip(x, end.log_det[0], end.z, strict=True):
         jacobian = torch.autograd.functional.jacobian(law.encode, row)
         torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], log_det, rtol=0, atol=1e-6)
         torch.testing.assert_close(

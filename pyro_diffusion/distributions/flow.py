@@ -190,9 +190,9 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
             )
         if self.trace.stochastic and self.trace.seed is None:
             check_linear_use(self, chains=False)
-        passage = self.transform.transport(self._checked(value), inverse=True, noise=noise)
-        assert passage.log_det is not None
-        return self._density(passage.z, passage.log_det, passage.evaluations)
+        end = self.transform.transport(self._checked(value), inverse=True, noise=noise)
+        assert end.log_det is not None
+        return self._density(end.z, end.log_det, end.evaluations)
 
     def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:
         """Data from one pass of the ODE, sample + batch + event."""
@@ -210,9 +210,9 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
     def rsample_and_log_prob(self, sample_shape: Shape = torch.Size()) -> tuple[Tensor, Tensor]:
         """Reparameterized data and their log-density, from one pass of the ODE."""
         z = self._noise(sample_shape)
-        passage = self.transform.transport(z)
-        assert passage.log_det is not None
-        return passage.z, self._density(z, -passage.log_det, passage.evaluations).value
+        end = self.transform.transport(z)
+        assert end.log_det is not None
+        return end.z, self._density(z, -end.log_det, end.evaluations).value
 
     def _first_guess(self, sample_shape: Shape) -> Tensor:
         x = self._prior_draw(sample_shape)

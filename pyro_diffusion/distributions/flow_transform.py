@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.base import broadcast_context
 from pyro_diffusion.dynamics import ExactTrace, ODESolver, TraceEstimator
-from pyro_diffusion.dynamics.ode import Passage, data_scale, end_angles, transport
+from pyro_diffusion.dynamics.ode import Endpoint, data_scale, end_angles, transport
 from pyro_diffusion.dynamics.ode_solver import check_ode_solver
 from pyro_diffusion.dynamics.trace_estimators import check_trace_estimator
 from pyro_diffusion.processes import Ability
@@ -80,7 +80,7 @@ class FlowTransform(TransformModule):
         inverse: bool = False,
         log_det: bool = True,
         noise: NoiseSource | None = None,
-    ) -> Passage:
+    ) -> Endpoint:
         """Noise to data, or back, with log-determinants from the same pass.
 
         Args:

@@ -20,7 +20,7 @@ from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_number, check_tensor
 
 __all__ = [
-    "Passage",
+    "Endpoint",
     "data_scale",
     "end_angles",
     "level_at",
@@ -28,13 +28,13 @@ __all__ = [
 ]
 
 
-class Passage(NamedTuple):
+class Endpoint(NamedTuple):
     """Where a path along the ODE ends.
 
     Attributes:
         z: state, batch + event.
-        log_det: log-determinant of the passage, one per estimate of the trace, (columns,) + batch; None
-            without a trace.
+        log_det: log-determinant of the map from start to end, one per estimate of the trace, (columns,) +
+            batch; None without a trace.
         evaluations: network evaluations that it took.
     """
 
@@ -92,7 +92,7 @@ def transport(
     context: dict[str, Tensor] | None = None,
     trace: TraceEstimator | None = None,
     noise: NoiseSource | None = None,
-) -> Passage:
+) -> Endpoint:
     r"""Integrate the probability-flow ODE from one angle to another.
 
     With :math:`n = \sqrt{\alpha^2 + \sigma^2}`, :math:`z = x_t / n` and
@@ -175,7 +175,7 @@ def transport(
     batch = z.shape[: z.dim() - denoiser.process.event_dim]
     log_det = None if trace is None else (d * y[:, d:]).T.reshape(-1, *batch)
     out, log_det = track_provenance((y[:, :d].reshape(z.shape), log_det), sources)
-    return Passage(out, log_det, field.evaluations)
+    return Endpoint(out, log_det, field.evaluations)
 
 
 class _Field:
@@ -224,7 +224,7 @@ class _Field:
         return out if differentiable else out.detach()
 
     def _velocity(self, angle: Tensor, rows: Tensor) -> Tensor:
-        level, pace = self._level(angle, rows)
+        level, half_rate = self._level(angle, rows)
         z = rows.reshape(self.shape)
         xt = torch.hypot(level.alpha, level.sigma) * z
         mean: Tensor = self.denoiser(xt, level, **self.context).mean
@@ -233,20 +233,20 @@ class _Field:
                 f"denoiser: got a {type(self.denoiser).__name__} whose mean has no gradient in x_t, expected "
                 "a differentiable one (guidance by observations gives samples; for densities use the prior's)"
             )
-        if pace is None:
+        if half_rate is None:
             return (torch.cos(angle) * rows - mean.reshape(rows.shape)) / torch.sin(angle)
         cosine = level.alpha / torch.hypot(level.alpha, level.sigma)
-        return (pace * cosine * (cosine * z - mean)).reshape(rows.shape)
+        return (half_rate * cosine * (cosine * z - mean)).reshape(rows.shape)
 
     def _level(self, angle: Tensor, rows: Tensor) -> tuple[Level, Tensor | None]:
-        r"""The level at an angle of the clock and, where coordinates have angles of their own, their pace.
+        r"""The level at an angle of the clock and, where coordinates have their own angles, a rate for each.
 
-        The pace is :math:`\lambda_k' / (\lambda' \sin\phi \cos\phi)`, so that
-        :math:`dz_k/d\phi = \text{pace}_k \cos\phi_k\,(\cos\phi_k\,z_k - \hat x_{0,k})`.
+        It is :math:`h_k = -\tfrac12 d\lambda_k/d\phi = \lambda_k' / (\lambda' \sin\phi \cos\phi)`, so that
+        :math:`dz_k/d\phi = h_k \cos\phi_k\,(\cos\phi_k\,z_k - \hat x_{0,k})`.
         """
         level = level_at(self.denoiser.process, angle)
         if level.log_snr is level.clock:
             return level, None
         rates = self.denoiser.process.rates(level.t)
-        pace = rates.log_snr / (rates.clock * torch.sin(angle) * torch.cos(angle))
-        return rates.level.map(lambda v: v.to(rows.dtype)), pace.to(rows.dtype)
+        half_rate = rates.log_snr / (rates.clock * torch.sin(angle) * torch.cos(angle))
+        return rates.level.map(lambda v: v.to(rows.dtype)), half_rate.to(rows.dtype)

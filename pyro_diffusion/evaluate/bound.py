@@ -4,7 +4,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyro_diffusion.distributions import Bound, Diffusion
+from pyro_diffusion.distributions import Bound, Diffusion, DiffusionSDE
 from pyro_diffusion.distributions.bounded import BoundedDistribution
 from pyro_diffusion.estimate import LOWER_BOUND, LogLikelihoodEstimate, Terms, concatenate
 from pyro_diffusion.evaluate.rows import Rows, batches, check_model, check_rows, checked_seed
@@ -67,7 +67,7 @@ def log_likelihood(
             without exactly one row per datum.
     """
     check_positive_int("num_samples", num_samples, at_least=2)
-    model = check_model("diffusion", diffusion, BoundedDistribution)
+    model = check_model("diffusion", diffusion, (Diffusion, DiffusionSDE, BoundedDistribution))
     view, chain = model.base, isinstance(model.base, Diffusion)
     if num_terms is None and not chain:
         num_terms = NUM_TERMS

@@ -117,10 +117,10 @@ def continuity_residual(
     spread = data.square().mean()
     at = process.level_of_clock(levels.to(data))
     rates = process.rates(at.t.flatten())
-    pace = rates.log_snr / rates.clock
+    relative_rate = rates.log_snr / rates.clock
     values, errors = [], []
     with torch.no_grad():
-        for level, speed in zip(map(at.at, range(len(levels))), pace, strict=True):
+        for level, speed in zip(map(at.at, range(len(levels))), relative_rate, strict=True):
             width = (level.alpha.square() * spread + level.sigma.square()).sqrt()
             parts = [
                 _residual(xt / width, level.alpha * speed / width * (x0 - mean), w, b)

@@ -8,13 +8,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_diffusion.denoisers.base import check_context
+from pyro_diffusion.distributions import ProbabilityFlow
 from pyro_diffusion.distributions.base import DenoisedDistribution
+from pyro_diffusion.distributions.bounded import BoundedDistribution
 from pyro_diffusion.processes import drawing_from
 from pyro_diffusion.processes.noise import RowNoise, fresh_seed
 from pyro_diffusion.unwrapping import Unwrapped, check_wrappers, unwrap
-from pyro_diffusion.validation import check_event_shape, check_positive_int, check_seed
+from pyro_diffusion.validation import check_event_shape, check_positive_int, check_seed, kind_of
 
 __all__ = ["Rows", "batches", "check_model", "check_rows", "checked_seed"]
+
+# The function that evaluates the log-density of each kind of view, or a bound.
+SCORED_BY = {BoundedDistribution: "log_likelihood", ProbabilityFlow: "flow_log_likelihood"}
 
 View = TypeVar("View", bound=DenoisedDistribution)
 
@@ -44,10 +49,18 @@ def check_model(name: str, model: Any, kinds: type[View] | tuple[type[View], ...
     """
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     wanted = " or ".join(kind.__name__ for kind in kinds)
-    found = unwrap(model, kinds) if isinstance(model, torch.distributions.Distribution) else None
+    found = (
+        unwrap(model, (*kinds, *SCORED_BY))
+        if isinstance(model, torch.distributions.Distribution)
+        else None
+    )
     if found is None or not isinstance(found.base, kinds):
-        inner = type(model if found is None else found.base).__name__
-        raise ValueError(f"{name}: got {inner}, expected {wanted}, perhaps under transforms")
+        inner = model if found is None else found.base
+        scored = [by for kind, by in SCORED_BY.items() if isinstance(inner, kind)]
+        instead = f" (use {scored[0]} for a {type(inner).__name__})" if scored else ""
+        raise ValueError(
+            f"{name}: got {kind_of(inner)}, expected {wanted}, perhaps under transforms{instead}"
+        )
     if model.batch_shape or found.base.batch_shape:
         raise ValueError(
             f"{name}: got a {type(found.base).__name__} of batch shape "

@@ -13,7 +13,14 @@ from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 
-__all__ = ["Guidance", "GuidedDenoiser", "Twisted", "check_denoiser", "shift_mean"]
+__all__ = [
+    "Guidance",
+    "GuidedDenoiser",
+    "Twisted",
+    "check_denoiser",
+    "check_guidance",
+    "shift_mean",
+]
 
 
 class Twisted(NamedTuple):
@@ -119,6 +126,24 @@ def shift_mean(posterior: TorchDistribution, shift: Tensor) -> TorchDistribution
     scale = base.stddev if isinstance(base, Normal) else base.variance.sqrt()
     mean = (base.mean + shift).detach()
     return Normal(mean, scale.detach(), validate_args=False).to_event(event_dim)
+
+
+def check_guidance(guidance: object) -> None:
+    """Refuse what does not make a guided denoiser of a denoiser and a likelihood, as an instance of one.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    found = type(guidance).__name__
+    if isinstance(guidance, Denoiser):
+        raise ValueError(
+            f"guidance: got an instance of {found}, expected a class of guided denoisers such as MMPS, or a "
+            "function of (denoiser, likelihood) that returns an instance"
+        )
+    if not callable(guidance):
+        raise ValueError(
+            f"guidance: got {found}, expected guidance(denoiser, likelihood) such as the class MMPS"
+        )
 
 
 def check_denoiser(denoiser: object) -> Denoiser:

@@ -41,8 +41,10 @@ class Solved(NamedTuple):
 class GaussianConditioning(GuidedDenoiser):
     r"""Guidance that takes p(x_0 | x_t) for a normal of the denoiser's mean and some covariance V.
 
-    For Normal observations with the whitened residual :math:`r(x_0) = L^{-1}(y - f(x_0))`, linearized at
-    :math:`\hat x_0` with :math:`B = -\partial r/\partial x_0`,
+    For observations whose log-density is :math:`-|r(x_0)|^2/2` plus a log-normalizer, as Normal ones have
+    with the whitened residual :math:`r(x_0) = L^{-1}(y - f(x_0))` and others with deviance residuals
+    (``likelihood.with_residuals("deviance")``), linearized at :math:`\hat x_0` with
+    :math:`B = -\partial r/\partial x_0`,
 
     .. math::
         S &= I + B V B^T, \qquad E[x_0 | x_t, y] \approx \hat x_0 + G B^T S^{-1} r, \\
@@ -70,8 +72,8 @@ class GaussianConditioning(GuidedDenoiser):
     ``"gmres"`` take ``iterations`` products with S instead. log det S wants S itself, so :meth:`twisted` is
     always direct.
 
-    The shift above takes S for a constant of x_t, as the papers do. For a prior of many modes S is none, and
-    ``full_gradient=True`` follows the whole log-twist,
+    The shift above takes S for a constant of x_t, as the papers do. For a prior of many modes S changes with
+    x_t, and ``full_gradient=True`` follows the whole log-twist,
     :math:`(\sigma^2/\alpha) \nabla_{x_t} \log p(y|x_t)`, at about twice the cost. What that adds is
     cut, datum by datum, at the length of the papers' shift and that of the noise,
     :math:`\sqrt{\textstyle\sum_i \sigma_i^2/\alpha_i^2}`, together:
@@ -79,15 +81,16 @@ class GaussianConditioning(GuidedDenoiser):
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior, under a process with Tweedie's formula.
-        likelihood: a :class:`~pyro_diffusion.likelihoods.Likelihood` with residuals, as that of Normal sites.
+        likelihood: a :class:`~pyro_diffusion.likelihoods.Likelihood` with residuals: Normal sites have
+            them, other distributions deviance residuals.
         solver: ``"direct"``, ``"cg"`` or ``"gmres"``; by default direct up to 64 residuals in a row, else cg.
         iterations: of a Krylov solver.
         full_gradient: whether the shift follows the whole log-twist (always direct).
 
     Raises:
         ValueError: for a process without Tweedie's formula, an unknown solver or iterations < 1, or a full
-            gradient with a Krylov solver; when called, for
-            observations that are not Normal or have no gradient.
+            gradient with a Krylov solver; when called, for observations that have neither residuals of the
+            likelihood's kind nor a gradient.
     """
 
     needs = (Ability.NUMBERS, Ability.TWEEDIE)

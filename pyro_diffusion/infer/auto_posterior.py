@@ -19,7 +19,7 @@ from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.distributions.base import DenoisedDistribution, plates_entered
 from pyro_diffusion.distributions.callers import called_from
 from pyro_diffusion.distributions.shape_runs import shapes_only
-from pyro_diffusion.guidance.base import Guidance
+from pyro_diffusion.guidance.base import Guidance, check_guidance
 from pyro_diffusion.infer.reparam import ChainReparam
 from pyro_diffusion.infer.simulated_posterior import SimulatedPosterior
 from pyro_diffusion.infer.twisted_smc import default_guidance
@@ -87,11 +87,8 @@ class AutoPosterior(AutoGuide):
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
-        if not (guidance is None or callable(guidance)):
-            raise ValueError(
-                f"guidance: got {type(guidance).__name__}, expected guidance(denoiser, likelihood) such as "
-                "the class MMPS"
-            )
+        if guidance is not None:
+            check_guidance(guidance)
         check_model(model)
         program, self._chained = _folded(model)
         # In tuples, so that neither becomes a submodule.

@@ -13,7 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_diffusion.distributions.base import DenoisedDistribution
-from pyro_diffusion.guidance.base import Guidance
+from pyro_diffusion.guidance.base import Guidance, check_guidance
 from pyro_diffusion.infer.conditional_filter import ConditionalFilter
 from pyro_diffusion.infer.twisted_smc import TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
@@ -85,6 +85,8 @@ class ParticleGibbs(MCMCKernel):
     ) -> None:
         if not callable(model):
             raise ValueError(f"model: got {type(model).__name__}, expected a Pyro program")
+        if guidance is not None:
+            check_guidance(guidance)
         check_positive_int("num_particles", num_particles, at_least=2)
         self.model, self.site, self.guidance = model, site, guidance
         self.others_steps = check_positive_int("others_steps", others_steps)

@@ -18,7 +18,7 @@ from pyro_diffusion.guidance import (
     PlugIn,
     SampledGuidance,
 )
-from pyro_diffusion.guidance.base import Guidance
+from pyro_diffusion.guidance.base import Guidance, check_guidance
 from pyro_diffusion.infer.particle_filter import ParticleFilter
 from pyro_diffusion.infer.particles import Particles
 from pyro_diffusion.infer.resampling import genealogical_variance
@@ -33,7 +33,7 @@ Filter = TypeVar("Filter", bound=ParticleFilter)
 
 
 def default_guidance(denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
-    """The guidance that asks most of a likelihood and gets it.
+    """The most accurate guidance that the likelihood, the process and the denoiser allow.
 
     Gaussian conditioning for Normal observations of real data, and on deviance residuals where every other
     site has them (counts, heavy tails): :class:`~pyro_diffusion.guidance.MMPS` for denoisers in closed form,
@@ -126,7 +126,9 @@ class TwistedSMC:
             )
         self.likelihood, self.progress = check_likelihood(likelihood), progress
         self.diffusion = diffusion.expand(likelihood.batch_shape)
-        guided = (guidance or default_guidance)(diffusion.denoiser, likelihood)
+        guidance = default_guidance if guidance is None else guidance
+        check_guidance(guidance)
+        guided = guidance(diffusion.denoiser, likelihood)
         if not isinstance(guided, GuidedDenoiser):
             raise ValueError(
                 f"guidance: got a factory of {type(guided).__name__}, expected one of GuidedDenoiser"

@@ -243,7 +243,8 @@ class ProgramLikelihood(Likelihood):
                 ", a location family (StudentT, Laplace, Logistic, ...) or a discrete distribution"
             )
         gauss_newton = (
-            'residuals="deviance" for a Gauss-Newton approximation, or '
+            'residuals="deviance" for a Gauss-Newton approximation, where the guidance is an argument '
+            'guidance=lambda d, l: MMPS(d, l.with_residuals("deviance")), or '
             if "deviance" not in without_residual
             else ""
         )

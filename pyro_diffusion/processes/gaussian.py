@@ -195,7 +195,7 @@ class GaussianProcess(ForwardProcess):
         return self._normal(tensors["loc"], tensors["scale"])
 
     def coordinate_log_likelihood(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
-        """Log-density of every coordinate of x_t, were its x_0 each of the values, up to a constant."""
+        """log q(x_t | x_0) of every coordinate, for x_0 equal to each of the values, up to a constant."""
         if check_tensor("values", values).dim() != 1:
             raise ValueError(f"values: got shape {tuple(values.shape)}, expected a vector")
         level = self.level(t, xt, state="xt")

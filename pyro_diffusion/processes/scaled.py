@@ -13,7 +13,13 @@ from pyro_diffusion.processes.levels import Rates, check_falling, check_level, r
 from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.schedules.cached import CachedModule, Sources
 from pyro_diffusion.schedules.grids import check_grid
-from pyro_diffusion.validation import check_broadcast, check_positive_int, check_tensor, check_times
+from pyro_diffusion.validation import (
+    check_broadcast,
+    check_positive_int,
+    check_tensor,
+    check_times,
+    kind_of,
+)
 
 __all__ = ["ScaledProcess"]
 
@@ -41,7 +47,9 @@ class ScaledProcess(CachedModule):
     def __init__(self, schedule: Schedule, event_dim: int = 1) -> None:
         super().__init__()
         if not isinstance(schedule, Schedule):
-            raise ValueError(f"schedule: got {type(schedule).__name__}, expected a Schedule")
+            raise ValueError(
+                f"schedule: got {kind_of(schedule)}, expected a Schedule such as Cosine()"
+            )
         self.schedule = schedule
         self.event_dim = check_positive_int("event_dim", event_dim, at_least=0)
 
@@ -157,7 +165,7 @@ class ScaledProcess(CachedModule):
 
         Raises:
             ValueError: for times outside [0, 1] or of a shape that does not broadcast with the state's batch,
-                and for what is no state. With a Level both are taken as checked.
+                and for a ``like`` that is not a state. With a Level both are taken as checked.
         """
         if isinstance(t, Level):
             return t
