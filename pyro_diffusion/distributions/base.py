@@ -127,15 +127,7 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
     def _example(self, sample_shape: Shape) -> Tensor:
         """Values of the shape, dtype and support of draws for one network evaluation, none if it is kept."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        decoder = getattr(self, "decoder", None)
-        key = (
-            type(self),
-            shape,
-            self.dtype,
-            self.device,
-            type(decoder),
-            getattr(decoder, "levels", 0),
-        )
+        key = (type(self), shape, self.dtype, self.device, repr(self.support))
         return kept_example(self.denoiser, key, lambda: self._first_guess(sample_shape))
 
     def _first_guess(self, sample_shape: Shape) -> Tensor:

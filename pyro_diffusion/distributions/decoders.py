@@ -52,6 +52,10 @@ class Decoder(DefinedModule, PreciseModule):
         """Data as x_0."""
         raise NotImplementedError
 
+    def data_of(self, x0: Tensor) -> Tensor:
+        """The inverse of :meth:`encode`, differentiable, and extended to all x_0 where data are integers."""
+        return x0
+
     def forward(
         self, posterior: TorchDistribution, t: Level, process: ForwardProcess
     ) -> TorchDistribution:
@@ -162,6 +166,10 @@ class QuantizedDecoder(Decoder):
     def encode(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """Integers to evenly spaced real numbers."""
         return self.low + self.width * value.to(dtype)
+
+    def data_of(self, x0: Tensor) -> Tensor:
+        """Numbers on the line of the integers, exact where x_0 is one of the levels."""
+        return (x0 - self.low) / self.width
 
     def forward(
         self, posterior: TorchDistribution, t: Level, process: ForwardProcess

@@ -6,7 +6,7 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_diffusion.distributions import ProbabilityFlow, QuantizedDecoder
+from pyro_diffusion.distributions import ProbabilityFlow
 from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.distributions.bounded import BoundedDistribution
 from pyro_diffusion.likelihoods.run import Message
@@ -46,9 +46,8 @@ class DiffusionSite(NamedTuple):
     def value(self, x0: Tensor) -> Tensor:
         """x_0 as the site's value: through the decoder's scale and the transforms."""
         decoder = getattr(self.diffusion, "decoder", None)
-        if isinstance(decoder, QuantizedDecoder):
-            # The integers' own line: differentiable, and exact where x_0 is one of the levels.
-            x0 = (x0 - decoder.low) / decoder.width
+        if decoder is not None:
+            x0 = decoder.data_of(x0)
         for transform in self.transforms:
             x0 = transform(x0)
         return x0
