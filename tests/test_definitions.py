@@ -25,16 +25,31 @@ from pyro_diffusion.denoisers import (
     LevelsDenoiser,
     MixtureDenoiser,
     Noise,
+    SpectralDenoiser,
     TableDenoiser,
     TimeVariance,
     VarianceDenoiser,
     unit_variance,
 )
-from pyro_diffusion.distributions import CategoricalDecoder, NormalDecoder, QuantizedDecoder
+from pyro_diffusion.distributions import (
+    BasisDecoder,
+    CategoricalDecoder,
+    NormalDecoder,
+    QuantizedDecoder,
+)
 from pyro_diffusion.nn import MLP, Transformer
 from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.optim import EMA
-from pyro_diffusion.processes import Absorbing, CategoricalProcess, GaussianProcess, Uniform
+from pyro_diffusion.processes import (
+    Absorbing,
+    Basis,
+    Blurring,
+    CategoricalProcess,
+    GaussianProcess,
+    LearnedSpectralGaussian,
+    SpectralGaussian,
+    Uniform,
+)
 from pyro_diffusion.schedules import (
     EDM,
     Cosine,
@@ -48,6 +63,7 @@ from pyro_diffusion.schedules import (
 )
 
 KNOTS = torch.linspace(-5, 5, 4)
+PLANE = Basis.dct((2,), dims=1)
 ENDS = {"log_snr_max": 10.0, "log_snr_min": -10.0}
 
 
@@ -74,6 +90,12 @@ DEFINITIONS = [
     (LearnedSchedule(4), ENDS),
     (TabulatedBetas([0.1, 0.2]), {}),  # the table is a buffer
     (GaussianProcess(Cosine(), event_dim=3), {"event_dim": 3, "schedule": {"module": "Cosine"}}),
+    (Basis.dct((2, 3)), {"event_shape": [2, 3]}),
+    (SpectralGaussian(Cosine(), PLANE), {"basis": {"module": "Basis"}}),
+    (Blurring(Cosine(), PLANE, 3.0, 0.1), {"sigma_max": 3.0, "d_min": 0.1}),
+    (LearnedSpectralGaussian(LogLinear(), PLANE), {"schedule": {"module": "LogLinear"}}),
+    (SpectralDenoiser(MLP(2), SpectralGaussian(Cosine(), PLANE)), {"variance": None}),
+    (BasisDecoder(PLANE), {"decoder": {"module": "NormalDecoder"}}),
     (Absorbing(Cosine(), 3), {"states": 3, "event_dim": 1, "schedule": {"module": "Cosine"}}),
     (Uniform(Cosine(), 3), {"states": 3, "event_dim": 1}),
     (CategoricalProcess(Cosine(), 2, torch.tensor([0.5, 0.5])), {"states": 2, "event_dim": 1}),

@@ -18,6 +18,7 @@ from pyro_diffusion.denoisers.parameterizations import (
     V,
     Velocity,
 )
+from pyro_diffusion.denoisers.spectral import SpectralDenoiser
 from pyro_diffusion.denoisers.variance_denoiser import VarianceDenoiser
 from pyro_diffusion.denoisers.variance_heads import NPR, SN
 from pyro_diffusion.denoisers.variances import (
@@ -43,6 +44,7 @@ __all__ = [
     "Noise",
     "Parameterization",
     "Score",
+    "SpectralDenoiser",
     "TableDenoiser",
     "TimeVariance",
     "V",

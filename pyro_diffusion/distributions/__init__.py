@@ -1,6 +1,7 @@
 """Diffusion models as Pyro distributions, and the densities at their data end."""
 
 from pyro_diffusion.distributions import kl as _kl  # noqa: F401 (registers divergences)
+from pyro_diffusion.distributions.basis_decoder import BasisDecoder
 from pyro_diffusion.distributions.decoders import (
     CategoricalDecoder,
     Decoder,
@@ -26,6 +27,7 @@ from pyro_diffusion.distributions.regressions import (
 from pyro_diffusion.distributions.sde import DiffusionSDE
 
 __all__ = [
+    "BasisDecoder",
     "Bound",
     "CategoricalDecoder",
     "Decoder",

@@ -2,17 +2,27 @@
 
 from pyro_diffusion.processes.abilities import Ability
 from pyro_diffusion.processes.base import ForwardProcess
+from pyro_diffusion.processes.bases import Basis
 from pyro_diffusion.processes.categorical import Absorbing, CategoricalProcess, Uniform
 from pyro_diffusion.processes.gaussian import GaussianProcess
 from pyro_diffusion.processes.noise import SeededNoise, draw, drawing_from
+from pyro_diffusion.processes.spectral import (
+    Blurring,
+    LearnedSpectralGaussian,
+    SpectralGaussian,
+)
 
 __all__ = [
     "Ability",
     "Absorbing",
+    "Basis",
+    "Blurring",
     "CategoricalProcess",
     "ForwardProcess",
     "GaussianProcess",
+    "LearnedSpectralGaussian",
     "SeededNoise",
+    "SpectralGaussian",
     "Uniform",
     "draw",
     "drawing_from",

@@ -70,6 +70,8 @@ NOT_CALLED: dict[str, str] = {
 
 PROCESS = processes.GaussianProcess(schedules.Cosine())
 MASKING = processes.Absorbing(schedules.Rectified.full(), 4)
+COSINES = processes.Basis.dct((3,), dims=1)
+BLURRING = processes.Blurring(schedules.Cosine(), COSINES, sigma_max=2.0)
 TIMES = schedules.uniform(3)
 LEVEL = PROCESS.level(torch.tensor([0.3, 0.6]))
 
@@ -258,6 +260,10 @@ def process_calls() -> list[Call]:
         with processes.drawing_from(noise):
             return processes.draw(law, (2,))
 
+    def turned(basis: Any) -> Any:
+        x = torch.linspace(-1, 1, basis.event_shape.numel()).reshape(basis.event_shape)
+        return basis(x), basis.inverse(x), basis.marginal_variances(x.square())
+
     of_gaussian = {
         "marginal": {"x0": x, "t": t},
         "transition": {"xs": x, "s": s, "t": t},
@@ -289,6 +295,60 @@ def process_calls() -> list[Call]:
             "processes.GaussianProcess",
             functools.partial(built, processes.GaussianProcess),
             of({"schedule": schedules.Cosine(), "event_dim": 1}),
+        ),
+        Call(
+            "processes.Basis",
+            lambda **a: turned(processes.Basis(**a)),
+            of(
+                {
+                    "vectors": torch.eye(3).flip(0),
+                    "event_shape": (3,),
+                    "frequencies": torch.arange(3.0),
+                    "variances": torch.ones(3),
+                }
+            ),
+        ),
+        *(
+            Call(
+                f"processes.Basis.{name}",
+                lambda name=name, **a: turned(getattr(processes.Basis, name)(**a)),
+                of(arguments),
+            )
+            for name, arguments in {
+                "identity": {"event_shape": (2, 3)},
+                "dct": {"event_shape": (2, 3), "dims": 1},
+                "haar": {"event_shape": (2, 4), "levels": 1, "dims": 1},
+                "eigenvectors": {
+                    "covariance": torch.ones(3, 3) + torch.eye(3),
+                    "event_shape": (3,),
+                },
+                "principal": {"data": data()},
+                "laplacian": {"adjacency": torch.ones(3, 3) - torch.eye(3)},
+            }.items()
+        ),
+        *(
+            Call(
+                f"processes.{kind.__name__}",
+                functools.partial(built, kind),
+                of({"schedule": schedules.Cosine(), "basis": COSINES, **arguments}),
+            )
+            for kind, arguments in (
+                (processes.SpectralGaussian, {"shift": torch.ones(3)}),
+                (processes.LearnedSpectralGaussian, {"shift": torch.ones(3), "degree": 2}),
+                (processes.Blurring, {"sigma_max": 2.0, "d_min": 0.01}),
+            )
+        ),
+        Call(
+            "processes.SpectralGaussian.whitening",
+            functools.partial(built, processes.SpectralGaussian.whitening),
+            of(
+                {
+                    "schedule": schedules.Cosine(),
+                    "basis": COSINES,
+                    "variances": torch.tensor([2.0, 1.0, 0.5]),
+                    "floor": 0.01,
+                }
+            ),
         ),
         *(
             Call(
@@ -495,6 +555,19 @@ def denoiser_calls() -> list[Call]:
             "denoisers.SN",
             lambda **a: headed(denoisers.SN(**a)),
             of({"limit": 15.0, "skip": False, "largest": 1e3}),
+        ),
+        Call(
+            "denoisers.SpectralDenoiser",
+            functools.partial(built, denoisers.SpectralDenoiser),
+            of(
+                {
+                    "network": network(2),
+                    "process": BLURRING,
+                    "parameterization": denoisers.Data(),
+                    "variance": denoisers.LearnedVariance(),
+                    "context_event_dims": None,
+                }
+            ),
         ),
         Call(
             "denoisers.VarianceDenoiser",
@@ -724,6 +797,11 @@ def distribution_calls() -> list[Call]:
             "distributions.NormalDecoder",
             lambda value: chain(decoder=distributions.NormalDecoder()).log_prob(value),
             lambda: {"value": data()},
+        ),
+        Call(
+            "distributions.BasisDecoder",
+            lambda **a: used_decoder(distributions.BasisDecoder(**a)),
+            of({"basis": COSINES, "decoder": distributions.QuantizedDecoder(4)}),
         ),
         Call(
             "distributions.Hybrid",
