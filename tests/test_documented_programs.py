@@ -81,6 +81,12 @@ def test_the_three_ways_of_mixtures_run() -> None:
     assert {*pyro.get_param_store()} > {"weights", "classifier$$$0.weight"}
 
 
+def test_the_page_on_blur_runs() -> None:
+    page = run("docs/blurring.md", {})
+    assert page["bound"].shape == (5,)
+    assert bool((page["bound"] < 0).all())
+
+
 def test_a_process_of_your_own_runs_and_what_needs_one_noise_level_refuses_it() -> None:
     page = run("docs/contracts.md", {})
     assert page["samples"].shape == (500, 2)
