@@ -5,7 +5,7 @@ Run: python benchmarks/processes.py [--rows NAME ...] [--draws N]
 Gap: log p less the bound, in nats a datum, by number of steps and in continuous time ("inf"), beside its
 standard error. It is never negative beyond chance; it closes with the number of steps where the forward
 process is Markov, and widens where it is not. ODE: largest error of its log-density, nats a dimension.
-Samples: largest deviation of a moment or frequency from the truth, in standard errors, by sampler.
+Samples: largest deviation of a moment, or that of all frequencies, in standard errors, by sampler.
 
 Each process is a module of ``process_rows`` with a function ``row_<module>(draws)`` that returns a
 :class:`~process_rows.Row`.
@@ -43,7 +43,7 @@ def main() -> None:
         ode = "-" if row.ode is None else f"{row.ode:.1e}"
         print(f"{row.name:28}{'yes' if row.markov else 'no':8}{text}{ode:>10}", flush=True)
         rows.append(row)
-    print("\nSamples: largest deviation in standard errors")
+    print("\nSamples: deviation in standard errors")
     for row in rows:
         print(f"{row.name:28}" + ", ".join(f"{k} {v:.2f}" for k, v in row.samples.items()))
     for note in (note for row in rows for note in row.notes):

@@ -45,9 +45,11 @@ from pyro_diffusion.processes import (
     Basis,
     Blurring,
     CategoricalProcess,
+    DiscretizedGaussian,
     GaussianProcess,
     LearnedSpectralGaussian,
     SpectralGaussian,
+    TransitionMatrix,
     Uniform,
 )
 from pyro_diffusion.schedules import (
@@ -99,6 +101,8 @@ DEFINITIONS = [
     (Absorbing(Cosine(), 3), {"states": 3, "event_dim": 1, "schedule": {"module": "Cosine"}}),
     (Uniform(Cosine(), 3), {"states": 3, "event_dim": 1}),
     (CategoricalProcess(Cosine(), 2, torch.tensor([0.5, 0.5])), {"states": 2, "event_dim": 1}),
+    (TransitionMatrix(Cosine(), 2, torch.ones(2, 2)), {"states": 2, "event_dim": 1}),
+    (DiscretizedGaussian(Cosine(), 4, 2.0), {"states": 4, "width": 2.0, "event_dim": 1}),
     (
         gaussian(parameterization=EDMPreconditioning(2.0), context_event_dims={"y": 2}),
         {

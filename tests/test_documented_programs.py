@@ -107,3 +107,8 @@ def test_the_table_of_abilities_is_that_of_the_processes() -> None:
         for name, a in Ability.__members__.items()
     }
     assert found == stated
+
+
+def test_the_page_on_symbols_runs():
+    page = run("docs/discrete.md", {})
+    assert page["x"].shape == (5, 2)

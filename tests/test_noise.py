@@ -1,5 +1,6 @@
 """Where draws come from: scoring has noise of its own, beside other threads too."""
 
+import contextlib
 import copy
 import threading
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from pyro_diffusion.dynamics import Hutchinson, ODESolver
 from pyro_diffusion.guidance import SampledGuidance
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess, SeededNoise, draw, drawing_from
+from pyro_diffusion.processes.noise import RowNoise
 from pyro_diffusion.schedules import Cosine
 from tests.small_diffusions import SMALL_DIFFUSIONS, Tiny, normal
 
@@ -240,3 +242,34 @@ def test_dropout_is_torchs_own():
 def test_a_copy_keeps_its_noise():
     law, value = build("chain normal")
     assert copy.deepcopy(law).log_prob(value).equal(law.log_prob(value))
+
+
+def test_symbols_are_drawn_by_row_in_double_precision():
+    """Sums of single precision near 1 have no room for rare symbols."""
+    seen = []
+
+    class Spy(RowNoise):
+        def uniform(self, shape, like, event_dim=0):
+            seen.append(like.dtype)
+            return super().uniform(shape, like, event_dim)
+
+    with drawing_from(Spy(5, torch.arange(6))):
+        x = draw(dist.Categorical(logits=torch.randn(6, 3, 4)).to_event(1))
+    assert x.shape == (6, 3) and seen == [torch.float64]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("source", [None, 5])
+def test_rare_symbols_are_drawn_on_a_gpu(source):
+    """Single precision has no exponential numbers small enough. Six standard errors: once in 10^8."""
+    count, symbols, probability = 100_000, 1024, 2.0**-26
+    probs = torch.full((symbols,), probability, device="cuda")
+    probs[0] = 1 - probability * (symbols - 1)
+    rare = dist.Categorical(probs=probs).expand([count])
+    found = 0
+    with contextlib.nullcontext() if source is None else drawing_from(SeededNoise(source)):
+        for _ in range(200):
+            found += int((draw(rare) > 0).sum())
+    want = 200 * count * probability * (symbols - 1)
+    assert abs(found - want) < 6 * want**0.5

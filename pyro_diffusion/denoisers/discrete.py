@@ -191,7 +191,9 @@ class CategoricalDenoiser(_EvidenceDenoiser):
     .. math:: p(x_{0,i} = k | x_t) \propto e^{F_{ik}(x_t, \lambda)}\, q(x_{t,i} | x_{0,i} = k)
 
     Under masking this copies every symbol that is not masked; under uniform noise it weighs the visible
-    symbol by how likely it survived.
+    symbol by how likely it survived. This leave-one-out form is the right one for uniform noise: what a
+    symbol tells of itself depends on the level alone, is known, and the reverse kernel divides it out again,
+    :math:`w_k = p_k / q(x_{t,i} | x_{0,i} = k)`.
 
     Args:
         network: ``network(x, log_snr)`` on integer symbols; returns ``process.states`` logits each.

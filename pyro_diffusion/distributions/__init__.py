@@ -2,6 +2,7 @@
 
 from pyro_diffusion.distributions import kl as _kl  # noqa: F401 (registers divergences)
 from pyro_diffusion.distributions.basis_decoder import BasisDecoder
+from pyro_diffusion.distributions.ctmc import DiffusionCTMC
 from pyro_diffusion.distributions.decoders import (
     CategoricalDecoder,
     Decoder,
@@ -33,6 +34,7 @@ __all__ = [
     "Decoder",
     "Dequantization",
     "Diffusion",
+    "DiffusionCTMC",
     "DiffusionSDE",
     "FlowTransform",
     "Hybrid",

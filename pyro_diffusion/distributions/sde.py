@@ -3,27 +3,25 @@
 from typing import ClassVar
 
 import torch
-from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.base import kept_uniform
-from pyro_diffusion.distributions.bounded import BoundedDistribution
+from pyro_diffusion.distributions.continuous import ContinuousDistribution
 from pyro_diffusion.distributions.decoders import Decoder
-from pyro_diffusion.distributions.objectives import DecoderStep
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.dynamics import ReverseSDE, SDESolver
 from pyro_diffusion.dynamics.sde import check_eta
 from pyro_diffusion.dynamics.sde_solver import check_sde_solver
-from pyro_diffusion.processes import Ability, draw
+from pyro_diffusion.processes import Ability
 from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.processes.levels import Rates
-from pyro_diffusion.validation import Shape, check_expands, check_tensor, check_times
+from pyro_diffusion.validation import Shape
 
 __all__ = ["DiffusionSDE"]
 
 
-class DiffusionSDE(BoundedDistribution):
+class DiffusionSDE(ContinuousDistribution):
     r"""A diffusion model in continuous time, the limit of :class:`Diffusion` for many steps.
 
     .. math::
@@ -123,42 +121,9 @@ class DiffusionSDE(BoundedDistribution):
             sde = ReverseSDE(self.denoiser, self.event_shape, self.eta, context=context)
             return self._decoded(self.solver(sde, x.reshape(count, -1)).reshape(x.shape))
 
-    def bound_terms(self, value: Tensor, t: Tensor | float) -> Tensor:
-        r"""The diffusion term's integrand at given times, from a fresh draw of its noise (nats per unit t).
-
-        Args:
-            value: data, sample + batch + event.
-            t: times in [0, 1], a number or one per datum.
-
-        Returns:
-            :math:`\tfrac12 (-\lambda'(t)) e^{\lambda(t)} \|x_0 - \hat x_0(x_t)\|^2`, sample + batch;
-            unbiased. Its integral over t is the diffusion term.
-
-        Raises:
-            ValueError: for data of a wrong shape or outside the support, or times outside [0, 1].
-        """
-        x0, batch = self._encoded(value)
-        if isinstance(t, Tensor):
-            check_expands("t", check_tensor("t", t), batch)
-        t = torch.as_tensor(t, dtype=self._time_dtype(x0), device=x0.device).expand(batch)
-        if self._validate_args:
-            check_times("t", t)
-        return self._costs(value, x0, t)[1]
-
-    def _costs(self, value: Tensor, x0: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """The decoder's and the diffusion's term of one evaluation of the network."""
-        process, event_dim = self.denoiser.process, len(self.event_shape)
+    def _rates(self, t: Tensor) -> tuple[Rates, "_SquaredTermGradient"]:
         gradient = _SquaredTermGradient()
-        rates = process.rates(position.clamp(min=0).to(x0.dtype), gradient)
-        level, slope = rates.level, rates.log_snr
-        xt = draw(process.marginal(x0, level))
-        posterior = self.posterior(xt, level)
-        last = DecoderStep(process, x0, xt, posterior, level, 1, self.decoder, value)
-        decoding = self.objective.decoder_term(last)
-        error = (x0 - posterior.mean).square()
-        cost = sum_rightmost(-0.5 * slope * level.log_snr.exp() * error, event_dim)
-        gradient.factor = (2 * cost.detach()).reshape(cost.shape + (1,) * event_dim)
-        return decoding, cost
+        return self.denoiser.process.rates(t, gradient), gradient
 
 
 class _SquaredTermGradient:

@@ -1,9 +1,10 @@
 """Forward processes q: how data is destroyed, and the bridges back."""
 
 from pyro_diffusion.processes.abilities import Ability
+from pyro_diffusion.processes.absorbing import Absorbing
 from pyro_diffusion.processes.base import ForwardProcess
 from pyro_diffusion.processes.bases import Basis
-from pyro_diffusion.processes.categorical import Absorbing, CategoricalProcess, Uniform
+from pyro_diffusion.processes.categorical import CategoricalProcess, Uniform
 from pyro_diffusion.processes.gaussian import GaussianProcess
 from pyro_diffusion.processes.noise import SeededNoise, draw, drawing_from
 from pyro_diffusion.processes.spectral import (
@@ -11,6 +12,7 @@ from pyro_diffusion.processes.spectral import (
     LearnedSpectralGaussian,
     SpectralGaussian,
 )
+from pyro_diffusion.processes.transition_matrices import DiscretizedGaussian, TransitionMatrix
 
 __all__ = [
     "Ability",
@@ -18,11 +20,13 @@ __all__ = [
     "Basis",
     "Blurring",
     "CategoricalProcess",
+    "DiscretizedGaussian",
     "ForwardProcess",
     "GaussianProcess",
     "LearnedSpectralGaussian",
     "SeededNoise",
     "SpectralGaussian",
+    "TransitionMatrix",
     "Uniform",
     "draw",
     "drawing_from",

@@ -21,10 +21,15 @@ class Ability(enum.Enum):
     FREE_VARIANCE = "bridges of a free variance eta"
     ISOTROPIC = "one noise level for all coordinates"
     SDE = "a stochastic differential equation (states that move continuously)"
+    JUMPS = "a Markov jump process in continuous time (symbols that jump)"
+    MASK = "a mask that lost symbols become and stay"
+    REDRAWS = "bridges that draw a share of symbols anew"
     ODE = "a probability-flow ODE (states that move continuously)"
 
 
-_EXAMPLES = {Ability.SYMBOLS: "Absorbing"}
+_EXAMPLES = dict.fromkeys(
+    (Ability.SYMBOLS, Ability.JUMPS, Ability.MASK, Ability.REDRAWS), "Absorbing"
+)
 
 
 def require(

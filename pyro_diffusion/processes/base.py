@@ -8,7 +8,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from pyro_diffusion.processes.levels import check_order
+from pyro_diffusion.processes.levels import Rates, check_order
 from pyro_diffusion.processes.scaled import ScaledProcess
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import (
@@ -57,7 +57,7 @@ class ForwardProcess(ScaledProcess):
     Example:
         A Gaussian process whose coordinates have their log-SNRs shifted against the schedule's.
 
-        >>> from pyro_diffusion.processes import GaussianProcess
+        >>> from pyro_diffusion.processes import Ability, GaussianProcess
         >>> from pyro_diffusion.schedules import Cosine
         >>> class Shifted(GaussianProcess):
         ...     def __init__(self, schedule, shift):
@@ -190,6 +190,22 @@ class ForwardProcess(ScaledProcess):
         """The kernel of such tensors, whose batch shape may be another by now."""
         raise NotImplementedError
 
+    def divergence_rate(
+        self, x0: Tensor, xt: Tensor, posterior: TorchDistribution, rates: Rates
+    ) -> Tensor:
+        """Divergence of the reverse process of x_0 from the posterior's, per unit of t (nats), batch shape.
+
+        The limit of KL(bridge || reverse kernel) / (t - s) for s -> t, at a state x_t; its integral over t is
+        the continuous-time bound's reverse term.
+
+        Args:
+            x0: data, batch + event.
+            xt: a draw of q(x_t | x_0), likewise.
+            posterior: p(x_0 | x_t), of the same batch and event shape.
+            rates: the level of ``xt``, one per datum, and its slopes.
+        """
+        raise NotImplementedError
+
     def coordinate_log_likelihood(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
         """log q(x_t,i | x_0,i = values_k) up to a constant in k, per coordinate; k is a new last dim."""
         raise NotImplementedError
@@ -209,8 +225,9 @@ class ForwardProcess(ScaledProcess):
             posterior: a distribution over x_0 of the same batch and event shape.
             s: earlier time(s), scalar or of the batch shape.
             t: later time(s).
-            eta: the bridge's free variance, 1 for the Markov process, 0 for the deterministic one (DDIM),
-                which may also go from s to a later time.
+            eta: the bridge's free parameter, 1 for the Markov process. Under a Gaussian process its variance,
+                0 for the deterministic one (DDIM), which may also go from s to a later time; under a
+                categorical one the share that the Markov bridge has, the rest is drawn from q(x_s | x_0).
 
         Raises:
             ValueError: for times outside [0, 1], s after t, or eta outside [0, 1].

@@ -5,17 +5,19 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from pyro.distributions import Categorical, TorchDistribution
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_diffusion.processes.abilities import Ability
 from pyro_diffusion.processes.base import ForwardProcess
-from pyro_diffusion.processes.levels import check_order
+from pyro_diffusion.processes.jumps import jump_divergence
+from pyro_diffusion.processes.levels import Rates, check_order
 from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import Shape, check_finite, check_positive_int, check_tensor
 
-__all__ = ["Absorbing", "CategoricalCoefficients", "CategoricalProcess", "Uniform"]
+__all__ = ["CategoricalCoefficients", "CategoricalProcess", "RedrawnCoefficients", "Uniform"]
 
 
 class CategoricalCoefficients(NamedTuple):
@@ -30,6 +32,18 @@ class CategoricalCoefficients(NamedTuple):
     early: Tensor
     late: Tensor
     between: Tensor
+
+
+class RedrawnCoefficients(NamedTuple):
+    """What a mixture of the Markov bridge and fresh draws of q(x_s | x_0) needs.
+
+    Attributes:
+        markov: coefficients of the Markov bridge.
+        share: that the Markov bridge has.
+    """
+
+    markov: CategoricalCoefficients
+    share: Tensor
 
 
 class CategoricalProcess(ForwardProcess):
@@ -48,6 +62,15 @@ class CategoricalProcess(ForwardProcess):
     exact for any factorized posterior. A symbol that cannot have led to x_t gets no weight.
     Here ``alpha(t)`` of the schedule is a probability; ``Rectified.full()`` is the usual linear one.
 
+    In continuous time a symbol is replaced at rate :math:`\beta = -\alpha'/\alpha`; see
+    :meth:`divergence_rate`. Other bridges with the same marginals mix the Markov bridge, of share eta, with
+    fresh draws of :math:`q(x_s | x_0)`, see :meth:`coefficients`.
+
+    Implementing another family of transition matrices: :math:`M(a)` with :math:`M(1) = I` and
+    :math:`M(a) M(b) = M(ab)`, so that :math:`q(x_t | x_0)` is a row of :math:`M(\alpha_t)` and
+    :math:`q(x_t | x_s)` one of :math:`M(\alpha_t / \alpha_s)`. A subclass implements ``_rows``,
+    ``_columns``, ``_spread`` and ``_inflow``; every distribution is made of these.
+
     Args:
         schedule: ``alpha(t)`` is the survival probability.
         states: number of symbols that data may take, 0 ... states - 1.
@@ -62,7 +85,10 @@ class CategoricalProcess(ForwardProcess):
     """
 
     abilities: ClassVar[frozenset[Ability]] = frozenset(
-        {Ability.SYMBOLS, Ability.FACTORIZED, Ability.MARKOV}
+        {
+            *(Ability.SYMBOLS, Ability.FACTORIZED, Ability.MARKOV),
+            *(Ability.JUMPS, Ability.REDRAWS),
+        }
     )
     noise: Tensor
 
@@ -94,6 +120,9 @@ class CategoricalProcess(ForwardProcess):
             ValueError: naming the argument.
         """
         super().check_state(name, x, values)
+        self._check_symbols(name, x, values)
+
+    def _check_symbols(self, name: str, x: Tensor, values: bool) -> None:
         count = len(self.noise)
         if x.dtype != torch.int64:
             raise ValueError(f"{name}: got dtype {x.dtype}, expected symbols as torch.int64")
@@ -104,14 +133,15 @@ class CategoricalProcess(ForwardProcess):
 
     def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
         """The distribution of x_t given x_0 (exact)."""
-        return self._replace(x0, self.level(t, x0, state="x0").alpha)
+        alpha = self.level(t, x0, state="x0").alpha
+        return self._categorical(self._rows(x0, alpha.unsqueeze(-1)))
 
     def transition(self, xs: Tensor, s: Tensor | Level, t: Tensor | Level) -> TorchDistribution:
         """The distribution of x_t given x_s (exact)."""
         early, late = self.level(s, xs, "s", "xs"), self.level(t, xs)
         if not (isinstance(s, Level) or isinstance(t, Level)):
             check_order(early, late)
-        return self._replace(xs, late.alpha / early.alpha)
+        return self._categorical(self._rows(xs, (late.alpha / early.alpha).unsqueeze(-1)))
 
     def prior(
         self,
@@ -120,11 +150,11 @@ class CategoricalProcess(ForwardProcess):
         device: torch.device | None = None,
     ) -> TorchDistribution:
         """The marginal at t = 1 of data that is uniform over its symbols."""
-        noise = self.noise.to(dtype=dtype or torch.get_default_dtype(), device=device)
-        alpha = self._level_at(noise.new_ones(())).alpha.unsqueeze(-1)
-        uniform = torch.zeros_like(noise)
+        dtype = dtype or torch.get_default_dtype()
+        alpha = self._level_at(torch.ones((), dtype=dtype, device=device)).alpha.unsqueeze(-1)
+        uniform = torch.zeros(len(self.noise), dtype=dtype, device=device)
         uniform[: self.states] = 1 / self.states
-        probs = alpha * uniform + (1 - alpha) * noise
+        probs = self._spread(uniform, alpha)
         return self._categorical(probs.expand(*self.check_event(event_shape), -1))
 
     def point_mass(self, x0: Tensor) -> TorchDistribution:
@@ -134,35 +164,85 @@ class CategoricalProcess(ForwardProcess):
         probs = torch.nn.functional.one_hot(x0, len(self.noise)).to(self.noise.dtype)
         return Categorical(probs=probs, validate_args=False).to_event(self.event_dim)
 
-    def coefficients(self, s: Level, t: Level, eta: float = 1.0) -> CategoricalCoefficients:
-        """Survival probabilities until s, until t, and between.
+    def coefficients(
+        self, s: Level, t: Level, eta: float = 1.0
+    ) -> CategoricalCoefficients | RedrawnCoefficients:
+        r"""Survival probabilities until s, until t, and between.
+
+        Args:
+            s: the earlier level.
+            t: the later level.
+            eta: the bridge is :math:`\eta\, q(x_s | x_t, x_0) + (1 - \eta)\, q(x_s | x_0)` per symbol, which
+                has the process's marginals for every eta. Under masking, a symbol that is visible is masked
+                again with probability :math:`\rho = (1 - \eta)(1 - \alpha_s)`: ReMDM's sampler, and the
+                discrete DDIM family :math:`\sigma\,\delta_{x_t} + (\alpha_s - \sigma\alpha_t)\,\delta_{x_0}
+                + (1 - \alpha_s - \sigma(1 - \alpha_t))\,\pi` with
+                :math:`\sigma = \eta (1 - \alpha_s)/(1 - \alpha_t)`. Under other noise the Markov bridge is
+                no member of that family, but it is of this one.
 
         Raises:
-            ValueError: for ``eta`` other than 1: this bridge has no free variance.
+            ValueError: if eta lies outside [0, 1].
+
+        References:
+            Song et al. (DDIM), arXiv 2010.02502, appendix A; Wang et al. (ReMDM), arXiv 2503.00307.
         """
-        if eta != 1:
-            raise ValueError(f"eta: got {eta}, expected 1 for a categorical process")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta: got {eta}, expected a number in [0, 1]")
         early, late = s.alpha.unsqueeze(-1), t.alpha.unsqueeze(-1)
-        return CategoricalCoefficients(early, late, late / early)
+        markov = CategoricalCoefficients(early, late, late / early)
+        return markov if eta == 1 else RedrawnCoefficients(markov, torch.full_like(early, eta))
 
     def combine(
-        self, xt: Tensor, posterior: TorchDistribution, coefficients: CategoricalCoefficients
+        self,
+        xt: Tensor,
+        posterior: TorchDistribution,
+        coefficients: CategoricalCoefficients | RedrawnCoefficients,
     ) -> TorchDistribution:
         """Bridge mixed over the posterior of each symbol."""
-        c = coefficients
-        clean = self._padded(posterior).to(c.late.dtype)
-        here = torch.nn.functional.one_hot(xt, len(self.noise)).to(clean.dtype)
-        noise = self.noise.to(clean.dtype)
-        noise_here = noise[xt].unsqueeze(-1)
-        reached = c.late * here + (1 - c.late) * noise_here  # q(x_t | x_0 = k), over k
+        if isinstance(coefficients, RedrawnCoefficients):
+            c, share = coefficients.markov, coefficients.share
+            fresh = self._spread(self._padded(posterior).to(share.dtype), c.early)
+            return self._categorical(share * self._reverse(xt, posterior, c) + (1 - share) * fresh)
+        return self._categorical(self._reverse(xt, posterior, coefficients))
+
+    def _reverse(
+        self, xt: Tensor, posterior: TorchDistribution, c: CategoricalCoefficients
+    ) -> Tensor:
+        """Probabilities of the reverse kernel of the Markov bridge."""
         # The floor keeps the kernel defined when a posterior denies every symbol that could have led here.
-        clean = clean.clamp(min=_tiny(clean) ** 0.5)
-        weights = torch.where(reached > 0, clean / reached.clamp(min=_tiny(clean)), 0.0)
-        early = c.early * weights + (1 - c.early) * noise * weights.sum(-1, keepdim=True)
-        step = c.between * here + (1 - c.between) * noise_here  # q(x_t | x_s = j), over j
-        probs = step * early
+        clean = self._floored(posterior, c.late.dtype)
+        weights = clean * _inverse(self._columns(xt, c.late))
+        probs = self._columns(xt, c.between) * self._spread(weights, c.early)
         # A state that no data could have reached has no kernel: it gets a uniform one rather than NaN.
-        return self._categorical(probs / probs.sum(-1, keepdim=True).clamp(min=_tiny(probs)))
+        return probs / probs.sum(-1, keepdim=True).clamp(min=_tiny(probs))
+
+    def divergence_rate(
+        self, x0: Tensor, xt: Tensor, posterior: TorchDistribution, rates: Rates
+    ) -> Tensor:
+        r"""The integrand of the continuous-time bound, exact (nats per unit of t).
+
+        .. math:: \sum_{y \ne x} \hat R_y - R_y + R_y \log\frac{R_y}{\hat R_y}, \qquad
+                  R_y = \beta\,\pi_x \frac{q(y | x_0)}{q(x | x_0)}, \qquad
+                  \hat R_y = \beta\,\pi_x \sum_k p_k \frac{q(y | k)}{q(x | k)},
+
+        with :math:`x = x_t`, per symbol, summed over the event: R is the rate at which the reverse process
+        of x_0 jumps from x to y, and :math:`\hat R` the posterior's. It costs O(K) a symbol. The limit of
+        KL(bridge || reverse kernel) / (t - s): both jump at most once, with probabilities
+        :math:`(t - s) R_y`, up to :math:`O((t - s)^2)`.
+
+        References:
+            Campbell et al., arXiv 2205.14987, proposition 2; Lou et al., arXiv 2310.16834.
+        """
+        alpha = rates.level.alpha.unsqueeze(-1)
+        clean = self._floored(posterior, alpha.dtype)
+        truth = torch.nn.functional.one_hot(x0, len(self.noise)).to(clean.dtype)
+        inverse = _inverse(self._columns(xt, alpha))
+        # Their difference for itself: towards pure noise the two ratios agree in more and more digits.
+        known, found, gap = (
+            self._spread(v * inverse, alpha) for v in (truth, clean, clean - truth)
+        )
+        cost = (self._inflow(xt).to(known.dtype) * jump_divergence(known, found, gap)).sum(-1)
+        return sum_rightmost(-rates.log_alpha * cost, self.event_dim)
 
     def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:
         """Log-probabilities of the symbols."""
@@ -177,15 +257,36 @@ class CategoricalProcess(ForwardProcess):
         """Log-probability of every symbol of x_t, had its x_0 been each of the values."""
         if check_tensor("values", values).dim() != 1:
             raise ValueError(f"values: got shape {tuple(values.shape)}, expected a vector")
+        # On a GPU a check of the symbols would cost a wait.
+        self._check_symbols("values", values, values.device.type == "cpu")
         alpha = self.level(t, xt, state="xt").alpha.unsqueeze(-1)
-        same = xt.unsqueeze(-1) == values
-        probs = alpha * same + (1 - alpha) * self.noise.to(alpha.dtype)[xt].unsqueeze(-1)
+        probs = self._columns(xt, alpha)[..., values]
         return probs.clamp(min=_tiny(probs)).log()
 
-    def _replace(self, x: Tensor, survival: Tensor) -> TorchDistribution:
-        survival = survival.unsqueeze(-1)
+    def _rows(self, x: Tensor, survival: Tensor) -> Tensor:
+        """Probabilities of all symbols after x, of a survival probability with a dimension for symbols."""
         kept = torch.nn.functional.one_hot(x, len(self.noise)).to(survival.dtype)
-        return self._categorical(survival * kept + (1 - survival) * self.noise.to(survival.dtype))
+        return survival * kept + (1 - survival) * self.noise.to(survival.dtype)
+
+    def _columns(self, x: Tensor, survival: Tensor) -> Tensor:
+        """Probabilities of x after all symbols."""
+        kept = torch.nn.functional.one_hot(x, len(self.noise)).to(survival.dtype)
+        return survival * kept + (1 - survival) * self.noise.to(survival.dtype)[x].unsqueeze(-1)
+
+    def _spread(self, weights: Tensor, survival: Tensor) -> Tensor:
+        """Weights on symbols, of any sign, as they are after a survival: a row vector times the matrix."""
+        lost = weights.sum(-1, keepdim=True)
+        return survival * weights + (1 - survival) * self.noise.to(weights.dtype) * lost
+
+    def _inflow(self, x: Tensor) -> Tensor:
+        """Rates at which each other symbol jumps to x at unit rate of replacement, and 0 at x itself."""
+        stays = torch.nn.functional.one_hot(x, len(self.noise))
+        return self.noise[x].unsqueeze(-1) * (1 - stays)
+
+    def _floored(self, posterior: TorchDistribution, dtype: torch.dtype) -> Tensor:
+        """Probabilities of the data's symbols, none of them zero."""
+        probs = self._padded(posterior).to(dtype)
+        return probs.clamp(min=_tiny(probs) ** 0.5)
 
     def _padded(self, posterior: TorchDistribution) -> Tensor:
         probs = per_coordinate(posterior).probs
@@ -198,28 +299,13 @@ class CategoricalProcess(ForwardProcess):
         return Categorical(logits=logits, validate_args=False).to_event(self.event_dim)
 
 
+def _inverse(probs: Tensor) -> Tensor:
+    """1 / probs, and 0 for what is impossible."""
+    return torch.where(probs > 0, 1 / probs.clamp(min=_tiny(probs)), 0.0)
+
+
 def _tiny(x: Tensor) -> float:
     return torch.finfo(x.dtype).tiny
-
-
-class Absorbing(CategoricalProcess):
-    """Destruction by masking: a lost symbol becomes the extra symbol ``mask`` = states and stays so.
-
-    Args:
-        schedule: ``alpha(t)`` is the probability that a symbol is not yet masked.
-        states: number of data symbols.
-        event_dim: number of rightmost dimensions that make one datum.
-
-    References:
-        Austin et al., arXiv 2107.03006; Sahoo et al. (MDLM), arXiv 2406.07524.
-    """
-
-    def __init__(self, schedule: Schedule, states: int, event_dim: int = 1) -> None:
-        check_positive_int("states", states, at_least=2)
-        self.mask = states
-        noise = torch.zeros(states + 1, dtype=torch.float64)
-        noise[states] = 1.0
-        super().__init__(schedule, states, noise, event_dim)
 
 
 class Uniform(CategoricalProcess):

@@ -6,12 +6,13 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from pyro.distributions import Delta, Normal, TorchDistribution
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_diffusion.processes.abilities import Ability
 from pyro_diffusion.processes.base import ForwardProcess
-from pyro_diffusion.processes.levels import check_order
+from pyro_diffusion.processes.levels import Rates, check_order
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import Shape, check_finite, check_tensor
@@ -72,7 +73,9 @@ class GaussianProcess(ForwardProcess):
         Bao et al. (Analytic-DPM), arXiv 2201.06503; Kingma et al., arXiv 2107.00630, appendix A.
     """
 
-    abilities: ClassVar[frozenset[Ability]] = frozenset(Ability) - {Ability.SYMBOLS}
+    abilities: ClassVar[frozenset[Ability]] = frozenset(Ability) - {
+        *(Ability.SYMBOLS, Ability.JUMPS, Ability.MASK, Ability.REDRAWS)
+    }
 
     @property
     def support(self) -> constraints.Constraint:
@@ -193,6 +196,15 @@ class GaussianProcess(ForwardProcess):
     def kernel_from(self, tensors: Mapping[str, Tensor]) -> TorchDistribution:
         """The normal of such moments."""
         return self._normal(tensors["loc"], tensors["scale"])
+
+    def divergence_rate(
+        self, x0: Tensor, xt: Tensor, posterior: TorchDistribution, rates: Rates
+    ) -> Tensor:
+        r""":math:`\tfrac12 \sum_i (-\lambda_i')\, e^{\lambda_i} (x_0 - \hat x_0)_i^2`, batch shape."""
+        del xt
+        error = (x0 - posterior.mean).square()
+        weight = -0.5 * rates.log_snr * rates.level.log_snr.exp()
+        return sum_rightmost(weight * error, self.event_dim)
 
     def coordinate_log_likelihood(self, xt: Tensor, values: Tensor, t: Tensor | Level) -> Tensor:
         """log q(x_t | x_0) of every coordinate, for x_0 equal to each of the values, up to a constant."""

@@ -230,7 +230,7 @@ class RowNoise(NoiseSource):
         row = len(shape) - event_dim - 1
         if base.event_shape == () and row >= 0 and shape[row] == len(self.rows):
             if type(base).sample is Categorical.sample:
-                probs = base.probs.to(_real(base.probs))
+                probs = _fine(base.probs)
                 return inverted(probs, self.uniform(shape, probs, event_dim))
             dtype = _dtype(base)
             like = torch.empty((), dtype=at_least_single(dtype), device=self.rows.device)
@@ -274,6 +274,9 @@ def _own(distribution: TorchDistribution, sample_shape: Shape) -> Tensor:
     # ``rsample`` is the cheaper one, too: ``Normal.sample`` checks the scales first (on a GPU, a round trip
     # to the host).
     shape = torch.Size(sample_shape)
+    base = per_coordinate(distribution)
+    if type(base).sample is Categorical.sample and base.probs.is_cuda:
+        return Categorical(probs=_fine(base.probs), validate_args=False).sample(shape)
     return distribution.rsample(shape) if distribution.has_rsample else distribution.sample(shape)
 
 
@@ -325,6 +328,16 @@ def _mix(word: Tensor) -> Tensor:
 def _shift(word: Tensor, bits: int) -> Tensor:
     """To the right, zeros coming in."""
     return (word >> bits).bitwise_and_(2 ** (64 - bits) - 1)
+
+
+def _fine(probs: Tensor) -> Tensor:
+    """Probabilities in float64, to draw by.
+
+    Single precision would lose symbols of probability 1e-7, and a chain draws such at every step: sums of
+    probabilities near 1 have no room for them, and on a GPU torch's exponential numbers, by whose race it
+    draws a symbol, are 2^-24 at least.
+    """
+    return probs.double()
 
 
 def _real(like: Tensor) -> torch.dtype:

@@ -244,7 +244,7 @@ class ScaledProcess(CachedModule):
         if t.device.type == "cpu":
             check_times("t", t)
         base, slope = self.schedule.level(t, check=False), self.schedule._slope(t)
-        drift = self.schedule._signal_slope(base.log_snr) * slope
+        drift = self.schedule._drift(t, base.log_snr, slope)
         base = base.unsqueeze(self.event_dim)
         slope, drift = (v.reshape(base.t.shape) for v in (slope, drift))
         own = Rates(base, slope, slope, drift)

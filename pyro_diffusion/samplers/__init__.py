@@ -3,6 +3,7 @@
 from pyro_diffusion.samplers.ancestral import DDIM, Ancestral
 from pyro_diffusion.samplers.base import Sampler, State, recorder, simulate
 from pyro_diffusion.samplers.daps import DAPS
+from pyro_diffusion.samplers.discrete import FirstHitting, Remasking
 from pyro_diffusion.samplers.heun import Heun
 from pyro_diffusion.samplers.langevin import AnnealedLangevin, Langevin, PredictorCorrector
 from pyro_diffusion.samplers.multistep import AdamsBashforth, AdamsMoulton, DPMSolverPP, UniPC
@@ -16,10 +17,12 @@ __all__ = [
     "Ancestral",
     "AnnealedLangevin",
     "DPMSolverPP",
+    "FirstHitting",
     "Heun",
     "Langevin",
     "PredictorCorrector",
     "RePaint",
+    "Remasking",
     "Sampler",
     "State",
     "UniPC",

@@ -22,8 +22,8 @@ class Ancestral(Sampler):
         Ho et al., arXiv 2006.11239, algorithm 2; with a posterior variance, Bao et al., arXiv 2201.06503.
     """
 
-    weak_order = 1
-    strong_order = 1
+    weak_order: int | None = 1
+    strong_order: int | None = 1
 
     def __repr__(self) -> str:
         return "Ancestral()"

@@ -250,7 +250,11 @@ class Schedule(CachedModule):
 
     # The same without a check of the times, for loops.
     def _f(self, t: Tensor) -> Tensor:
-        return self._signal_slope(self._log_snr(t)) * self._slope(t)
+        return self._drift(t, self._log_snr(t), self._slope(t))
+
+    def _drift(self, t: Tensor, log_snr: Tensor, slope: Tensor) -> Tensor:
+        """d log alpha / dt, given the log-SNR at t and its slope."""
+        return self._signal_slope(log_snr) * slope
 
     def _g2(self, t: Tensor) -> Tensor:
         return -self._noise(self._log_snr(t)).square() * self._slope(t)

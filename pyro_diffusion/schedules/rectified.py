@@ -47,8 +47,9 @@ class Rectified(TwoEndedSchedule):
     def _slope_of(self, u: Tensor, v: Tensor) -> Tensor:
         return -2 / (u * v)
 
-    def _f(self, t: Tensor) -> Tensor:
+    def _drift(self, t: Tensor, log_snr: Tensor, slope: Tensor) -> Tensor:
         """Drift coefficient, -1 / (1 - u) per unit of u: finite at t = 0 even where the log-SNR is not."""
+        del log_snr, slope
         return -self._width / self._place(t)[1]
 
     def _g2(self, t: Tensor) -> Tensor:

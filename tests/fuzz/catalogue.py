@@ -20,7 +20,7 @@ from pyro_diffusion import (
     samplers,
     schedules,
 )
-from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
+from pyro_diffusion.distributions import Diffusion, DiffusionCTMC, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.dynamics import ODESolver, SDESolver
 from tests.small_diffusions import Tiny
 
@@ -363,6 +363,16 @@ def process_calls() -> list[Call]:
             functools.partial(built, processes.CategoricalProcess),
             of({"schedule": rectified, "states": 4, "noise": torch.ones(4) / 4, "event_dim": 1}),
         ),
+        Call(
+            "processes.TransitionMatrix",
+            functools.partial(built, processes.TransitionMatrix),
+            of({"schedule": rectified, "states": 4, "generator": torch.ones(4, 4), "event_dim": 1}),
+        ),
+        Call(
+            "processes.DiscretizedGaussian",
+            functools.partial(built, processes.DiscretizedGaussian),
+            of({"schedule": rectified, "states": 4, "width": 1.0, "event_dim": 1}),
+        ),
         *(
             Call(f"processes.GaussianProcess.{k}", method(PROCESS, k, moments), of(v))
             for k, v in of_gaussian.items()
@@ -582,6 +592,7 @@ def denoiser_calls() -> list[Call]:
 
 
 def sampler_calls() -> list[Call]:
+    masks = torch.full((2, 3), 4)
     kinds = {
         "DDIM": {"eta": 0.5},
         "AdamsBashforth": {"order": 3, "eta": 0.0},
@@ -627,6 +638,16 @@ def sampler_calls() -> list[Call]:
             of({"predictor": samplers.Ancestral(), "jumps": 1}),
         ),
         Call("samplers.simulate", samplers.simulate, of(walk), weight=2),
+        Call(
+            "samplers.Remasking",
+            lambda share: samplers.simulate(symbols(), TIMES, masks, samplers.Remasking(share)),
+            of({"share": 0.1}),
+        ),
+        Call(
+            "samplers.FirstHitting",
+            lambda x: samplers.simulate(symbols(), TIMES, x, samplers.FirstHitting()),
+            of({"x": masks}),
+        ),
         Call(
             "samplers.Ancestral",
             lambda x: samplers.simulate(gaussian(), TIMES, x, samplers.Ancestral()),
@@ -690,6 +711,22 @@ def distribution_calls() -> list[Call]:
             "distributions.Diffusion.times",
             lambda times: used(Diffusion(gaussian(), (3,), times=times)),
             of({"times": TIMES}),
+        )
+    )
+    calls.append(
+        Call(
+            "distributions.DiffusionCTMC",
+            lambda **a: used(DiffusionCTMC(**a), integers),
+            of(
+                {
+                    "denoiser": symbols(),
+                    "event_shape": (3,),
+                    "steps": 3,
+                    "sampler": samplers.FirstHitting(),
+                    "decoder": distributions.CategoricalDecoder(4),
+                }
+            ),
+            weight=3,
         )
     )
     for name, view in every.items():
