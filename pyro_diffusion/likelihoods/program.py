@@ -242,15 +242,15 @@ class ProgramLikelihood(Likelihood):
             expected += (
                 ", a location family (StudentT, Laplace, Logistic, ...) or a discrete distribution"
             )
-        gauss_newton = (
-            'residuals="deviance" for a Gauss-Newton approximation, where the guidance is an argument '
-            'guidance=lambda d, l: MMPS(d, l.with_residuals("deviance")), or '
-            if "deviance" not in without_residual
-            else ""
-        )
+        deviance, instead = "", ""
+        if "deviance" not in without_residual:
+            deviance = 'residuals="deviance" for a Gauss-Newton approximation, or '
+            instead = (
+                '; as an argument, guidance=lambda d, l: MMPS(d, l.with_residuals("deviance"))'
+            )
         return (
-            f"likelihood: got site {name!r} with a {found}, expected {expected} (use {gauss_newton}PlugIn "
-            "guidance or TwistedSMC, which take any likelihood)"
+            f"likelihood: got site {name!r} with a {found}, expected {expected} (use {deviance}PlugIn "
+            f"guidance or TwistedSMC, which take any likelihood{instead})"
         )
 
     def _extract(self, x0: Tensor, extract: Extract) -> tuple[Tensor, ...]:
