@@ -109,7 +109,7 @@ class FlowTransform(TransformModule):
         event = x.shape[x.dim() - self.domain.event_dim :]
         if isinstance(scale, Tensor):
             return out._replace(log_det=out.log_det + scale.log().expand(event).sum())
-        return out._replace(log_det=out.log_det + event.numel() * math.log(scale))
+        return out._replace(log_det=out.log_det + math.prod(event) * math.log(scale))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """log \\|dy/dx\\| summed over events, by a pass from y; the mean over probes."""

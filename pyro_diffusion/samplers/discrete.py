@@ -65,7 +65,8 @@ class FirstHitting(Sampler):
         like = torch.zeros(x.shape, dtype=t.alpha.dtype, device=x.device)
         noise = Uniform(like, 1.0, validate_args=False).to_event(process.event_dim)
         times = process.times_of_loss(x, draw(noise))
-        rows = times.reshape(*x.shape[: x.dim() - process.event_dim], -1)
+        batch = x.shape[: x.dim() - process.event_dim]
+        rows = times.reshape(*batch, x.shape[len(batch) :].numel())
         ordered, index = rows.sort(-1, descending=True)
         levels = process.levels(ordered.clamp(min=0).movedim(-1, 0))
         return index.argsort(-1).reshape(x.shape), times >= 0, levels
