@@ -73,5 +73,7 @@ class DivergenceMonitor:
         )
 
     def _mark(self, value: Tensor, t: Level) -> None:
+        if t.clock.numel() == 0:  # a level for each datum, and no data
+            return
         self.marks.append(value)
         self.clocks.append(t.clock.detach().amax())
