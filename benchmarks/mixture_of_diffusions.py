@@ -30,7 +30,8 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
-from pyro_diffusion.infer import ChainReparam, forward_chain
+from pyro_diffusion.infer import ChainReparam
+from pyro_diffusion.infer.reparam import forward_chain
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Level, LogLinear
 

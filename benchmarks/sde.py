@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE
-from pyro_diffusion.dynamics import ForwardSDE, KnownData, ReverseSDE, SDESolver
+from pyro_diffusion.dynamics import ForwardSDE, ReverseSDE, SDESolver
+from pyro_diffusion.dynamics.sde import KnownData
 from pyro_diffusion.dynamics.sde_solver import METHODS
 from pyro_diffusion.nn import MLP
 from pyro_diffusion.processes import GaussianProcess

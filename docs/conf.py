@@ -57,7 +57,7 @@ nitpick_ignore_regex = [
         r"pyro_diffusion\..+\.("
         r"\w*Coefficients|Analysis|CachedModule|Rates|ConditionalFilter|Conditioning|Filter|"
         r"GaussianSDE|LinearizedDenoiser|LinearizedLikelihood|Method|NoClosedForms|Node|NoiseHead|"
-        r"NoiseSource|Observations|ParticleFilter|Passage|PreciseModule|ScheduleLike|Solved|"
+        r"NoiseSource|Observations|ParticleFilter|Endpoint|PreciseModule|ScheduleLike|Solved|"
         r"Sources|TwoEndedSchedule"
         r")|SMCFailed",
     ),

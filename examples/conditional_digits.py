@@ -41,7 +41,8 @@ from pyro_diffusion import (
     optim,
     plotting,
 )
-from pyro_diffusion.nn import LabelContext, fourier_embedding
+from pyro_diffusion.nn import LabelContext
+from pyro_diffusion.nn.embedding import fourier_embedding
 
 CLASSES = 10
 

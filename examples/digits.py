@@ -208,7 +208,7 @@ def draw(
     chain = diffusion(denoiser, args.chain)
     with torch.no_grad():
         noise = denoiser.process.prior(EVENT_SHAPE).expand((args.samples,)).sample()
-        states, record = samplers.recorder()
+        states, record = samplers.base.recorder()
         samplers.simulate(
             denoiser, chain.times, noise, chain.sampler, progress=args.progress, callback=record
         )

@@ -167,7 +167,7 @@ def draw(
 ) -> None:
     """Every figure, into the output folder."""
     noise = diffusion.denoiser.process.prior((2,)).expand((len(data),)).sample()
-    states, record = samplers.recorder()
+    states, record = samplers.base.recorder()
     with torch.no_grad():
         samplers.simulate(
             diffusion.denoiser,

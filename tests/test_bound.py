@@ -32,7 +32,8 @@ from pyro_diffusion.distributions import (
     Weighted,
 )
 from pyro_diffusion.distributions.objectives import ReverseStep, divergence
-from pyro_diffusion.infer import ChainReparam, forward_chain
+from pyro_diffusion.infer import ChainReparam
+from pyro_diffusion.infer.reparam import forward_chain
 from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
 from pyro_diffusion.schedules import Cosine, Rectified, uniform, uniform_log_snr
 from tests.small_diffusions import SMALL_DIFFUSIONS

@@ -20,8 +20,8 @@ from torch.distributions import kl_divergence
 
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser, TableDenoiser
 from pyro_diffusion.distributions import Diffusion, QuantizedDecoder
-from pyro_diffusion.infer import DDPM, ChainReparam, forward_chain
-from pyro_diffusion.infer.reparam import reverse_chain
+from pyro_diffusion.infer import DDPM, ChainReparam
+from pyro_diffusion.infer.reparam import forward_chain, reverse_chain
 from pyro_diffusion.processes import Absorbing, CategoricalProcess, GaussianProcess, Uniform
 from pyro_diffusion.schedules import Cosine, Rectified, uniform
 from tests.small_diffusions import SMALL_DIFFUSIONS, SmallDiffusion, Tiny, conditional

@@ -11,12 +11,8 @@ from torch import nn
 
 from pyro_diffusion.denoisers import CategoricalDenoiser, Denoiser, LevelsDenoiser, uniform_levels
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.guidance import (
-    ClassifierFreeGuidance,
-    ClassifierGuidance,
-    NoiseAwareGuidance,
-    SimilarityGuidance,
-)
+from pyro_diffusion.guidance import ClassifierFreeGuidance, ClassifierGuidance, SimilarityGuidance
+from pyro_diffusion.guidance.classifier import NoiseAwareGuidance
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.samplers import DDIM, Ancestral
 from pyro_diffusion.schedules import LogLinear, Rectified, VarianceExploding

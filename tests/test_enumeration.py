@@ -10,7 +10,8 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate, infer_discrete
 from pyro_diffusion.denoisers import CategoricalDenoiser, Denoiser, GaussianDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
 from pyro_diffusion.dynamics import ODESolver
-from pyro_diffusion.infer import ChainReparam, forward_chain
+from pyro_diffusion.infer import ChainReparam
+from pyro_diffusion.infer.reparam import forward_chain
 from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
 from pyro_diffusion.schedules import Cosine, Rectified, uniform
 from tests.classes import F64, LOCS, WEIGHTS, NormalClass, data, log_joint

@@ -14,7 +14,8 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.infer.reparam import TransformReparam
 
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
-from pyro_diffusion.distributions import FlowTransform, ProbabilityFlow
+from pyro_diffusion.distributions import ProbabilityFlow
+from pyro_diffusion.distributions.flow_transform import FlowTransform
 from pyro_diffusion.dynamics import Hutchinson, ODESolver
 from pyro_diffusion.evaluate import flow_log_likelihood
 from pyro_diffusion.processes import GaussianProcess

@@ -11,7 +11,8 @@ from pyro.infer.inspect import get_dependencies, get_model_relations
 from pyro_diffusion.denoisers import GaussianDenoiser, TableDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.dynamics import ODESolver
-from pyro_diffusion.infer import ChainReparam, forward_chain
+from pyro_diffusion.infer import ChainReparam
+from pyro_diffusion.infer.reparam import forward_chain
 from pyro_diffusion.nn import MLP
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.schedules import Cosine, Rectified

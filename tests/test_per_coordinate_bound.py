@@ -28,7 +28,8 @@ from pyro_diffusion.distributions import (
 )
 from pyro_diffusion.distributions import diffusion as diffusion_module
 from pyro_diffusion.distributions.objectives import ReverseStep
-from pyro_diffusion.infer import DDPM, ChainReparam, forward_chain
+from pyro_diffusion.infer import DDPM, ChainReparam
+from pyro_diffusion.infer.reparam import forward_chain
 from pyro_diffusion.processes import GaussianProcess, draw
 from pyro_diffusion.schedules import Cosine, uniform
 

@@ -17,11 +17,11 @@ from pyro_diffusion.dynamics import (
     ForwardSDE,
     Hutchinson,
     HutchPlusPlus,
-    KnownData,
     ODESolver,
     ReverseSDE,
     SDESolver,
 )
+from pyro_diffusion.dynamics.sde import KnownData
 from pyro_diffusion.processes import SeededNoise, draw, drawing_from
 from pyro_diffusion.schedules import LearnedSchedule
 from tests.exact import MEANS, VARIANCES, WEIGHTS

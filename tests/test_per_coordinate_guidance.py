@@ -19,7 +19,6 @@ from pyro_diffusion.guidance import (
     DataCovariance,
     DiffPIR,
     DPSStep,
-    NoiseAwareGuidance,
     PiGDM,
     PlugIn,
     Replacement,
@@ -27,6 +26,7 @@ from pyro_diffusion.guidance import (
     SimilarityGuidance,
     SubstitutionGuidance,
 )
+from pyro_diffusion.guidance.classifier import NoiseAwareGuidance
 from pyro_diffusion.infer.twisted_smc import default_guidance
 from pyro_diffusion.likelihoods import Likelihood, ProgramLikelihood
 from pyro_diffusion.likelihoods.whitening import Whitened

@@ -28,9 +28,9 @@ from pyro_diffusion.samplers import (
     PredictorCorrector,
     RePaint,
     UniPC,
-    recorder,
     simulate,
 )
+from pyro_diffusion.samplers.base import recorder
 from pyro_diffusion.schedules import LogLinear, uniform
 from tests.exact import mixture, slope
 from tests.per_coordinate import (

@@ -16,8 +16,8 @@ from pyro_diffusion.denoisers import (
     TableDenoiser,
 )
 from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
-from pyro_diffusion.samplers import DDIM, Ancestral, Sampler, State, recorder, simulate
-from pyro_diffusion.samplers.base import check_sampler
+from pyro_diffusion.samplers import DDIM, Ancestral, Sampler, State, simulate
+from pyro_diffusion.samplers.base import check_sampler, recorder
 from pyro_diffusion.schedules import (
     EDM,
     Cosine,

@@ -18,14 +18,9 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, QuantizedDecoder
-from pyro_diffusion.dynamics import (
-    ForwardSDE,
-    IndependentIncrements,
-    KnownData,
-    ReverseSDE,
-    SDESolver,
-)
-from pyro_diffusion.dynamics.brownian import brownian_interval
+from pyro_diffusion.dynamics import ForwardSDE, ReverseSDE, SDESolver
+from pyro_diffusion.dynamics.brownian import IndependentIncrements, brownian_interval
+from pyro_diffusion.dynamics.sde import KnownData
 from pyro_diffusion.dynamics.sde_solver import METHODS
 from pyro_diffusion.evaluate import log_likelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess

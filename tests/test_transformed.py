@@ -23,8 +23,8 @@ from pyro_diffusion.distributions import (
     ProbabilityFlow,
     QuantizedDecoder,
 )
-from pyro_diffusion.infer import ChainReparam, forward_chain
-from pyro_diffusion.infer.reparam import reverse_chain
+from pyro_diffusion.infer import ChainReparam
+from pyro_diffusion.infer.reparam import forward_chain, reverse_chain
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import LogLinear, uniform
 from tests.exact import Shifted

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.dynamics import ODESolver
-from pyro_diffusion.infer import ChainReparam, forward_chain
+from pyro_diffusion.infer import ChainReparam
+from pyro_diffusion.infer.reparam import forward_chain
 from pyro_diffusion.schedules import uniform
 from tests.classes import F64, LOCS, SCALE, WEIGHTS, NormalClass, data, log_joint
 

@@ -12,7 +12,6 @@ from pyro_diffusion.distributions.decoders import (
 from pyro_diffusion.distributions.dequantization import Dequantization
 from pyro_diffusion.distributions.diffusion import Diffusion
 from pyro_diffusion.distributions.flow import ProbabilityFlow
-from pyro_diffusion.distributions.flow_transform import FlowTransform
 from pyro_diffusion.distributions.objectives import (
     Bound,
     Objective,
@@ -22,7 +21,6 @@ from pyro_diffusion.distributions.red_diff import RedDiff
 from pyro_diffusion.distributions.regressions import (
     Hybrid,
     MomentRegression,
-    Regression,
     Simple,
 )
 from pyro_diffusion.distributions.sde import DiffusionSDE
@@ -36,7 +34,6 @@ __all__ = [
     "Diffusion",
     "DiffusionCTMC",
     "DiffusionSDE",
-    "FlowTransform",
     "Hybrid",
     "MomentRegression",
     "NormalDecoder",
@@ -44,7 +41,6 @@ __all__ = [
     "ProbabilityFlow",
     "QuantizedDecoder",
     "RedDiff",
-    "Regression",
     "Simple",
     "Weighted",
 ]

@@ -59,7 +59,7 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
     r"""A diffusion model's distribution of data by its probability-flow ODE: a continuous normalizing flow.
 
     Data are :math:`x = f(z)` with :math:`z \sim \mathcal N(0, I)` and f the ODE's map from t = 1 to t = 0
-    (:class:`FlowTransform`), so with v the velocity in the angle :math:`\phi`
+    (``FlowTransform``), so with v the velocity in the angle :math:`\phi`
 
     .. math:: \log p(x) = \log \mathcal N(z; 0, I) + \int_{\phi_0}^{\phi_1} tr \frac{\partial v}{\partial z}
               \,d\phi + d \log \cos \phi_0 .

@@ -29,7 +29,7 @@ class FlowTransform(TransformModule):
     :func:`~pyro_diffusion.dynamics.ode.transport` for the equation.
 
     Nothing is cached, so nothing is stale after the denoiser was trained; the inverse and its determinant,
-    called one after the other, integrate the ODE twice, :class:`ProbabilityFlow` once.
+    called one after the other, integrate the ODE twice, ``ProbabilityFlow`` once.
 
     Args:
         denoiser: posterior of a Gaussian process; a submodule of this transform.

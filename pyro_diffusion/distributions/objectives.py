@@ -86,7 +86,7 @@ class Objective:
     :math:`-\log p(x | x_{t_0})` and the prior's :math:`KL(q(x_{t_K}|x_0) \| p(x_{t_K}))` unless you say
     otherwise. Where you do, implement :meth:`decoder_baseline`, too: what the decoder's term is known to be
     before data are seen is added in full and not drawn. An objective that is the same error at
-    every level, :math:`t_0` included, is a :class:`Regression`. Refuse unsuitable models in :meth:`check`.
+    every level, :math:`t_0` included, is a ``Regression``. Refuse unsuitable models in :meth:`check`.
 
     Attributes:
         is_bound: whether the sum is minus a lower bound of log p(x).

@@ -1,8 +1,7 @@
 """Drifts and their integration: the SDEs, the probability-flow ODE and the traces its density needs."""
 
-from pyro_diffusion.dynamics.brownian import IndependentIncrements
 from pyro_diffusion.dynamics.ode_solver import ODESolver
-from pyro_diffusion.dynamics.sde import ForwardSDE, KnownData, ReverseSDE
+from pyro_diffusion.dynamics.sde import ForwardSDE, ReverseSDE
 from pyro_diffusion.dynamics.sde_solver import SDESolver
 from pyro_diffusion.dynamics.trace_estimators import (
     ExactTrace,
@@ -16,8 +15,6 @@ __all__ = [
     "ForwardSDE",
     "HutchPlusPlus",
     "Hutchinson",
-    "IndependentIncrements",
-    "KnownData",
     "ODESolver",
     "ReverseSDE",
     "SDESolver",

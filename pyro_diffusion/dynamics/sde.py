@@ -165,7 +165,7 @@ class ReverseSDE(GaussianSDE):
     posterior mean the marginals are those of the forward process for every eta.
 
     With a second denoiser as ``prior`` it has torchsde's prior drift ``h``, and ``logqp=True`` integrates the
-    divergence of the two paths (noise type ``"diagonal"``, eta > 0). With :class:`KnownData` as the denoiser
+    divergence of the two paths (noise type ``"diagonal"``, eta > 0). With ``KnownData`` as the denoiser
     and a model as the prior that is, at eta = 1, the diffusion term of the continuous-time bound, and
     :math:`(1 + \eta^2)^2 / (4 \eta^2)` times it otherwise.
 

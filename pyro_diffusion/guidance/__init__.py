@@ -3,7 +3,6 @@
 from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted
 from pyro_diffusion.guidance.classifier import (
     ClassifierGuidance,
-    NoiseAwareGuidance,
     SimilarityGuidance,
 )
 from pyro_diffusion.guidance.classifier_free import ClassifierFreeGuidance
@@ -12,7 +11,6 @@ from pyro_diffusion.guidance.gaussian_conditioning import (
     MMPS,
     TMPD,
     DiffPIR,
-    GaussianConditioning,
     PiGDM,
 )
 from pyro_diffusion.guidance.plug_in import DPSStep, PlugIn
@@ -28,9 +26,7 @@ __all__ = [
     "DPSStep",
     "DataCovariance",
     "DiffPIR",
-    "GaussianConditioning",
     "GuidedDenoiser",
-    "NoiseAwareGuidance",
     "PiGDM",
     "PlugIn",
     "Replacement",

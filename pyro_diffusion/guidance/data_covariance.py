@@ -27,7 +27,7 @@ class DataCovariance(GaussianConditioning):
     data of covariance C and linear observations, else approximate; the guidance of choice for trained
     networks inside twisted SMC. One noise level for all coordinates costs a product with the eigenvectors of
     C; where it differs by coordinate, one Cholesky factorization a level. Other arguments, errors and
-    log-twist: :class:`GaussianConditioning`.
+    log-twist: :class:`~pyro_diffusion.guidance.gaussian_conditioning.GaussianConditioning`.
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior, under a process with Tweedie's formula; it needs no

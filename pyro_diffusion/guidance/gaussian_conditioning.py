@@ -208,7 +208,7 @@ class PiGDM(GaussianConditioning):
     With a ``data_variance`` :math:`s^2` V is that of normal data given x_t instead,
     :math:`s^2\sigma^2/(\alpha^2 s^2 + \sigma^2)`, as it is with the paper's :math:`s^2 = 1` for a denoiser
     that is a point mass. One backward pass through the denoiser, whatever the observations. Other arguments,
-    errors and log-twist: :class:`GaussianConditioning`.
+    errors and log-twist: :class:`~pyro_diffusion.guidance.gaussian_conditioning.GaussianConditioning`.
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior, under a process with Tweedie's formula.
@@ -256,7 +256,7 @@ class MMPS(GaussianConditioning):
     .. math:: V = \frac{\sigma^2}{\alpha} J, \qquad \text{shift} = V B^T S^{-1} r .
 
     By Tweedie's formula V is :math:`Cov[x_0|x_t]` of an exact denoiser. Products already made for the
-    system give the shift. Arguments, errors and log-twist: :class:`GaussianConditioning`.
+    system give the shift. Arguments, errors and log-twist: ``GaussianConditioning``.
 
     Example:
         >>> import pyro
@@ -290,7 +290,7 @@ class TMPD(MMPS):
 
     Two backward passes through the denoiser and one product with B, whatever m; no system is solved. Row sums
     below 1, that of no uncertainty, count as 1. Exact where :math:`B V B^T` is diagonal. Arguments
-    as :class:`GaussianConditioning`; solver and iterations have no effect.
+    as ``GaussianConditioning``; solver and iterations have no effect.
 
     References:
         Boys et al., arXiv 2310.06721, section 3 (the row sums here are of the whitened system).
@@ -317,7 +317,7 @@ class DiffPIR(GaussianConditioning):
     :math:`\tfrac12|r(x_0)|^2 + \tfrac\lambda2 \tfrac{\alpha^2}{\sigma^2} |x_0 - \hat x_0|^2`,
     linearized. The variance of unit-variance data would be lower at the noise end, so this leans to the
     observations there. Approximate even for normals. Other arguments, errors and log-twist:
-    :class:`GaussianConditioning`.
+    :class:`~pyro_diffusion.guidance.gaussian_conditioning.GaussianConditioning`.
 
     Args:
         denoiser: posterior p(x_0 | x_t) of the prior, under a process with Tweedie's formula; it needs no

@@ -1,20 +1,17 @@
 """Diffusions inside Pyro's inference: the chain as model and guide."""
 
-from pyro_diffusion.infer.auto_posterior import AutoPosterior
 from pyro_diffusion.infer.autoguide import AutoGuidance, AutoTwistedSMC
 from pyro_diffusion.infer.ddpm import DDPM
 from pyro_diffusion.infer.particle_gibbs import ParticleGibbs
-from pyro_diffusion.infer.reparam import ChainReparam, forward_chain
+from pyro_diffusion.infer.reparam import ChainReparam
 from pyro_diffusion.infer.twisted_smc import Particles, TwistedSMC
 
 __all__ = [
     "DDPM",
     "AutoGuidance",
-    "AutoPosterior",
     "AutoTwistedSMC",
     "ChainReparam",
     "ParticleGibbs",
     "Particles",
     "TwistedSMC",
-    "forward_chain",
 ]

@@ -26,7 +26,7 @@ __all__ = ["AutoGuidance", "AutoTwistedSMC"]
 class AutoGuidance(AutoPosterior):
     r"""Draws a diffusion site by a guided chain: approximate, one run of the sampler per draw.
 
-    Any guidance, any sampler; see :class:`AutoPosterior` for other latents. With the ancestral sampler a draw
+    Any guidance, any sampler; see ``AutoPosterior`` for other latents. With the ancestral sampler a draw
     has the trajectory's importance weight
 
     .. math:: \hat Z = p(y|x)\, \frac{p(x, x_{t_0}, \dots, x_{t_K})}{q(x, x_{t_0}, \dots, x_{t_K})},
@@ -133,7 +133,7 @@ class AutoTwistedSMC(AutoPosterior):
     r"""Draws a diffusion site by twisted SMC: exact in the limit of many particles, for any guidance.
 
     Each call runs :class:`~pyro_diffusion.infer.TwistedSMC` and draws from its particles, with its evidence
-    :math:`\hat Z` as what ELBOs and importance weights see (see :class:`AutoPosterior`). Draws of one
+    :math:`\hat Z` as what ELBOs and importance weights see (see ``AutoPosterior``). Draws of one
     vectorized call (``Predictive(parallel=True)``, ``vectorize_particles``) share one run with its
     evidence and ancestors, unless other latents differ between them: then each has a run of its own.
 

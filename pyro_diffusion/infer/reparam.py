@@ -160,7 +160,7 @@ class ChainReparam(Reparam):
 
     The site ``x`` becomes ``x_t{K} ... x_t0`` (the latents) and ``x`` itself, now distributed as the
     decoder's p(x | x_{t_0}): an exact joint density in place of an estimated bound. Pair it with
-    :func:`forward_chain` as the guide. A discrete latent that chooses the diffusion's context may be
+    ``forward_chain`` as the guide. A discrete latent that chooses the diffusion's context may be
     enumerated in the model; the guide does without that context. Transforms around the Diffusion stay around
     the decoder, so that the density of an observed site has their Jacobian (Pyro's ``TransformReparam``
     leaves it out); the latents are at the scale before them. Not available under ``.mask()`` wrappers; use

@@ -6,7 +6,6 @@ returns ``x.shape`` when its attribute ``outputs`` is 1, else ``x.shape + (outpu
 """
 
 from .context import LabelContext, TensorContext
-from .embedding import fourier_embedding
 from .mlp import MLP
 from .transformer import Transformer
 from .unet import UNet
@@ -17,5 +16,4 @@ __all__ = [
     "TensorContext",
     "Transformer",
     "UNet",
-    "fourier_embedding",
 ]

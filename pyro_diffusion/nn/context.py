@@ -134,7 +134,7 @@ class Conditioning(nn.Module):
 
         c = \mathrm{SiLU}\Big(\mathrm{MLP}(e(\lambda)) + \sum_k W_k \, \mathrm{context}_k\Big)
 
-    with :math:`e` of :func:`fourier_embedding`.
+    with :math:`e` of :func:`~pyro_diffusion.nn.embedding.fourier_embedding`.
 
     Args:
         features: width of :math:`c`.

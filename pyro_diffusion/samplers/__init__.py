@@ -1,7 +1,7 @@
 """Samplers: one class each, with a single step, taken by one loop."""
 
 from pyro_diffusion.samplers.ancestral import DDIM, Ancestral
-from pyro_diffusion.samplers.base import Sampler, State, recorder, simulate
+from pyro_diffusion.samplers.base import Sampler, State, simulate
 from pyro_diffusion.samplers.daps import DAPS
 from pyro_diffusion.samplers.discrete import FirstHitting, Remasking
 from pyro_diffusion.samplers.heun import Heun
@@ -26,6 +26,5 @@ __all__ = [
     "Sampler",
     "State",
     "UniPC",
-    "recorder",
     "simulate",
 ]

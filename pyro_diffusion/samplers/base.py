@@ -200,6 +200,6 @@ def _check_sequence(times: Tensor) -> None:
 
 
 def recorder() -> tuple[list[Tensor], Callable[[int, Tensor], None]]:
-    """A list, and a callback for :func:`simulate` that appends every state to it."""
+    """A list, and a callback for ``simulate`` that appends every state to it."""
     states: list[Tensor] = []
     return states, lambda _, x: states.append(x.detach().clone())

@@ -51,11 +51,8 @@ NOT_CALLED: dict[str, str] = {
     "denoisers.Variance": "a base class",
     "distributions.Decoder": "a base class",
     "distributions.Objective": "a base class",
-    "distributions.Regression": "a base class",
     "dynamics.TraceEstimator": "a base class",
-    "guidance.GaussianConditioning": "a base class",
     "guidance.GuidedDenoiser": "a base class",
-    "guidance.NoiseAwareGuidance": "a base class",
     "likelihoods.Likelihood": "a base class",
     "samplers.Sampler": "a base class",
     "schedules.VariancePreserving": "a base class",
@@ -65,7 +62,6 @@ NOT_CALLED: dict[str, str] = {
     "samplers.State": "made by the package, for reading",
     "schedules.Level": "made by the package, for reading",
     "infer.ChainReparam": "takes nothing to spoil, or objects of the caller",
-    "samplers.recorder": "takes nothing to spoil, or objects of the caller",
 }
 
 PROCESS = processes.GaussianProcess(schedules.Cosine())
@@ -785,7 +781,7 @@ def distribution_calls() -> list[Call]:
         Call("flow.rsample_and_log_prob", flow.rsample_and_log_prob, of({"sample_shape": (2,)})),
         Call(
             "distributions.FlowTransform",
-            lambda **a: distributions.FlowTransform(**a)(data()),
+            lambda **a: distributions.flow_transform.FlowTransform(**a)(data()),
             of(
                 {
                     "denoiser": gaussian(),
@@ -935,7 +931,7 @@ def dynamics_calls() -> list[Call]:
         ),
         Call(
             "dynamics.IndependentIncrements",
-            lambda **a: increments(dynamics.IndependentIncrements(**a)),
+            lambda **a: increments(dynamics.brownian.IndependentIncrements(**a)),
             of(shape),
         ),
         Call(
@@ -945,7 +941,7 @@ def dynamics_calls() -> list[Call]:
         ),
         Call(
             "dynamics.KnownData",
-            lambda **a: dynamics.KnownData(**a)(data(), torch.tensor(0.5)).mean,
+            lambda **a: dynamics.sde.KnownData(**a)(data(), torch.tensor(0.5)).mean,
             lambda: {"process": PROCESS, "x0": data()},
         ),
         *(

@@ -269,7 +269,7 @@ def infer_calls() -> list[Call]:
         ),
         Call(
             "infer.forward_chain",
-            lambda **a: joint(infer.forward_chain, **a),
+            lambda **a: joint(infer.reparam.forward_chain, **a),
             lambda: {"name": "x", "diffusion": chain(), "value": data(), "auxiliary": False},
         ),
     ]
@@ -491,7 +491,7 @@ def network_calls() -> list[Call]:
         ),
         Call(
             "nn.fourier_embedding",
-            networks.fourier_embedding,
+            networks.embedding.fourier_embedding,
             of({"log_snr": torch.ones(2), "features": 8}),
         ),
         Call("nn.MLP.forward", small, of({"x": torch.ones(2, 3), "log_snr": torch.zeros(2)})),

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from pyro_diffusion.nn import LabelContext, TensorContext, fourier_embedding
+from pyro_diffusion.nn import LabelContext, TensorContext
 from pyro_diffusion.nn.context import Conditioning
+from pyro_diffusion.nn.embedding import fourier_embedding
 
 
 @pytest.fixture(autouse=True)
