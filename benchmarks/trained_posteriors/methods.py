@@ -1,0 +1,100 @@
+"""Posterior draws of this package, one function a method."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from pyro.infer import Predictive
+from torch import Tensor
+
+from pyro_diffusion import samplers
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.guidance import MMPS, TMPD, DataCovariance, DiffPIR, DPSStep, PiGDM, PlugIn
+from pyro_diffusion.guidance.base import Guidance
+from pyro_diffusion.infer import AutoGuidance, TwistedSMC
+from pyro_diffusion.likelihoods import Likelihood, ProgramLikelihood
+from trained_posteriors import references
+from trained_posteriors.prior import SHAPE, chain, digits
+from trained_posteriors.problems import Problem
+
+Draw = Callable[..., Tensor]  # (problem, denoiser, y, count) -> (count, n) + SHAPE
+
+
+@contextmanager
+def divergence_allowed() -> Iterator[None]:
+    """Sampling returns what has left the model: it is counted here."""
+    limit = samplers.divergence.LARGEST_NOISE
+    samplers.divergence.LARGEST_NOISE = float("inf")
+    try:
+        yield
+    finally:
+        samplers.divergence.LARGEST_NOISE = limit
+
+
+def by_residuals(guidance: Guidance) -> Guidance:
+    """On deviance residuals, which are a Normal site's own."""
+    return lambda denoiser, likelihood: guidance(denoiser, likelihood.with_residuals("deviance"))
+
+
+def of_data(denoiser: Denoiser, likelihood: Likelihood) -> DataCovariance:
+    """The training images' covariance."""
+    covariance = digits()["train"].flatten(1).T.cov() + 1e-4 * torch.eye(64)
+    return DataCovariance(denoiser, likelihood, covariance=covariance)
+
+
+def dps(denoiser: Denoiser, likelihood: Likelihood, zeta: float = 1.0) -> PlugIn:
+    """By the paper's step rule."""
+    rule = DPSStep(zeta, chain(denoiser).times, squared_norm=False)
+    return PlugIn(denoiser, likelihood, step_size=rule)
+
+
+def guided(
+    guidance: Guidance | None, problem: Problem, denoiser: Denoiser, y: Tensor, count: int
+) -> Tensor:
+    """Draws of the guided chain by ``Predictive``; NaN where sampling found no number."""
+    model = problem.program(chain(denoiser), y)
+    guide = AutoGuidance(model, guidance)
+    try:
+        with divergence_allowed():
+            return Predictive(model, guide=guide, num_samples=count, parallel=True)()["x"]
+    except ValueError as error:
+        if "leaves the model" not in str(error):
+            raise
+        return torch.full((count, len(y), *SHAPE), torch.nan)
+
+
+def particles(
+    guidance: Guidance | None, problem: Problem, denoiser: Denoiser, y: Tensor, count: int
+) -> Tensor:
+    """Draws of as many particles as draws are asked for."""
+    prior = chain(denoiser)
+    likelihood = ProgramLikelihood(problem.program(prior, y))
+    return TwistedSMC(prior, likelihood, guidance, num_particles=count).run().sample((count,))
+
+
+GUIDANCE: dict[str, Guidance | None] = {
+    "default": None,
+    "DataCovariance": by_residuals(of_data),
+    "MMPS": by_residuals(MMPS),
+    "MMPS 1 it.": by_residuals(functools.partial(MMPS, solver="cg", iterations=1)),
+    "PiGDM": by_residuals(PiGDM),
+    "TMPD": by_residuals(TMPD),
+    "DiffPIR": by_residuals(DiffPIR),
+    "DPS": dps,
+}
+
+
+def methods() -> dict[str, Draw]:
+    """By name; those of azula where it is installed, references for linear problems alone."""
+    found: dict[str, Draw] = {k: functools.partial(guided, v) for k, v in GUIDANCE.items()}
+    found["twisted SMC"] = functools.partial(particles, None)
+    found["linear-Gaussian"] = lambda problem, denoiser, *args: references.linear_gaussian(
+        problem, *args
+    )
+    found["kernel"] = lambda problem, denoiser, *args: references.kernel(problem, *args)
+    try:
+        from trained_posteriors import azula_methods
+    except ImportError:
+        return found
+    return found | azula_methods.METHODS
