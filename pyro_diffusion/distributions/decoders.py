@@ -84,7 +84,8 @@ class Decoder(DefinedModule, PreciseModule):
 class NormalDecoder(Decoder):
     r"""Continuous data: the posterior at t_0 itself.
 
-    A point mass is widened by the evidence's own scale, :math:`\mathcal N(\hat x_0, \sigma^2/\alpha^2)`.
+    A point mass is widened by the evidence: the process's noise at the scale :math:`\sigma/\alpha` around
+    :math:`\hat x_0`, such as :math:`\mathcal N(\hat x_0, \sigma^2/\alpha^2)`.
     """
 
     def check_process(self, process: ForwardProcess) -> None:
@@ -106,8 +107,10 @@ class NormalDecoder(Decoder):
     def forward(
         self, posterior: TorchDistribution, t: Level, process: ForwardProcess
     ) -> TorchDistribution:
-        """A normal of the posterior's mean and variance."""
+        """A normal of the posterior's mean and variance, or the evidence of a point mass."""
         mean, scale = _loc_scale(posterior, t)
+        if isinstance(per_coordinate(posterior), Delta):
+            return process.noised(mean, scale)
         return Normal(mean, scale, validate_args=False).to_event(process.event_dim)
 
     def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import Normal, TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
@@ -21,15 +21,16 @@ __all__ = ["ForwardProcess"]
 
 
 class ForwardProcess(ScaledProcess):
-    r"""A Markov process :math:`q` that destroys data, t = 0 (data) to t = 1 (noise).
+    r"""A process :math:`q` that destroys data, t = 0 (data) to t = 1 (noise).
 
-    Five conditionals define it; each method returns a Pyro distribution whose batch shape is that of the
-    state and whose event dimension is ``event_dim``. Times are floats or tensors of the state's batch
-    shape, or :class:`~pyro_diffusion.schedules.Level` objects that a loop evaluated beforehand.
+    Four conditionals define it, and a transition if it is Markov; each method returns a Pyro distribution
+    whose batch shape is that of the state and whose event dimension is ``event_dim``. Times are floats or
+    tensors of the state's batch shape, or :class:`~pyro_diffusion.schedules.Level` objects that a loop
+    evaluated beforehand.
 
     ============================  =============================================================
     ``marginal(x0, t)``           :math:`q(x_t | x_0)`
-    ``transition(xs, s, t)``      :math:`q(x_t | x_s)`, s < t
+    ``transition(xs, s, t)``      :math:`q(x_t | x_s)`, s < t, needs ``Ability.MARKOV``
     ``bridge(xt, x0, s, t)``      :math:`q(x_s | x_t, x_0)`, s < t
     ``reverse(xt, p, s, t)``      :math:`\int q(x_s | x_t, x_0)\, p(x_0 | x_t)\, dx_0`
     ``prior(event_shape)``        a distribution close to :math:`q(x_1)`
@@ -114,6 +115,15 @@ class ForwardProcess(ScaledProcess):
         Raises:
             ValueError: naming the schedule, its ends and the range that works.
         """
+
+    def noised(self, loc: Tensor, scale: Tensor) -> TorchDistribution:
+        """The distribution of loc + scale z with the noise z of real data, by default independent normals.
+
+        Args:
+            loc: batch + event.
+            scale: broadcasts to it.
+        """
+        return Normal(loc, scale, validate_args=False).to_event(self.event_dim)
 
     def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
         """The distribution of x_t given x_0."""

@@ -58,8 +58,8 @@ class DDIM(Sampler):
     r"""The bridge with free variance :math:`\eta^2` around a point mass at the posterior mean.
 
     ``eta=1`` is DDPM's sampler with the small variance, ``eta=0`` is deterministic and goes both ways
-    (first order in the step of the probability-flow ODE). One network evaluation a step; Gaussian
-    processes only.
+    (first order in the step of the probability-flow ODE). One network evaluation a step; any
+    process with free variance, or with a flow for ``eta=0``.
 
     Args:
         eta: fraction of the bridge's standard deviation that is fresh noise, in [0, 1].
@@ -87,7 +87,11 @@ class DDIM(Sampler):
         Raises:
             ValueError: for a process whose bridges have no free variance.
         """
-        require(process, Ability.FREE_VARIANCE, argument="sampler", by=self, instead="Ancestral()")
+        flow = Ability.ODE in process.abilities
+        # Without noise the step is one of the flow, which needs no bridge that draws any.
+        needed = Ability.ODE if flow and self.eta == 0 else Ability.FREE_VARIANCE
+        instead = "eta=0" if flow else "Ancestral()"
+        require(process, needed, argument="sampler", by=self, instead=instead)
         return process.coefficients(s, t, self.eta)
 
     def step(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.processes import ForwardProcess, draw
-from pyro_diffusion.processes.gaussian import GaussianCoefficients
+from pyro_diffusion.processes.linear import BridgeCoefficients
 from pyro_diffusion.samplers.ancestral import DDIM
 from pyro_diffusion.samplers.base import Denoise, Sampler, State
 from pyro_diffusion.schedules import Level
@@ -43,7 +43,7 @@ class DAPSCoefficients(NamedTuple):
     """
 
     levels: Level
-    bridges: GaussianCoefficients
+    bridges: BridgeCoefficients
     variance: Tensor
 
 

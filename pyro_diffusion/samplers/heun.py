@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_diffusion.processes import ForwardProcess, draw
-from pyro_diffusion.processes.gaussian import GaussianCoefficients
+from pyro_diffusion.processes import Ability, ForwardProcess, draw
+from pyro_diffusion.processes.abilities import require
+from pyro_diffusion.processes.linear import BridgeCoefficients
 from pyro_diffusion.samplers.ancestral import DDIM
 from pyro_diffusion.samplers.base import Denoise, State
 from pyro_diffusion.schedules import Level
@@ -29,8 +30,8 @@ class HeunCoefficients(NamedTuple):
     """
 
     level: Level
-    renewal: GaussianCoefficients
-    bridge: GaussianCoefficients
+    renewal: BridgeCoefficients
+    bridge: BridgeCoefficients
     correction: Tensor
 
 
@@ -43,10 +44,10 @@ class Heun(DDIM):
     of K steps, goes down to :math:`\rho_s` by Euler's step (DDIM's) and corrects it by the slope found there.
     Noise is never raised above the end of the schedule.
 
-    Two network evaluations a step; Gaussian processes only. Deterministic, of order 2 and usable in both
-    directions without churn; with churn (and ``noise=1``) the state is of weak order 2. Made for
-    the :func:`~pyro_diffusion.schedules.karras` grid: in few, large steps of log-SNR the correction
-    overshoots.
+    Two network evaluations a step; processes with a flow (Gaussian ones with churn).
+    Deterministic, of order 2 and usable in both directions without churn; with churn
+    (and ``noise=1``) the state is of weak order 2. Made for the
+    :func:`~pyro_diffusion.schedules.karras` grid: in few, large steps of log-SNR the correction overshoots.
 
     Args:
         churn: how much noise is renewed over the whole grid, from 0 to 1e6 (S_churn of the paper).
@@ -85,11 +86,12 @@ class Heun(DDIM):
         """Raised levels, and the bridges from them.
 
         Raises:
-            ValueError: for a process that is not Gaussian.
+            ValueError: for a process without a flow, and with churn for one that is not Markov.
         """
         level, variance = t, torch.zeros_like(t.sigma)
         rho = t.sigma / t.alpha
         if self.churn > 0:
+            require(process, Ability.MARKOV, argument="sampler", by=self, instead="Heun()")
             gamma = min(self.churn / len(t.t), MOST_CHURN)
             ratio = (-0.5 * t.clock).exp()
             chosen = (ratio >= self.between[0]) & (ratio <= self.between[1])
@@ -99,7 +101,7 @@ class Heun(DDIM):
             variance = (self.noise * level.alpha * rho).square() * gain
         return HeunCoefficients(
             level=level,
-            renewal=GaussianCoefficients(level.alpha / t.alpha, torch.zeros_like(rho), variance),
+            renewal=BridgeCoefficients(level.alpha / t.alpha, torch.zeros_like(rho), variance),
             bridge=super().coefficients(process, s, level),
             correction=0.5 * s.alpha * torch.expm1(0.5 * (s.log_snr - level.log_snr)),
         )

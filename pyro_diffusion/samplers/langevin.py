@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_diffusion.processes import Ability, ForwardProcess, draw
 from pyro_diffusion.processes.abilities import require
-from pyro_diffusion.processes.gaussian import GaussianCoefficients
+from pyro_diffusion.processes.linear import BridgeCoefficients
 from pyro_diffusion.samplers.base import Denoise, Sampler, State, check_sampler
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_positive_int
@@ -48,7 +48,7 @@ class Langevin:
     def __repr__(self) -> str:
         return f"Langevin(snr={self.snr:g}, moves={self.moves})"
 
-    def coefficients(self, process: ForwardProcess, s: Level) -> GaussianCoefficients:
+    def coefficients(self, process: ForwardProcess, s: Level) -> BridgeCoefficients:
         """The kernel of one move at every level.
 
         Raises:
@@ -56,7 +56,7 @@ class Langevin:
         """
         require(process, Ability.TWEEDIE, argument="corrector", by=self)
         pull = 2 * self.snr**2
-        return GaussianCoefficients(
+        return BridgeCoefficients(
             xt=torch.full_like(s.sigma, 1 - pull),
             x0=pull * s.alpha,
             variance=2 * pull * s.sigma.square(),
@@ -68,7 +68,7 @@ class Langevin:
         denoise: Denoise,
         x: Tensor,
         s: Level,
-        c: GaussianCoefficients,
+        c: BridgeCoefficients,
     ) -> Tensor:
         r"""All moves at one level, each from x to :math:`a\,x + k\,\hat x_0(x) + \sqrt v\,z`.
 
@@ -84,7 +84,7 @@ class PredictorCorrectorCoefficients(NamedTuple):
     """Rows of the two halves."""
 
     predictor: tuple[Any, ...]
-    corrector: GaussianCoefficients
+    corrector: BridgeCoefficients
 
 
 class PredictorCorrector(Sampler):

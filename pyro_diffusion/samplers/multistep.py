@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Data, EDMPreconditioning, Parameterization
 from pyro_diffusion.processes import ForwardProcess
-from pyro_diffusion.processes.gaussian import GaussianCoefficients
+from pyro_diffusion.processes.linear import BridgeCoefficients
 from pyro_diffusion.samplers.ancestral import DDIM
 from pyro_diffusion.samplers.base import Denoise, State
 from pyro_diffusion.samplers.exponential import (
@@ -38,7 +38,7 @@ class MultistepCoefficients(NamedTuple):
             corrector).
     """
 
-    bridge: GaussianCoefficients
+    bridge: BridgeCoefficients
     output_x: Tensor
     output_x0: Tensor
     state: Tensor
@@ -58,7 +58,7 @@ class AdamsBashforth(DDIM):
     The linear part is integrated exactly, and F is the polynomial in u through its last ``order`` values,
     for any spacing of the grid. The fewer values of the first steps do little harm, as the posterior mean
     hardly moves at the noise end. ``order=1`` with ``Data()`` is DDIM. One network evaluation a step;
-    Gaussian processes only, in any scale. The denoiser's own parameterization does not matter here.
+    processes with a flow, in any scale. The denoiser's own parameterization does not matter here.
 
     At ``eta=0`` the sampler is deterministic, of this order, and also goes towards noise. Otherwise the
     bridge is DDIM's of that eta, of strong order 1 and weak order min(order, 2).
@@ -109,7 +109,7 @@ class AdamsBashforth(DDIM):
         """The bridge's at this eta and the weights of the outputs F, in float64 until the end.
 
         Raises:
-            ValueError: for a process that is not Gaussian, or an infinite log-SNR.
+            ValueError: for a process without a flow (free variance where eta > 0), or an infinite log-SNR.
         """
         bridge = super().coefficients(process, s, t)
         late, early = 0.5 * t.log_snr.double(), 0.5 * s.log_snr.double()
@@ -206,8 +206,8 @@ class AdamsMoulton(AdamsBashforth):
 
     With its defaults this is the package's choice for few steps, on the grid
     :func:`~pyro_diffusion.schedules.focused_log_snr`; see the guide on choosing a sampler. At ``eta=0``
-    deterministic and of the given order; otherwise of strong order 1 and weak order 2. Gaussian processes
-    only, in any scale.
+    deterministic and of the given order; otherwise of strong order 1 and weak order 2. Processes
+    with a flow, in any scale.
 
     Args:
         order: number of values that the correction uses, 2 to 4.
@@ -239,7 +239,7 @@ class UniPC(AdamsMoulton):
 
     :class:`AdamsMoulton` of order p + 1 on the posterior mean itself, with the average of a linear
     polynomial taken as its middle value. One network evaluation a step; deterministic, of order p + 1;
-    Gaussian processes only, in any scale.
+    processes with a flow, in any scale.
 
     Args:
         predictor_order: p, 1 to 3.
@@ -274,7 +274,7 @@ class DPMSolverPP(AdamsBashforth):
     .. math:: \bar x_0 = \left(1 + \frac{h}{2 h'}\right) \hat x_0(u_t) - \frac{h}{2 h'}\,\hat x_0(u_t - h'),
 
     h this step in half log-SNR and h' the one before; the first step is DDIM's. One network evaluation a
-    step; Gaussian processes only, in any scale. Deterministic of order 2 at ``eta=0``; otherwise of strong
+    step; processes with a flow, in any scale. Deterministic of order 2 at ``eta=0``; otherwise of strong
     order 1 and weak order 2.
 
     Args:
