@@ -13,12 +13,15 @@ from pyro_diffusion.processes import (
     DiscretizedGaussian,
     TransitionMatrix,
     Uniform,
+    VaryingNoise,
 )
 from pyro_diffusion.schedules import Cosine, Rectified
 
 F64 = torch.float64
 SKEW = torch.tensor([0.5, 0.125, 0.375, 0.0], dtype=F64)
 CIRCLE = torch.tensor([[0, 1.0, 0], [0, 0, 1], [1, 0.25, 0]], dtype=F64)
+# Any symbol at first, then masks.
+MENDING = torch.tensor([[0.2, 0.1, 0.3, 0.4], [0, 0, 0, 1.0]], dtype=F64)
 
 PROCESSES = {
     "absorbing": lambda: Absorbing(Rectified.full(), 3),
@@ -28,6 +31,7 @@ PROCESSES = {
     "skew": lambda: CategoricalProcess(Rectified.full(), 3, SKEW),
     "gaussian": lambda: DiscretizedGaussian(Rectified.full(), 3, width=0.7),
     "circle": lambda: TransitionMatrix(Rectified.full(), 3, CIRCLE),
+    "varying": lambda: VaryingNoise(Rectified.full(), 3, MENDING),
 }
 JOINT = torch.tensor([[0.2, 0.01, 0.14], [0.05, 0.3, 0.1], [0.03, 0.02, 0.15]], dtype=F64)
 

@@ -124,7 +124,7 @@ def test_another_posterior_is_below(make):
     assert total < 0.99  # a density of all data would sum to one
 
 
-@pytest.mark.parametrize("name", ["absorbing", "uniform", "skew", "gaussian"])
+@pytest.mark.parametrize("name", ["absorbing", "uniform", "skew", "gaussian", "varying"])
 def test_chain_tends_to_it(name):
     denoiser = exact(PROCESSES[name]())
     gaps = [chain_bound(denoiser, X0, steps) + float(JOINT[tuple(X0)].log()) for steps in (8, 64)]

@@ -51,6 +51,7 @@ from pyro_diffusion.processes import (
     SpectralGaussian,
     TransitionMatrix,
     Uniform,
+    VaryingNoise,
 )
 from pyro_diffusion.schedules import (
     EDM,
@@ -102,6 +103,7 @@ DEFINITIONS = [
     (Uniform(Cosine(), 3), {"states": 3, "event_dim": 1}),
     (CategoricalProcess(Cosine(), 2, torch.tensor([0.5, 0.5])), {"states": 2, "event_dim": 1}),
     (TransitionMatrix(Cosine(), 2, torch.ones(2, 2)), {"states": 2, "event_dim": 1}),
+    (VaryingNoise(Cosine(), 2, torch.ones(2, 3) / 3), {"states": 2, "event_dim": 1}),
     (DiscretizedGaussian(Cosine(), 4, 2.0), {"states": 4, "width": 2.0, "event_dim": 1}),
     (
         gaussian(parameterization=EDMPreconditioning(2.0), context_event_dims={"y": 2}),

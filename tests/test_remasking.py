@@ -72,7 +72,7 @@ def test_reverse_of_a_posterior_is_the_mixture_of_bridges(make):
     assert_close(got, want, atol=1e-12, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["absorbing", "uniform", "skew", "gaussian"])
+@pytest.mark.parametrize("name", ["absorbing", "uniform", "skew", "gaussian", "varying"])
 @pytest.mark.parametrize("eta", [0.9, 0.5])
 def test_bound_is_valid_and_looser(name, eta):
     denoiser = exact(PROCESSES[name]())

@@ -13,6 +13,7 @@ from pyro_diffusion.processes.spectral import (
     SpectralGaussian,
 )
 from pyro_diffusion.processes.transition_matrices import DiscretizedGaussian, TransitionMatrix
+from pyro_diffusion.processes.varying_noise import VaryingNoise
 
 __all__ = [
     "Ability",
@@ -28,6 +29,7 @@ __all__ = [
     "SpectralGaussian",
     "TransitionMatrix",
     "Uniform",
+    "VaryingNoise",
     "draw",
     "drawing_from",
 ]

@@ -23,6 +23,8 @@ __all__ = ["CategoricalCoefficients", "CategoricalProcess", "RedrawnCoefficients
 class CategoricalCoefficients(NamedTuple):
     """Survival probabilities that a bridge from t to s needs, each with a dimension for symbols.
 
+    Of a process of another family of matrices, whatever its matrices are made of.
+
     Attributes:
         early: probability that a symbol survives until s.
         late: probability that it survives until t.
@@ -69,7 +71,8 @@ class CategoricalProcess(ForwardProcess):
     Implementing another family of transition matrices: :math:`M(a)` with :math:`M(1) = I` and
     :math:`M(a) M(b) = M(ab)`, so that :math:`q(x_t | x_0)` is a row of :math:`M(\alpha_t)` and
     :math:`q(x_t | x_s)` one of :math:`M(\alpha_t / \alpha_s)`. A subclass implements ``_rows``,
-    ``_columns``, ``_spread`` and ``_inflow``; every distribution is made of these.
+    ``_columns``, ``_spread`` and ``_inflow``; every distribution is made of these. Matrices that depend on
+    both times have, in place of the survival probability, whatever ``_until`` and ``_between`` return.
 
     Args:
         schedule: ``alpha(t)`` is the survival probability.
@@ -133,15 +136,14 @@ class CategoricalProcess(ForwardProcess):
 
     def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
         """The distribution of x_t given x_0 (exact)."""
-        alpha = self.level(t, x0, state="x0").alpha
-        return self._categorical(self._rows(x0, alpha.unsqueeze(-1)))
+        return self._categorical(self._rows(x0, self._until(self.level(t, x0, state="x0"))))
 
     def transition(self, xs: Tensor, s: Tensor | Level, t: Tensor | Level) -> TorchDistribution:
         """The distribution of x_t given x_s (exact)."""
         early, late = self.level(s, xs, "s", "xs"), self.level(t, xs)
         if not (isinstance(s, Level) or isinstance(t, Level)):
             check_order(early, late)
-        return self._categorical(self._rows(xs, (late.alpha / early.alpha).unsqueeze(-1)))
+        return self._categorical(self._rows(xs, self._between(early, late)))
 
     def prior(
         self,
@@ -151,10 +153,10 @@ class CategoricalProcess(ForwardProcess):
     ) -> TorchDistribution:
         """The marginal at t = 1 of data that is uniform over its symbols."""
         dtype = dtype or torch.get_default_dtype()
-        alpha = self._level_at(torch.ones((), dtype=dtype, device=device)).alpha.unsqueeze(-1)
+        survival = self._until(self._level_at(torch.ones((), dtype=dtype, device=device)))
         uniform = torch.zeros(len(self.noise), dtype=dtype, device=device)
         uniform[: self.states] = 1 / self.states
-        probs = self._spread(uniform, alpha)
+        probs = self._spread(uniform, survival)
         return self._categorical(probs.expand(*self.check_event(event_shape), -1))
 
     def point_mass(self, x0: Tensor) -> TorchDistribution:
@@ -188,9 +190,9 @@ class CategoricalProcess(ForwardProcess):
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta: got {eta}, expected a number in [0, 1]")
-        early, late = s.alpha.unsqueeze(-1), t.alpha.unsqueeze(-1)
-        markov = CategoricalCoefficients(early, late, late / early)
-        return markov if eta == 1 else RedrawnCoefficients(markov, torch.full_like(early, eta))
+        markov = CategoricalCoefficients(self._until(s), self._until(t), self._between(s, t))
+        share = torch.full_like(s.alpha.unsqueeze(-1), eta)
+        return markov if eta == 1 else RedrawnCoefficients(markov, share)
 
     def combine(
         self,
@@ -233,15 +235,16 @@ class CategoricalProcess(ForwardProcess):
         References:
             Campbell et al., arXiv 2205.14987, proposition 2; Lou et al., arXiv 2310.16834.
         """
-        alpha = rates.level.alpha.unsqueeze(-1)
-        clean = self._floored(posterior, alpha.dtype)
+        survival = self._until(rates.level)
+        clean = self._floored(posterior, survival.dtype)
         truth = torch.nn.functional.one_hot(x0, len(self.noise)).to(clean.dtype)
-        inverse = _inverse(self._columns(xt, alpha))
+        inverse = _inverse(self._columns(xt, survival))
         # Their difference for itself: towards pure noise the two ratios agree in more and more digits.
         known, found, gap = (
-            self._spread(v * inverse, alpha) for v in (truth, clean, clean - truth)
+            self._spread(v * inverse, survival) for v in (truth, clean, clean - truth)
         )
-        cost = (self._inflow(xt).to(known.dtype) * jump_divergence(known, found, gap)).sum(-1)
+        inflow = self._inflow(xt, rates.level).to(known.dtype)
+        cost = (inflow * jump_divergence(known, found, gap)).sum(-1)
         return sum_rightmost(-rates.log_alpha * cost, self.event_dim)
 
     def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:
@@ -259,9 +262,16 @@ class CategoricalProcess(ForwardProcess):
             raise ValueError(f"values: got shape {tuple(values.shape)}, expected a vector")
         # On a GPU a check of the symbols would cost a wait.
         self._check_symbols("values", values, values.device.type == "cpu")
-        alpha = self.level(t, xt, state="xt").alpha.unsqueeze(-1)
-        probs = self._columns(xt, alpha)[..., values]
+        probs = self._columns(xt, self._until(self.level(t, xt, state="xt")))[..., values]
         return probs.clamp(min=_tiny(probs)).log()
+
+    def _until(self, t: Level) -> Tensor:
+        """The survival probability until t, with a dimension for symbols."""
+        return t.alpha.unsqueeze(-1)
+
+    def _between(self, s: Level, t: Level) -> Tensor:
+        """That from s to t."""
+        return (t.alpha / s.alpha).unsqueeze(-1)
 
     def _rows(self, x: Tensor, survival: Tensor) -> Tensor:
         """Probabilities of all symbols after x, of a survival probability with a dimension for symbols."""
@@ -278,8 +288,9 @@ class CategoricalProcess(ForwardProcess):
         lost = weights.sum(-1, keepdim=True)
         return survival * weights + (1 - survival) * self.noise.to(weights.dtype) * lost
 
-    def _inflow(self, x: Tensor) -> Tensor:
+    def _inflow(self, x: Tensor, t: Level) -> Tensor:
         """Rates at which each other symbol jumps to x at unit rate of replacement, and 0 at x itself."""
+        del t
         stays = torch.nn.functional.one_hot(x, len(self.noise))
         return self.noise[x].unsqueeze(-1) * (1 - stays)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_diffusion.precision import full_precision
 from pyro_diffusion.processes.categorical import CategoricalProcess
-from pyro_diffusion.schedules import Schedule
+from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.validation import check_finite, check_number, check_positive_int, check_tensor
 
 __all__ = ["DiscretizedGaussian", "TransitionMatrix"]
@@ -101,7 +101,8 @@ class TransitionMatrix(CategoricalProcess):
     def _spread(self, weights: Tensor, survival: Tensor) -> Tensor:
         return _spread(self._modes(), weights, survival)
 
-    def _inflow(self, x: Tensor) -> Tensor:
+    def _inflow(self, x: Tensor, t: Level) -> Tensor:
+        del t
         stays = torch.nn.functional.one_hot(x, len(self.noise))
         return self.generator.T[x] * (1 - stays)
 

@@ -365,6 +365,13 @@ def process_calls() -> list[Call]:
             of({"schedule": rectified, "states": 4, "generator": torch.ones(4, 4), "event_dim": 1}),
         ),
         Call(
+            "processes.VaryingNoise",
+            functools.partial(built, processes.VaryingNoise),
+            of(
+                {"schedule": rectified, "states": 4, "stages": torch.ones(2, 4) / 4, "event_dim": 1}
+            ),
+        ),
+        Call(
             "processes.DiscretizedGaussian",
             functools.partial(built, processes.DiscretizedGaussian),
             of({"schedule": rectified, "states": 4, "width": 1.0, "event_dim": 1}),
