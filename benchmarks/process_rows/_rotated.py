@@ -10,11 +10,11 @@ from pyro.distributions import (
 )
 from torch import Tensor
 
-from process_rows import STEPS, Row, gap
+from process_rows import Row, bound_gaps
 from pyro_diffusion.denoisers import MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.dynamics import ODESolver
-from pyro_diffusion.processes import SpectralGaussian
+from pyro_diffusion.processes import Basis, GaussianProcess
 from pyro_diffusion.samplers import AdamsMoulton, Ancestral
 
 WEIGHTS = torch.tensor([0.4, 0.6], dtype=torch.float64)
@@ -28,32 +28,41 @@ def mixture() -> TorchDistribution:
     return MixtureSameFamily(Categorical(WEIGHTS), parts)
 
 
-def rotated_row(name: str, process: SpectralGaussian, draws: int) -> Row:
+def rotated_row(name: str, process: GaussianProcess, draws: int) -> Row:
     """Bounds, density and samples of a process over the plane, with the exact denoiser."""
-    data, basis, event = mixture(), process.basis, (2,)
-    denoiser = MixtureDenoiser(process, WEIGHTS, basis(MEANS), SCALES.square())
+    data, event = mixture(), (2,)
+    basis = getattr(process, "basis", Basis.identity(event))
+    denoiser = exact(process)
     x = data.sample((draws,))
     truth = data.log_prob(x)
+    middle = WEIGHTS @ MEANS
+    normal = MixtureDenoiser(process, torch.ones(1), basis(middle[None]), 1.0)
 
-    def of_data(view: TorchDistribution) -> TorchDistribution:
-        return TransformedDistribution(view, [basis.transform])
+    def view(denoiser: MixtureDenoiser, steps: int | None) -> TorchDistribution:
+        inner = (
+            DiffusionSDE(denoiser, event) if steps is None else Diffusion(denoiser, event, steps)
+        )
+        return TransformedDistribution(inner, [basis.transform])
 
-    def bound(view: TorchDistribution) -> tuple[float, float]:
-        return gap(of_data(view).log_prob, x, truth)
-
-    gaps = {str(k): bound(Diffusion(denoiser, event, k)) for k in STEPS}
-    gaps["inf"] = bound(DiffusionSDE(denoiser, event))
+    control = (normal, Normal(middle, 1.0).to_event(1).log_prob(x))
+    gaps = bound_gaps(view, (denoiser, truth), x, control)
     flow = ProbabilityFlow(denoiser, event, solver=ODESolver("rk4", steps=200))
     error = (flow.log_prob(basis(x[:200])) - truth[:200]).abs().max() / 2
-    exact = data.sample((4_000_000,))
-    count = (min(draws, 20_000),)
+    reference = data.sample((4_000_000,))
     samples = {
-        repr(sampler): moments(
-            of_data(Diffusion(denoiser, event, 300, sampler=sampler)).sample(count), exact
+        label: moments(
+            basis.inverse(Diffusion(denoiser, event, 300, sampler=sampler).sample((20_000,))),
+            reference,
         )
-        for sampler in (Ancestral(), AdamsMoulton())
+        for label, sampler in {"ancestral": Ancestral(), "deterministic": AdamsMoulton()}.items()
     }
     return Row(name, True, gaps, samples, float(error))
+
+
+def exact(process: GaussianProcess) -> MixtureDenoiser:
+    """The posterior of the mixture, in the coordinates of the process."""
+    basis = getattr(process, "basis", Basis.identity((2,)))
+    return MixtureDenoiser(process, WEIGHTS, basis(MEANS), SCALES.square())
 
 
 def moments(x: Tensor, exact: Tensor) -> float:

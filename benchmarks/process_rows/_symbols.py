@@ -1,13 +1,15 @@
 """What the rows of discrete processes share: pairs of symbols from a table, and their exact denoiser."""
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from process_rows import STEPS, Row, frequencies, gap
+from process_rows import Row, bound_gaps, frequencies
 from pyro_diffusion.denoisers import TableDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionCTMC
 from pyro_diffusion.processes import CategoricalProcess
 from pyro_diffusion.samplers import Ancestral, Remasking, Sampler
+from pyro_diffusion.schedules import quadratic
 
 SYMBOLS = 4
 
@@ -25,19 +27,26 @@ def symbols_row(
     draws: int,
     further: dict[str, DiffusionCTMC] | None = None,
 ) -> Row:
-    """Bounds and samples of a process of ``SYMBOLS`` symbols."""
+    """Bounds and samples of a process of ``SYMBOLS`` symbols; chains have grids that are dense near data."""
     joint = table()
     denoiser = TableDenoiser(process, joint)
     index = torch.multinomial(joint.flatten(), draws, replacement=True)
     data = torch.stack([index // SYMBOLS, index % SYMBOLS], -1)
     truth = joint.flatten().log()[index]
+    alone = joint.sum(1, keepdim=True) * joint.sum(0)  # the same symbols, independent
+
+    def view(denoiser: TableDenoiser, steps: int | None) -> TorchDistribution:
+        if steps is None:
+            return DiffusionCTMC(denoiser, (2,))
+        return Diffusion(denoiser, (2,), times=quadratic(steps))
+
+    gaps = bound_gaps(
+        view,
+        (denoiser, truth),
+        data,
+        (TableDenoiser(process, alone), alone.flatten().log()[index]),
+    )
     limit = DiffusionCTMC(denoiser, (2,), 500)
-    # A view for every batch: each has a draw of the times of its own.
-    gaps = {
-        str(steps): gap(lambda x, k=steps: Diffusion(denoiser, (2,), k).log_prob(x), data, truth)
-        for steps in STEPS
-    }
-    gaps["inf"] = gap(lambda x: limit.replace().log_prob(x), data, truth)
     views = {
         "ancestral": limit,
         "remasking": limit.replace(sampler=Remasking(0.05)),
