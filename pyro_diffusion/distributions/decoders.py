@@ -15,6 +15,7 @@ from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.precision import PreciseModule
 from pyro_diffusion.processes import Ability, ForwardProcess
 from pyro_diffusion.processes.abilities import require
+from pyro_diffusion.processes.multivariate_t import DiagonalStudentT
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import check_finite, check_integers, check_number, check_positive_int
@@ -114,12 +115,18 @@ class NormalDecoder(Decoder):
         return Normal(mean, scale, validate_args=False).to_event(process.event_dim)
 
     def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:
-        """Mean and standard deviation of every coordinate."""
+        """Location and scale of every coordinate, and the degrees of freedom of Student-t noise."""
         base = per_coordinate(kernel)
-        return {"loc": base.loc, "scale": base.scale}
+        own = {"loc": base.loc, "scale": base.scale}
+        if isinstance(base, DiagonalStudentT):
+            own["df"] = torch.full_like(base.loc, base.df)
+        return own
 
     def kernel_from(self, tensors: Mapping[str, Tensor], event_dim: int) -> TorchDistribution:
-        """The normal of such moments."""
+        """The normal (or Student-t) distribution of them."""
+        if "df" in tensors:
+            df = float(tensors["df"].flatten()[0])
+            return DiagonalStudentT(df, tensors["loc"], tensors["scale"], event_dim)
         return Normal(**tensors, validate_args=False).to_event(event_dim)
 
     def baseline(self, t: Level, event_shape: torch.Size) -> Tensor | float:

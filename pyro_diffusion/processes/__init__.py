@@ -2,6 +2,7 @@
 
 from pyro_diffusion.processes.abilities import Ability
 from pyro_diffusion.processes.absorbing import Absorbing
+from pyro_diffusion.processes.any_noise import AnyNoise
 from pyro_diffusion.processes.base import ForwardProcess
 from pyro_diffusion.processes.bases import Basis
 from pyro_diffusion.processes.categorical import CategoricalProcess, Uniform
@@ -12,12 +13,14 @@ from pyro_diffusion.processes.spectral import (
     LearnedSpectralGaussian,
     SpectralGaussian,
 )
+from pyro_diffusion.processes.student_t import StudentTProcess
 from pyro_diffusion.processes.transition_matrices import DiscretizedGaussian, TransitionMatrix
 from pyro_diffusion.processes.varying_noise import VaryingNoise
 
 __all__ = [
     "Ability",
     "Absorbing",
+    "AnyNoise",
     "Basis",
     "Blurring",
     "CategoricalProcess",
@@ -27,6 +30,7 @@ __all__ = [
     "LearnedSpectralGaussian",
     "SeededNoise",
     "SpectralGaussian",
+    "StudentTProcess",
     "TransitionMatrix",
     "Uniform",
     "VaryingNoise",

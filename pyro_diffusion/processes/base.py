@@ -8,6 +8,7 @@ from pyro.distributions import Normal, TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
+from pyro_diffusion.processes.abilities import Ability, require
 from pyro_diffusion.processes.levels import Rates, check_order
 from pyro_diffusion.processes.scaled import ScaledProcess
 from pyro_diffusion.schedules import Level
@@ -130,7 +131,12 @@ class ForwardProcess(ScaledProcess):
         raise NotImplementedError
 
     def transition(self, xs: Tensor, s: Tensor | Level, t: Tensor | Level) -> TorchDistribution:
-        """The distribution of x_t given an earlier x_s, s < t."""
+        """The distribution of x_t given an earlier x_s, s < t.
+
+        Raises:
+            ValueError: for a process that is not Markov.
+        """
+        require(self, Ability.MARKOV, argument="process")
         raise NotImplementedError
 
     def prior(

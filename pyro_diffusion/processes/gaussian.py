@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from pyro.distributions import Delta, Normal, TorchDistribution
+from pyro.distributions import Delta, TorchDistribution
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from pyro_diffusion.processes.levels import Rates, check_order
 from pyro_diffusion.processes.linear import BridgeCoefficients, LinearProcess
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
-from pyro_diffusion.validation import Shape, check_tensor
+from pyro_diffusion.validation import check_tensor
 
 __all__ = ["GaussianProcess"]
 
@@ -62,18 +62,6 @@ class GaussianProcess(LinearProcess):
             check_order(early, late)
         fresh = -torch.expm1(late.log_snr - early.log_snr)
         return self.noised(late.alpha / early.alpha * xs, late.sigma * fresh.sqrt())
-
-    def base_distribution(
-        self,
-        event_shape: Shape,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> TorchDistribution:
-        """Standard normal."""
-        zero = torch.zeros((), dtype=dtype, device=device)
-        noise = Normal(zero, zero + 1, validate_args=False)
-        base: TorchDistribution = noise.expand(self.check_event(event_shape))
-        return base.to_event(self.event_dim)
 
     def combine(
         self, xt: Tensor, posterior: TorchDistribution, coefficients: BridgeCoefficients

@@ -104,6 +104,16 @@ class LinearProcess(ForwardProcess):
         end = self._level_at(zeros.new_ones(()))
         return self.noised(zeros, torch.hypot(end.alpha, end.sigma))
 
+    def base_distribution(
+        self,
+        event_shape: Shape,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> TorchDistribution:
+        """The noise itself."""
+        zeros = torch.zeros(self.check_event(event_shape), dtype=dtype, device=device)
+        return self.noised(zeros, torch.ones_like(zeros))
+
     def point_mass(self, x0: Tensor) -> TorchDistribution:
         """Delta at x_0."""
         self.check_state("x0", x0, values=False)

@@ -28,6 +28,9 @@ __all__ = [
 
 _ambient = threading.local()
 
+# Of a gamma number, each of which is refused in one case of twenty at most.
+PROPOSALS = 16
+
 
 def draw(distribution: TorchDistribution, sample_shape: Shape = torch.Size()) -> Tensor:
     """Draws, reparameterized where that is possible; whatever scoring draws, it draws here.
@@ -113,14 +116,38 @@ class NoiseSource:
         raise NotImplementedError
 
     def draw(self, distribution: TorchDistribution, sample_shape: Shape = torch.Size()) -> Tensor:
-        """Draws of any distribution, reparameterized where that is possible."""
+        """Draws of any distribution, reparameterized where that is possible.
+
+        One with a method ``draw_from(source, sample_shape, event_dim)`` makes them of the source's numbers.
+        """
         base: Any = per_coordinate(distribution)
         if isinstance(base, Delta):
             return _own(distribution, sample_shape)
         if base.__class__.rsample is torch.distributions.Normal.rsample:
             shape = distribution.shape(torch.Size(sample_shape))
             return base.loc + base.scale * self.normal(shape, base.loc, distribution.event_dim)
+        if hasattr(base, "draw_from"):
+            out: Tensor = base.draw_from(self, torch.Size(sample_shape), distribution.event_dim)
+            return out
         return self._other(distribution, base, torch.Size(sample_shape))
+
+    def gamma(self, concentration: float, shape: Shape, like: Tensor, event_dim: int = 0) -> Tensor:
+        """Gamma numbers of unit rate; arguments else as for :meth:`normal`.
+
+        By Marsaglia and Tsang's rejection, of as many proposals for every number as are never all refused
+        (one in 1e20).
+        """
+        exact = like.double()
+        d = max(concentration, concentration + 1 if concentration < 1 else 0.0) - 1 / 3
+        x = self.normal((PROPOSALS, *shape), exact, event_dim) / math.sqrt(9 * d)
+        u = self.uniform((PROPOSALS, *shape), exact, event_dim)
+        log_v = 3 * torch.log1p(x.clamp(min=-1))
+        spare = 4.5 * d * x.square() + d * (log_v - torch.expm1(log_v))
+        taken = ((u.log() < spare) & (x > -1)).to(torch.uint8).argmax(0, keepdim=True)
+        out = d * log_v.gather(0, taken)[0].exp()
+        if concentration < 1:
+            out = out * self.uniform(shape, exact, event_dim) ** (1 / concentration)
+        return out.to(like.dtype)
 
     def fresh_seed(self) -> int:
         """A seed for noise that is drawn once; asking for it leaves all other numbers as they are."""

@@ -68,6 +68,7 @@ PROCESS = processes.GaussianProcess(schedules.Cosine())
 MASKING = processes.Absorbing(schedules.Rectified.full(), 4)
 COSINES = processes.Basis.dct((3,), dims=1)
 BLURRING = processes.Blurring(schedules.Cosine(), COSINES, sigma_max=2.0)
+HEAVY = processes.StudentTProcess(schedules.Cosine(), degrees_of_freedom=3.0)
 TIMES = schedules.uniform(3)
 LEVEL = PROCESS.level(torch.tensor([0.3, 0.6]))
 
@@ -245,7 +246,7 @@ def process_calls() -> list[Call]:
 
     def built(kind: Any, **arguments: Any) -> Any:
         process = kind(**arguments)
-        if isinstance(process, processes.GaussianProcess):
+        if processes.Ability.LINEAR in process.abilities:
             return moments(process.marginal(data(2), torch.tensor(0.5)))
         return chances(process.marginal(states, torch.tensor(0.5)))
 
@@ -333,6 +334,21 @@ def process_calls() -> list[Call]:
                 (processes.LearnedSpectralGaussian, {"shift": torch.ones(3), "degree": 2}),
                 (processes.Blurring, {"sigma_max": 2.0, "d_min": 0.01}),
             )
+        ),
+        Call(
+            "processes.StudentTProcess",
+            functools.partial(built, processes.StudentTProcess),
+            of({"schedule": schedules.Cosine(), "degrees_of_freedom": 3.0, "event_dim": 1}),
+        ),
+        Call(
+            "processes.AnyNoise",
+            functools.partial(built, processes.AnyNoise),
+            of({"schedule": schedules.Cosine(), "noise": dist.Laplace(0.0, 1.0), "event_dim": 1}),
+        ),
+        *(
+            Call(f"processes.StudentTProcess.{k}", method(HEAVY, k, moments), of(v))
+            for k, v in of_gaussian.items()
+            if k != "transition"
         ),
         Call(
             "processes.SpectralGaussian.whitening",
