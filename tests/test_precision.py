@@ -121,9 +121,9 @@ def test_a_guidance_keeps_its_numbers():
     guided = DataCovariance(
         denoiser, ProgramLikelihood(model), covariance=torch.tensor([[1.0, 0.1], [0.1, 1.0]])
     )
-    before = guided.vectors.clone()
+    before = guided.estimate.vectors.clone()
     guided.to(torch.bfloat16)
-    assert torch.equal(guided.vectors, before)
+    assert torch.equal(guided.estimate.vectors, before)
 
 
 def test_every_buffer_of_the_package_is_a_definition():

@@ -1,6 +1,7 @@
 """Denoisers bent towards observations."""
 
 from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted
+from pyro_diffusion.guidance.calibrated_covariance import CalibratedCovariance
 from pyro_diffusion.guidance.classifier import (
     ClassifierGuidance,
     SimilarityGuidance,
@@ -21,6 +22,7 @@ from pyro_diffusion.guidance.substitution import SubstitutionGuidance
 __all__ = [
     "MMPS",
     "TMPD",
+    "CalibratedCovariance",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "DPSStep",

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance.gaussian_conditioning import GaussianConditioning
+from pyro_diffusion.guidance.linear_estimate import LinearEstimate
 from pyro_diffusion.guidance.linearized_denoiser import LinearizedDenoiser
 from pyro_diffusion.likelihoods import Likelihood
-from pyro_diffusion.precision import matmul
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_finite
 
@@ -51,8 +51,6 @@ class DataCovariance(GaussianConditioning):
     """
 
     through = False
-    values: Tensor
-    vectors: Tensor
 
     def __init__(
         self, denoiser: Denoiser, likelihood: Likelihood, *, covariance: Tensor, **options: Any
@@ -70,36 +68,8 @@ class DataCovariance(GaussianConditioning):
                 f"covariance: got a least eigenvalue of {float(values[0]):g}, expected a positive definite "
                 "matrix (add a little to its diagonal)"
             )
-        self.register_buffer("values", values)
-        self.register_buffer("vectors", vectors)
+        self.estimate = LinearEstimate(values, vectors)
 
     def covariance(self, at: LinearizedDenoiser, level: Level, v: Tensor) -> Tensor:
         """V v, diagonal in the principal components of the data under one noise level."""
-        k = self.process.event_dim
-        event = v.shape[v.dim() - k :]
-        flat = v.reshape(*v.shape[: v.dim() - k], -1)
-        snr = level.noise_to_signal.square().reciprocal()
-        # Levels of one time have the event's dimensions alone, or fewer.
-        times = snr.shape[: max(snr.dim() - k, 0)]
-        if snr.numel() == times.numel():
-            snr = snr.reshape(*times, 1)
-            vectors, values = self.vectors.to(v), self.values.to(v)
-            parts = matmul(flat, vectors)
-            return matmul(parts / (1 / values + snr), vectors.mT).reshape(v.shape)
-        if at.matrix is None:
-            at.matrix = self._matrix(snr.expand(*times, *event).reshape(*times, -1))
-        if at.matrix.dim() == 2:
-            return matmul(flat, at.matrix).reshape(v.shape)
-        return matmul(flat.unsqueeze(-2), at.matrix).reshape(v.shape)
-
-    def _matrix(self, snr: Tensor) -> Tensor:
-        r"""V where noise differs by coordinate, :math:`R (I + R^T \text{diag(snr)} R)^{-1} R^T, C = R R^T`.
-
-        Args:
-            snr: levels + (n,).
-        """
-        root = self.vectors.to(snr) * self.values.to(snr).sqrt()
-        eye = torch.eye(len(root), dtype=snr.dtype, device=snr.device)
-        factor = torch.linalg.cholesky(eye + matmul(root.mT * snr.unsqueeze(-2), root))
-        half = torch.linalg.solve_triangular(factor, root.mT.expand_as(factor), upper=False)
-        return matmul(half.mT, half)
+        return self.estimate.times(v, level, self.process.event_dim, at)

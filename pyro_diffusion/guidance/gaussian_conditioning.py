@@ -1,5 +1,6 @@
 r"""Conditioning as if p(x_0 | x_t) were a normal: one mechanism, and the covariances of four methods."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from pyro_diffusion.guidance.krylov import conjugate_gradients, gmres
 from pyro_diffusion.guidance.linearized_denoiser import LinearizedDenoiser
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.base import check_likelihood
-from pyro_diffusion.likelihoods.linearization import solve
+from pyro_diffusion.likelihoods.linearization import SLACK, solve
 from pyro_diffusion.precision import matmul
 from pyro_diffusion.processes import Ability
 from pyro_diffusion.schedules import Level
@@ -22,7 +23,10 @@ from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["MMPS", "TMPD", "DiffPIR", "GaussianConditioning", "PiGDM"]
 
-KRYLOV = {"cg": conjugate_gradients, "gmres": gmres}
+KRYLOV: dict[str, Callable[..., Any]] = {
+    "cg": functools.partial(conjugate_gradients, least=1 - SLACK),
+    "gmres": gmres,
+}
 MOST_DIRECT = 64  # residuals in a row up to which S is formed by default
 
 
@@ -71,6 +75,11 @@ class GaussianConditioning(GuidedDenoiser):
     denoiser), and eigenvalues of S are kept at 1 or more, where they are for an exact denoiser. ``"cg"`` and
     ``"gmres"`` take ``iterations`` products with S instead. log det S wants S itself, so :meth:`twisted` is
     always direct.
+
+    :math:`(\sigma^2/\alpha) J` of a network is no covariance: it is neither symmetric nor positive. Where
+    :math:`B V B^T` is negative the shift has no part (``cg`` stops there), and where
+    :math:`|B V B^T S^{-1} r| > |r|`, which no covariance allows, the shift is shortened to that length. For
+    exact denoisers nothing of this acts.
 
     The shift above takes S for a constant of x_t, as the papers do. For a prior of many modes S changes with
     x_t, and ``full_gradient=True`` follows the whole log-twist,
@@ -185,19 +194,33 @@ class GaussianConditioning(GuidedDenoiser):
         """The system solved, and the log-twist."""
         rows = at.rows()
         images = torch.stack([self.covariance(at, level, row) for row in rows])
-        u, log_evidence = solve(matmul(at.flat(images), at.flat(rows).mT), at.residual)
-        solved = Solved(at.combined(rows, u), at.combined(images, u))
+        gap = matmul(at.flat(images), at.flat(rows).mT)
+        u, log_evidence = solve(gap, at.residual)
+        pushed = matmul(u.unsqueeze(-2), gap).squeeze(-2)
+        solved = Solved(at.combined(rows, u), self._within(at, at.combined(images, u), pushed))
         return solved, log_evidence + at.log_normalizer
 
     def _iterated(self, at: LinearizedDenoiser, level: Level, solver: Callable[..., Any]) -> Solved:
         def apply(p: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
             pulled = at.pull(p)
             image = self.covariance(at, level, pulled)
-            lead = p.shape[:-1]
-            return p + at.push(image), (pulled.reshape(*lead, -1), image.reshape(*lead, -1))
+            pushed, lead = at.push(image), p.shape[:-1]
+            return p + pushed, (pulled.reshape(*lead, -1), image.reshape(*lead, -1), pushed)
 
-        pulled, image = solver(apply, at.residual, self.iterations).images
-        return Solved(pulled.reshape(at.mean.shape), image.reshape(at.mean.shape))
+        pulled, image, pushed = solver(apply, at.residual, self.iterations).images
+        image = image.reshape(at.mean.shape)
+        return Solved(pulled.reshape(at.mean.shape), self._within(at, image, pushed))
+
+    def _within(self, at: LinearizedDenoiser, image: Tensor, pushed: Tensor) -> Tensor:
+        """V B^T S^{-1} r cut, row by row, where its part in residual space is longer than r itself.
+
+        For a covariance V that part is :math:`BVB^T (I + BVB^T)^{-1} r`, which is never longer.
+        """
+        if not at.through:
+            return image
+        length, most = (v.detach().norm(dim=-1) for v in (pushed, at.residual))
+        factor = torch.where(length > (1 + SLACK) * most, most / length, 1.0)
+        return (at.per_row(image) * factor.unsqueeze(-1)).reshape(image.shape)
 
 
 class PiGDM(GaussianConditioning):
@@ -301,7 +324,8 @@ class TMPD(MMPS):
         row_sums = 1 + at.push(self.covariance(at, level, at.pull(ones))).clamp(min=0)
         pulled = at.pull(at.residual / row_sums)
         log_evidence = -0.5 * (at.residual.square() / row_sums + row_sums.log()).sum(-1)
-        solved = Solved(pulled, self.covariance(at, level, pulled))
+        image = self.covariance(at, level, pulled)
+        solved = Solved(pulled, self._within(at, image, at.push(image)))
         return solved, log_evidence + at.log_normalizer
 
     def _iterated(self, at: LinearizedDenoiser, level: Level, solver: Callable[..., Any]) -> Solved:

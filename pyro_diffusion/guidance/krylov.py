@@ -26,7 +26,9 @@ class KrylovSolution(NamedTuple):
     images: tuple[Tensor, ...]
 
 
-def conjugate_gradients(apply: Apply, b: Tensor, iterations: int) -> KrylovSolution:
+def conjugate_gradients(
+    apply: Apply, b: Tensor, iterations: int, least: float = 0.0
+) -> KrylovSolution:
     r"""Conjugate gradients for :math:`S u = b`, S symmetric and positive definite.
 
     Every row has steps of its own and stays put once it has converged: it never depends on its batch-mates.
@@ -36,6 +38,8 @@ def conjugate_gradients(apply: Apply, b: Tensor, iterations: int) -> KrylovSolut
         apply: p -> (S p, images), the images linear in p and of shapes whose leading dimensions are b's rows.
         b: right-hand sides, rows + (m,).
         iterations: number of iterations, one call of ``apply`` each.
+        least: what no eigenvalue of S is below. A row whose direction p denies it, by
+            :math:`p^T S p \le \text{least}\,|p|^2`, stops there.
 
     Raises:
         ValueError: if iterations < 1, or b holds no numbers of single or double precision.
@@ -52,8 +56,9 @@ def conjugate_gradients(apply: Apply, b: Tensor, iterations: int) -> KrylovSolut
     for _ in range(iterations):
         product, found = apply(direction)
         curvature = (direction * product).sum(-1, keepdim=True)
-        # Below rounding, or where S is not positive: this row is done.
-        going = (energy > _resolution(b) ** 2 * start) & (curvature > 0)
+        # Below rounding, or where S is not what it should be: this row is done.
+        floor = least * direction.square().sum(-1, keepdim=True)
+        going = (energy > _resolution(b) ** 2 * start) & (curvature > floor)
         step = torch.where(going, energy / torch.where(going, curvature, 1.0), 0.0)
         u = u + step * direction
         images = _add(images, step, found)

@@ -33,6 +33,7 @@ class LinearizedDenoiser(LinearizedLikelihood):
         graph: whether all of it stays differentiable in x_t.
 
     Attributes:
+        through: whether products with J can be asked for.
         prior: the denoiser's posterior, detached.
         variance: its variance, or None for a point mass.
         matrix: a covariance of x_0 that a method computed once for all of its products here, or None.
@@ -56,6 +57,7 @@ class LinearizedDenoiser(LinearizedLikelihood):
             self._xt = xt.detach().requires_grad_(through)
             prior = denoiser(self._xt, level, **context)
             self._mean = prior.mean
+        self.through = through
         if through and not self._mean.requires_grad:
             raise ValueError(
                 f"denoiser: got a {type(denoiser).__name__} whose mean has no gradient in x_t, expected a "

@@ -7,13 +7,13 @@ import torch
 from pyro.infer.smcfilter import SMCFailed
 from tqdm import tqdm
 
-from pyro_diffusion.denoisers import Denoiser, NetworkDenoiser
+from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.distributions.base import dtype_and_device
 from pyro_diffusion.estimate import UNBIASED, Estimate
 from pyro_diffusion.guidance import (
     MMPS,
-    DiffPIR,
+    CalibratedCovariance,
     GuidedDenoiser,
     PlugIn,
     SampledGuidance,
@@ -36,8 +36,9 @@ def default_guidance(denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenois
     """The most accurate guidance that the likelihood, the process and the denoiser allow.
 
     Gaussian conditioning for Normal observations of real data, and on deviance residuals where every other
-    site has them (counts, heavy tails): :class:`~pyro_diffusion.guidance.MMPS` for denoisers in closed form,
-    :class:`~pyro_diffusion.guidance.DiffPIR` for networks, whose derivative at high noise is mostly error.
+    site has them (counts, heavy tails): :class:`~pyro_diffusion.guidance.MMPS` for denoisers in closed form
+    (``denoiser.exact``), :class:`~pyro_diffusion.guidance.CalibratedCovariance` for all others, networks
+    above all, whose derivative at high noise is mostly error.
     :class:`~pyro_diffusion.guidance.PlugIn` for other likelihoods with a gradient, and draws
     (:class:`~pyro_diffusion.guidance.SampledGuidance`) for all the rest.
 
@@ -54,8 +55,7 @@ def default_guidance(denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenois
     own = likelihood.batch_shape + likelihood.event_shape
     dtype, device = dtype_and_device(denoiser)
     trial = torch.zeros(own, dtype=dtype, device=device)
-    learned = any(isinstance(module, NetworkDenoiser) for module in denoiser.modules())
-    conditioning = DiffPIR if learned else MMPS
+    conditioning = MMPS if denoiser.exact else CalibratedCovariance
     for kind in (likelihood, likelihood.with_residuals("deviance")):
         with contextlib.suppress(ValueError):
             kind.residual(trial)
@@ -91,8 +91,8 @@ class TwistedSMC:
         likelihood: log p(y | x), a :class:`~pyro_diffusion.likelihoods.ProgramLikelihood` or another. It
             makes the target, whatever the guidance approximates.
         guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one; if
-            None, :class:`~pyro_diffusion.guidance.MMPS` (for a denoiser with a network
-            :class:`~pyro_diffusion.guidance.DiffPIR`) for Normal observations and those with deviance
+            None, :class:`~pyro_diffusion.guidance.MMPS` (for a denoiser that is not in closed form
+            :class:`~pyro_diffusion.guidance.CalibratedCovariance`) for Normal observations and deviance
             residuals, :class:`~pyro_diffusion.guidance.PlugIn` for other likelihoods with a gradient, else
             :class:`~pyro_diffusion.guidance.SampledGuidance`.
         num_particles: N >= 2.

@@ -126,7 +126,9 @@ class LinearizedLikelihood:
 def solve(gap: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """Solve S u = r for S = I + gap; where an eigenvalue falls below 1, all are raised to 1 or more.
 
-    So a bad Jacobian cannot enlarge the residual. Rows that are not finite become NaN, and those alone.
+    The gap is a covariance. Along a direction where it is negative nothing is uncertain, so the observations
+    say nothing of x_0 there and u has no part in it: r is neither enlarged nor multiplied by a bad gap. Rows
+    that are not finite become NaN, and those alone.
 
     Args:
         gap: S - I, rows + (m, m); its symmetric part is taken.
@@ -142,18 +144,27 @@ def solve(gap: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     slack = SLACK + gap.shape[-1] * torch.finfo(gap.dtype).eps * gap.detach().abs().amax((-1, -2))
     raised = system.detach() - (1 - slack)[..., None, None] * eye
     bad = (torch.linalg.cholesky_ex(raised).info != 0) | ~torch.isfinite(slack)
-    if bool(bad.any()):
-        system = torch.where(bad[..., None, None], _clamped(system.detach()), system)
+    some_bad = bool(bad.any())
+    if some_bad:
+        raised, certain = _clamped(system.detach())
+        system = torch.where(bad[..., None, None], raised, system)
     factor = torch.linalg.cholesky_ex(system).L
     half = torch.linalg.solve_triangular(factor, r.unsqueeze(-1), upper=False)
     u = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
+    if some_bad:
+        # S is 1 there.
+        u = u - torch.where(bad[..., None], matmul(certain, r.unsqueeze(-1)).squeeze(-1), 0.0)
     log_root = factor.diagonal(dim1=-1, dim2=-2).log().sum(-1)
     return u, -0.5 * half.square().sum((-1, -2)) - log_root
 
 
-def _clamped(system: Tensor) -> Tensor:
-    """Symmetric matrices with eigenvalues below 1 raised to 1; those that are not finite become NaN."""
+def _clamped(system: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric matrices with eigenvalues below 1 raised to 1, and the projectors on their eigenvectors.
+
+    Those that are not finite become NaN.
+    """
     broken = ~torch.isfinite(system).all(-1).all(-1)[..., None, None]
     values, vectors = torch.linalg.eigh(torch.where(broken, 0.0, system))
     raised = matmul(vectors * values.clamp(min=1).unsqueeze(-2), vectors.mT)
-    return torch.where(broken, torch.nan, raised)
+    certain = matmul(vectors * (values < 1).to(values).unsqueeze(-2), vectors.mT)
+    return torch.where(broken, torch.nan, raised), certain

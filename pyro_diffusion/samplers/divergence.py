@@ -65,7 +65,7 @@ class DivergenceMonitor:
             raise ValueError(
                 f"guidance: got {kind} whose estimate leaves the model{where}: it takes the state for noise "
                 f"of {value:.3g} standard deviations, expected {LARGEST_NOISE:g} at most. It overshoots: use "
-                "more steps, a smaller scale, MMPS (for networks DataCovariance), or TwistedSMC"
+                "more steps, a smaller scale, the default guidance, or TwistedSMC"
             )
         raise ValueError(
             f"denoiser: got NaN or infinite numbers from {kind}{where}, expected a network whose output is "

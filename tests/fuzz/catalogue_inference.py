@@ -64,6 +64,7 @@ def guidance_calls() -> list[Call]:
         "PiGDM": {"data_variance": 1.0, **gaussian_kinds},
         "DiffPIR": {"lam": 1.0, **gaussian_kinds},
         "DataCovariance": {"covariance": torch.eye(3)},
+        "CalibratedCovariance": {"solver": "direct", "iterations": 2},
         "SampledGuidance": {"num_samples": 4, "prior_count": 1.0},
     }
 

@@ -1,0 +1,266 @@
+"""Guidance by the derivative where it is a covariance: what passes, what is caught, what stays bounded."""
+
+import functools
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.testing import assert_close
+
+from pyro_diffusion.denoisers import Denoiser, MixtureDenoiser
+from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.guidance import MMPS, TMPD, CalibratedCovariance, DataCovariance, DiffPIR
+from pyro_diffusion.guidance.calibration import DRAWS, KNOTS, calibrate, calibrated
+from pyro_diffusion.guidance.linear_estimate import LinearEstimate
+from pyro_diffusion.infer import AutoGuidance
+from pyro_diffusion.infer.twisted_smc import default_guidance
+from pyro_diffusion.likelihoods import ProgramLikelihood
+from pyro_diffusion.likelihoods.linearization import solve
+from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.schedules import LogLinear, VarianceExploding
+from tests.per_coordinate import PerCoordinate, normal
+
+F64 = torch.float64
+PROCESS = GaussianProcess(LogLinear(8.0, -8.0))
+MEANS = torch.tensor([[-1.0, 0.5, 0.0], [1.0, -0.5, 1.0]], dtype=F64)
+MATRIX = torch.tensor([[1.0, 0.5, -0.5], [0.0, 1.0, 1.0]], dtype=F64)
+OBSERVED = torch.tensor([0.7, 0.9], dtype=F64)
+
+
+def mixture(process=PROCESS, means=MEANS, variance=0.1):
+    weights = torch.ones(len(means), dtype=means.dtype)
+    return MixtureDenoiser(process, weights, means, torch.tensor(variance, dtype=means.dtype))
+
+
+class Wiggling(Denoiser):
+    """Nearly the mean of another, with a derivative that is nothing but error below a log-SNR."""
+
+    def __init__(self, inner, below=-1.0, amplitude=0.02, frequency=100.0):
+        super().__init__(inner.process)
+        self.inner, self.below = inner, below
+        self.amplitude = torch.nn.Parameter(torch.tensor(amplitude, dtype=F64), requires_grad=False)
+        self.frequency = frequency
+
+    def forward(self, xt, t, **context):
+        level = self.process.level(t, xt)
+        wiggle = self.amplitude * torch.sin(self.frequency * xt.flip(-1))
+        mean = self.inner(xt, level).mean
+        wrong = torch.where(level.clock < self.below, wiggle, 0.0)
+        return dist.Delta(mean + wrong, event_dim=1)
+
+
+class Labelled(Denoiser):
+    """A mixture for each label."""
+
+    def __init__(self, parts):
+        super().__init__(parts[0].process)
+        self.parts = torch.nn.ModuleList(parts)
+
+    def forward(self, xt, t, label=None, shift=None):
+        level = self.process.level(t, xt)
+        means = torch.stack([part(xt, level).mean for part in self.parts])
+        if label is None:
+            return dist.Delta(means[0] + shift, event_dim=1)
+        chosen = torch.stack([label == k for k in range(len(self.parts))]).unsqueeze(-1)
+        return dist.Delta((means * chosen).sum(0), event_dim=1)
+
+
+def program(denoiser, sd=0.05):
+    prior = Diffusion(denoiser, (3,), steps=40)
+
+    def model():
+        x = pyro.sample("x", prior)
+        pyro.sample("y", dist.Normal(x @ MATRIX.mT, sd).to_event(1), obs=OBSERVED)
+
+    return model
+
+
+def likelihood(denoiser, sd=0.05):
+    return ProgramLikelihood(program(denoiser, sd))
+
+
+@pytest.mark.parametrize(
+    "denoiser",
+    [
+        mixture(),
+        mixture(variance=1e-3),
+        mixture(means=torch.randn(4, 20, generator=torch.Generator().manual_seed(0))),
+        mixture(GaussianProcess(VarianceExploding(1e-2, 300.0)), 8 * MEANS.float(), 1.0),
+    ],
+    ids=["mixture", "sharp", "20 dimensions", "far modes"],
+)
+def test_a_closed_form_passes_at_every_level(denoiser):
+    """The generator is its own, so this has no false alarms."""
+    found = calibrate(denoiser, denoiser.means[0], {})
+    assert found.trusted.shape == (KNOTS,) and found.trusted.all()
+    assert found.evidence.asymmetry.max() < 1e-3 and found.evidence.negative.max() < 1e-3
+
+
+def test_scales_of_each_coordinate_pass_as_well():
+    denoiser = normal()
+    assert isinstance(denoiser.process, PerCoordinate)
+    assert calibrate(denoiser, torch.zeros(2, dtype=F64), {}).trusted.all()
+
+
+def test_a_wrong_derivative_is_caught_at_the_levels_where_it_is_wrong():
+    found = calibrate(Wiggling(mixture()), torch.zeros(3, dtype=F64), {})
+    assert_close(found.trusted, found.clocks > -1.0)
+
+
+def test_a_trusted_level_is_mmps_and_another_the_linear_estimate():
+    denoiser = Wiggling(mixture())
+    guided = CalibratedCovariance(denoiser, likelihood(denoiser))
+    x = torch.randn(5, 3, dtype=F64)
+    low, high = PROCESS.level_of_clock(torch.tensor([[-4.0], [3.0]], dtype=F64)).t.flatten()
+    found = calibrated(denoiser, x[0], {})
+    vectors = found.estimate.vectors
+    covariance = vectors * found.estimate.values @ vectors.mT
+    linear = DataCovariance(denoiser, guided.likelihood, covariance=covariance)
+    assert_close(guided(x, low).mean, linear(x, low).mean)
+    assert_close(guided(x, high).mean, MMPS(denoiser, guided.likelihood)(x, high).mean)
+    assert_close(guided.twisted(x, low).log_twist, linear.twisted(x, low).log_twist)
+
+
+def test_the_default_draws_the_posterior_under_a_wrong_derivative():
+    """Means of 400 draws beside those of the exact denoiser; six standard errors: 1e-8 of false alarms."""
+    pyro.set_rng_seed(0)
+    draws = []
+    for denoiser in (mixture(), Wiggling(mixture())):
+        guide = AutoGuidance(program(denoiser, 0.3))
+        predictive = pyro.infer.Predictive(
+            program(denoiser, 0.3), guide=guide, num_samples=400, parallel=True
+        )
+        draws.append(predictive()["x"])
+    error = sum(x.var(0) / 400 for x in draws).sqrt()
+    assert ((draws[0].mean(0) - draws[1].mean(0)).abs() < 6 * error + 0.1).all()
+    assert draws[1].abs().max() < 3
+
+
+def test_the_default_asks_whether_a_mean_is_in_closed_form():
+    exact = mixture()
+    other = Wiggling(exact)
+    assert type(default_guidance(exact, likelihood(exact))) is MMPS
+    assert type(default_guidance(other, likelihood(other))) is CalibratedCovariance
+
+
+def test_calibration_is_kept_until_parameters_change_and_leaves_seeds_alone():
+    denoiser, like = Wiggling(mixture()), torch.zeros(3, dtype=F64)
+    before = torch.get_rng_state()
+    found = calibrated(denoiser, like, {})
+    assert torch.equal(torch.get_rng_state(), before)
+    assert calibrated(denoiser, like, {}) is found
+    assert calibrated(denoiser, like.float(), {}) is not found
+    denoiser.amplitude.zero_()
+    again = calibrated(denoiser, like, {})
+    assert not found.trusted.all() and again.trusted.all()
+    assert_close(calibrate(denoiser, like, {}).estimate.values, again.estimate.values)
+
+
+def test_rows_do_not_depend_on_their_batch():
+    """Levels and labels of their own; one label's derivative is wrong at some of them."""
+    parts = [Wiggling(mixture()), mixture(means=0.3 * MEANS.flip(-1), variance=0.01)]
+    denoiser = Labelled(parts)
+    guided = CalibratedCovariance(denoiser, likelihood(denoiser))
+    x, times = torch.randn(6, 3, dtype=F64), torch.linspace(0.1, 0.9, 6, dtype=F64)
+    label = torch.tensor([0, 1, 0, 1, 1, 0])
+    together = guided(x, times, label=label).mean
+    for row in range(6):
+        alone = guided(x[row], times[row], label=label[row]).mean
+        assert_close(together[row], alone, rtol=1e-9, atol=1e-9)
+    swapped = guided(x, times, label=1 - label).mean
+    assert (swapped - together).abs().amax(-1).min() > 1e-3
+
+
+def test_real_numbers_as_context_are_not_calibrated():
+    denoiser = Labelled([mixture()])
+    context = {"shift": torch.tensor([0.1, 0.2, 0.3], dtype=F64)}
+    pair = [
+        kind(denoiser, likelihood(denoiser))(MEANS, 0.6, **context).mean
+        for kind in (CalibratedCovariance, DiffPIR)
+    ]
+    assert_close(*pair)
+
+
+def test_full_gradient_is_refused():
+    with pytest.raises(ValueError, match="full_gradient"):
+        CalibratedCovariance(mixture(), likelihood(mixture()), full_gradient=True)
+
+
+# The linear estimate.
+
+
+@pytest.mark.parametrize("count", [DRAWS, 5], ids=["complete", "few draws"])
+def test_linear_estimate_is_the_inverse(count):
+    draws = torch.randn(count, 8, dtype=F64) @ torch.randn(8, 8, dtype=F64)
+    estimate = LinearEstimate.of_draws(draws)
+    u, eye = estimate.vectors, torch.eye(8, dtype=F64)
+    c = u * estimate.values @ u.mT + estimate.rest * (eye - u @ u.mT)
+    assert u.shape == (8, min(count - 1, 8)) and torch.linalg.eigvalsh(c).min() > 0
+    v = torch.randn(3, 8, dtype=F64)
+    for scale in (torch.tensor(0.7, dtype=F64), torch.linspace(0.2, 2, 8, dtype=F64)):
+        level = PROCESS.level(torch.tensor(0.5, dtype=F64))
+        level = level._replace(alpha=torch.ones_like(scale), sigma=scale)
+        precision = torch.linalg.inv(c) + eye * scale**-2
+        assert_close(estimate.times(v, level, 1), torch.linalg.solve(precision, v.mT).mT)
+
+
+def test_shrinkage_vanishes_with_draws_and_keeps_the_trace():
+    root = torch.randn(6, 6, dtype=F64)
+    draws = torch.randn(5000, 6, dtype=F64) @ root
+    few, many = LinearEstimate.of_draws(draws[:10]), LinearEstimate.of_draws(draws)
+    u = many.vectors
+    assert_close(u * many.values @ u.mT, root.mT @ root, rtol=0.1, atol=0.5)
+    assert_close(few.values.sum(), 10 / 10 * draws[:10].var(0, correction=0).sum())
+    assert few.values.min() > 0
+
+
+# Derivatives that are no covariances.
+
+
+class Turned(Denoiser):
+    """A linear mean of any derivative."""
+
+    def __init__(self, matrix):
+        super().__init__(PROCESS)
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, xt, t, **context):
+        return dist.Delta(xt @ self.matrix.mT, event_dim=1)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        MMPS,
+        functools.partial(MMPS, solver="cg", iterations=2),
+        functools.partial(MMPS, solver="gmres", iterations=2),
+        TMPD,
+    ],
+    ids=["direct", "cg", "gmres", "TMPD"],
+)
+def test_a_shift_never_passes_the_observations(method):
+    """|B shift| <= |r| whatever the derivative; a covariance cannot do otherwise."""
+    generator, x = torch.Generator().manual_seed(0), torch.randn(4, 3, dtype=F64)
+    for _ in range(20):
+        denoiser = Turned(10 * torch.randn(3, 3, generator=generator, dtype=F64))
+        guided = method(denoiser, likelihood(denoiser))
+        before = denoiser(x, 0.8).mean
+        shift = guided(x, 0.8).mean - before
+        residual = (OBSERVED - before @ MATRIX.mT).norm(dim=-1)
+        assert ((shift @ MATRIX.mT).norm(dim=-1) <= 1.1001 * residual).all()
+
+
+def test_a_negative_variance_has_no_part_in_the_solution():
+    """gap = diag(-5, 3) in turned axes: the first is certain, the second solved."""
+    angle = torch.tensor(0.4, dtype=F64)
+    turn = torch.stack(
+        [torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])]
+    )
+    gap = turn @ torch.tensor([[-5.0, 0.0], [0.0, 3.0]], dtype=F64) @ turn.mT
+    r = torch.tensor([1.0, 2.0], dtype=F64)
+    parts = turn.mT @ r
+    u, value = solve(gap, r)
+    assert_close(turn.mT @ u, torch.stack([torch.zeros((), dtype=F64), parts[1] / 4]))
+    energy = parts[0] ** 2 + parts[1] ** 2 / 4
+    assert_close(value, -0.5 * energy - torch.tensor(4.0, dtype=F64).log() / 2)
