@@ -10,6 +10,7 @@ from pyro_diffusion.samplers import (
     AdamsMoulton,
     Ancestral,
     DPMSolverPP,
+    Heun,
     ancestral,
     heun,
     simulate,
@@ -83,12 +84,11 @@ def affine(monkeypatch, sampler, denoiser, times, noises):
     return end[0], end[1] - end[0], end[2:] - end[0]
 
 
-@each_stochastic
-def test_declared_weak_order(sampler, monkeypatch):
-    """Normal data: mean and variance of the last state without a single draw, over three doublings."""
+def weak_errors(sampler, steps, monkeypatch):
+    """Normal data: errors of mean and variance of the last state, without a single draw."""
     schedule = LogLinear(8.0, -8.0)
     denoiser = normal_data(schedule)
-    steps, errors = [64, 128, 256, 512], []
+    errors = []
     for n in steps:
         times = grid(schedule, n)
         constant, gain, weights = affine(
@@ -98,7 +98,23 @@ def test_declared_weak_order(sampler, monkeypatch):
         mean = constant + gain * end.mean
         variance = gain**2 * end.variance + weights.square().sum()
         errors.append(float((mean - first.mean).abs() + (variance - first.variance).abs()))
+    return errors
+
+
+@each_stochastic
+def test_declared_weak_order(sampler, monkeypatch):
+    """Over three doublings."""
+    steps = [64, 128, 256, 512]
+    errors = weak_errors(sampler, steps, monkeypatch)
     assert slope(steps, errors) == pytest.approx(sampler.weak_order, abs=0.25)
+
+
+def test_churn_at_its_limit_has_its_order_on_finer_grids_only(monkeypatch):
+    """Noise of a step is raised by its limit, however many steps, while K < 40 / (sqrt(2) - 1) = 97."""
+    steps = [24, 48, 96, 192, 384]
+    errors = weak_errors(Heun(churn=40.0), steps, monkeypatch)
+    assert slope(steps[:3], errors[:3]) < 1.4
+    assert slope(steps[3:], errors[3:]) == pytest.approx(2, abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,9 @@ class Heun(DDIM):
 
     Two network evaluations a step; processes with a flow (Gaussian ones with churn).
     Deterministic, of order 2 and usable in both directions without churn; with churn
-    (and ``noise=1``) the state is of weak order 2. Made for the
+    (and ``noise=1``) the state is of weak order 2, once :math:`K > 2.5\,\text{churn}`: with fewer steps
+    :math:`\gamma` is at its limit, every step of log-SNR is at least log 2 wide however many there are, and
+    errors fall like 1/K. Made for the
     :func:`~pyro_diffusion.schedules.karras` grid: in few, large steps of log-SNR the correction overshoots.
 
     Args:
