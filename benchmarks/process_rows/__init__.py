@@ -47,10 +47,11 @@ def bound_gaps(
     data: Tensor,
     control: tuple[Denoiser, Tensor] | None = None,
     steps: tuple[int | None, ...] = (*STEPS, None),
+    terms: int = TERMS,
 ) -> dict[str, tuple[float, float]]:
     """Mean of log p less the bound over data and its standard error, by number of steps.
 
-    Up to ``TERMS`` evenly spaced terms of the bound are drawn for every datum.
+    Up to ``terms`` evenly spaced terms of the bound are drawn for every datum.
 
     Args:
         view: the distribution of a denoiser and a number of steps; without a number, that in continuous time.
@@ -61,13 +62,14 @@ def bound_gaps(
             independent data (a normal, symbols that do not depend on each other): its reverse kernels are
             exact.
         steps: the numbers of steps; None is "inf".
+        terms: drawn for every datum, beside those of the decoder.
     """
 
     def error(steps: int | None, denoiser: Denoiser, truth: Tensor) -> Tensor:
         bound = log_likelihood(
             view(denoiser, steps),
             data,
-            num_terms=TERMS if steps is None else max(2, min(TERMS, steps)),
+            num_terms=terms if steps is None else max(2, min(terms, steps)),
             num_samples=DECODED,
             batch_size=BATCH,
             seed=0,

@@ -48,10 +48,10 @@ def rotated_row(name: str, process: GaussianProcess, draws: int) -> Row:
     gaps = bound_gaps(view, (denoiser, truth), x, control)
     flow = ProbabilityFlow(denoiser, event, solver=ODESolver("rk4", steps=200))
     error = (flow.log_prob(basis(x[:200])) - truth[:200]).abs().max() / 2
-    reference = data.sample((4_000_000,))
+    reference = data.sample((2_000_000,))
     samples = {
         label: moments(
-            basis.inverse(Diffusion(denoiser, event, 300, sampler=sampler).sample((20_000,))),
+            basis.inverse(Diffusion(denoiser, event, 250, sampler=sampler).sample((10_000,))),
             reference,
         )
         for label, sampler in {"ancestral": Ancestral(), "deterministic": AdamsMoulton()}.items()
