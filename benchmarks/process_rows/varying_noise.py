@@ -3,6 +3,7 @@
 import torch
 
 from process_rows import Row
+from process_rows._symbol_claims import claim
 from process_rows._symbols import SYMBOLS, symbols_row
 from pyro_diffusion.processes import VaryingNoise
 from pyro_diffusion.schedules import Rectified
@@ -12,4 +13,6 @@ def row_varying_noise(draws: int) -> Row:
     mask = torch.eye(SYMBOLS + 1, dtype=torch.float64)[SYMBOLS]
     first = 0.6 * mask + 0.4 * (1 - mask) / SYMBOLS
     process = VaryingNoise(Rectified.full(), SYMBOLS, torch.stack([first, mask]))
-    return symbols_row("varying noise", process, draws)
+    row = symbols_row("varying noise", process, draws)
+    claim(row, process, draws)
+    return row
