@@ -45,6 +45,7 @@ from pyro_diffusion.processes import (
     Basis,
     Blurring,
     CategoricalProcess,
+    CoupledGaussian,
     DiscretizedGaussian,
     GaussianProcess,
     LearnedSpectralGaussian,
@@ -93,6 +94,7 @@ DEFINITIONS = [
     (LearnedSchedule(4), ENDS),
     (TabulatedBetas([0.1, 0.2]), {}),  # the table is a buffer
     (GaussianProcess(Cosine(), event_dim=3), {"event_dim": 3, "schedule": {"module": "Cosine"}}),
+    (CoupledGaussian(Cosine(), event_dim=2), {"event_dim": 2}),
     (Basis.dct((2, 3)), {"event_shape": [2, 3]}),
     (SpectralGaussian(Cosine(), PLANE), {"basis": {"module": "Basis"}}),
     (Blurring(Cosine(), PLANE, 3.0, 0.1), {"sigma_max": 3.0, "d_min": 0.1}),

@@ -13,7 +13,8 @@ from pyro_diffusion.distributions.base import DenoisedDistribution, broadcast
 from pyro_diffusion.distributions.decoders import Decoder, check_decoder, default_decoder
 from pyro_diffusion.distributions.linear_use import check_linear_use
 from pyro_diffusion.distributions.objectives import Bound, Objective, check_objective
-from pyro_diffusion.processes import SeededNoise, draw, drawing_from
+from pyro_diffusion.processes import Ability, SeededNoise, draw, drawing_from
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import (
@@ -96,6 +97,13 @@ class BoundedDistribution(DenoisedDistribution):
                 the estimate: a latent enumerated in the model, particle weights, a Markov chain, a mixture.
         """
         check_linear_use(self)
+        if self._given_batch.numel() > 1:  # noise of a row must not depend on the row's context
+            require(
+                *(self.denoiser.process, Ability.INDEPENDENT),
+                argument="context",
+                by=f"one of batch shape {tuple(self._given_batch)}",
+                instead="no context",
+            )
         x0, batch = self._encoded(value)
         x0 = self._once_per_datum(x0, value)
         share = max(self._fair_share, self.objective.decoder_share)

@@ -5,8 +5,11 @@ from collections.abc import Callable
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
+from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.objectives import DecoderStep, ReverseStep
 from pyro_diffusion.distributions.regressions import Regression
+from pyro_diffusion.processes import Ability
+from pyro_diffusion.processes.abilities import require
 
 __all__ = ["RedDiff"]
 
@@ -52,6 +55,12 @@ class RedDiff(Regression):
                 f"weight: got {weight!r}, expected a number > 0 or a function of log-SNR"
             )
         self.weight = weight
+
+    def check(self, denoiser: Denoiser) -> None:
+        """A process of real numbers and noise that is independent of them."""
+        super().check(denoiser)
+        needs = Ability.INDEPENDENT
+        require(denoiser.process, needs, argument="objective", by=type(self).__name__)
 
     def error(self, step: ReverseStep | DecoderStep) -> Tensor:
         """The error at t over the number of levels, batch shape."""

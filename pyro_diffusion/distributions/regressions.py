@@ -15,6 +15,7 @@ from pyro_diffusion.distributions.objectives import (
     ReverseStep,
     needs_numbers,
 )
+from pyro_diffusion.processes import Ability, ForwardProcess
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 
@@ -44,6 +45,14 @@ class Regression(Objective):
     def error(self, step: ReverseStep | DecoderStep) -> Tensor:
         """The error at ``step.t``, batch shape."""
         raise NotImplementedError
+
+    def prior_term(
+        self, process: ForwardProcess, x0: Tensor, end: Level, prior: TorchDistribution
+    ) -> Tensor:
+        """That of a chain, batch shape; 0 where noise depends on the data, whose divergence is unknown."""
+        if Ability.INDEPENDENT not in process.abilities:
+            return x0.new_zeros(x0.shape[: x0.dim() - process.event_dim])
+        return super().prior_term(process, x0, end, prior)
 
     def reverse_term(self, step: ReverseStep) -> Tensor:
         """The error at t, batch shape."""

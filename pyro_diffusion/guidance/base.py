@@ -88,6 +88,7 @@ class GuidedDenoiser(Denoiser):
         process = check_denoiser(denoiser).process
         require(
             process,
+            Ability.INDEPENDENT,
             *self.needs,
             argument="denoiser",
             by=type(denoiser).__name__,

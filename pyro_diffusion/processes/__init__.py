@@ -6,6 +6,7 @@ from pyro_diffusion.processes.any_noise import AnyNoise
 from pyro_diffusion.processes.base import ForwardProcess
 from pyro_diffusion.processes.bases import Basis
 from pyro_diffusion.processes.categorical import CategoricalProcess, Uniform
+from pyro_diffusion.processes.coupled import CoupledGaussian
 from pyro_diffusion.processes.gaussian import GaussianProcess
 from pyro_diffusion.processes.noise import SeededNoise, draw, drawing_from
 from pyro_diffusion.processes.spectral import (
@@ -24,6 +25,7 @@ __all__ = [
     "Basis",
     "Blurring",
     "CategoricalProcess",
+    "CoupledGaussian",
     "DiscretizedGaussian",
     "ForwardProcess",
     "GaussianProcess",

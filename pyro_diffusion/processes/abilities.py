@@ -14,7 +14,8 @@ class Ability(enum.Enum):
 
     NUMBERS = "data of real numbers (a mean of x_0 and gradients in x_t)"
     SYMBOLS = "data of finitely many symbols"
-    LINEAR = "states x_t = alpha x_0 + sigma eps with noise that does not depend on x_0"
+    LINEAR = "states x_t = alpha x_0 + sigma eps"
+    INDEPENDENT = "noise that is independent of the data"
     FACTORIZED = "a likelihood q(x_t,i | x_0,i) of every coordinate"
     MARKOV = "a Markov transition q(x_t | x_s)"
     TWEEDIE = "Tweedie's formula (independent normal noise)"

@@ -63,7 +63,10 @@ class AnyNoise(LinearProcess):
     """
 
     abilities: ClassVar[frozenset[Ability]] = frozenset(
-        {Ability.NUMBERS, Ability.LINEAR, Ability.ISOTROPIC, Ability.ODE}
+        {
+            *(Ability.NUMBERS, Ability.LINEAR, Ability.INDEPENDENT),
+            *(Ability.ISOTROPIC, Ability.ODE),
+        }
     )
 
     def __init__(

@@ -90,7 +90,7 @@ class CategoricalProcess(ForwardProcess):
     abilities: ClassVar[frozenset[Ability]] = frozenset(
         {
             *(Ability.SYMBOLS, Ability.FACTORIZED, Ability.MARKOV),
-            *(Ability.JUMPS, Ability.REDRAWS),
+            *(Ability.INDEPENDENT, Ability.JUMPS, Ability.REDRAWS),
         }
     )
     noise: Tensor

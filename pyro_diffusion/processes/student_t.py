@@ -84,7 +84,7 @@ class StudentTProcess(LinearProcess):
 
     abilities: ClassVar[frozenset[Ability]] = frozenset(
         {
-            *(Ability.NUMBERS, Ability.LINEAR, Ability.FREE_VARIANCE),
+            *(Ability.NUMBERS, Ability.LINEAR, Ability.INDEPENDENT, Ability.FREE_VARIANCE),
             *(Ability.ISOTROPIC, Ability.ODE),
         }
     )

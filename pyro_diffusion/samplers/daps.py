@@ -6,7 +6,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from pyro_diffusion.processes import ForwardProcess, draw
+from pyro_diffusion.processes import Ability, ForwardProcess, draw
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.processes.linear import BridgeCoefficients
 from pyro_diffusion.samplers.ancestral import DDIM
 from pyro_diffusion.samplers.base import Denoise, Sampler, State
@@ -114,6 +115,8 @@ class DAPS(Sampler):
         Raises:
             ValueError: for a process that is not Gaussian.
         """
+        # Noise is drawn anew around x_0 at every step.
+        require(process, Ability.INDEPENDENT, argument="sampler", by=self)
         share = torch.arange(self.inner, dtype=t.t.dtype, device=t.t.device) / self.inner
         late, end = t.clock.reshape(-1, 1), s.clock[0].reshape(())
         levels = process.level_of_clock(late + share * (end - late))

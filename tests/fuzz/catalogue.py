@@ -381,6 +381,11 @@ def process_calls() -> list[Call]:
             of({"schedule": rectified, "states": 4, "generator": torch.ones(4, 4), "event_dim": 1}),
         ),
         Call(
+            "processes.CoupledGaussian",
+            functools.partial(built, processes.CoupledGaussian),
+            of({"schedule": schedules.Cosine(), "event_dim": 1}),
+        ),
+        Call(
             "processes.VaryingNoise",
             functools.partial(built, processes.VaryingNoise),
             of(
