@@ -180,6 +180,8 @@ OTHERS = [
     (lambda: QuantizedDecoder(4), lambda: QuantizedDecoder(8), "levels: got 4, expected 8$"),
     (lambda: Transformer(4, 3, width=8, depth=1, heads=2),
      lambda: Transformer(4, 3, width=8, depth=1, heads=4), "heads: got 2, expected 4$"),
+    (lambda: Transformer(4, 3, width=8, depth=1, causal=True),
+     lambda: Transformer(4, 3, width=8, depth=1), "causal: got True, expected False$"),
 ]  # fmt: skip
 
 

@@ -478,7 +478,12 @@ def network_calls() -> list[Call]:
         Call(
             "nn.Transformer",
             transformer,
-            of({"states": 4, "length": 3, "width": 8, "depth": 1, "heads": 2, "dropout": 0.0}),
+            of(
+                {
+                    **{"states": 4, "length": 3, "width": 8, "depth": 1, "heads": 2},
+                    **{"dropout": 0.0, "relative": True, "noise_level": False, "causal": True},
+                }
+            ),
         ),
         Call(
             "nn.LabelContext",

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pyro_diffusion.nn import MLP, LabelContext, TensorContext, Transformer, UNet
+from pyro_diffusion.nn.transformer import _attention
 
 ROWS = 4
 
@@ -46,7 +47,11 @@ FAMILIES = {
             {"width": 5},
         ],
     ),
-    "transformer": (transformer, (6,), [{}, {"depth": 1, "heads": 1}, {"heads": 4}]),
+    "transformer": (
+        transformer,
+        (6,),
+        [{}, {"depth": 1, "heads": 1}, {"heads": 4}, {"relative": True}],
+    ),
 }
 TABLE = [
     pytest.param(build, shape, options, outputs, id=f"{name}-{index}-{outputs}")
@@ -274,6 +279,11 @@ def test_wrong_input_is_named(build, shape):
             {"states": 2, "length": 3, "width": 9, "heads": 2},
             "width: got 9, .*heads=2",
         ),
+        (
+            Transformer,
+            {"states": 2, "length": 3, "noise_level": False, "context": {"y": TensorContext(2, 2)}},
+            "context: got y, expected none",
+        ),
     ],
 )
 def test_wrong_options_are_named(build, options, message):
@@ -357,3 +367,54 @@ def test_transformer_sees_both_ways_and_knows_positions():
         assert (moved > 1e-8).all()
     same = network(torch.zeros_like(x), level)
     assert (same[0, 0] - same[0, 1]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("relative", [False, True])
+def test_causal_transformer_sees_itself_and_what_is_before(relative, dtype):
+    options = {"width": 16, "depth": 2, "heads": 2, "relative": relative, "causal": True}
+    network = awaken(Transformer(4, 6, **options).to(dtype).eval())
+    level, x = torch.zeros(1, dtype=dtype), torch.tensor([[0, 1, 2, 3, 0, 1]])
+    base = network(x, level)
+    for position in range(6):
+        changed = x.clone()
+        changed[0, position] = (changed[0, position] + 1) % 4
+        moved = (network(changed, level) - base).abs().amax(-1)[0]
+        assert (moved[:position] == 0).all() and (moved[position:] > 0).all()
+
+
+def test_relative_positions_are_distances():
+    """Heads that attend to neighbours alone: the logits depend on a symbol and its neighbours, no more."""
+    network = awaken(Transformer(4, 8, width=16, depth=1, heads=2, relative=True).double().eval())
+    with torch.no_grad():
+        network.positions[:, :6] = -torch.inf  # i - j from -7 to -2
+        network.positions[:, 9:] = -torch.inf
+    x = torch.tensor([[3, 0, 1, 2, 2, 0, 1, 2]])
+    out = network(x, torch.zeros(1, dtype=torch.float64))[0]
+    torch.testing.assert_close(out[2], out[6])  # both within 0 1 2
+    assert (out[3] - out[4]).abs().max() > 1e-6  # within 1 2 2 and 2 2 0: left is not right
+    assert (out[1] - out[5]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_the_same_by_every_path(dtype):
+    """Fused or not, against the formula in float64; 2^-8 relative rounding of half precision."""
+    query, key, value = torch.randn(3, 2, 4, 6, 8, dtype=torch.float64)
+    bias = torch.randn(4, 6, 6, dtype=torch.float64)
+    for added in (None, bias):
+        logits = query @ key.mT / 8**0.5 + (0.0 if added is None else added)
+        expected = logits.softmax(-1) @ value
+        given = [v.to(dtype) for v in (query, key, value)]
+        out = _attention(*given, None if added is None else added.to(dtype), 0.0)
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_transformer_without_a_noise_level():
+    network = awaken(Transformer(4, 6, width=16, depth=2, heads=2, noise_level=False).eval())
+    x = torch.randint(4, (3, 6))
+    one, other = network(x, torch.zeros(3)), network(x, torch.full((3,), 5.0))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert not any("modulation" in name for name in network.state_dict())
+    with pytest.raises(ValueError, match="context: got y, expected no context"):
+        network(x, torch.zeros(3), y=torch.zeros(3, 2))
