@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from pyro_diffusion.nn import Transformer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # What stands on the digits model trains a small one, inside its own folder.
@@ -22,8 +25,8 @@ TINY = {
     "bayesian_last_layer": "--steps 3 --points 20 40 --batch 8 --width 8 --draws 2 --cells 4",
     "latent_diffusion": "--steps 2 --batch 8 --width 8 --latent 2 --prior-width 8 --chain 6 --draws 2"
     " --check-every 2 --samples 4",
-    "text": "--steps 3 --batch 4 --width 8 --depth 1 --chain 6 --draws 2 --check-every 3"
-    " --sample-steps 2 --characters 40",
+    "text": "--steps 3 --batch 4 --length 16 --width 8 --depth 1 --checks 1 --draws 2 --sample-steps 2"
+    " --characters 40",
     "restoration": f"{PRIOR} --images 2 --steps 3 --particles 3 --draws 2 --shown 2",
     "counts": f"{PRIOR} --images 2 --steps 3 --particles 3 --shown 2",
     "noise_scale": f"{PRIOR} --steps 3 --grid 3 --particles 3 --svi-steps 4 --guide-particles 2 --sweeps 2"
@@ -65,7 +68,8 @@ def numbers(tree: object) -> list[float]:
     return [tree] if isinstance(tree, int | float) else []
 
 
-NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+SCRIPTS = [path for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()]
+NAMES = sorted(path.stem for path in SCRIPTS)
 TWICE = "moons"
 
 
@@ -90,3 +94,36 @@ def test_same_seed_same_metrics(tmp_path):
         check(run(TWICE, folder, "--seed", "5"), folder)
     one, two = ((folder / "metrics.json").read_bytes() for folder in folders)
     assert one == two
+
+
+def test_kneser_ney_is_a_distribution_over_symbols(monkeypatch):
+    """Every history, seen or not, has probabilities that add up to one; counts by hand for two symbols."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from text_baselines import KneserNey
+
+    text = torch.randint(4, (300,), generator=torch.Generator().manual_seed(0))
+    for order in (1, 2, 3, 5):
+        model = KneserNey(text, order, 5)  # the last symbol is in no text
+        histories = torch.cartesian_prod(*[torch.arange(5)] * order).view(-1, 5, order)
+        total = model.log_prob(histories).exp().sum(-1)
+        torch.testing.assert_close(total, torch.ones_like(total))
+    # By hand: pairs 00 (twice), 01, 10, discounts 1/2 and 1/2; below, 0 after two symbols and 1 after one,
+    # discounts 1 and 1/3, so probabilities 5/9 and 4/9.
+    model = KneserNey(torch.tensor([0, 0, 0, 1, 0]), 2, 2)
+    after_zero = model.log_prob(torch.tensor([[0, 0], [0, 1]])).exp()
+    expected = torch.tensor([37 / 54, 17 / 54], dtype=torch.float64)
+    torch.testing.assert_close(after_zero, expected)
+
+
+def test_autoregression_scores_each_symbol_from_those_before(monkeypatch):
+    """Summed over all strings, the probabilities are one."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from text_baselines import Autoregressive
+
+    torch.manual_seed(0)
+    network = Transformer(4, 4, width=8, depth=1, heads=2, outputs=3, relative=True, causal=True)
+    torch.nn.init.normal_(network.last.weight)
+    strings = torch.cartesian_prod(*[torch.arange(3)] * 4)
+    log_p = Autoregressive(network.double(), 4, start=3).log_prob(strings)
+    assert abs(log_p.double().exp().sum() - 1) < 1e-5
+    assert log_p.std() > 0.1
