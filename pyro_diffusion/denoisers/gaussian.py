@@ -4,7 +4,7 @@ from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor, nn
 
 from pyro_diffusion.denoisers.base import NetworkDenoiser, check_outputs
-from pyro_diffusion.denoisers.parameterizations import Coefficients, Parameterization, Score, V
+from pyro_diffusion.denoisers.parameterizations import Coefficients, Data, Parameterization, V
 from pyro_diffusion.denoisers.variances import Variance
 from pyro_diffusion.processes import Ability, ForwardProcess
 from pyro_diffusion.processes.abilities import require
@@ -21,14 +21,15 @@ class GaussianDenoiser(NetworkDenoiser):
     Args:
         network: ``network(x, log_snr, **context)``; one output per coordinate, or two on a last dimension
             when the variance has a head.
-        process: one of real numbers and noise that does not depend on the data, such as a Gaussian process.
+        process: one of real numbers, such as a Gaussian process.
         parameterization: the meaning of the output; :class:`V` by default.
         variance: None for a point mass (DDPM), or a :class:`Variance`.
         context_event_dims: see :class:`NetworkDenoiser`.
 
     Raises:
-        ValueError: if the process is of another kind (for ``Score``: has no Tweedie's formula), or the
-            network's output has another shape.
+        ValueError: if the process is of another kind, lacks what the parameterization needs (``Data`` needs
+            nothing more, ``Score`` Tweedie's formula, the others linear states), or the network's output has
+            another shape.
     """
 
     def __init__(
@@ -40,15 +41,20 @@ class GaussianDenoiser(NetworkDenoiser):
         context_event_dims: dict[str, int] | None = None,
     ) -> None:
         super().__init__(network, process, context_event_dims)
-        require(process, Ability.NUMBERS, Ability.LINEAR, argument="process")
+        require(process, Ability.NUMBERS, argument="process")
         self.parameterization = V() if parameterization is None else parameterization
         if not isinstance(self.parameterization, Parameterization):
             raise ValueError(
                 f"parameterization: got {parameterization!r}, expected one of Noise(), Data(), V(), "
                 "Score(), Velocity(), EDMPreconditioning(...)"
             )
-        if isinstance(self.parameterization, Score):
-            require(process, Ability.TWEEDIE, argument="parameterization", by="Score()")
+        require(
+            process,
+            *self.parameterization.needs,
+            argument="parameterization",
+            by=self.parameterization,
+            instead=repr(Data()),
+        )
         if not isinstance(variance, Variance | None):
             raise ValueError(
                 f"variance: got {variance!r}, expected LearnedVariance(), TimeVariance(...), "

@@ -1,11 +1,12 @@
 """What a network's output means: one row of coefficients each."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_diffusion.processes import Ability
 from pyro_diffusion.validation import check_number
 
 __all__ = [
@@ -41,7 +42,12 @@ class Parameterization:
     Subclasses give the two coefficients of :meth:`skip_out`. The input is always scaled by
     :math:`c_{in} = (\alpha^2 + \sigma^2)^{-1/2}`, so that the network sees unit variance, and the same
     numbers under every schedule of the same log-SNR.
+
+    Attributes:
+        needs: what the denoiser's process must be able to do, see :class:`~pyro_diffusion.processes.Ability`.
     """
+
+    needs: ClassVar[tuple[Ability, ...]] = (Ability.LINEAR,)
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> Coefficients:
         """The three coefficients at given scales."""
@@ -59,7 +65,9 @@ class Parameterization:
 
 @dataclass(frozen=True)
 class Data(Parameterization):
-    r"""F is the data: :math:`\hat x_0 = F`."""
+    r"""F is the data: :math:`\hat x_0 = F`, under any process of real numbers."""
+
+    needs: ClassVar[tuple[Ability, ...]] = ()
 
     def skip_out(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """0 and 1."""
@@ -91,6 +99,8 @@ class Score(Parameterization):
 
     The only one whose output depends on the state's scale: it belongs to its schedule.
     """
+
+    needs: ClassVar[tuple[Ability, ...]] = (Ability.LINEAR, Ability.TWEEDIE)
 
     def skip_out(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """1 / alpha and sigma^2 / alpha."""

@@ -174,9 +174,22 @@ class Bound(Objective):
 
     is_bound = True
 
+    def decoder_term(self, step: DecoderStep) -> Tensor:
+        """-log p(x | x_{t_0}), batch shape."""
+        step.process.check_density()
+        return super().decoder_term(step)
+
+    def prior_term(
+        self, process: ForwardProcess, x0: Tensor, end: Level, prior: TorchDistribution
+    ) -> Tensor:
+        """The divergence of the chain's start, batch shape."""
+        process.check_density()
+        return super().prior_term(process, x0, end, prior)
+
     def reverse_term(self, step: ReverseStep) -> Tensor:
         """The divergence of the step, batch shape."""
         process = step.process
+        process.check_density()
         bridge = process.bridge(step.xt, step.x0, step.s, step.t)
         return divergence(bridge, process.reverse(step.xt, step.posterior, step.s, step.t))
 
@@ -203,7 +216,7 @@ class Weighted(Bound):
     def check(self, denoiser: Denoiser) -> None:
         """Any process; one of real numbers if only the mean counts."""
         if self.mean_only:
-            needs_numbers(self, denoiser)
+            needs_mean(self, denoiser)
 
     def reverse_term(self, step: ReverseStep) -> Tensor:
         """The weighted divergence of the step, batch shape."""
@@ -214,15 +227,15 @@ class Weighted(Bound):
         return weight.reshape(weight.shape[: term.dim()]) * term
 
 
-def needs_numbers(objective: Objective, denoiser: Denoiser) -> None:
-    """Refuse symbols: an objective of squared errors needs a mean.
+def needs_mean(objective: Objective, denoiser: Denoiser, *further: Ability) -> None:
+    """Refuse symbols: an objective of errors of the data needs a mean, and perhaps something else.
 
     Raises:
-        ValueError: for a process that is not Gaussian.
+        ValueError: for a process that lacks an ability.
     """
     require(
         denoiser.process,
-        *(Ability.NUMBERS, Ability.LINEAR),
+        *(Ability.NUMBERS, *further),
         argument="objective",
         by=type(objective).__name__,
         instead="Bound() or Weighted(weight)",

@@ -13,7 +13,7 @@ from pyro_diffusion.distributions.objectives import (
     DecoderStep,
     Objective,
     ReverseStep,
-    needs_numbers,
+    needs_mean,
 )
 from pyro_diffusion.processes import Ability, ForwardProcess
 from pyro_diffusion.schedules import Level
@@ -40,7 +40,7 @@ class Regression(Objective):
 
     def check(self, denoiser: Denoiser) -> None:
         """A process of real numbers."""
-        needs_numbers(self, denoiser)
+        needs_mean(self, denoiser)
 
     def error(self, step: ReverseStep | DecoderStep) -> Tensor:
         """The error at ``step.t``, batch shape."""
@@ -84,6 +84,10 @@ class Simple(Regression):
         Ho et al., arXiv 2006.11239, equation 14.
     """
 
+    def check(self, denoiser: Denoiser) -> None:
+        """A process of real numbers in states that are linear in the data: a squared error of noise."""
+        needs_mean(self, denoiser, Ability.LINEAR)
+
     def error(self, step: ReverseStep | DecoderStep) -> Tensor:
         """The squared error of the noise at t over the number of steps, batch shape."""
         error = step.t.log_snr.exp() * (step.x0 - step.posterior.mean).square()
@@ -114,8 +118,8 @@ class Hybrid(Objective):
         self.gamma, self._simple, self._bound = float(gamma), Simple(), Bound()
 
     def check(self, denoiser: Denoiser) -> None:
-        """A process of real numbers, and a denoiser with a variance."""
-        needs_numbers(self, denoiser)
+        """As L_simple, and a denoiser with a variance."""
+        needs_mean(self, denoiser, Ability.LINEAR)
         if denoiser.point_mass:
             raise ValueError(
                 f"objective: got Hybrid with a point mass, the posterior of {type(denoiser).__name__}, "
@@ -167,7 +171,7 @@ class MomentRegression(Regression):
 
     def check(self, denoiser: Denoiser) -> None:
         """A denoiser whose variance is a head that is fitted by regression."""
-        super().check(denoiser)
+        needs_mean(self, denoiser, Ability.LINEAR)
         if not isinstance(denoiser, VarianceDenoiser):
             got = type(denoiser).__name__
         elif not isinstance(denoiser.variance, NoiseHead):

@@ -145,6 +145,7 @@ def forward_chain(
     chain: Diffusion = found.base
     grouped = len(chain.batch_shape) - len(diffusion.batch_shape)
     process = chain.denoiser.process
+    process.check_density()
     infer = InferDict(is_auxiliary=auxiliary)
     x0 = chain.encode(found.inverse(value))
     levels = _levels(chain, x0.device, x0.dtype if x0.is_floating_point() else chain.dtype)

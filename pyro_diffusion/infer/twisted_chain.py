@@ -33,6 +33,7 @@ class TwistedChain:
     ) -> None:
         self.diffusion, self.guided, self.likelihood = diffusion, guided, likelihood
         self.process = diffusion.denoiser.process
+        self.process.check_density()
         self.device = diffusion.device or diffusion.times.device
         prior = self.process.prior(
             diffusion.event_shape, dtype=diffusion.dtype, device=diffusion.device

@@ -117,6 +117,15 @@ class ForwardProcess(ScaledProcess):
             ValueError: naming the schedule, its ends and the range that works.
         """
 
+    def check_density(self) -> None:
+        """Refuse a process some of whose bridges have no density, as without noise.
+
+        Asked by what scores states: bounds and weights of particles. Sampling does not need it.
+
+        Raises:
+            ValueError: naming what of the process is to blame.
+        """
+
     def noised(self, loc: Tensor, scale: Tensor) -> TorchDistribution:
         """The distribution of loc + scale z with the noise z of real data, by default independent normals.
 

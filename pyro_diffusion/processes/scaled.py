@@ -94,6 +94,7 @@ class ScaledProcess(CachedModule):
                 at = times.to(device=device, dtype=dtype)
                 given = self.schedule.level(at, check=False).unsqueeze(self.event_dim)
                 level = check_level(self.scales(given), given, type(self).__name__)
+                self._check_falling(level)
         event = torch.broadcast_shapes(*(v.shape[1:] for v in level))
         self._cache("scales", (sources, event))
         return event
@@ -273,7 +274,11 @@ class ScaledProcess(CachedModule):
     def _check_grid_levels(self, times: Tensor) -> None:
         """Refuse levels along a grid that the process cannot use."""
         if self._scales_differ:
-            check_falling(self._level_at(times), type(self).__name__)
+            self._check_falling(self._level_at(times))
+
+    def _check_falling(self, level: Level) -> None:
+        """Refuse levels at increasing times at which less is not left of some coordinate."""
+        check_falling(level, type(self).__name__)
 
     @property
     def _scales_differ(self) -> bool:

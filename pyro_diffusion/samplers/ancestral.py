@@ -1,6 +1,6 @@
 """Samplers that draw from the reverse kernel, or from the bridge to the posterior mean."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -64,12 +64,17 @@ class DDIM(Sampler):
     Args:
         eta: fraction of the bridge's standard deviation that is fresh noise, in [0, 1].
 
+    Attributes:
+        needs: what else the process must be able to do, see :class:`~pyro_diffusion.processes.Ability`.
+
     Raises:
         ValueError: if eta lies outside [0, 1].
 
     References:
         Song, Meng & Ermon, arXiv 2010.02502, equation 12.
     """
+
+    needs: ClassVar[tuple[Ability, ...]] = ()
 
     def __init__(self, eta: float = 0.0) -> None:
         if not 0 <= eta <= 1:
@@ -91,7 +96,7 @@ class DDIM(Sampler):
         # Without noise the step is one of the flow, which needs no bridge that draws any.
         needed = Ability.ODE if flow and self.eta == 0 else Ability.FREE_VARIANCE
         instead = "eta=0" if flow else "Ancestral()"
-        require(process, needed, argument="sampler", by=self, instead=instead)
+        require(process, needed, *self.needs, argument="sampler", by=self, instead=instead)
         return process.coefficients(s, t, self.eta)
 
     def step(

@@ -121,8 +121,10 @@ class DAPS(Sampler):
         late, end = t.clock.reshape(-1, 1), s.clock[0].reshape(())
         levels = process.level_of_clock(late + share * (end - late))
         early, before = levels.map(lambda v: v[:, 1:]), levels.map(lambda v: v[:, :-1])
+        bridges = self._flow.coefficients(process, early, before)
+        require(process, Ability.LINEAR, argument="sampler", by=self, instead="Ancestral()")
         variance = t.noise_to_signal**2 if self.variance is None else self.variance(t)
-        return DAPSCoefficients(levels, self._flow.coefficients(process, early, before), variance)
+        return DAPSCoefficients(levels, bridges, variance)
 
     def step(
         self,

@@ -5,6 +5,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.processes import Ability
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 
@@ -24,7 +25,8 @@ class DivergenceMonitor:
     clock, one number even where noise differs by coordinate.
 
     Args:
-        denoiser: what is evaluated; only one that is ``guided`` is checked for its noise.
+        denoiser: what is evaluated; only one that is ``guided`` is checked for its noise, under a process
+            whose states are linear in the data.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
@@ -39,7 +41,7 @@ class DivergenceMonitor:
             scores = getattr(base, "logits", None)
             if scores is not None:
                 self._mark(torch.where(scores.isnan().any(), torch.nan, 0.0), t)
-        elif self.denoiser.guided:
+        elif self.denoiser.guided and Ability.LINEAR in self.denoiser.process.abilities:
             noise = (xt - t.alpha * posterior.mean) / t.sigma
             event = self.denoiser.process.event_dim
             square = noise.detach().square()

@@ -65,6 +65,7 @@ class Heun(DDIM):
     """
 
     evaluations = 2
+    needs = (Ability.LINEAR,)
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Data, EDMPreconditioning, Parameterization
-from pyro_diffusion.processes import ForwardProcess
+from pyro_diffusion.processes import Ability, ForwardProcess
 from pyro_diffusion.processes.linear import BridgeCoefficients
 from pyro_diffusion.samplers.ancestral import DDIM
 from pyro_diffusion.samplers.base import Denoise, State
@@ -78,6 +78,7 @@ class AdamsBashforth(DDIM):
         with noise, Xue et al. (SA-Solver), arXiv 2309.05019.
     """
 
+    needs = (Ability.LINEAR,)
     corrects = False
     middle = False  # whether a linear F is averaged by its middle value
     values_at_last = 4  # at most so many values in the last step, which is never corrected
