@@ -7,6 +7,7 @@ from pyro_diffusion.processes.base import ForwardProcess
 from pyro_diffusion.processes.bases import Basis
 from pyro_diffusion.processes.categorical import CategoricalProcess, Uniform
 from pyro_diffusion.processes.coupled import CoupledGaussian
+from pyro_diffusion.processes.degraded import DegradedGaussian
 from pyro_diffusion.processes.gaussian import GaussianProcess
 from pyro_diffusion.processes.noise import SeededNoise, draw, drawing_from
 from pyro_diffusion.processes.spectral import (
@@ -26,6 +27,7 @@ __all__ = [
     "Blurring",
     "CategoricalProcess",
     "CoupledGaussian",
+    "DegradedGaussian",
     "DiscretizedGaussian",
     "ForwardProcess",
     "GaussianProcess",

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from pyro_diffusion.schedules import Level
 
-__all__ = ["Rates", "check_falling", "check_level", "check_order", "rates_through"]
+__all__ = [
+    "Rates",
+    "check_falling",
+    "check_finite_ends",
+    "check_level",
+    "check_order",
+    "rates_through",
+]
 
 
 class Rates(NamedTuple):
@@ -120,4 +127,21 @@ def check_falling(level: Level, name: str) -> None:
         raise ValueError(
             f"process: got a log-SNR of {name} that does not decrease along the grid, expected it to "
             "decrease strictly with time in every coordinate"
+        )
+
+
+def check_finite_ends(log_snr: Tensor) -> None:
+    """Refuse infinite log-SNR at the ends of a grid.
+
+    Args:
+        log_snr: at the first time of the grid and at its last, on the leading dimension.
+
+    Raises:
+        ValueError: naming the schedule.
+    """
+    if not bool(torch.isfinite(log_snr).all()):
+        ends = [float(log_snr[0].max()), float(log_snr[-1].min())]
+        raise ValueError(
+            f"schedule: got log-SNR {ends} at the ends of the grid, expected finite values (cut the "
+            "schedule with log_snr_max and log_snr_min)"
         )

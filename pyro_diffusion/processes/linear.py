@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_diffusion.processes.base import ForwardProcess
+from pyro_diffusion.processes.levels import check_finite_ends
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import Shape, check_finite
 
@@ -139,10 +140,4 @@ class LinearProcess(ForwardProcess):
     def _check_grid_levels(self, times: Tensor) -> None:
         """Refuse grids with infinite log-SNR at an end, too."""
         super()._check_grid_levels(times)
-        log_snr = self._level_at(times[[0, -1]]).log_snr
-        if not bool(torch.isfinite(log_snr).all()):
-            ends = [float(log_snr[0].max()), float(log_snr[-1].min())]
-            raise ValueError(
-                f"schedule: got log-SNR {ends} at the ends of the grid, expected finite values (cut the "
-                "schedule with log_snr_max and log_snr_min)"
-            )
+        check_finite_ends(self._level_at(times[[0, -1]]).log_snr)

@@ -386,6 +386,23 @@ def process_calls() -> list[Call]:
             of({"schedule": schedules.Cosine(), "event_dim": 1}),
         ),
         Call(
+            "processes.DegradedGaussian",
+            lambda **a: moments(
+                processes.DegradedGaussian(**a).marginal(data(2), torch.tensor(0.5))
+            ),
+            of(
+                {
+                    "schedule": schedules.Cosine(),
+                    "operator": lambda x0, t: (1 - t) * x0 + t * torch.tanh(x0),
+                    "event_dim": 1,
+                    "sigma": 0.1,
+                    "renewal": 0.5,
+                    "reverse_scale": 0.2,
+                    "prior": dist.Normal(torch.zeros(3), 1.0).to_event(1),
+                }
+            ),
+        ),
+        Call(
             "processes.VaryingNoise",
             functools.partial(built, processes.VaryingNoise),
             of(
