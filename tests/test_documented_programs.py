@@ -112,3 +112,8 @@ def test_the_table_of_abilities_is_that_of_the_processes() -> None:
 def test_the_page_on_symbols_runs():
     page = run("docs/discrete.md", {})
     assert page["x"].shape == (5, 2)
+
+
+def test_the_page_on_deletion_runs():
+    page = run("docs/deletion.md", {})
+    assert page["x"].shape == (5, 3) and page["bound"].shape == (5,)

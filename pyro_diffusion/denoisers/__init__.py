@@ -9,6 +9,7 @@ from pyro_diffusion.denoisers.base import Denoiser, NetworkDenoiser
 from pyro_diffusion.denoisers.discrete import CategoricalDenoiser, LevelsDenoiser, uniform_levels
 from pyro_diffusion.denoisers.exact import MixtureDenoiser, TableDenoiser
 from pyro_diffusion.denoisers.gaussian import GaussianDenoiser
+from pyro_diffusion.denoisers.insertions import InsertionDenoiser, StringTableDenoiser
 from pyro_diffusion.denoisers.parameterizations import (
     Data,
     EDMPreconditioning,
@@ -37,6 +38,7 @@ __all__ = [
     "EDMPreconditioning",
     "EstimatedVariance",
     "GaussianDenoiser",
+    "InsertionDenoiser",
     "LearnedVariance",
     "LevelsDenoiser",
     "MixtureDenoiser",
@@ -45,6 +47,7 @@ __all__ = [
     "Parameterization",
     "Score",
     "SpectralDenoiser",
+    "StringTableDenoiser",
     "TableDenoiser",
     "TimeVariance",
     "V",

@@ -16,6 +16,7 @@ from pyro_diffusion.precision import PreciseModule
 from pyro_diffusion.processes import Ability, ForwardProcess
 from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.processes.multivariate_t import DiagonalStudentT
+from pyro_diffusion.processes.string_distributions import Insertions
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import check_finite, check_integers, check_number, check_positive_int
@@ -262,8 +263,68 @@ class CategoricalDecoder(Decoder):
         return _categorical(tensors).to_event(event_dim)
 
 
+class StringDecoder(Decoder):
+    """Padded strings of 0 ... symbols - 1: the posterior at t_0 itself, or x_{t_0} if nothing is lost there.
+
+    Args:
+        symbols: number of symbols, and the pad.
+    """
+
+    def __init__(self, symbols: int) -> None:
+        super().__init__()
+        self.symbols = check_positive_int("symbols", symbols)
+
+    def check_process(self, process: ForwardProcess) -> None:
+        """Refuse a process of other data than strings of as many symbols."""
+        require(process, Ability.STRINGS, argument="decoder", by=self)
+        if self.symbols != _states(process) - 1:
+            raise ValueError(
+                f"decoder: got {self!r} of {self.symbols} symbols, expected {_states(process) - 1}, those of "
+                f"the {type(process).__name__} process"
+            )
+
+    def support(self, event_dim: int) -> constraints.Constraint:
+        """Integers from 0 to symbols, the pad."""
+        return constraints.independent(constraints.integer_interval(0, self.symbols), event_dim)
+
+    def check(self, value: Tensor) -> None:
+        """Refuse integers that are neither symbol nor pad, and pads before a symbol."""
+        check_integers("value", value, self.symbols + 1)
+        if bool(((value[..., :-1] == self.symbols) & (value[..., 1:] != self.symbols)).any()):
+            raise ValueError(
+                f"value: got a pad ({self.symbols}) before a symbol, expected all pads at the right end"
+            )
+
+    def encode(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """Symbols and pads as int64."""
+        del dtype
+        return value.long()
+
+    def forward(
+        self, posterior: TorchDistribution, t: Level, process: ForwardProcess
+    ) -> TorchDistribution:
+        """The posterior; where no symbol is lost at t = 0, certainty of the state that it is of."""
+        base: Any = posterior
+        if process.clock_ends[0] == math.inf:
+            return process.point_mass(base.x)
+        return posterior
+
+    def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:
+        """The string itself, or the one before and the log-odds of insertions."""
+        base: Any = kernel
+        return (
+            {"v": base.v} if isinstance(base, Delta) else {"x": base.x, "log_odds": base.log_odds}
+        )
+
+    def kernel_from(self, tensors: Mapping[str, Tensor], event_dim: int) -> TorchDistribution:
+        """The point mass or the insertions of such tensors."""
+        if "v" in tensors:
+            return Delta(tensors["v"], event_dim=event_dim, validate_args=False)
+        return Insertions(**tensors, symbols=self.symbols)
+
+
 def default_decoder(process: ForwardProcess) -> Decoder:
-    """A normal decoder for data of real numbers, a categorical one for symbols.
+    """A normal decoder for data of real numbers, a categorical one for symbols, one of strings for strings.
 
     Raises:
         ValueError: for a process of other data.
@@ -272,6 +333,8 @@ def default_decoder(process: ForwardProcess) -> Decoder:
         return NormalDecoder()
     if Ability.SYMBOLS in process.abilities:
         return CategoricalDecoder(_states(process))
+    if Ability.STRINGS in process.abilities:
+        return StringDecoder(_states(process) - 1)
     raise ValueError(f"decoder: got none for a {type(process).__name__}, expected one")
 
 

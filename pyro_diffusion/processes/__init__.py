@@ -8,6 +8,7 @@ from pyro_diffusion.processes.bases import Basis
 from pyro_diffusion.processes.categorical import CategoricalProcess, Uniform
 from pyro_diffusion.processes.coupled import CoupledGaussian
 from pyro_diffusion.processes.degraded import DegradedGaussian
+from pyro_diffusion.processes.deletion import Deletion
 from pyro_diffusion.processes.gaussian import GaussianProcess
 from pyro_diffusion.processes.noise import SeededNoise, draw, drawing_from
 from pyro_diffusion.processes.spectral import (
@@ -28,6 +29,7 @@ __all__ = [
     "CategoricalProcess",
     "CoupledGaussian",
     "DegradedGaussian",
+    "Deletion",
     "DiscretizedGaussian",
     "ForwardProcess",
     "GaussianProcess",

@@ -16,6 +16,7 @@ class Ability(enum.Enum):
     SYMBOLS = "data of finitely many symbols"
     LINEAR = "states x_t = alpha x_0 + sigma eps"
     INDEPENDENT = "noise that is independent of the data"
+    STRINGS = "data of strings of variable length"
     FACTORIZED = "a likelihood q(x_t,i | x_0,i) of every coordinate"
     MARKOV = "a Markov transition q(x_t | x_s)"
     TWEEDIE = "Tweedie's formula (independent normal noise)"
@@ -30,7 +31,7 @@ class Ability(enum.Enum):
 
 _EXAMPLES = dict.fromkeys(
     (Ability.SYMBOLS, Ability.JUMPS, Ability.MASK, Ability.REDRAWS), "Absorbing"
-)
+) | {Ability.STRINGS: "Deletion"}
 
 
 def require(

@@ -52,7 +52,7 @@ class GaussianProcess(LinearProcess):
     """
 
     abilities: ClassVar[frozenset[Ability]] = frozenset(Ability) - {
-        *(Ability.SYMBOLS, Ability.JUMPS, Ability.MASK, Ability.REDRAWS)
+        *(Ability.SYMBOLS, Ability.STRINGS, Ability.JUMPS, Ability.MASK, Ability.REDRAWS)
     }
 
     def transition(self, xs: Tensor, s: Tensor | Level, t: Tensor | Level) -> TorchDistribution:

@@ -66,6 +66,7 @@ NOT_CALLED: dict[str, str] = {
 
 PROCESS = processes.GaussianProcess(schedules.Cosine())
 MASKING = processes.Absorbing(schedules.Rectified.full(), 4)
+DELETION = processes.Deletion(schedules.Rectified.full(), 3)
 COSINES = processes.Basis.dct((3,), dims=1)
 BLURRING = processes.Blurring(schedules.Cosine(), COSINES, sigma_max=2.0)
 HEAVY = processes.StudentTProcess(schedules.Cosine(), degrees_of_freedom=3.0)
@@ -101,6 +102,13 @@ def conditional() -> denoisers.Denoiser:
 @functools.cache
 def symbols() -> denoisers.Denoiser:
     return denoisers.CategoricalDenoiser(network(4), MASKING)
+
+
+def words() -> torch.Tensor:
+    """A table over strings of up to three of three letters."""
+    joint = torch.zeros(4, 4, 4)
+    joint[0, 1, 2], joint[2, 3, 3], joint[1, 1, 3] = 0.5, 0.3, 0.2
+    return joint
 
 
 def exact() -> denoisers.Denoiser:
@@ -414,6 +422,11 @@ def process_calls() -> list[Call]:
             functools.partial(built, processes.DiscretizedGaussian),
             of({"schedule": rectified, "states": 4, "width": 1.0, "event_dim": 1}),
         ),
+        Call(
+            "processes.Deletion",
+            functools.partial(built, processes.Deletion),
+            of({"schedule": rectified, "symbols": 4}),
+        ),
         *(
             Call(f"processes.GaussianProcess.{k}", method(PROCESS, k, moments), of(v))
             for k, v in of_gaussian.items()
@@ -451,6 +464,7 @@ def denoiser_calls() -> list[Call]:
     masking = processes.Absorbing(schedules.Rectified.full(), 4)
     table = denoisers.TableDenoiser(masking, torch.ones(4, 4, 4) / 64)
     states = {"xt": torch.tensor([[0, 1, 3], [2, 3, 3]]), "t": torch.tensor([0.4, 0.6])}
+    strings = {"xt": torch.tensor([[0, 1, 2], [2, 3, 3]]), "t": torch.tensor([0.4, 0.6])}
     del joint
 
     def normal(law: Any) -> Any:
@@ -544,6 +558,16 @@ def denoiser_calls() -> list[Call]:
             "denoisers.TableDenoiser",
             lambda **a: denoisers.TableDenoiser(**a)(**states).sample(),
             of({"process": masking, "joint": torch.ones(4, 4, 4) / 64}),
+        ),
+        Call(
+            "denoisers.InsertionDenoiser",
+            lambda **a: denoisers.InsertionDenoiser(**a)(**strings).sample(),
+            of({"network": network(3), "process": DELETION}),
+        ),
+        Call(
+            "denoisers.StringTableDenoiser",
+            lambda **a: denoisers.StringTableDenoiser(**a)(**strings).sample(),
+            of({"process": DELETION, "joint": words()}),
         ),
         Call("denoisers.TableDenoiser.forward", lambda **a: table(**a).sample(), of(states)),
         Call(

@@ -30,6 +30,7 @@ OBJECTS: dict[type, list[Callable[[], Any]]] = {
     processes.ForwardProcess: [
         lambda: processes.Absorbing(FULL, 4),
         lambda: processes.Uniform(FULL, 3),
+        lambda: processes.Deletion(FULL, 4),
         lambda: processes.GaussianProcess(schedules.EDM()),
         lambda: processes.GaussianProcess(FULL),
         lambda: processes.GaussianProcess(schedules.Cosine(), 0),
