@@ -27,6 +27,8 @@ TINY = {
     " --check-every 2 --samples 4",
     "text": "--steps 3 --batch 4 --length 16 --width 8 --depth 1 --checks 1 --draws 2 --sample-steps 2"
     " --characters 40",
+    "words": "--steps 3 --batch 4 --width 8 --depth 1 --check-every 3 --check-draws 2 --draws 2"
+    " --sample-steps 2 --words 3",
     "restoration": f"{PRIOR} --images 2 --steps 3 --particles 3 --draws 2 --shown 2",
     "counts": f"{PRIOR} --images 2 --steps 3 --particles 3 --shown 2",
     "noise_scale": f"{PRIOR} --steps 3 --grid 3 --particles 3 --svi-steps 4 --guide-particles 2 --sweeps 2"

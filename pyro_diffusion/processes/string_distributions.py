@@ -164,7 +164,7 @@ class Insertions(_Strings):
 
     @lazy_property
     def counts(self) -> Tensor:
-        """Expected number of symbols to be inserted, by gap and symbol: batch + (L, symbols)."""
+        """Expected insertions by gap and symbol, batch + (L, symbols)."""
         slots = (self.x == self.symbols).sum(-1)[..., None, None]
         return slots * (self.log_odds + self.log_empty[..., None, None]).exp()
 
