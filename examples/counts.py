@@ -27,7 +27,6 @@ from torch import Tensor
 from pyro_diffusion import Diffusion, ProgramLikelihood, TwistedSMC, denoisers
 from pyro_diffusion.guidance import GuidedDenoiser
 from pyro_diffusion.infer import Particles
-from pyro_diffusion.infer.resampling import genealogical_variance
 
 ALL = torch.ones(digits.EVENT_SHAPE, dtype=torch.bool)
 
@@ -88,9 +87,7 @@ def report(
     share = float(inside.mean()), float(inside.std()) / math.sqrt(len(inside))
     print(f"  pixels within 90 % intervals {share[0]:6.3f} +- {share[1]:.3f}")
     terms = particles.log_evidence_terms.double()
-    noise = genealogical_variance(
-        particles.log_weights, particles.root, particles.correction
-    ).sqrt()
+    noise = particles.log_evidence_errors
     least = particles.ess.amin(0)
     print("\n  log p(y), nats  diffusion (Monte-Carlo s.e.)  independent pixels  least ESS")
     for i in range(len(x)):

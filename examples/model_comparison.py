@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from restoration import HIGH, by_covariance, inpainting, reading, visible_half
 from torch import Tensor
 
-from pyro_diffusion import LevelsDenoiser, ProgramLikelihood, TwistedSMC, infer, plotting
+from pyro_diffusion import LevelsDenoiser, ProgramLikelihood, TwistedSMC, plotting
 
 CLASSES = conditional_digits.CLASSES
 SEEN = inpainting()
@@ -56,9 +56,7 @@ def evidences(
     for _ in range(args.runs):
         done = smc.run()
         values.append(done.log_evidence_terms.double())
-        variances.append(
-            infer.resampling.genealogical_variance(done.log_weights, done.root, done.correction)
-        )
+        variances.append(done.log_evidence_errors.square())
         least.append(done.ess.amin(0))
     # Z is unbiased, so runs are averaged as Z; an error of log Z by the delta method.
     stacked = torch.stack(values)

@@ -30,7 +30,8 @@ class Estimate:
 
     Attributes:
         value: the figure.
-        standard_error: its standard error, data sampling and Monte Carlo together.
+        standard_error: its standard error, data sampling and Monte Carlo together; infinite where it is not
+            estimated, so that no bound on it holds and no sum hides it.
         kind: ``"lower bound"``, ``"importance-weighted"``, ``"unbiased"`` or ``"exact"``.
         unit: ``"nats"`` or ``"bits/dim"``.
         evaluations: network evaluations per datum that it took.
@@ -43,6 +44,8 @@ class Estimate:
     evaluations: float
 
     def __str__(self) -> str:
+        if not math.isfinite(self.standard_error):
+            return f"{self.value:.4f} {self.unit} ({self.kind}, error not estimated)"
         return f"{self.value:.4f} +- {self.standard_error:.4f} {self.unit} ({self.kind})"
 
 

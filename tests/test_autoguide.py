@@ -256,6 +256,7 @@ def test_in_a_list(kind, parallel):
     assert draws["s"].reshape(-1).shape == (6,)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_diffusion.unreliable.UnreliableWarning")
 def test_each_draw_sees_its_own_noise():
     """A tiny noise pins x to the data, a huge one leaves the prior; both in one vectorized call."""
     y = torch.tensor([3.0, 3.0], dtype=torch.float64)

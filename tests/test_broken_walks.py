@@ -1,5 +1,8 @@
 """Networks that return NaN, and guidance that explodes, are refused by name and not returned."""
 
+import functools
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -11,12 +14,18 @@ from torch import nn
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.dynamics import ODESolver, SDESolver
-from pyro_diffusion.guidance import MMPS, DataCovariance, PlugIn
+from pyro_diffusion.guidance import MMPS, DataCovariance, GuidedDenoiser, PlugIn, Twisted
+from pyro_diffusion.guidance.base import shift_mean
 from pyro_diffusion.infer import AutoGuidance
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.samplers import DDIM, Ancestral
+from pyro_diffusion.samplers.divergence import largest_exact_noise
 from pyro_diffusion.schedules import Cosine
+from pyro_diffusion.unreliable import UnreliableWarning
+
+# The gradient's own size.
+BARE = functools.partial(PlugIn, line_search=False)
 
 
 class Broken(nn.Module):
@@ -77,14 +86,14 @@ def test_plug_in_that_explodes():
     # Coordinates of 4e6 where the posterior's are of order 1: the implied noise reaches 4e7. (In walks that
     # are let through below it is 12 at most.)
     denoiser = standard()
-    guided = PlugIn(denoiser, ProgramLikelihood(program(denoiser, 0.1)))
+    guided = BARE(denoiser, ProgramLikelihood(program(denoiser, 0.1)))
     with pytest.raises(ValueError, match="guidance: got PlugIn whose estimate leaves the model"):
         Diffusion(guided, (2,), 50).sample((16,))
 
 
 def test_plug_in_that_overflows():
     denoiser = standard()
-    guided = PlugIn(denoiser, ProgramLikelihood(program(denoiser, 0.01)))
+    guided = BARE(denoiser, ProgramLikelihood(program(denoiser, 0.01)))
     with pytest.raises(ValueError, match="guidance: got PlugIn whose estimate leaves the model"):
         Diffusion(guided, (2,), 50).sample((16,))
 
@@ -92,18 +101,25 @@ def test_plug_in_that_overflows():
 def test_an_autoguide_that_explodes():
     model = program(standard(), 0.1)
     with pytest.raises(ValueError, match="guidance: got PlugIn"):
-        AutoGuidance(model, PlugIn)()
+        AutoGuidance(model, BARE)()
 
 
-SETTLED = [(0.3, 50, Ancestral()), (0.2, 100, Ancestral()), (0.1, 50, DDIM())]
+SETTLED = [(0.3, 50, Ancestral()), (0.01, 100, Ancestral()), (0.1, 50, DDIM())]
 
 
 @pytest.mark.parametrize(("scale", "steps", "sampler"), SETTLED)
-def test_plug_in_that_settles_is_let_through(scale, steps, sampler):
+def test_plug_in_with_a_line_search_is_let_through(scale, steps, sampler):
     denoiser = standard()
     guided = PlugIn(denoiser, ProgramLikelihood(program(denoiser, scale)))
     x = Diffusion(guided, (2,), steps, sampler=sampler).sample((16,))
     assert x.abs().max() < 5
+
+
+def test_plug_in_that_swings_and_settles_is_let_through():
+    # Its own gradient overshoots at the noise end, by 12 standard deviations, and comes back.
+    denoiser = standard()
+    guided = BARE(denoiser, ProgramLikelihood(program(denoiser, 0.1)))
+    assert Diffusion(guided, (2,), 50, sampler=DDIM()).sample((16,)).abs().max() < 5
 
 
 @pytest.mark.parametrize("size", [1.0, 1e3])
@@ -124,6 +140,52 @@ def test_observations_far_from_the_prior_are_let_through():
     read = ProgramLikelihood(program(denoiser, 0.1, y=torch.tensor([100.0, -60.0])))
     x = Diffusion(MMPS(denoiser, read), (2,), 50).sample((16,))
     assert x.isfinite().all()
+
+
+class Pushed(GuidedDenoiser):
+    """The prior's mean pushed away while log-SNR is between two levels, by multiples of sigma / alpha."""
+
+    def __init__(self, denoiser, by, low, high):
+        super().__init__(denoiser)
+        self.by, self.low, self.high = by, low, high
+
+    def twisted(self, xt, t, **context):
+        level = self.process.level(t, xt)
+        prior = self.denoiser(xt, level, **context)
+        inside = (level.clock > self.low) & (level.clock < self.high)
+        # Some draws only: those whose row is even.
+        rows = (torch.arange(len(xt)) % 2 == 0).to(xt)[:, None]
+        push = torch.where(inside, rows * self.by * level.noise_to_signal, 0.0)
+        return Twisted(prior, shift_mean(prior, push), xt.new_zeros(len(xt)))
+
+
+def pushed(*arguments):
+    torch.manual_seed(0)
+    return Diffusion(Pushed(standard(), *arguments), (2,), 50).sample((16,))
+
+
+def test_draws_that_leave_and_stay_finite_are_counted():
+    with pytest.warns(UnreliableWarning, match="8 of 16 draws of Pushed left the model") as caught:
+        x = pushed(40.0, -3.5, 0.5)
+    first = float(str(caught[0].message).split("log-SNR ")[1].split(":")[0])
+    assert -3.5 < first <= 0 and x.isfinite().all()
+
+
+def test_draws_that_come_back_are_let_through():
+    pushed(10.0, -6.0, -4.0)  # at levels that the rest of the way forgets
+    pushed(20.0, 1.0, 20.0)  # details at the end
+
+
+def test_no_exact_posterior_is_called_divergent():
+    # The limit holds for noise itself, and E[eps | x_t] varies no more: 1e-12 of draws exceed it.
+    for size in (1, 2, 16):
+        limit = largest_exact_noise(size)
+        rms = torch.randn(300_000, size).square().mean(-1).sqrt()
+        assert rms.max() < limit
+        if limit > 2:
+            c = limit**2  # Chernoff's bound, at the limit
+            assert math.exp(-size / 2 * (c - 1 - math.log(c))) == pytest.approx(1e-12, rel=1e-3)
+    assert largest_exact_noise(100_000) == 2.0
 
 
 def test_an_unguided_walk_is_not_judged():

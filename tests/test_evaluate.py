@@ -22,7 +22,7 @@ from pyro_diffusion.distributions import Dequantization, Diffusion, Simple
 from pyro_diffusion.evaluate import LogLikelihoodEstimate
 from pyro_diffusion.evaluate.comparison import stacking_weights
 from pyro_diffusion.evaluate.importance import from_log_weights
-from pyro_diffusion.evaluate.pareto import pareto_khat
+from pyro_diffusion.pareto import pareto_khat
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine, LogLinear, uniform
 from tests.exact import mixture

@@ -1,6 +1,7 @@
 """Guidance that takes p(x_0 | x_t) for a normal or for a point: against conjugate posteriors."""
 
 import functools
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser, MixtureDenoiser
+from pyro_diffusion.denoisers import Data, Denoiser, GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import (
     MMPS,
@@ -21,7 +22,7 @@ from pyro_diffusion.guidance import (
     PlugIn,
 )
 from pyro_diffusion.guidance.krylov import conjugate_gradients, gmres
-from pyro_diffusion.likelihoods import ProgramLikelihood, batches
+from pyro_diffusion.likelihoods import Likelihood, ProgramLikelihood, batches
 from pyro_diffusion.likelihoods.linearization import solve
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.samplers import AdamsMoulton, Ancestral, DPMSolverPP, ancestral, heun, simulate
@@ -242,7 +243,7 @@ def test_plug_in_gradient_is_that_of_the_program():
     denoiser = mixture(LogLinear(10.0, -10.0))
     likelihood = curved(denoiser, 2)
     level, xt = denoiser.process.level(TIME), torch.randn(5, 2, dtype=F64)
-    found = PlugIn(denoiser, likelihood, scale=0.7).twisted(xt, level)
+    found = PlugIn(denoiser, likelihood, scale=0.7, line_search=False).twisted(xt, level)
 
     def value(x):
         return likelihood.log_prob(denoiser(x, level).mean)
@@ -253,6 +254,66 @@ def test_plug_in_gradient_is_that_of_the_program():
     shift = found.posterior.mean - denoiser(xt, level).mean
     assert_close(shift, 0.7 * level.sigma**2 / level.alpha * gradient, atol=1e-6, rtol=1e-5)
     assert_close(found.log_twist, value(xt))
+
+
+@pytest.mark.parametrize("noise", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("time", [0.999, 0.5, 0.05])
+def test_plug_in_is_exact_for_one_observation(noise, time):
+    """The line search finds the posterior's mean that MMPS solves for, where the bare gradient is far off."""
+    process = GaussianProcess(LogLinear(10.0, -10.0))
+    denoiser = MixtureDenoiser(process, torch.ones(1, dtype=F64), torch.zeros(1, 2, dtype=F64), 2.0)
+
+    def model():
+        x = pyro.sample("x", Diffusion(denoiser, (2,), steps=2))
+        read = dist.Normal(x[..., 0] - 0.5 * x[..., 1], noise)
+        pyro.sample("y", read, obs=torch.tensor(1.5, dtype=F64))
+
+    likelihood, t = ProgramLikelihood(model), torch.tensor(time, dtype=F64)
+    xt = torch.randn(4, 2, dtype=F64)
+    found = PlugIn(denoiser, likelihood).twisted(xt, t)
+    exact = MMPS(denoiser, likelihood)(xt, t).mean
+    assert_close(found.posterior.mean, exact, rtol=1e-6, atol=1e-9)
+    assert_close(found.log_twist, likelihood.log_prob(denoiser(xt, t).mean))
+
+
+class Kinked(Likelihood):
+    """No residuals, no curvature, and no density beyond 1e3: the step must find its size by trying."""
+
+    batch_shape, event_shape = torch.Size(), torch.Size((2,))
+
+    def log_prob(self, x0):
+        gap = 1e3 * (x0 - 1).abs().sum(-1)
+        return torch.where(x0.abs().amax(-1) < 1e3, -gap, math.nan)
+
+
+def test_plug_in_never_makes_the_observations_less_likely():
+    denoiser = mixture(LogLinear(10.0, -10.0))
+    for likelihood in (Kinked(), curved(denoiser, 2)):
+        for time in (0.999, 0.7, 0.3, 0.01):
+            xt, t = 2 * torch.randn(50, 2, dtype=F64), torch.tensor(time, dtype=F64)
+            found = PlugIn(denoiser, likelihood).twisted(xt, t)
+            after = likelihood.log_prob(found.posterior.mean)
+            assert (after > found.log_twist - 1e-9).all()
+            assert (found.posterior.mean.abs() < 1e2).all()
+
+
+def test_plug_in_against_a_negative_derivative_stays():
+    """A network whose mean falls with x_t: the shift would go uphill."""
+
+    class Falling(torch.nn.Module):
+        def forward(self, x, log_snr):
+            return -0.1 * x
+
+    denoiser = GaussianDenoiser(Falling(), GaussianProcess(LogLinear(10.0, -10.0)), Data())
+
+    def model():
+        x = pyro.sample("x", Diffusion(denoiser, (2,), steps=2))
+        pyro.sample("y", dist.Normal(x, 0.1).to_event(1), obs=torch.ones(2))
+
+    likelihood, xt, t = ProgramLikelihood(model), torch.randn(5, 2), torch.tensor(0.9)
+    assert_close(PlugIn(denoiser, likelihood)(xt, t).mean, denoiser(xt, t).mean)
+    bare = PlugIn(denoiser, likelihood, line_search=False)(xt, t).mean
+    assert (likelihood.log_prob(bare) < likelihood.log_prob(denoiser(xt, t).mean)).all()
 
 
 @pytest.mark.parametrize("squared_norm", [True, False])
@@ -400,7 +461,8 @@ def test_cost(monkeypatch, method, walks):
     run = batches.observed
     monkeypatch.setattr(batches, "observed", observed)
     guided(torch.randn(7, 5, dtype=F64), TIME)
-    assert counts == {"run": 1, "read": 1, "walk": walks}
+    runs = 3 if method is PlugIn else 1  # the line search: all shares in one batch, and the best
+    assert counts == {"run": runs, "read": 1, "walk": walks}
 
 
 # Solvers.

@@ -213,6 +213,7 @@ def noisy(y):
     pyro.sample("y", Normal(x, s.unsqueeze(-1)).to_event(1), obs=y)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_diffusion.unreliable.UnreliableWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantiles_in_a_list_are_those_of_the_marginal(kind):
     """s is .01 or 100 at even odds: x is y = 4 or a draw of N(0, 1), whose median is the lower quartile."""
@@ -296,6 +297,7 @@ def test_a_blocked_model_is_refused_for_what_it_is(kind, how):
         ProgramLikelihood(pyro.condition(poutine.block(noisy, **how), data={}), (torch.zeros(2),))
 
 
+@pytest.mark.filterwarnings("ignore::pyro_diffusion.unreliable.UnreliableWarning")
 def test_gradients_of_subsamples_are_those_of_all_data():
     """d log p(y | loc) / d loc of four data from two at a time, averaged over 60 runs (4.5 errors)."""
     at = torch.zeros((), dtype=torch.float64, requires_grad=True)

@@ -78,6 +78,7 @@ def evidence(law: Diffusion, data: Tensor, guidance, systematic: bool) -> tuple[
     return done.log_evidence_terms, done.ess < 32 * threshold
 
 
+@pytest.mark.filterwarnings("ignore::pyro_diffusion.unreliable.UnreliableWarning")
 @pytest.mark.parametrize("systematic", [True, False], ids=["systematic", "multinomial"])
 @pytest.mark.parametrize("name", [*REAL_GUIDANCE, "sampled symbols", "substitution"])
 def test_a_filter_does_not_depend_on_the_data_beside_it(name, systematic):

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.estimate import IMPORTANCE_WEIGHTED, LogLikelihoodEstimate, concatenate
-from pyro_diffusion.evaluate.pareto import pareto_khat
 from pyro_diffusion.evaluate.rows import Rows, batches, check_model, check_rows, checked_seed
 from pyro_diffusion.infer import ChainReparam
 from pyro_diffusion.infer.reparam import forward_chain
+from pyro_diffusion.pareto import pareto_khat
 from pyro_diffusion.processes import draw, drawing_from
 from pyro_diffusion.validation import check_positive_int, check_tensor
 

@@ -134,11 +134,14 @@ def _particle_draws(
 
 
 def _evidence(runs: Sequence[Particles]) -> dict[str, float]:
-    """Log of the mean evidence of independent runs, and its standard error (delta method)."""
+    """Log of the mean evidence of independent runs, and its standard error (delta method).
+
+    The error is infinite, "not estimated", where that of any run of weight is.
+    """
     logs = torch.tensor([run.log_evidence.value for run in runs], dtype=torch.float64)
     errors = torch.tensor([run.log_evidence.standard_error for run in runs], dtype=torch.float64)
     weights = logs.softmax(0)
     return {
         "log_evidence": float(logs.logsumexp(0) - np.log(len(runs))),
-        "log_evidence_error": float((weights * errors).square().sum().sqrt()),
+        "log_evidence_error": float(torch.where(weights > 0, weights * errors, 0.0).norm()),
     }

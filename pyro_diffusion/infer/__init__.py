@@ -5,6 +5,7 @@ from pyro_diffusion.infer.ddpm import DDPM
 from pyro_diffusion.infer.particle_gibbs import ParticleGibbs
 from pyro_diffusion.infer.reparam import ChainReparam
 from pyro_diffusion.infer.twisted_smc import Particles, TwistedSMC
+from pyro_diffusion.unreliable import UnreliableWarning
 
 __all__ = [
     "DDPM",
@@ -14,4 +15,5 @@ __all__ = [
     "ParticleGibbs",
     "Particles",
     "TwistedSMC",
+    "UnreliableWarning",
 ]

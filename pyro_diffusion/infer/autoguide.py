@@ -203,7 +203,7 @@ class AutoTwistedSMC(AutoPosterior):
         """Draws of one run, and its log-evidence in the shape that the likelihood gives."""
         chain = as_chain(likelihood.prior, times=self._times)
         smc = TwistedSMC(chain, likelihood, self._guidance[0], self._num_particles, **self._options)
-        self.particles = particles = smc.run()
+        self.particles = particles = smc.run(keep_others=False)
         value = particles.sample(sample)
         if likelihood.prior.support.is_discrete and not likelihood.transforms:  # type: ignore[union-attr]
             value = value.round().long()

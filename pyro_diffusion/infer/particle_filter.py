@@ -31,7 +31,8 @@ class ParticleFilter(SMCFilter):
       own effective size is low, by numbers of its own, and all share one call of the model. What one of them
       finds does not depend on the data of the others.
 
-    Variance. With final weights :math:`W_i` (normalized) and roots :math:`r_i`,
+    Relative variance of the evidence (of its log: ``infer.resampling.evidence_variance``). With final weights
+    :math:`W_i` (normalized) and roots :math:`r_i`,
 
     .. math:: \widehat{Var}(\hat Z / Z) = 1 - \Big(\frac{N}{N-1}\Big)^{m}
               \Big(1 - \sum_r \big(\textstyle\sum_{i: r_i = r} W_i\big)^2\Big) .
@@ -51,15 +52,21 @@ class ParticleFilter(SMCFilter):
         ess_threshold: resample when the effective sample size falls below this share of N, in (0, 1].
         systematic: whether to resample systematically; multinomially otherwise.
         device: of the weights.
+        keep_others: whether filters go on beside one none of whose particles has a weight; otherwise the
+            first such filter ends all.
 
     Attributes:
         log_evidence: (batch_shape), log of the estimate so far, nats.
         ess: effective sample size after each step, before resampling, a list of (batch_shape).
         roots: number of distinct roots after each step, a list of (batch_shape).
         resamplings: (batch_shape), how often each filter has resampled.
+        dead: (batch_shape), filters none of whose particles has a weight any more. Their evidence is 0, and
+            their states mean nothing.
 
     Raises:
         ValueError: for fewer than two particles or a threshold outside (0, 1].
+        SMCFailed: (a ``ValueError``) at a step after which no particle has a weight, in any filter or, with
+            ``keep_others``, in all of them.
 
     References:
         Lee & Whiteley, Variance estimation in the particle filter, arXiv 1509.00394;
@@ -77,6 +84,7 @@ class ParticleFilter(SMCFilter):
         ess_threshold: float = 0.5,
         systematic: bool = True,
         device: torch.device | None = None,
+        keep_others: bool = False,
     ) -> None:
         check_positive_int("num_particles", num_particles, at_least=2)
         if not 0 < ess_threshold <= 1:
@@ -85,6 +93,7 @@ class ParticleFilter(SMCFilter):
             model, guide, num_particles, max_plate_nesting, ess_threshold=ess_threshold
         )
         self.batch_shape, self.systematic = torch.Size(batch_shape), systematic
+        self.keep_others = keep_others
         shape = (num_particles, *self.batch_shape)
         self.state._log_weights = torch.zeros(shape, dtype=torch.float64, device=device)
         index = torch.arange(num_particles, device=device)
@@ -92,6 +101,7 @@ class ParticleFilter(SMCFilter):
         self.state["root"] = self._identity.clone()
         self.log_evidence = torch.zeros(self.batch_shape, dtype=torch.float64, device=device)
         self.resamplings = torch.zeros(self.batch_shape, dtype=torch.long, device=device)
+        self.dead = torch.zeros(self.batch_shape, dtype=torch.bool, device=device)
         self.ess: list[Tensor] = []
         self.roots: list[Tensor] = []
         self._keep_weights = False
@@ -132,11 +142,31 @@ class ParticleFilter(SMCFilter):
         # A particle without weight stays without, whatever is said of it.
         dead = before == -math.inf
         weights = torch.where(dead, before, before + sum(terms.values()))
-        if not _positive(weights):
-            bad = [k for k, v in terms.items() if not _positive(torch.where(dead, before, v))]
-            raise SMCFailed(f"no particle has a weight after site {(bad or [*terms])[0]!r}")
-        self.log_evidence = self.log_evidence + weights.logsumexp(0) - before.logsumexp(0)
+        lost = self.dead | ~_positive(weights)
+        if bool(lost.any()):
+            bad = [k for k, v in terms.items() if not _positive(torch.where(dead, before, v)).all()]
+            self._bury(lost, (bad or [*terms])[0])
+            weights = weights.masked_fill(self.dead, 0.0)
+        total = self.log_evidence + weights.logsumexp(0) - before.logsumexp(0)
+        self.log_evidence = total.masked_fill(self.dead, -math.inf)
         self.state._log_weights = weights
+
+    def _bury(self, lost: Tensor, site: str) -> None:
+        """Leave filters without a weight behind, with finite states that mean nothing.
+
+        Raises:
+            SMCFailed: if none is left, or one is enough.
+        """
+        if not self.keep_others or bool(lost.all()):
+            rows = lost.nonzero().squeeze(-1).tolist()
+            where = (
+                f" in row {', '.join(map(str, rows[:5]))} of {lost.numel()}" if lost.dim() else ""
+            )
+            raise SMCFailed(f"no particle has a weight after site {site!r}{where}")
+        self.dead = lost
+        for key, value in self.state.items():
+            if value.is_floating_point():
+                self.state[key] = value.nan_to_num(0.0, 0.0, 0.0)
 
     def _sum(self, log_prob: Tensor) -> Tensor:
         """Log-probabilities of one site, summed over all that is no filter of its own."""
@@ -187,5 +217,6 @@ class ParticleFilter(SMCFilter):
         return multinomial_ancestors(probs, uniform)
 
 
-def _positive(log_weights: Tensor) -> bool:
-    return bool((log_weights.max(0).values > -math.inf).all())
+def _positive(log_weights: Tensor) -> Tensor:
+    """Filters that have a particle with a weight, and none of NaN."""
+    return log_weights.max(0).values > -math.inf

@@ -1,12 +1,14 @@
 """Weighted draws of a posterior, with the evidence and the history of the filter that made them."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyro_diffusion.estimate import Estimate
-from pyro_diffusion.infer.resampling import genealogical_variance, resampled
+from pyro_diffusion.infer.resampling import evidence_variance, genealogical_variance, resampled
+from pyro_diffusion.infer.verdict import Verdict
 from pyro_diffusion.validation import Shape, check_sizes
 
 __all__ = ["Particles"]
@@ -17,9 +19,10 @@ class Particles:
     r"""Weighted draws of a posterior.
 
     Attributes:
-        value: (N,) + batch + event, values of the site.
+        value: (N,) + batch + event, values of the site; NaN for a datum that no particle explains.
         log_weights: (N,), normalized; (N,) + batch where every datum of a plate has a filter of its own.
-        log_evidence: estimate of log p(y) in nats, summed over the plate. Its exponential is unbiased.
+        log_evidence: estimate of log p(y) in nats, summed over the plate. Its exponential is unbiased. Its
+            error is infinite, "not estimated", where a filter has fewer than four effective ancestors.
         log_evidence_terms: batch (or ()), what each filter contributes.
         ess: (K + 2,) + batch, effective sample size at the start, after each step and at the data.
         ancestors: (K + 2,) + batch, how many particles of the first generation have descendants then.
@@ -27,6 +30,7 @@ class Particles:
         root: (N,) + batch, the ancestor of each particle in the first generation.
         correction: batch, N / (N - 1), to the power of resamplings + 1 where these are multinomial, for
             particles that share an ancestor by chance.
+        verdict: whether the run may be believed: ``print(particles.verdict)``.
     """
 
     value: Tensor
@@ -38,6 +42,7 @@ class Particles:
     resamplings: Tensor
     root: Tensor
     correction: Tensor
+    verdict: Verdict
 
     def __len__(self) -> int:
         return len(self.value)
@@ -48,6 +53,12 @@ class Particles:
         index = resampled(self.log_weights.exp(), shape.numel())
         drawn = self.value.take_along_dim(index.reshape(index.shape + self._extra), 0)
         return drawn.reshape(shape + self.value.shape[1:])
+
+    @property
+    def log_evidence_errors(self) -> Tensor:
+        """Standard error of each filter's log-evidence, batch; infinite where it is not estimated."""
+        error = evidence_variance(self.log_weights, self.root, self.correction).sqrt()
+        return error.where(self.log_evidence_terms > -math.inf, math.inf)
 
     @property
     def mean(self) -> Tensor:
@@ -61,12 +72,12 @@ class Particles:
 
     @property
     def mean_error(self) -> Tensor:
-        """Monte-Carlo standard error of the mean."""
+        """Monte-Carlo standard error of the mean; infinite where it is not estimated."""
         return self._error(self.value - self.mean)
 
     @property
     def variance_error(self) -> Tensor:
-        """Monte-Carlo standard error of the variance."""
+        """Monte-Carlo standard error of the variance; infinite where it is not estimated."""
         return self._error((self.value - self.mean).square() - self.variance)
 
     @property

@@ -153,7 +153,14 @@ class Target:
     def _weigh(self, state: Any, x: Tensor, log_twist: Tensor) -> None:
         """The new twist in place of the old."""
         factor = log_twist - state.get("log_twist", 0.0)
-        if not bool((factor < math.inf).all()):
-            raise SMCFailed("NaN or an infinite density")
+        broken = ~(factor < math.inf)
+        if bool(broken.any()):
+            # Filters stand on their own: one that cannot be weighed has no weights.
+            dims = [0, *range(1 + len(self.chain.filters), factor.dim())]
+            broken = broken.amax(dims, keepdim=True)
+            if bool(broken.all()):
+                raise SMCFailed("NaN or an infinite density")
+            factor = factor.masked_fill(broken, -math.inf)
+            log_twist = log_twist.masked_fill(broken, 0.0)
         pyro.factor("twist", factor)
         state["x"], state["log_twist"] = x, log_twist

@@ -1,10 +1,13 @@
 """Twisted sequential Monte Carlo: particles of a reverse chain, weighted by the observations."""
 
 import contextlib
+import dataclasses
+import math
 from typing import Any, TypeVar
 
 import torch
 from pyro.infer.smcfilter import SMCFailed
+from torch import Tensor
 from tqdm import tqdm
 
 from pyro_diffusion.denoisers import Denoiser
@@ -21,11 +24,14 @@ from pyro_diffusion.guidance import (
 from pyro_diffusion.guidance.base import Guidance, check_guidance
 from pyro_diffusion.infer.particle_filter import ParticleFilter
 from pyro_diffusion.infer.particles import Particles
-from pyro_diffusion.infer.resampling import genealogical_variance
+from pyro_diffusion.infer.resampling import effective_ancestors, evidence_variance
 from pyro_diffusion.infer.twisted_chain import Proposal, Target, TwistedChain
+from pyro_diffusion.infer.verdict import Verdict, judge, misfit
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.base import check_likelihood
+from pyro_diffusion.pareto import pareto_khat
 from pyro_diffusion.processes import Ability
+from pyro_diffusion.unreliable import warn_unreliable
 
 __all__ = ["Particles", "TwistedSMC", "default_guidance"]
 
@@ -180,15 +186,26 @@ class TwistedSMC:
             ) from error
         return particles
 
-    def run(self) -> Particles:
-        """Run a fresh filter from noise to data once.
+    def run(self, *, keep_others: bool = True) -> Particles:
+        """Run a fresh filter from noise to data once; ``verdict`` of the result says whether to believe it.
+
+        Args:
+            keep_others: whether a plate's datum that no particle explains leaves the others alone: its draws
+                are NaN, its evidence is 0, a warning names it. Data of symbols have no NaN, and raise.
+
+        Warns:
+            UnreliableWarning: with what speaks against the run and what to change.
 
         Raises:
-            SMCFailed: (a ``ValueError``) if at some step no particle explains the observations at all.
+            SMCFailed: (a ``ValueError``) if at some step no particle explains the observations of all data,
+                or without ``keep_others`` of one.
         """
-        done = self.drive(self.filter(ParticleFilter))
+        keep_others = keep_others and Ability.NUMBERS in self.diffusion.denoiser.process.abilities
+        done = self.drive(self.filter(ParticleFilter, keep_others=keep_others))
         log_weights, root = done.log_weights, done.state["root"]
-        error = genealogical_variance(log_weights, root, done.correction).sum().sqrt()
+        x0 = self.chain.encoded(done.state["x"])
+        variance = evidence_variance(log_weights, root, done.correction)
+        error = variance.masked_fill(done.dead, math.inf).sum().sqrt()
         evidence = Estimate(
             float(done.log_evidence.sum()),
             float(error),
@@ -196,8 +213,15 @@ class TwistedSMC:
             "nats",
             self.num_particles * (self.diffusion.steps + 1),
         )
+        verdict = self._verdict(done, x0, evidence)
+        if verdict.problems:
+            warn_unreliable("TwistedSMC: " + "; ".join(verdict.problems))
+        value = self.likelihood.site_value(x0)
+        if bool(done.dead.any()):
+            row = done.dead.reshape(done.dead.shape + (1,) * (value.dim() - done.dead.dim() - 1))
+            value = value.masked_fill(row, math.nan)
         return Particles(
-            value=self.likelihood.site_value(self.chain.encoded(done.state["x"])),
+            value=value,
             log_weights=log_weights,
             log_evidence=evidence,
             log_evidence_terms=done.log_evidence,
@@ -206,4 +230,27 @@ class TwistedSMC:
             resamplings=done.resamplings,
             root=root,
             correction=done.correction,
+            verdict=verdict,
         )
+
+    def _verdict(self, done: ParticleFilter, x0: Tensor, evidence: Estimate) -> Verdict:
+        """What the filter's history says of it."""
+        log_weights = done.log_weights
+        least, step = torch.stack(done.ess).min(0)
+        clock = self.chain.grid.clock.flatten().flip(0)
+        places = torch.cat([clock, clock.new_full((1,), math.inf)])
+        khat = pareto_khat(log_weights).reshape(done.dead.shape).to(log_weights)
+        chi2, p_value = misfit(self.likelihood, x0, log_weights)
+        verdict = Verdict(
+            num_particles=self.num_particles,
+            least_ess=least,
+            least_ess_log_snr=places[step],
+            ancestors=done.roots[-1],
+            effective_ancestors=effective_ancestors(log_weights, done.state["root"]),
+            khat=khat.masked_fill(khat.isinf(), math.nan),
+            misfit=chi2,
+            misfit_p_value=p_value,
+            dead=done.dead,
+            log_evidence=evidence,
+        )
+        return dataclasses.replace(verdict, problems=judge(verdict))

@@ -61,6 +61,7 @@ NOT_CALLED: dict[str, str] = {
     "processes.Ability": "an enumeration",
     "samplers.State": "made by the package, for reading",
     "schedules.Level": "made by the package, for reading",
+    "infer.UnreliableWarning": "made by the package, for reading",
     "infer.ChainReparam": "takes nothing to spoil, or objects of the caller",
 }
 
