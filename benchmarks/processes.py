@@ -27,8 +27,9 @@ NEARLY = 0.005
 ODE = 1e-3
 RULES = f"""
 As wanted, where e is the standard error:
-  gaps      e <= {COARSE}, and gap >= -3 e at any number of steps; where the process is Markov, gap <= 3 e in
-            continuous time, and at {STEPS[-1]} steps <= 3 e + {NEARLY} (it falls like 1/K)
+  gaps      e <= {COARSE} (or that share of the gap, if that is more), and gap >= -3 e at any number of
+            steps; where the process is Markov, gap <= 3 e in continuous time, and at {STEPS[-1]} steps
+            <= 3 e + {NEARLY} (it falls like 1/K)
   ODE       <= {ODE}
   samples   <= 3
 A right table fails one given gap with chance 0.0013 to 0.0027 and one given sampler with chance at most 0.014
@@ -41,7 +42,7 @@ def faults(row: Row) -> list[str]:
     for steps, (gap, error) in row.gaps.items():
         where = f"K = {steps}"
         allowed = {"inf": 0.0, str(STEPS[-1]): NEARLY}.get(steps) if row.markov else None
-        if not error <= COARSE:
+        if not error <= max(COARSE, gap * COARSE):
             out.append(f"{where}: too coarse to tell")
         if not gap >= -3 * error:
             out.append(f"{where}: above log p")

@@ -117,3 +117,10 @@ def test_the_page_on_symbols_runs():
 def test_the_page_on_deletion_runs():
     page = run("docs/deletion.md", {})
     assert page["x"].shape == (5, 3) and page["bound"].shape == (5,)
+
+
+def test_the_page_on_heavy_tails_runs():
+    page = run("docs/heavy_tails.md", {})
+    assert page["samples"].shape == (5, 3)
+    for name in ("bound", "density", "laplace_density"):
+        assert bool(torch.isfinite(page[name]).all())

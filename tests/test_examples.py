@@ -20,6 +20,8 @@ TINY = {
     "digits": "--steps 3 --batch 8 --width 8 --chain 6 --draws 2 --weighted-images 2"
     " --weighted-steps 3 --weighted-samples 2 --samples 4",
     "blur": "--steps 3 --batch 8 --width 8 --chain 6 --draws 2 --samples 2",
+    "heavy_tails": "--steps 3 --points 60 --held-out 20 --batch 16 --width 8 --solver-steps 4 --chain 6"
+    " --samples 200",
     "moons": "--steps 3 --points 60 --held-out 40 --batch 16 --width 8 --chain 6 --short-chain 3"
     " --samples 2 --components 1 2",
     "bayesian_last_layer": "--steps 3 --points 20 40 --batch 8 --width 8 --draws 2 --cells 4",

@@ -174,14 +174,14 @@ class Noised(TorchDistribution):
     def __init__(
         self, noise: TorchDistribution, loc: Tensor, scale: Tensor, event_dim: int
     ) -> None:
-        shape = torch.broadcast_shapes(loc.shape, scale.shape)
+        self.noise, (self.loc, self.scale) = noise, torch.broadcast_tensors(loc, scale)
+        shape = self.loc.shape
         split = len(shape) - event_dim
         if noise.event_shape not in (torch.Size(), shape[split:]):
             raise ValueError(
                 f"noise: got event shape {tuple(noise.event_shape)}, expected () or {tuple(shape[split:])}, "
                 "that of the data"
             )
-        self.noise, self.loc, self.scale = noise, loc.expand(shape), scale.expand(shape)
         super().__init__(shape[:split], shape[split:], validate_args=False)
 
     @property

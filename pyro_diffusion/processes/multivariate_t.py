@@ -39,8 +39,8 @@ class DiagonalStudentT(TorchDistribution):
     has_rsample = True
 
     def __init__(self, df: float, loc: Tensor, scale: Tensor, event_dim: int) -> None:
-        shape = torch.broadcast_shapes(loc.shape, scale.shape)
-        self.df, self.loc = float(df), loc.expand(shape)
+        self.df, self.loc = float(df), torch.broadcast_tensors(loc, scale)[0]
+        shape = self.loc.shape
         self.kept_scale = scale.reshape((1,) * (len(shape) - scale.dim()) + scale.shape)
         split = len(shape) - event_dim
         super().__init__(shape[:split], shape[split:], validate_args=False)
@@ -139,12 +139,15 @@ def _kl_student_t(p: DiagonalStudentT, q: DiagonalStudentT) -> Tensor:
     n, d, k = p.df, p.event_shape.numel(), len(p.event_shape)
     big = 0.5 * (n + d)
     a2 = (p.kept_scale / q.kept_scale).square().unsqueeze(0)
+    dtype = a2.dtype
     # Coordinates of one scale count as one, with the sum of their shifts.
     own = a2.shape[a2.dim() - k :]
     count = d / math.prod(own)
     b2 = ((p.loc - q.loc) / q.kept_scale).square().unsqueeze(0)
     single = tuple(i for i in range(-k, 0) if own[i] == 1)
     b2 = b2.sum(dim=single, keepdim=True) if single else b2
+    # In single precision, what is of the order 1/n^2 below would be lost for large n.
+    a2, b2 = a2.double(), b2.double()
     slope = 0.5 * _events(count * (a2 - 1) + b2, k)
     with torch.no_grad():
         first = -torch.log(big + 0.5 * _events(count * a2 + b2, k)) - LEFT
@@ -160,7 +163,7 @@ def _kl_student_t(p: DiagonalStudentT, q: DiagonalStudentT) -> Tensor:
     growth = 0.5 * scales + 0.5 * n * torch.log1p(shifts)
     integral = (weight * -torch.expm1(-growth)).sum(0) + (before * slope)[0]
     out = integral - 0.5 * count * _events(a2.log(), k)[0]
-    return out.reshape(out.shape[: out.dim() - k])
+    return out.reshape(out.shape[: out.dim() - k]).to(dtype)
 
 
 def _events(x: Tensor, k: int) -> Tensor:

@@ -64,11 +64,11 @@ class StudentTProcess(LinearProcess):
 
     Args:
         schedule: signal and noise scales; chains need finite log-SNR at their ends.
-        degrees_of_freedom: :math:`\nu`, at least 0.5.
+        degrees_of_freedom: :math:`\nu`, from 0.5 to 1e30.
         event_dim: number of rightmost dimensions that make one datum.
 
     Raises:
-        ValueError: for degrees of freedom below 0.5, or when called, for a posterior with a variance where
+        ValueError: for degrees of freedom outside, or when called, for a posterior with a variance where
             :math:`\nu + N \le 2`, whose reverse kernel has none.
 
     Example:
@@ -92,7 +92,7 @@ class StudentTProcess(LinearProcess):
     def __init__(self, schedule: Schedule, degrees_of_freedom: float, event_dim: int = 1) -> None:
         super().__init__(schedule, event_dim)
         self.degrees_of_freedom = check_number(
-            "degrees_of_freedom", degrees_of_freedom, at_least=0.5
+            "degrees_of_freedom", degrees_of_freedom, at_least=0.5, at_most=1e30
         )
 
     def noised(self, loc: Tensor, scale: Tensor) -> TorchDistribution:

@@ -247,6 +247,10 @@ def process_calls() -> list[Call]:
     def moments(law: Any) -> Any:
         return law.mean, law.variance, law.sample()
 
+    def drawn_and_scored(law: Any) -> Any:
+        x = law.sample()
+        return x, law.log_prob(x)
+
     def chances(law: Any) -> Any:
         return law.sample()
 
@@ -255,7 +259,9 @@ def process_calls() -> list[Call]:
 
     def built(kind: Any, **arguments: Any) -> Any:
         process = kind(**arguments)
-        if processes.Ability.LINEAR in process.abilities:
+        if isinstance(process, processes.StudentTProcess | processes.AnyNoise):
+            return drawn_and_scored(process.marginal(data(2), torch.tensor(0.5)))
+        if isinstance(process, processes.GaussianProcess):
             return moments(process.marginal(data(2), torch.tensor(0.5)))
         return chances(process.marginal(states, torch.tensor(0.5)))
 
@@ -355,9 +361,9 @@ def process_calls() -> list[Call]:
             of({"schedule": schedules.Cosine(), "noise": dist.Laplace(0.0, 1.0), "event_dim": 1}),
         ),
         *(
-            Call(f"processes.StudentTProcess.{k}", method(HEAVY, k, moments), of(v))
+            Call(f"processes.StudentTProcess.{k}", method(HEAVY, k, drawn_and_scored), of(v))
             for k, v in of_gaussian.items()
-            if k != "transition"
+            if k not in ("transition", "point_mass")
         ),
         Call(
             "processes.SpectralGaussian.whitening",
