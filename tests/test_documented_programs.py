@@ -87,6 +87,16 @@ def test_the_page_on_blur_runs() -> None:
     assert bool((page["bound"] < 0).all())
 
 
+def test_a_destruction_of_your_own_runs_in_under_forty_lines() -> None:
+    shorter = {r"range\(1500\)": "range(3)", r"sample\(\(1000,\)\)": "sample((10,))"}
+    page = run("docs/degradations.md", shorter)
+    assert page["samples"].shape == (10, 2)
+    assert page["bound"].shape == (2000,)
+    assert page["restored"].shape == (5, 2)
+    assert all(bool(page[k].isfinite().all()) for k in ("samples", "bound", "restored", "loss"))
+    assert len(programs("docs/degradations.md")[0].splitlines()) < 40
+
+
 def test_a_process_of_your_own_runs_and_what_needs_one_noise_level_refuses_it() -> None:
     page = run("docs/contracts.md", {})
     assert page["samples"].shape == (500, 2)

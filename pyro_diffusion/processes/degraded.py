@@ -62,13 +62,14 @@ class DegradedGaussian(ForwardProcess):
 
     The reverse kernel of a point mass at :math:`\hat x_0` is the bridge at :math:`\hat x_0`, with variance
     ``reverse_scale``\ :sup:`2` if that is given. Other posteriors are refused: the spread of
-    :math:`D_s(x_0) - r D_t(x_0)` under them has no closed form. Nothing of this depends on how D acts:
-    every datum is degraded on its own, and a gradient flows through D.
+    :math:`D_s(x_0) - r D_t(x_0)` under them has no closed form. A gradient flows
+    through D.
 
     **What the bound is worth.** It holds wherever v > 0, for every reverse scale. It is tight in the limit of
     many steps only where the process is Markov, as for :math:`D_t(x) = \alpha_t x`. Elsewhere each step
     tells something new of x_0: with the default renewal the loss grows to a limit as the steps grow, with a
-    constant one it grows without limit. Give few steps. Bridges without variance (renewal or sigma 0) have no
+    constant one it grows without limit. Too few steps cost as well, as a point mass has no spread: compare
+    several numbers of steps. Bridges without variance (renewal or sigma 0) have no
     density: they sample, and likelihoods are refused.
 
     For a linear D the deterministic step is Euler's for the flow

@@ -1,0 +1,10 @@
+"""Inverse heat dissipation: fresh noise at every step, and a reverse kernel that is wider than it."""
+
+from process_rows import Row
+from process_rows._blurred import blurred, blurred_row
+from pyro_diffusion.schedules import LogLinear
+
+
+def row_heat_dissipation(draws: int) -> Row:
+    process = blurred(LogLinear(8.0, -8.0), 0.05, renewal=1.0, reverse_scale=0.0625)
+    return blurred_row("heat dissipation", process, draws)
