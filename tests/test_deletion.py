@@ -27,6 +27,7 @@ from pyro_diffusion.distributions import (
 )
 from pyro_diffusion.distributions.decoders import StringDecoder
 from pyro_diffusion.evaluate import log_likelihood
+from pyro_diffusion.guidance import SampledGuidance, SubstitutionGuidance
 from pyro_diffusion.nn import Transformer
 from pyro_diffusion.processes import Absorbing, Deletion
 from pyro_diffusion.processes.string_distributions import Insertions, Subsequence
@@ -616,6 +617,14 @@ BAD = {
     "DDIM": (
         lambda: wrong_law(sampler=DDIM()).sample(),
         r"^sampler: got DDIM\(eta=0\) under Deletion, which lacks",
+    ),
+    "guidance": (
+        lambda: SampledGuidance(Wrong(PROCESS, 3), None),
+        "^denoiser: got Wrong under Deletion, which lacks data of real numbers",
+    ),
+    "guidance of symbols": (
+        lambda: SubstitutionGuidance(Wrong(PROCESS, 3), None),
+        "^denoiser: got Wrong under Deletion, which lacks data of finitely many symbols",
     ),
     "remasking": (
         lambda: wrong_law(sampler=Remasking(0.1)).sample(),

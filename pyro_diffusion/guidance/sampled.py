@@ -11,6 +11,7 @@ from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, shift_mean
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.base import check_likelihood
 from pyro_diffusion.processes import Ability, draw
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import check_positive_int
@@ -39,13 +40,13 @@ class SampledGuidance(GuidedDenoiser):
     Cost: one network evaluation and M runs of the program in one batch.
 
     Args:
-        denoiser: posterior p(x_0 | x_t) of the prior, any process.
+        denoiser: posterior p(x_0 | x_t) of the prior, of real numbers or symbols.
         likelihood: log p(y | x_0).
         num_samples: number M of draws.
         prior_count: pseudo-count c > 0 of draws of the prior.
 
     Raises:
-        ValueError: for no draws, or c not positive.
+        ValueError: for other data (strings), no draws, or c not positive.
 
     References:
         Li et al., Derivative-free guidance in continuous and discrete diffusion models, arXiv 2408.08252
@@ -60,6 +61,9 @@ class SampledGuidance(GuidedDenoiser):
         prior_count: float = 1.0,
     ) -> None:
         super().__init__(denoiser)
+        if Ability.SYMBOLS not in self.process.abilities:
+            kind = type(denoiser).__name__
+            require(self.process, Ability.NUMBERS, argument="denoiser", by=kind)
         self.likelihood = check_likelihood(likelihood)
         self.num_samples = check_positive_int("num_samples", num_samples)
         if not 0 < prior_count < math.inf:
