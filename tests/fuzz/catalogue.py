@@ -361,7 +361,7 @@ def process_calls() -> list[Call]:
             of({"schedule": schedules.Cosine(), "noise": dist.Laplace(0.0, 1.0), "event_dim": 1}),
         ),
         *(
-            Call(f"processes.StudentTProcess.{k}", method(HEAVY, k, drawn_and_scored), of(v))
+            Call(f"processes.StudentTProcess.{k}", method(HEAVY, k, moments), of(v))
             for k, v in of_gaussian.items()
             if k not in ("transition", "point_mass")
         ),
