@@ -48,10 +48,10 @@ def train(objective: Objective | None, updates: int, batch: int = 128) -> Gaussi
     pyro.set_rng_seed(0)
     pyro.clear_param_store()
     denoiser, images = build(), digits()["train"]
-    site = chain(denoiser, objective)
 
     def model(x: Tensor) -> None:
         pyro.module("denoiser", denoiser)
+        site = chain(denoiser, objective)  # built anew: its noise is fresh
         with pyro.plate("images", len(x)), poutine.scale(scale=1 / (64 * len(x))):
             pyro.sample("x", site, obs=x)
 
