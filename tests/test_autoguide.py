@@ -277,6 +277,7 @@ def test_each_draw_sees_its_own_noise():
         assert x[1::2].mean(0).abs().max() < 5 / math.sqrt(20)
 
 
+@pytest.mark.filterwarnings("ignore::pyro_diffusion.unreliable.UnreliableWarning")
 def test_svi_finds_the_noise():
     """Trained log-normal q(s) near p(s | y) by quadrature, though the prior's mean is 3.8 deviations away."""
     y = torch.tensor([3.0, -2.5, 2.0, -3.0], dtype=torch.float64)

@@ -350,6 +350,7 @@ def test_the_twist_tends_to_the_likelihood_at_the_data(name):
 @pytest.mark.parametrize("prior_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("data_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("law", [dist.Normal, dist.Laplace])
+@pytest.mark.filterwarnings("ignore::pyro_diffusion.unreliable.UnreliableWarning")
 def test_prior_and_data_may_differ_in_dtype(prior_dtype, data_dtype, law):
     denoiser = mixture(LogLinear(10.0, -10.0)).to(prior_dtype)
     prior = Diffusion(denoiser, (2,), times=uniform(5, prior_dtype))

@@ -98,6 +98,7 @@ def chi_square(counts: Tensor, probs: Tensor) -> float:
 @pytest.mark.parametrize(
     "guidance", [SampledGuidance, SubstitutionGuidance], ids=lambda g: g.__name__
 )
+@pytest.mark.filterwarnings("ignore::pyro_diffusion.unreliable.UnreliableWarning")
 def test_the_posterior_is_that_of_enumeration(process, guidance):
     # 1200 filters side by side, one draw of each. Chi-square at 1e-4, evidence at 4 standard errors (6e-5).
     denoiser, count = table(process), 1200

@@ -92,6 +92,7 @@ def test_daps_takes_either(moves):
     assert_close(draws(Sum()), draws(program()))
 
 
+@pytest.mark.filterwarnings("ignore::pyro_diffusion.unreliable.UnreliableWarning")
 def test_particles_take_either():
     def evidence(likelihood):
         pyro.set_rng_seed(1)
@@ -140,6 +141,7 @@ def test_a_program_knows_whether_it_has_a_gradient():
         likelihood.check_gradient()
 
 
+@pytest.mark.filterwarnings("ignore::pyro_diffusion.unreliable.UnreliableWarning")
 def test_the_guidance_of_the_documentation_runs_inside_particles():
     names = dict(vars(base))
     for example in doctest.DocTestParser().get_examples(base.GuidedDenoiser.__doc__):

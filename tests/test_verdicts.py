@@ -303,7 +303,10 @@ def test_each_problem_is_named_by_itself():
             "least_ess": low,
             "least_ess_log_snr": torch.tensor([-9.0, 2.0], dtype=F64),
         },
-        "k-hat of 3.00": {"khat": torch.tensor([0.2, 3.0], dtype=F64)},
+        "k-hat of 3.00": {
+            "khat": torch.tensor([0.2, 3.0], dtype=F64),
+            "num_particles": 4096,
+        },
         "chi^2 9.00 a residual": {
             "misfit": torch.tensor([1.0, 9.0], dtype=F64),
             "misfit_p_value": torch.tensor([0.9, 1e-9], dtype=F64),

@@ -240,6 +240,9 @@ class TwistedSMC:
         clock = self.chain.grid.clock.flatten().flip(0)
         places = torch.cat([clock, clock.new_full((1,), math.inf)])
         khat = pareto_khat(log_weights).reshape(done.dead.shape).to(log_weights)
+        # Even weights, and those of few values (symbols), have no tail.
+        values = 1 + (log_weights.sort(0).values.diff(dim=0) > 1e-9).sum(0)
+        uneven = 2 * torch.maximum(done.ess[-1], self.num_particles - values) < self.num_particles
         chi2, p_value = misfit(self.likelihood, x0, log_weights)
         verdict = Verdict(
             num_particles=self.num_particles,
@@ -247,7 +250,7 @@ class TwistedSMC:
             least_ess_log_snr=places[step],
             ancestors=done.roots[-1],
             effective_ancestors=effective_ancestors(log_weights, done.state["root"]),
-            khat=khat.masked_fill(khat.isinf(), math.nan),
+            khat=khat.masked_fill(khat.isinf() | ~uneven, math.nan),
             misfit=chi2,
             misfit_p_value=p_value,
             dead=done.dead,

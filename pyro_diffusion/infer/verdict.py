@@ -31,7 +31,7 @@ class Verdict:
         ancestors: distinct ancestors among the first generation.
         effective_ancestors: :math:`1 / \sum_r s_r^2` of the shares of weight of their descendants: how many
             independent draws all averages rest on.
-        khat: Pareto tail index of the final weights; NaN where there is no tail to fit.
+        khat: Pareto tail index of the final weights; NaN where there is no tail to fit, as for even weights.
         misfit: mean of :math:`|r(x)|^2 / m` over draws, r the m whitened residuals, near 1 if draws miss the
             observations by as much as the program's own noise does; NaN if the likelihood has no residuals.
         misfit_p_value: twice the mean over draws of :math:`P(\chi^2_m > |r|^2)`. A posterior draw and its
@@ -101,7 +101,8 @@ def judge(verdict: Verdict) -> tuple[str, ...]:
             f"{_number(few)} effective ancestors of {verdict.num_particles} are left"
             f"{_which(short & ~sudden)}, lost a few at a time: errors are not estimated; use more particles"
         )
-    heavy = alive & (verdict.khat - 2 * _khat_error(verdict) > 0.7)
+    sigmas = math.sqrt(2 * math.log(max(verdict.khat.numel(), 1) / FALSE_ALARM))
+    heavy = alive & ~short & (verdict.khat - sigmas * _khat_error(verdict) > 0.7)
     if bool(heavy.any()):
         problems.append(
             f"the final weights have a Pareto k-hat of {_number(_largest(verdict.khat[heavy]), 2)}"
