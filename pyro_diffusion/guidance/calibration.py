@@ -32,7 +32,7 @@ AT_ONCE = 2**18  # numbers in the data of one evaluation
 ERRORS = 4.0  # standard errors that mean variance and mean squared error may differ by, beyond
 SHARE = 0.5  # this share of either
 NEGATIVE = 0.1  # most that negative eigenvalues may make up of all, by absolute value; 0 if exact
-ASYMMETRY = 0.5  # largest norm of V - V^T over that of V + V^T; 0 if exact
+ASYMMETRY = 0.06  # largest norm of V - V^T over that of V + V^T; 0 if exact
 
 
 class Evidence(NamedTuple):
