@@ -20,10 +20,12 @@ from pyro_diffusion.denoisers import (
     LearnedVariance,
     MixtureDenoiser,
     TableDenoiser,
+    Velocity,
 )
 from pyro_diffusion.distributions import (
     Bound,
     Diffusion,
+    FlowMatching,
     Hybrid,
     NormalDecoder,
     Objective,
@@ -35,7 +37,7 @@ from pyro_diffusion.distributions.objectives import ReverseStep, divergence
 from pyro_diffusion.infer import ChainReparam
 from pyro_diffusion.infer.reparam import forward_chain
 from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
-from pyro_diffusion.schedules import Cosine, Rectified, uniform, uniform_log_snr
+from pyro_diffusion.schedules import Cosine, LinearBeta, Rectified, uniform, uniform_log_snr
 from tests.small_diffusions import SMALL_DIFFUSIONS
 
 F64 = torch.float64
@@ -414,6 +416,27 @@ def test_simple_is_the_squared_noise_error(decoder, steps):
         noise = (xt - level.alpha * x0) / level.sigma
         estimate = (xt - level.alpha * posterior.mean) / level.sigma
         torch.testing.assert_close(term, (noise - estimate).square().sum(-1) / steps)
+
+
+@pytest.mark.parametrize(
+    "schedule", [Cosine(), Rectified(), LinearBeta()], ids=lambda s: type(s).__name__
+)
+def test_flow_matching_is_the_squared_error_of_the_straight_velocity(schedule):
+    network, value = nn.Linear(3, 3).double(), torch.randn(7, 3, dtype=F64)
+    network.forward = lambda x, log_snr, own=network.forward: own(x)
+    denoiser = GaussianDenoiser(network, GaussianProcess(schedule), Velocity())
+    times = uniform(6, F64)
+    law = Diffusion(denoiser, (3,), times=times, objective=FlowMatching())
+    seen = []
+    network.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    for j in range(7):
+        pyro.set_rng_seed(11)
+        term = law.bound_terms(value, j)
+        scaled, velocity = seen.pop()
+        level = denoiser.process.level(times[j].expand(7), value)
+        xt = scaled * torch.hypot(level.alpha, level.sigma)
+        noise = (xt - level.alpha * value) / level.sigma
+        torch.testing.assert_close(term, (noise - value - velocity).square().sum(-1) / 6)
 
 
 @pytest.mark.parametrize("j", [1, 3, 6])

@@ -19,6 +19,7 @@ from pyro_diffusion.denoisers import (
 from pyro_diffusion.distributions import (
     Bound,
     Diffusion,
+    FlowMatching,
     Hybrid,
     MomentRegression,
     QuantizedDecoder,
@@ -43,7 +44,10 @@ def weight(s, t, steps):
     return torch.ones_like(s)
 
 
-NUMBERS = [RedDiff(), Simple(), Hybrid(), Weighted(weight, mean_only=True), MomentRegression()]
+NUMBERS = [
+    *(RedDiff(), Simple(), FlowMatching(), Hybrid(), MomentRegression()),
+    Weighted(weight, mean_only=True),
+]
 
 
 @pytest.mark.parametrize("process", [Absorbing, Uniform])

@@ -19,6 +19,7 @@ from pyro_diffusion.distributions.objectives import (
 )
 from pyro_diffusion.distributions.red_diff import RedDiff
 from pyro_diffusion.distributions.regressions import (
+    FlowMatching,
     Hybrid,
     MomentRegression,
     Simple,
@@ -34,6 +35,7 @@ __all__ = [
     "Diffusion",
     "DiffusionCTMC",
     "DiffusionSDE",
+    "FlowMatching",
     "Hybrid",
     "MomentRegression",
     "NormalDecoder",

@@ -19,7 +19,7 @@ from pyro_diffusion.processes import Ability, ForwardProcess
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 
-__all__ = ["Hybrid", "MomentRegression", "Regression", "Simple"]
+__all__ = ["FlowMatching", "Hybrid", "MomentRegression", "Regression", "Simple"]
 
 
 class Regression(Objective):
@@ -91,6 +91,40 @@ class Simple(Regression):
     def error(self, step: ReverseStep | DecoderStep) -> Tensor:
         """The squared error of the noise at t over the number of steps, batch shape."""
         error = step.t.log_snr.exp() * (step.x0 - step.posterior.mean).square()
+        return sum_rightmost(error, step.process.event_dim) / step.steps
+
+
+class FlowMatching(Regression):
+    r"""Flow matching, the squared error of the velocity along straight paths:
+
+    .. math:: \tfrac1K\sum_{j=0}^K \|(\epsilon - x_0) - \hat v(x_{t_j})\|^2
+              = \tfrac1K\sum_{j=0}^K \sum_i \big(1 + e^{\lambda_{t_j,i}/2}\big)^2 (x_0 - \hat x_0)_i^2 ,
+
+    for :math:`x_t/(\alpha_t + \sigma_t)`, the straight path under any schedule, and
+    :math:`\hat v = \hat\epsilon - \hat x_0`. Unlike :class:`Simple` it keeps the error of the data where
+    noise prevails, which decides samples of few steps. For processes x_t = alpha x_0 + sigma eps; the
+    variance, if there is one, is not trained. Not a bound. Its error at :math:`t_0` stands in place of
+    log p(x | x_{t_0}).
+
+    Example:
+        >>> from pyro_diffusion import Diffusion, GaussianDenoiser, MLP, processes, schedules
+        >>> from pyro_diffusion.denoisers import Velocity
+        >>> process = processes.GaussianProcess(schedules.Rectified())
+        >>> denoiser = GaussianDenoiser(MLP(2), process, Velocity())
+        >>> site = Diffusion(denoiser, (2,), steps=100, objective=FlowMatching())
+
+    References:
+        Lipman et al., arXiv 2210.02747, equation 23; Liu et al. (rectified flow), arXiv 2209.03003.
+    """
+
+    def check(self, denoiser: Denoiser) -> None:
+        """A process of real numbers in states that are linear in the data."""
+        needs_mean(self, denoiser, Ability.LINEAR)
+
+    def error(self, step: ReverseStep | DecoderStep) -> Tensor:
+        """The squared error of the velocity at t over the number of steps, batch shape."""
+        weight = (1 + (0.5 * step.t.log_snr).exp()).square()
+        error = weight * (step.x0 - step.posterior.mean).square()
         return sum_rightmost(error, step.process.event_dim) / step.steps
 
 

@@ -890,7 +890,7 @@ def distribution_calls() -> list[Call]:
                 lambda value, kind=kind: chain(objective=kind()).log_prob(value),
                 lambda: {"value": data()},
             )
-            for kind in (distributions.Bound, distributions.Simple)
+            for kind in (distributions.Bound, distributions.Simple, distributions.FlowMatching)
         ),
         Call(
             "distributions.MomentRegression",

@@ -52,6 +52,7 @@ OBJECTS: dict[type, list[Callable[[], Any]]] = {
     distributions.Objective: [
         distributions.Bound,
         distributions.Simple,
+        distributions.FlowMatching,
         distributions.Hybrid,
         distributions.RedDiff,
         distributions.MomentRegression,
