@@ -17,6 +17,8 @@ SCALE = 0.6
 class NormalClass(Denoiser):
     """The exact posterior of data N(loc, SCALE^2 I), where loc is context."""
 
+    is_exact = True
+
     def __init__(self, log_snr_max: float = 10.0, log_snr_min: float = -10.0) -> None:
         super().__init__(GaussianProcess(LogLinear(log_snr_max, log_snr_min)))
         self.calls = 0

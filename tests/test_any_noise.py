@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
-from atoms import F64, AtomsDenoiser
 from pyro.distributions import (
     Categorical,
+    Gumbel,
     Laplace,
     MixtureSameFamily,
     Normal,
@@ -16,6 +16,7 @@ from pyro.distributions import (
     Uniform,
 )
 from scipy import stats
+from torch.distributions import SigmoidTransform
 
 from pyro_diffusion import nn
 from pyro_diffusion.denoisers import Data, GaussianDenoiser, Noise, Score, V, Velocity
@@ -33,6 +34,7 @@ from pyro_diffusion.processes import (
 from pyro_diffusion.processes.noise import RowNoise
 from pyro_diffusion.samplers import DDIM, AdamsMoulton, Ancestral, Heun, simulate
 from pyro_diffusion.schedules import Cosine, LogLinear, VarianceExploding, uniform
+from tests.atoms import F64, AtomsDenoiser
 
 close = torch.testing.assert_close
 FALSE_ALARM = 1e-4  # of every Kolmogorov-Smirnov test below
@@ -240,3 +242,16 @@ def test_noise_of_transformed_distributions_is_cast():
     x = torch.randn(4, 2)
     assert process.marginal(x, 0.5).rsample().dtype == torch.float32
     assert process.marginal(x, 0.5).log_prob(x).dtype == torch.float32
+
+
+def test_noise_made_of_transforms_and_their_inverses():
+    """A transform and its inverse know each other: copies end all the same."""
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    logistic = TransformedDistribution(Uniform(zero, one), [SigmoidTransform().inv])
+    for noise in (Gumbel(zero, one), logistic):
+        marginal = AnyNoise(Cosine(), noise).marginal(torch.zeros(3, 2, dtype=F64), 0.5)
+        x = marginal.sample()
+        sigma = Cosine().level(torch.tensor(0.5)).sigma
+        wanted = (noise.log_prob((x / sigma).float()) - sigma.log()).sum(-1)
+        assert x.dtype == F64
+        torch.testing.assert_close(marginal.log_prob(x), wanted.double(), rtol=1e-4, atol=1e-4)

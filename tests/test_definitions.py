@@ -4,6 +4,7 @@ import io
 import math
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.nn.module import to_pyro_module_
@@ -44,15 +45,18 @@ from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.optim import EMA
 from pyro_diffusion.processes import (
     Absorbing,
+    AnyNoise,
     Basis,
     Blurring,
     CategoricalProcess,
     CoupledGaussian,
+    DegradedGaussian,
     Deletion,
     DiscretizedGaussian,
     GaussianProcess,
     LearnedSpectralGaussian,
     SpectralGaussian,
+    StudentTProcess,
     TransitionMatrix,
     Uniform,
     VaryingNoise,
@@ -85,6 +89,10 @@ def mixture(**options):
     return MixtureDenoiser(process, torch.ones(2), torch.eye(2), 0.1, **options)
 
 
+def halved(x0, t):
+    return x0 / (1 + t)
+
+
 # What a model is, and what its definition says of it.
 DEFINITIONS = [
     (Cosine(shift=1.0), {**ENDS, "shift": 1.0}),
@@ -98,6 +106,12 @@ DEFINITIONS = [
     (TabulatedBetas([0.1, 0.2]), {}),  # the table is a buffer
     (GaussianProcess(Cosine(), event_dim=3), {"event_dim": 3, "schedule": {"module": "Cosine"}}),
     (CoupledGaussian(Cosine(), event_dim=2), {"event_dim": 2}),
+    (
+        StudentTProcess(Cosine(), 3.0, event_dim=2),
+        {"degrees_of_freedom": 3.0, "event_dim": 2, "schedule": {"module": "Cosine"}},
+    ),
+    (AnyNoise(Cosine(), dist.Laplace(0.0, 1.0), event_dim=2), {"event_dim": 2}),
+    (DegradedGaussian(Cosine(), halved, sigma=0.1, renewal=1.0), {"sigma": 0.1, "renewal": 1.0}),
     (Basis.dct((2, 3)), {"event_shape": [2, 3]}),
     (SpectralGaussian(Cosine(), PLANE), {"basis": {"module": "Basis"}}),
     (Blurring(Cosine(), PLANE, 3.0, 0.1), {"sigma_max": 3.0, "d_min": 0.1}),

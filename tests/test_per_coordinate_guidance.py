@@ -14,6 +14,7 @@ from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import (
     MMPS,
     TMPD,
+    CalibratedCovariance,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     DataCovariance,
@@ -308,6 +309,7 @@ BASES["Absorbing"] = denoisers.CategoricalDenoiser(Table(), Absorbing(Rectified.
 NUMBERS, SYMBOLS = "data of real numbers", "data of finitely many symbols"
 BY_LIKELIHOOD = {
     MMPS: NUMBERS,
+    CalibratedCovariance: NUMBERS,
     TMPD: NUMBERS,
     DiffPIR: NUMBERS,
     PiGDM: NUMBERS,

@@ -7,7 +7,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from atoms import F64, AtomsDenoiser, ExactStudentT, IntegersDenoiser
 from pyro.distributions import Delta, Normal
 from scipy import stats
 from torch.distributions import kl_divergence
@@ -49,6 +48,7 @@ from pyro_diffusion.samplers import (
     simulate,
 )
 from pyro_diffusion.schedules import Cosine, LogLinear, VarianceExploding, uniform
+from tests.atoms import F64, AtomsDenoiser, ExactStudentT, IntegersDenoiser
 
 close = torch.testing.assert_close
 FALSE_ALARM = 1e-4  # of every Kolmogorov-Smirnov or chi-square test below
@@ -422,3 +422,18 @@ def test_what_it_lacks_is_refused_by_name():
     posterior = Normal(torch.zeros(3, 1), 1.0).to_event(1)
     with pytest.raises(ValueError, match=r"^posterior: got Normal under degrees_of_freedom=1"):
         narrow.reverse(torch.zeros(3, 1), posterior, 0.2, 0.4)
+
+
+@pytest.mark.parametrize(
+    "df, d, scale, wanted", [(0.5, 50, 0.03, 34.7708), (1.0, 50, 0.03, 55.6145)]
+)
+def test_the_divergence_of_narrow_distributions_of_few_degrees_of_freedom(df, d, scale, wanted):
+    """Where the integrand reaches far beyond 1, against draws (false alarm 1e-6)."""
+    zero = torch.zeros(d, dtype=F64)
+    p, q = DiagonalStudentT(df, zero, zero + scale, 1), DiagonalStudentT(df, zero, zero + 1, 1)
+    found = kl_divergence(p, q)
+    assert abs(found - wanted) < 1e-3
+    torch.manual_seed(0)
+    x = p.sample((200_000,))
+    ratio = p.log_prob(x) - q.log_prob(x)
+    assert abs(found - ratio.mean()) < 5 * ratio.std() / len(ratio) ** 0.5

@@ -63,7 +63,7 @@ class Denoiser(DefinedModule, PreciseModule):
 
     point_mass: bool = False
     guided: bool = False
-    exact: bool = False
+    is_exact: bool = False
 
     def __init__(self, process: ForwardProcess) -> None:
         super().__init__()

@@ -40,7 +40,7 @@ class MixtureDenoiser(Denoiser):
         ValueError: if the process is not a Gaussian one over vectors, or a shape is wrong.
     """
 
-    exact = True
+    is_exact = True
     weights: Tensor
     means: Tensor
     variances: Tensor

@@ -73,7 +73,9 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
             check_tensor(name, value, boolean=True)
         self._seed = fresh_seed()
         batch_shape = broadcast("context", {k: self._context_batch(k) for k in self.context})
-        self._given_batch = batch_shape  # the context's own, which `expand` leaves as it is
+        self._given_batch = torch.Size(
+            batch_shape
+        )  # the context's own, which `expand` leaves as it is
         self._plates = plates_entered()
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
 

@@ -34,7 +34,7 @@ class LogDensity(NamedTuple):
         value: log p(x) in nats, sample + batch; the mean over probes.
         standard_error: over probes, of the same shape; 0 for the exact trace, NaN for a single probe (whose
             error is unknown).
-        latent: where the data came from, z ~ N(0, I), sample + batch + event.
+        latent: where the data came from, a point of the base distribution, sample + batch + event.
         evaluations: network evaluations that the whole batch took.
     """
 
@@ -58,10 +58,11 @@ class _Pushforward(TransformedDistribution):
 class ProbabilityFlow(DenoisedDistribution, _Pushforward):
     r"""A diffusion model's distribution of data by its probability-flow ODE: a continuous normalizing flow.
 
-    Data are :math:`x = f(z)` with :math:`z \sim \mathcal N(0, I)` and f the ODE's map from t = 1 to t = 0
+    Data are :math:`x = f(z)` with z of the process's ``base_distribution``, :math:`\mathcal N(0, I)` for
+    Gaussian noise, and f the ODE's map from t = 1 to t = 0
     (``FlowTransform``), so with v the velocity in the angle :math:`\phi`
 
-    .. math:: \log p(x) = \log \mathcal N(z; 0, I) + \int_{\phi_0}^{\phi_1} tr \frac{\partial v}{\partial z}
+    .. math:: \log p(x) = \log p(z) + \int_{\phi_0}^{\phi_1} tr \frac{\partial v}{\partial z}
               \,d\phi + d \log \cos \phi_0 .
 
     ``log_prob`` is *exact* for this distribution up to the solver's tolerance with the exact trace, and
@@ -77,8 +78,8 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
     Register the network as for any view: ``pyro.module("denoiser", denoiser)``.
 
     Args:
-        denoiser: posterior p(x_0 | x_t) of a Gaussian process, whose mean is used; the schedule has finite
-            ends.
+        denoiser: posterior p(x_0 | x_t) under a process with a flow, whose mean is used; the schedule has
+            finite ends.
         event_shape: shape of one datum; its length is the process's ``event_dim``.
         solver: :class:`~pyro_diffusion.dynamics.ODESolver`: method, tolerances or number of steps, and where
             gradients come from; by default adaptive steps to a tolerance of 1e-5.

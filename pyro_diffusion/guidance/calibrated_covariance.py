@@ -25,7 +25,9 @@ class CalibratedCovariance(GaussianConditioning):
     :math:`\sigma^2/\alpha`, near a hundred where x_t is noise. So the denoiser is asked once, on 256 draws of
     its own chain and whatever the observations: at each of 16 noise levels, does V agree with the mean
     squared error of :math:`\hat x_0`, and is it symmetric and positive? C is the covariance of these draws.
-    An exact denoiser passes at all levels, and this is :class:`~pyro_diffusion.guidance.MMPS`.
+    An exact denoiser passes at all levels, and this is :class:`~pyro_diffusion.guidance.MMPS`, unless its
+    data have far clusters so rare (a few per cent) that the draws at a level may miss them: there the
+    linear estimate takes over.
 
     The first evaluation makes this calibration, of about 17 000 evaluations of the denoiser for a datum: as
     many as 270 draws of 64 steps. It is kept until the denoiser's parameters change, and leaves the seeds of

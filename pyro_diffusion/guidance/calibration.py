@@ -28,7 +28,8 @@ KNOTS, STATES, PROBES = (
 SEED = 0
 AT_ONCE = 2**18  # numbers in the data of one evaluation
 
-# What an exact denoiser passes at every level, but for one false alarm in some thousands of runs.
+# What an exact denoiser passes at every level, but for one false alarm in some thousands of runs where every
+# part of its data is met by some of the states: rare clusters far away are missed, and fail it.
 ERRORS = 4.0  # standard errors that mean variance and mean squared error may differ by, beyond
 SHARE = 0.5  # this share of either
 NEGATIVE = 0.1  # most that negative eigenvalues may make up of all, by absolute value; 0 if exact

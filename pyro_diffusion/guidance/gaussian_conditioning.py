@@ -312,7 +312,8 @@ class TMPD(MMPS):
     .. math:: S \approx \text{diag}(1 + B V B^T 1) .
 
     Two backward passes through the denoiser and one product with B, whatever m; no system is solved. Row sums
-    below 1, that of no uncertainty, count as 1. Exact where :math:`B V B^T` is diagonal. Arguments
+    below 1, that of no uncertainty, count as 1. Exact where :math:`B V B^T` is diagonal. Where correlations
+    are negative row sums are too small, and the shift is cut at :math:`|B\,\text{shift}| = |r|`. Arguments
     as ``GaussianConditioning``; solver and iterations have no effect.
 
     References:

@@ -199,7 +199,7 @@ class PlugIn(GuidedDenoiser):
         top = torch.minimum(torch.maximum(top, s / 2), 2.5 * s).clamp(max=1)
         top = torch.where(rise(top.unsqueeze(0)).squeeze(0) > gain, top, s)
         share = torch.where((gain > 0) & (q > 0), top, 0.0)
-        return share.reshape(share.shape + (1,) * event)
+        return share.to(x0.dtype).reshape(share.shape + (1,) * event)
 
     def _shares(self, level: Level) -> tuple[Tensor]:
         """1 / k of the step that starts at each level, none at the grid's first time."""

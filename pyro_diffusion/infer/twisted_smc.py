@@ -43,7 +43,7 @@ def default_guidance(denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenois
 
     Gaussian conditioning for Normal observations of real data, and on deviance residuals where every other
     site has them (counts, heavy tails): :class:`~pyro_diffusion.guidance.MMPS` for denoisers in closed form
-    (``denoiser.exact``), :class:`~pyro_diffusion.guidance.CalibratedCovariance` for all others, networks
+    (``denoiser.is_exact``), :class:`~pyro_diffusion.guidance.CalibratedCovariance` for all others, networks
     above all, whose derivative at high noise is mostly error.
     :class:`~pyro_diffusion.guidance.PlugIn` for other likelihoods with a gradient, and draws
     (:class:`~pyro_diffusion.guidance.SampledGuidance`) for all the rest.
@@ -61,7 +61,7 @@ def default_guidance(denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenois
     own = likelihood.batch_shape + likelihood.event_shape
     dtype, device = dtype_and_device(denoiser)
     trial = torch.zeros(own, dtype=dtype, device=device)
-    conditioning = MMPS if denoiser.exact else CalibratedCovariance
+    conditioning = MMPS if denoiser.is_exact else CalibratedCovariance
     for kind in (likelihood, likelihood.with_residuals("deviance")):
         with contextlib.suppress(ValueError):
             kind.residual(trial)

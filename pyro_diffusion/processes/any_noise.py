@@ -1,6 +1,7 @@
 """Noise of any distribution, for the probability flow and samplers without noise of their own."""
 
 import copy
+import weakref
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -33,9 +34,9 @@ class AnyNoise(LinearProcess):
     along exactly. The distribution of z is that of the flow's start, and of the noise that training adds. So
     :class:`~pyro_diffusion.distributions.ProbabilityFlow` (densities and samples), ``DDIM()``, ``Heun()`` and
     the multistep samplers without noise run as they are, with a denoiser trained by regression
-    (``objective=Simple()``; networks that predict data, noise, v or velocity). Chains' bounds and
-    samplers that draw, the SDE and the score need more than that and are refused. For Student-t noise
-    :class:`StudentTProcess` has them.
+    (``objective=FlowMatching()`` or ``Simple()``; networks that predict data, noise, v or velocity). Chains'
+    bounds and samplers that draw, the SDE and the score need more than that and are refused. For Student-t
+    noise :class:`StudentTProcess` has them.
 
     Args:
         schedule: signal and noise scales.
@@ -120,7 +121,7 @@ class AnyNoise(LinearProcess):
             raise ValueError(
                 f"process: got AnyNoise for a bridge of eta={eta:g}, which is known for normal and Student-t "
                 "noise alone, expected GaussianProcess or StudentTProcess; or samplers such as DDIM(), "
-                "densities by ProbabilityFlow and training by Simple()"
+                "densities by ProbabilityFlow and training by FlowMatching()"
             )
         return super().coefficients(s, t, eta)
 
@@ -230,17 +231,25 @@ class Noised(TorchDistribution):
         return out
 
 
-def _like(part: Any, like: Tensor) -> Any:
-    """A distribution, with all that it is made of, in another's dtype and on its device, unchecked."""
+def _like(part: Any, like: Tensor, done: dict[int, Any] | None = None) -> Any:
+    """A distribution, with all that it is made of, in another's dtype and on its device, unchecked.
+
+    ``done`` holds the parts that were met: a transform and its inverse know each other.
+    """
+    done = {} if done is None else done
+    if id(part) in done:
+        return done[id(part)]
+    if isinstance(part, weakref.ref):
+        return None  # a transform's memory of its inverse
     if isinstance(part, Tensor):
         return part.to(like) if part.is_floating_point() else part.to(like.device)
     if isinstance(part, list | tuple) and not isinstance(part, torch.Size):
-        return type(part)(_like(x, like) for x in part)
+        return type(part)(_like(x, like, done) for x in part)
     kinds = (torch.distributions.Distribution, torch.distributions.Transform)
     if not isinstance(part, kinds) or isinstance(part, torch.nn.Module):
         return part
-    new = copy.copy(part)
-    new.__dict__.update({name: _like(value, like) for name, value in vars(part).items()})
+    new = done[id(part)] = copy.copy(part)
+    new.__dict__.update({name: _like(value, like, done) for name, value in vars(part).items()})
     if isinstance(new, torch.distributions.Distribution):
         new._validate_args = False  # outside its support the density is 0
     return new

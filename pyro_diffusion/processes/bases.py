@@ -78,9 +78,11 @@ class Basis(DefinedModule, PreciseModule):
             if numbers is not None:
                 check_finite(name, numbers)
                 if numbers.shape != self.event_shape or bool((numbers < 0).any()):
+                    least = (
+                        f" and a least value of {float(numbers.min()):g}" if numbers.numel() else ""
+                    )
                     raise ValueError(
-                        f"{name}: got shape {tuple(numbers.shape)} and a least value of "
-                        f"{float(numbers.min()):g}, expected numbers >= 0 of shape "
+                        f"{name}: got shape {tuple(numbers.shape)}{least}, expected numbers >= 0 of shape "
                         f"{tuple(self.event_shape)}"
                     )
                 numbers = numbers.clone()

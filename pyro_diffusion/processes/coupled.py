@@ -28,7 +28,7 @@ class CoupledGaussian(GaussianProcess):
 
     Data and noise keep their distributions; but noise depends on the data it goes with, and paths from one to
     the other cross less, the larger the batch the less. The flow of a denoiser that is trained under it (a
-    ``Diffusion`` site with ``objective=Simple()`` or another regression) is straighter, and takes fewer
+    ``Diffusion`` site with ``objective=FlowMatching()``) is straighter, and takes fewer
     steps. A batch of one datum is independent noise. At the ends of the schedule, what is left of the data at
     t = 1 and of noise at t = 0 counts to the first order in :math:`\alpha_1/\sigma_1` and
     :math:`\sigma_0/\alpha_0`, not to the second, as the two are correlated: for densities take wide ends.
@@ -128,8 +128,8 @@ class CoupledGaussian(GaussianProcess):
     def _lacks(self, ability: Ability) -> ValueError:
         return ValueError(
             f"process: got {type(self).__name__}, which lacks {ability.value}, expected ProbabilityFlow for "
-            "densities, a deterministic sampler such as AdamsMoulton() for draws, Simple() as objective, or "
-            "a process such as GaussianProcess"
+            "densities, a deterministic sampler such as AdamsMoulton() for draws, FlowMatching() as "
+            "objective, or a process such as GaussianProcess"
         )
 
 
@@ -156,4 +156,12 @@ class _CoupledStates(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         del value
+        raise self.process._lacks(Ability.INDEPENDENT)
+
+    @property
+    def mean(self) -> Tensor:
+        raise self.process._lacks(Ability.INDEPENDENT)
+
+    @property
+    def variance(self) -> Tensor:
         raise self.process._lacks(Ability.INDEPENDENT)

@@ -72,7 +72,7 @@ class DegradedGaussian(ForwardProcess):
     several numbers of steps. Bridges without variance (renewal or sigma 0) have no
     density: they sample, and likelihoods are refused.
 
-    For a linear D the deterministic step is Euler's for the flow
+    For a linear D the deterministic step is a first-order step of the flow
     :math:`\dot x = \dot D_t \hat x_0 + (\dot\sigma_t/\sigma_t)(x - D_t \hat x_0)`, which has the
     marginals :math:`q(x_t)` if :math:`\hat x_0` is the posterior mean.
 

@@ -85,7 +85,7 @@ def insertions(x: Tensor, y: Tensor, symbols: int) -> Tensor:
     .. math:: C_{gc} = \frac{N(x,\ y \text{ with c inserted before } y_g)}{N(x, y)}
               = \frac{1}{N(x, y)} \sum_{j:\, x_j = c} F_{jg}\, B_{j+1,g},
 
-    with the counts F of prefixes and B of suffixes: all gaps and symbols at once, in O(L n).
+    with the counts F of prefixes and B of suffixes: all gaps and symbols at once, in O(L n K).
     The gap n is the end of y. They sum to L - n; where y is no subsequence of x they are 0.
 
     Args:

@@ -52,8 +52,8 @@ class StudentTProcess(LinearProcess):
     Given :math:`x_s`, :math:`x_t` still depends on :math:`x_0`, for both tell of :math:`\kappa`: there is
     no Markov transition, hence no SDE, and no Tweedie's formula, so no score, Langevin step or guidance by
     gradients. A chain's bound is valid but *loosens* with its number of steps, by what each step forgets of
-    :math:`\kappa`: for normal data in one dimension and the exact posterior by 0.05, 0.5 and 5 nats at 10,
-    100 and 1000 steps with :math:`\nu = 3`. For likelihoods use few steps or
+    :math:`\kappa`: for the exact posterior of three atoms on a line by 0.1, 1 and 9 nats at 10, 100 and 1000
+    steps with :math:`\nu = 3` (``benchmarks/processes.py``). For likelihoods use few steps or
     :class:`~pyro_diffusion.distributions.ProbabilityFlow`, which is exact.
 
     Reverse kernel: exact for point masses; of a posterior with variance w, the t distribution of

@@ -261,6 +261,8 @@ def process_calls() -> list[Call]:
         process = kind(**arguments)
         if isinstance(process, processes.StudentTProcess | processes.AnyNoise):
             return drawn_and_scored(process.marginal(data(2), torch.tensor(0.5)))
+        if isinstance(process, processes.CoupledGaussian):
+            return process.marginal(data(2), torch.tensor(0.5)).sample()
         if isinstance(process, processes.GaussianProcess):
             return moments(process.marginal(data(2), torch.tensor(0.5)))
         return chances(process.marginal(states, torch.tensor(0.5)))
