@@ -10,6 +10,7 @@ from pyro.distributions import (
     Gumbel,
     Laplace,
     MixtureSameFamily,
+    MultivariateNormal,
     Normal,
     StudentT,
     TransformedDistribution,
@@ -20,7 +21,13 @@ from torch.distributions import SigmoidTransform
 
 from pyro_diffusion import nn
 from pyro_diffusion.denoisers import Data, GaussianDenoiser, Noise, Score, V, Velocity
-from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow, Simple
+from pyro_diffusion.distributions import (
+    Diffusion,
+    DiffusionSDE,
+    FlowMatching,
+    ProbabilityFlow,
+    Simple,
+)
 from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.processes import (
     Ability,
@@ -38,6 +45,8 @@ from tests.atoms import F64, AtomsDenoiser
 
 close = torch.testing.assert_close
 FALSE_ALARM = 1e-4  # of every Kolmogorov-Smirnov test below
+
+ONES = torch.ones(2)
 
 
 def laplace(dtype=F64):
@@ -196,6 +205,29 @@ def test_copies_and_state_dicts_keep_the_noise():
         close(again.marginal(x, 0.5).log_prob(x), process.marginal(x, 0.5).log_prob(x))
     with pytest.raises(ValueError, match="noise"):
         AnyNoise(Cosine(), t3()).load_state_dict(process.state_dict())
+
+
+def test_noise_of_other_numbers_is_other_noise():
+    """Also of tensors, and whatever was computed of a distribution since."""
+    eye, mixture = torch.eye(2), MixtureSameFamily(Categorical(torch.ones(2)), Uniform(-ONES, ONES))
+    wide = MixtureSameFamily(Categorical(torch.ones(2)), Uniform(-ONES, 2 * ONES))
+    normals = (MultivariateNormal(ONES, eye), MultivariateNormal(ONES, 9 * eye))
+    for one, other in (normals, (mixture, wide), (Normal(ONES, 1.0).to_event(1), normals[0])):
+        process = AnyNoise(Cosine(), one)
+        before = process.definition()
+        process.marginal(torch.zeros(3, 2), 0.5).log_prob(torch.zeros(3, 2))
+        assert process.definition() == before
+        with pytest.raises(ValueError, match="noise"):
+            AnyNoise(Cosine(), other).load_state_dict(process.state_dict())
+
+
+def test_noise_of_bounded_support_trains():
+    noise = Uniform(torch.tensor(-(3**0.5)), torch.tensor(3**0.5))
+    denoiser = GaussianDenoiser(nn.MLP(2, (8,)), AnyNoise(LogLinear(7.0, -9.0), noise))
+    torch.manual_seed(0)
+    for objective in (Simple(), FlowMatching()):
+        loss = Diffusion(denoiser, (2,), 20, objective=objective).log_prob(torch.randn(1000, 2))
+        assert bool(loss.isfinite().all())
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,19 @@ def test_calibration_is_kept_until_parameters_change_and_leaves_seeds_alone():
     assert_close(calibrate(denoiser, like, {}).estimate.values, again.estimate.values)
 
 
+def test_a_change_that_torch_does_not_count_is_seen_at_the_next_construction():
+    denoiser, xt = Wiggling(mixture()), torch.zeros(2, 3, dtype=F64)
+
+    def kept():
+        guided = CalibratedCovariance(denoiser, ProgramLikelihood(program(denoiser)))
+        return guided._calibrations(xt, {})[0][1]
+
+    found = kept()
+    assert kept() is found
+    denoiser.amplitude.data.zero_()
+    assert not found.trusted.all() and kept().trusted.all()
+
+
 def test_rows_do_not_depend_on_their_batch():
     """Levels and labels of their own; one label's derivative is wrong at some of them."""
     parts = [Wiggling(mixture()), mixture(means=0.3 * MEANS.flip(-1), variance=0.01)]

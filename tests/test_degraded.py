@@ -220,6 +220,12 @@ class Restorer(Denoiser):
         return self.process.point_mass(y / torch.sqrt(1 - 3 * t * y.square()))
 
 
+def test_an_operator_that_changes_its_data_is_refused():
+    process = DegradedGaussian(Cosine(6.0, -6.0), lambda x, t: x.mul_(1 - 0.5 * t))
+    with pytest.raises(ValueError, match="operator: got one that changes x0 in place"):
+        process.marginal(torch.randn(4, 2), 0.5)
+
+
 def test_an_exact_restorer_restores_exactly():
     process = DegradedGaussian(Cosine(), squashed, sigma=0.0)
     x0 = torch.linspace(-1.5, 1.5, 20, dtype=F64).reshape(10, 2)

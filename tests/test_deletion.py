@@ -444,6 +444,19 @@ def test_samples_of_the_exact_denoiser():
     assert found[128] < chi_square_limit(15) < found[1]
 
 
+@pytest.mark.parametrize("view", [Diffusion, DiffusionCTMC])
+def test_samples_where_most_strings_are_impossible(view):
+    """Steps insert apart from each other, and so reach strings that the table has not."""
+    torch.manual_seed(0)
+    joint = torch.zeros(3, 3, 3)
+    joint[0, 1, 0], joint[0, 1, 2], joint[1, 2, 2] = 0.5, 0.3, 0.2
+    denoiser = StringTableDenoiser(Deletion(Rectified.full(), 2), joint)
+    x = view(denoiser, (3,), 50).sample((4000,))
+    counts = counted(x, strings(3, 2))
+    wanted = 4000 * joint[tuple(strings(3, 2).T)]
+    assert bool(((counts - wanted).abs() <= 5 * (0.02 * 4000 + wanted).sqrt() + 0.02 * 4000).all())
+
+
 def test_samples_are_those_of_the_chain():
     """One step: insertions into nothing, whose density is known; chi-square as above."""
     torch.manual_seed(4)

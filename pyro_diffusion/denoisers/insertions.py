@@ -137,6 +137,9 @@ class StringTableDenoiser(Denoiser):
         empty = (here * left).sum(-1, keepdim=True) / total
         least = math.sqrt(torch.finfo(level.alpha.dtype).tiny)
         odds = counts / empty.clamp(min=least).unsqueeze(-1)
+        # Strings without room, and those that the table makes impossible, get nothing inserted.
+        room = (xt == self.symbols).any(-1, keepdim=True) & (here.sum(-1, keepdim=True) > 0)
+        odds = torch.where(room.unsqueeze(-1), odds, 0.0)
         log_odds = odds.clamp(min=torch.finfo(odds.dtype).tiny).log().to(level.alpha.dtype)
         return Insertions(xt, log_odds, self.symbols)
 

@@ -49,8 +49,8 @@ class Regression(Objective):
     def prior_term(
         self, process: ForwardProcess, x0: Tensor, end: Level, prior: TorchDistribution
     ) -> Tensor:
-        """That of a chain, batch shape; 0 where noise depends on the data, whose divergence is unknown."""
-        if Ability.INDEPENDENT not in process.abilities:
+        """That of a chain, batch shape; 0 under processes without bridges that draw, which bound nothing."""
+        if not {Ability.INDEPENDENT, Ability.FREE_VARIANCE} <= process.abilities:
             return x0.new_zeros(x0.shape[: x0.dim() - process.event_dim])
         return super().prior_term(process, x0, end, prior)
 

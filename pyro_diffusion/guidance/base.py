@@ -86,13 +86,15 @@ class GuidedDenoiser(Denoiser):
 
     def __init__(self, denoiser: Denoiser) -> None:
         process = check_denoiser(denoiser).process
+        own = process.abilities
+        by_draws = Ability.INDEPENDENT in own and bool(own & {Ability.NUMBERS, Ability.SYMBOLS})
         require(
             process,
             Ability.INDEPENDENT,
             *self.needs,
             argument="denoiser",
             by=type(denoiser).__name__,
-            instead=f"SampledGuidance in place of {type(self).__name__}",
+            instead=f"SampledGuidance in place of {type(self).__name__}" if by_draws else None,
         )
         super().__init__(process)
         self.denoiser = denoiser

@@ -1,12 +1,12 @@
 """Gaussian conditioning by the denoiser's derivative where it is a covariance, else by that of its data."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.guidance.calibration import Calibration, calibrated
+from pyro_diffusion.guidance.calibration import Calibration, calibrated, weight_sums
 from pyro_diffusion.guidance.gaussian_conditioning import GaussianConditioning
 from pyro_diffusion.guidance.linearized_denoiser import LinearizedDenoiser
 from pyro_diffusion.likelihoods import Likelihood
@@ -30,7 +30,8 @@ class CalibratedCovariance(GaussianConditioning):
     linear estimate takes over.
 
     The first evaluation makes this calibration, of about 17 000 evaluations of the denoiser for a datum: as
-    many as 270 draws of 64 steps. It is kept until the denoiser's parameters change, and leaves the seeds of
+    many as 270 draws of 64 steps. It is kept until the denoiser's parameters change (a
+    change of their ``data`` counts from the next construction), and leaves the seeds of
     the run alone. With labels as context (integers) each label has its own. With real numbers as context
     nothing is calibrated, and V is :math:`\sigma^2/\alpha^2`, as in
     :class:`~pyro_diffusion.guidance.DiffPIR`.
@@ -47,6 +48,10 @@ class CalibratedCovariance(GaussianConditioning):
     """
 
     through = False  # not at every level
+
+    def __init__(self, denoiser: Denoiser, likelihood: Likelihood, **options: Any) -> None:
+        super().__init__(denoiser, likelihood, **options)
+        self._sums = weight_sums(denoiser)
 
     def _linearized(
         self, xt: Tensor, t: Tensor | Level, context: dict[str, Tensor]
@@ -92,7 +97,7 @@ class CalibratedCovariance(GaussianConditioning):
         like = xt.new_zeros(event)
         given = {name: value for name, value in context.items() if value is not None}
         if not given:
-            return [(None, calibrated(self.denoiser, like, {}))]
+            return [(None, calibrated(self.denoiser, like, {}, self._sums))]
         if any(value.is_floating_point() for value in given.values()):
             return [(None, None)]
         own = {n: v.shape[v.dim() - self.context_event_dim(n, v) :] for n, v in given.items()}
@@ -106,7 +111,7 @@ class CalibratedCovariance(GaussianConditioning):
                 for n, part in zip(own, parts, strict=True)
             }
             rows = (which == index).reshape(batch + (1,) * k) if len(distinct) > 1 else None
-            found.append((rows, calibrated(self.denoiser, like, labels)))
+            found.append((rows, calibrated(self.denoiser, like, labels, self._sums)))
         return found
 
 

@@ -198,16 +198,28 @@ _known: weakref.WeakKeyDictionary[Denoiser, tuple[Sources, dict[Any, Calibration
 )
 
 
-def calibrated(denoiser: Denoiser, like: Tensor, context: dict[str, Tensor]) -> Calibration:
+def weight_sums(denoiser: Denoiser) -> tuple[float, ...]:
+    """Sums that change with a denoiser's parameters, also where an optimizer writes to their ``data``.
+
+    Torch counts no such change, and Pyro's ``ClippedAdam`` makes them. One wait for the device.
+    """
+    with torch.no_grad():
+        sums = [v.detach().double().square().sum() for v in denoiser.parameters()]
+        return tuple(torch.stack(sums).tolist()) if sums else ()
+
+
+def calibrated(
+    denoiser: Denoiser, like: Tensor, context: dict[str, Tensor], sums: tuple[float, ...] = ()
+) -> Calibration:
     """The calibration of a denoiser as it is now: made once, and anew after its parameters have changed.
 
-    Arguments are those of :func:`calibrate`.
+    Arguments are those of :func:`calibrate`, and the :func:`weight_sums` of the denoiser.
     """
     tensors = (*denoiser.parameters(), *denoiser.buffers())
     # Torch does not count the changes of inference tensors.
     counted = tuple(v for v in tensors if not v.is_inference())
     others = tuple(id(v) for v in tensors if v.is_inference())
-    now = Sources(counted, (denoiser.training, *others))
+    now = Sources(counted, (denoiser.training, sums, *others))
     sources, found = _known.get(denoiser, (None, {}))
     if sources != now:
         found = {}

@@ -21,6 +21,10 @@ from pyro_diffusion.validation import Shape
 
 __all__ = ["AnyNoise"]
 
+_KINDS = (torch.distributions.Distribution, torch.distributions.Transform)
+# Attributes of these that say nothing of which they are.
+_UNTOLD = {"_validate_args", "_batch_shape", "_event_shape", "_cache_size", "_cached_x_y"}
+
 
 class AnyNoise(LinearProcess):
     r""":math:`x_t = \alpha_t x_0 + \sigma_t z` with noise z of *any* distribution, whatever its tails.
@@ -82,8 +86,12 @@ class AnyNoise(LinearProcess):
         self.start = None if start is None else self._checked("start", start)
 
     def definition(self) -> dict[str, Any]:
-        """With the two distributions as they print."""
-        return {**super().definition(), "noise": repr(self.noise), "start": repr(self.start)}
+        """With the two distributions and their numbers."""
+        return {
+            **super().definition(),
+            "noise": _described(self.noise),
+            "start": _described(self.start),
+        }
 
     def noised(self, loc: Tensor, scale: Tensor) -> TorchDistribution:
         """The noise, scaled and shifted."""
@@ -231,6 +239,25 @@ class Noised(TorchDistribution):
         return out
 
 
+def _described(part: Any, seen: tuple[int, ...] = ()) -> str:
+    """A distribution, with the numbers of all that it is made of; the same before and after it is used."""
+    if isinstance(part, Tensor):
+        return str(part.tolist())
+    if isinstance(part, list | tuple):
+        return f"({', '.join(_described(x, seen) for x in part)})"
+    if isinstance(part, bool | int | float | str | None):
+        return repr(part)
+    name = type(part).__name__
+    if not isinstance(part, _KINDS) or id(part) in seen:
+        return name
+    # Arguments by name, as some are computed when asked for; and what else is no tensor.
+    arguments = getattr(part, "arg_constraints", None)
+    own = {k: v for k, v in vars(part).items() if arguments is None or not isinstance(v, Tensor)}
+    own |= {k: getattr(part, k) for k in arguments or {}}
+    told = sorted(k for k in own if k not in _UNTOLD and (k != "_inv" or name[0] == "_"))
+    return f"{name}({', '.join(f'{k}={_described(own[k], (*seen, id(part)))}' for k in told)})"
+
+
 def _like(part: Any, like: Tensor, done: dict[int, Any] | None = None) -> Any:
     """A distribution, with all that it is made of, in another's dtype and on its device, unchecked.
 
@@ -245,8 +272,7 @@ def _like(part: Any, like: Tensor, done: dict[int, Any] | None = None) -> Any:
         return part.to(like) if part.is_floating_point() else part.to(like.device)
     if isinstance(part, list | tuple) and not isinstance(part, torch.Size):
         return type(part)(_like(x, like, done) for x in part)
-    kinds = (torch.distributions.Distribution, torch.distributions.Transform)
-    if not isinstance(part, kinds) or isinstance(part, torch.nn.Module):
+    if not isinstance(part, _KINDS) or isinstance(part, torch.nn.Module):
         return part
     new = done[id(part)] = copy.copy(part)
     new.__dict__.update({name: _like(value, like, done) for name, value in vars(part).items()})

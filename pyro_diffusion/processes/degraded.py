@@ -163,10 +163,15 @@ class DegradedGaussian(ForwardProcess):
             t: times that broadcast with x0.
 
         Raises:
-            ValueError: for what is no tensor of the shape and dtype of x0.
+            ValueError: for what is no tensor of the shape and dtype of x0, and a change of x0 itself.
         """
         x0 = x0.expand(torch.broadcast_shapes(x0.shape, t.shape))
+        version = None if x0.is_inference() else x0._version
         out = self.operator(x0, t)
+        if version is not None and x0._version != version:
+            raise ValueError(
+                "operator: got one that changes x0 in place, expected one that leaves it"
+            )
         if not isinstance(out, Tensor):
             raise ValueError(f"operator: got {kind_of(out)} from it, expected a tensor")
         if out.shape != x0.shape or out.dtype != x0.dtype:
