@@ -46,7 +46,8 @@ class AnyNoise(LinearProcess):
         schedule: signal and noise scales.
         noise: distribution of z of batch shape (): of one coordinate, independent of the others, or of a
             whole datum. A scale near 1 keeps the log-SNR, and the inputs of networks, what they say. Its
-            numbers are no parameters of the process: they are neither trained nor in its state dict.
+            numbers are no parameters of the process: they are neither trained nor in its state dict. Where
+            its support is bounded, the flow has samples but refuses log-densities.
         start: distribution of :math:`x_1/\sqrt{\alpha_1^2 + \sigma_1^2}`, where it is known better than as
             that of z, likewise. What is left of the data at t = 1 then costs nothing.
         event_dim: number of rightmost dimensions that make one datum.
