@@ -9,8 +9,8 @@ __all__ = ["UnreliableWarning", "warn_unreliable"]
 class UnreliableWarning(UserWarning):
     """A result was computed and cannot be believed: the message says which, why, and what to change.
 
-    Particles whose weights collapsed, guided draws that left the model, and draws that miss their
-    observations warn by this one category. To have an error instead, or silence:
+    Particles whose weights collapsed or that are too few to judge by, guided draws that left the model, and
+    draws that miss their observations warn by this one category. To have an error instead, or silence:
 
     Example:
         >>> import warnings

@@ -7,6 +7,8 @@ import pytest
 import torch
 from pyro.distributions import (
     Categorical,
+    Dirichlet,
+    Exponential,
     Gumbel,
     Laplace,
     MixtureSameFamily,
@@ -228,6 +230,41 @@ def test_noise_of_bounded_support_trains():
     for objective in (Simple(), FlowMatching()):
         loss = Diffusion(denoiser, (2,), 20, objective=objective).log_prob(torch.randn(1000, 2))
         assert bool(loss.isfinite().all())
+
+
+@pytest.mark.parametrize("noise", [Uniform(-1.5, 1.5), lumps(), Exponential(1.0)], ids=repr)
+def test_densities_of_bounded_noise_integrate_to_one(noise):
+    """Where no noise leads to, they are 0; 0.02 is what edges cost on this grid."""
+    torch.manual_seed(0)
+    denoiser = GaussianDenoiser(nn.MLP(1, (8,)), AnyNoise(LogLinear(6.0, -6.0), noise))
+    flow = ProbabilityFlow(denoiser, (1,), solver=ODESolver("rk4", steps=8))
+    x = torch.linspace(-12, 36, 4801).unsqueeze(-1)
+    with torch.no_grad():
+        log_prob = flow.log_prob(x)
+    assert float(log_prob[0]) == -torch.inf
+    assert abs(float(log_prob.exp().sum()) * 0.01 - 1) < 0.02
+    with pytest.raises(ValueError, match=r"^denoiser: got NaN"):
+        denoiser.network.layers[-1].bias.data.fill_(torch.nan)
+        flow.log_prob(x)
+
+
+def test_noise_has_no_density_outside_its_support():
+    """Also that of which the formula goes on, in whatever it is wrapped."""
+    shifted = TransformedDistribution(
+        Exponential(1.0), [torch.distributions.AffineTransform(-1.0, 1.0)]
+    )
+    rates = torch.tensor([1.0, 2.0])
+    mixed = MixtureSameFamily(Categorical(torch.ones(2)), Exponential(rates))
+    z = torch.tensor([[0.5, 0.5], [-0.5, 0.5], [-2.0, 0.5], [torch.nan, 0.5]])
+    inside = 0.5 * rates[0] * (-0.5 * rates[0]).exp() + 0.5 * rates[1] * (-0.5 * rates[1]).exp()
+    for noise, want in (
+        (Exponential(1.0), [-1.0, -torch.inf, -torch.inf, torch.nan]),
+        (shifted, [-3.0, -2.0, -torch.inf, torch.nan]),
+        (mixed, [2 * float(inside.log()), -torch.inf, -torch.inf, torch.nan]),
+        (Dirichlet(ONES), [0.0, -torch.inf, -torch.inf, torch.nan]),
+    ):
+        base = AnyNoise(Cosine(), noise).base_distribution((2,))
+        close(base.log_prob(z), torch.tensor(want), equal_nan=True)
 
 
 @pytest.mark.parametrize(

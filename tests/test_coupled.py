@@ -27,6 +27,7 @@ from pyro_diffusion.denoisers import (
 from pyro_diffusion.distributions import (
     Diffusion,
     DiffusionSDE,
+    FlowMatching,
     Hybrid,
     ProbabilityFlow,
     RedDiff,
@@ -172,6 +173,33 @@ def test_another_coupling_is_a_method():
     assert_close(z, plain.flip(0))
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (
+            lambda n: list(range(n)),
+            r"^pairs: got list, expected a permutation of 0 ... 8, \(9,\) of",
+        ),
+        (lambda n: torch.arange(n - 1), r"^pairs: got \(8,\) of torch.int64 on cpu, expected"),
+        (lambda n: torch.eye(n), r"^pairs: got \(9, 9\) of torch.float32"),
+        (lambda n: torch.arange(n).double(), r"^pairs: got \(9,\) of torch.float64"),
+        (
+            lambda n: torch.zeros(n).long(),
+            r"^pairs: got indices that leave out 8 draw\(s\) of noise",
+        ),
+        (lambda n: torch.arange(n) - 1, r"^pairs: got indices that leave out 1 draw"),
+        (lambda n: torch.arange(n) + 1, r"^pairs: got indices that leave out 1 draw"),
+    ],
+)
+def test_a_coupling_of_ones_own_is_checked(returned, message):
+    class Own(CoupledGaussian):
+        def pairs(self, x0, noise):
+            return returned(len(x0))
+
+    with pytest.raises(ValueError, match=message):
+        draw(Own(Rectified()).marginal(torch.randn(9, 2), 0.5))
+
+
 def test_a_seed_repeats_it():
     process, x0 = CoupledGaussian(Rectified()), torch.randn(8, 2)
     out = []
@@ -249,16 +277,19 @@ def test_a_site_trains_with_it():
         def model(denoiser=denoiser):
             pyro.module("denoiser", denoiser)
             with pyro.plate("data", len(data), subsample_size=128) as rows:
-                pyro.sample("x", Diffusion(denoiser, (2,), 20, objective=Simple()), obs=data[rows])
+                site = Diffusion(denoiser, (2,), 20, objective=FlowMatching())
+                pyro.sample("x", site, obs=data[rows])
 
         pyro.clear_param_store()
-        svi = SVI(model, lambda: None, pyro.optim.ClippedAdam({"lr": 2e-2}), Trace_ELBO())
-        for _ in range(200):
+        optimizer = pyro.optim.ClippedAdam({"lr": 2e-2, "lrd": 0.98})
+        svi = SVI(model, lambda: None, optimizer, Trace_ELBO())
+        for _ in range(300):
             svi.step()
         x = Diffusion(denoiser, (2,), 1, sampler=DDIM()).sample((4000,)).double()
         end[kind] = float((torch.cov(x.T) - COVARIANCE).abs().max())
-    # One step from independent noise ends at the mean of the data.
-    assert end[GaussianProcess] > 0.75 and end[CoupledGaussian] < 0.5
+    # One step from independent noise ends at the mean of the data, off by their variance of 1.3 (1.18 and
+    # more in three seeds); from paired noise by what a batch of 128 leaves (0.16 to 0.27).
+    assert end[GaussianProcess] > 1.1 and end[CoupledGaussian] < 0.35
 
 
 # --- the contract ---------------------------------------------------------------------------------

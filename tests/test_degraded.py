@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from pyro.distributions import Delta, MultivariateNormal, Normal
+from pyro.distributions import Delta, MultivariateNormal, Normal, Uniform
 from torch import nn
 from torch.distributions import kl_divergence
 
@@ -483,6 +483,18 @@ BAD = {
     r"^operator: got \(2,\) in torch.float64 from it": lambda: DegradedGaussian(
         Cosine(), lambda x, t: x.double()
     ).marginal(torch.zeros(2), 0.5),
+    r"^operator: got 4 NaN or infinite": lambda: Diffusion(
+        network(DegradedGaussian(Cosine(), lambda x, t: x * torch.nan)), (2,), 3
+    ).sample((2,)),
+    r"^operator: got 2 NaN or infinite": lambda: Diffusion(
+        network(DegradedGaussian(Cosine(), lambda x, t: x / 0)), (2,), 3
+    ).log_prob(torch.zeros(2)),
+    r"^prior: got Uniform at t = 1 of DegradedGaussian": lambda: Diffusion(
+        network(plain(prior=Uniform(-torch.ones(2), 1.0).to_event(1))), (2,), 3
+    ).log_prob(torch.zeros(2)),
+    r"^prior: got Uniform at .* expected one with a density": lambda: Diffusion(
+        network(plain(prior=Uniform(-torch.ones(2), 1.0).to_event(1))), (2,), 3
+    ).prior_terms(torch.zeros(2)),
     r"^x0: got .* NaN": lambda: plain().marginal(torch.tensor([torch.nan, 0.0]), 0.5),
     r"^s, t: got s at or after t": lambda: plain().bridge(
         torch.zeros(2), torch.zeros(2), torch.tensor(0.5), torch.tensor(0.5)

@@ -22,6 +22,7 @@ from pyro_diffusion.distributions import (
     FlowMatching,
     Hybrid,
     MomentRegression,
+    Objective,
     QuantizedDecoder,
     RedDiff,
     Simple,
@@ -122,3 +123,19 @@ def test_another_denoiser_or_objective_is_checked_again():
     law = Diffusion(gaussian(), (3,), 4, objective=Simple())
     with pytest.raises(ValueError, match="objective: got Hybrid"):
         law.replace(objective=Hybrid())
+
+
+class Broken(Objective):
+    """Costs that are NaN, though the network is fine."""
+
+    def reverse_term(self, step):
+        return step.xt.sum(-1) * torch.nan
+
+
+def test_costs_that_are_nan_name_their_objective():
+    x = torch.zeros(40, 3)
+    broken = Weighted(lambda s, t, steps: s * torch.nan)
+    with pytest.raises(ValueError, match=r"^weight: got .* NaN"):
+        Diffusion(gaussian(), (3,), 4, objective=broken).log_prob(x)
+    with pytest.raises(ValueError, match=r"^denoiser: got NaN .*, and finite costs of Broken$"):
+        Diffusion(gaussian(), (3,), 4, objective=Broken()).log_prob(x)

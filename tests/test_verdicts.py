@@ -316,3 +316,25 @@ def test_each_problem_is_named_by_itself():
         (problem,) = judge(dataclasses.replace(good, **figures))
         assert words in problem and "in 1 of 2 rows (1)" in problem
     assert judge(dataclasses.replace(good, khat=torch.tensor([0.9, math.nan], dtype=F64))) == ()
+
+
+@pytest.mark.parametrize("particles", [2, 3, 4])
+def test_few_particles_are_too_few_to_judge_by(particles):
+    """However even their weights are, of a twist that is exact: nothing has collapsed."""
+    law = prior(2)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        run = TwistedSMC(
+            law, observed(law, torch.zeros(2, 2, dtype=F64), 0.5), MMPS, particles
+        ).run()
+    messages = [str(w.message) for w in found if w.category is UnreliableWarning]
+    said = [m for m in messages if f"{particles} particles are too few to judge" in m]
+    assert len(said) == 1
+    assert not any(w in m for m in messages for w in ("collapsed", "lost a few", "k-hat"))
+    uneven = dataclasses.replace(
+        run.verdict,
+        effective_ancestors=torch.tensor([1.0, 4.0], dtype=F64),
+        least_ess=torch.tensor([1.0, 4.0], dtype=F64),
+    )
+    (problem,) = judge(uneven)
+    assert problem.startswith(f"{particles} particles are too few to judge a run by in 1 of 2 rows")

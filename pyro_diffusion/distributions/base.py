@@ -147,9 +147,13 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
     def _check_outcome(self, x: Tensor) -> None:
         """Refuse a network whose output is NaN, by what came of it (from finite data)."""
         if not bool(x.detach().isfinite().all()):
+            parts = (getattr(self, name, None) for name in ("objective", "decoder"))
+            kinds = (type(part) for part in parts if part is not None)
+            foreign = [k.__name__ for k in kinds if not k.__module__.startswith("pyro_diffusion.")]
+            also = f", and finite costs of {' and '.join(foreign)}" if foreign else ""
             raise ValueError(
                 f"denoiser: got NaN or infinite numbers from {type(self.denoiser).__name__}, expected a "
-                "network whose output is finite at every level"
+                f"network whose output is finite at every level{also}"
             )
 
     def _check_precision(self, x: Tensor) -> None:

@@ -120,14 +120,19 @@ class BoundedDistribution(DenoisedDistribution):
         drawn = torch.where(
             position < 0, (decoding - known) / share, reverse * (self._span / (1 - share))
         )
-        total = -(self._prior_term(x0) + known + drawn).expand(batch)
-        if self._validate_args:
+        prior = self._prior_term(x0)
+        total = -(prior + known + drawn).expand(batch)
+        if self._validate_args and not bool(total.detach().isfinite().all()):
+            self._check_prior(prior)
             self._check_outcome(total)
         return total
 
     def prior_terms(self, value: Tensor) -> Tensor:
         """KL(q(x_{t_K} | x) || p(x_{t_K})) per datum, exact (nats), sample + batch."""
-        return self._prior_term(self._encoded(value)[0])
+        term = self._prior_term(self._encoded(value)[0])
+        if self._validate_args:
+            self._check_prior(term)
+        return term
 
     def decoder_terms(self, value: Tensor) -> Tensor:
         """-log p(x | x_{t_0}) per datum (nats), from a fresh draw of x_{t_0}, sample + batch."""
@@ -208,6 +213,16 @@ class BoundedDistribution(DenoisedDistribution):
         prior = process.prior(self.event_shape, dtype=dtype, device=x0.device)
         prior = prior.expand(x0.shape[: x0.dim() - len(self.event_shape)])
         return self.objective.prior_term(process, x0, end, prior)
+
+    def _check_prior(self, term: Tensor) -> None:
+        """Refuse a prior that leaves out states which the process ends in."""
+        if not bool(term.detach().isfinite().all()):
+            process = self.denoiser.process
+            prior = per_coordinate(process.prior(self.event_shape))
+            raise ValueError(
+                f"prior: got {type(prior).__name__} at t = 1 of {type(process).__name__}, from which x_1 of "
+                "the data diverges by NaN or infinitely, expected one with a density wherever x_1 may be"
+            )
 
     def _encoded(self, value: Tensor) -> tuple[Tensor, torch.Size]:
         check_tensor("value", value)

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from pyro.distributions import TransformedDistribution
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
@@ -165,15 +166,18 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
             value: data, sample + batch + event.
 
         Returns:
-            One number per datum, deterministic for this instance and differentiable.
+            One number per datum, deterministic for this instance and differentiable; -inf for data that come
+            from outside the support of the process's noise.
 
         Raises:
             ValueError: for data of a wrong shape or that are not finite, and for a stochastic trace without a
                 seed inside a Markov chain.
         """
-        log_prob = self.score(value).value
-        if self._validate_args:
-            self._check_outcome(log_prob)
+        density = self.score(value)
+        log_prob = density.value
+        if self._validate_args and not bool(log_prob.detach().isfinite().all()):
+            found = sum_rightmost(density.latent, len(self.event_shape)).isfinite()
+            self._check_outcome(log_prob.masked_fill(found & (log_prob == -math.inf), 0.0))
         return log_prob
 
     def score(self, value: Tensor, noise: NoiseSource | None = None) -> LogDensity:

@@ -13,6 +13,7 @@ from pyro_diffusion.distributions.decoders import Decoder
 from pyro_diffusion.processes import Ability, ForwardProcess, draw
 from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.validation import check_finite
 
 __all__ = ["Bound", "DecoderStep", "Objective", "ReverseStep", "Weighted", "divergence"]
 
@@ -224,6 +225,8 @@ class Weighted(Bound):
             step = step._replace(posterior=step.process.point_mass(step.posterior.mean))
         term = super().reverse_term(step)
         weight = self.weight(step.s.clock, step.t.clock, step.steps)
+        if weight.device.type == "cpu":  # elsewhere a check would cost a wait
+            check_finite("weight", weight)
         return weight.reshape(weight.shape[: term.dim()]) * term
 
 

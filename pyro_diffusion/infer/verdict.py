@@ -86,6 +86,7 @@ def judge(verdict: Verdict) -> tuple[str, ...]:
     """What speaks against a run, one sentence each."""
     alive = ~verdict.dead
     short = alive & (verdict.effective_ancestors < LEAST_ANCESTORS)
+    few = verdict.num_particles <= LEAST_ANCESTORS  # then any weights, however even, look lost
     sudden = short & (verdict.least_ess < LEAST_ANCESTORS)
     problems = []
     if bool(verdict.dead.any()):
@@ -93,12 +94,17 @@ def judge(verdict: Verdict) -> tuple[str, ...]:
             f"no particle explains the observations{_which(verdict.dead)}: evidence 0, no draws (NaN); give "
             "these observations more noise, use more particles, or another guidance"
         )
-    if bool(sudden.any()):
-        problems.append(_collapse(verdict, sudden))
-    if bool((short & ~sudden).any()):
-        few = verdict.effective_ancestors[short & ~sudden].min()
+    if few and bool(short.any()):
         problems.append(
-            f"{_number(few)} effective ancestors of {verdict.num_particles} are left"
+            f"{verdict.num_particles} particles are too few to judge a run by{_which(short)}: errors are "
+            f"estimated from {LEAST_ANCESTORS:g} effective ancestors at least; use more particles"
+        )
+    elif bool(sudden.any()):
+        problems.append(_collapse(verdict, sudden))
+    if not few and bool((short & ~sudden).any()):
+        left = verdict.effective_ancestors[short & ~sudden].min()
+        problems.append(
+            f"{_number(left)} effective ancestors of {verdict.num_particles} are left"
             f"{_which(short & ~sudden)}, lost a few at a time: errors are not estimated; use more particles"
         )
     sigmas = math.sqrt(2 * math.log(max(verdict.khat.numel(), 1) / FALSE_ALARM))

@@ -1,27 +1,22 @@
 """Noise of any distribution, for the probability flow and samplers without noise of their own."""
 
-import copy
-import weakref
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import Delta, TorchDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import constraints
 
 from pyro_diffusion.processes.abilities import Ability
 from pyro_diffusion.processes.linear import BridgeCoefficients, LinearProcess
-from pyro_diffusion.processes.noise import NoiseSource, draw
+from pyro_diffusion.processes.noised import PARTS, Noised
 from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import Shape
 
 __all__ = ["AnyNoise"]
 
-_KINDS = (torch.distributions.Distribution, torch.distributions.Transform)
 # Attributes of these that say nothing of which they are.
 _UNTOLD = {"_validate_args", "_batch_shape", "_event_shape", "_cache_size", "_cached_x_y"}
 
@@ -47,7 +42,7 @@ class AnyNoise(LinearProcess):
         noise: distribution of z of batch shape (): of one coordinate, independent of the others, or of a
             whole datum. A scale near 1 keeps the log-SNR, and the inputs of networks, what they say. Its
             numbers are no parameters of the process: they are neither trained nor in its state dict. Where
-            its support is bounded, the flow has samples but refuses log-densities.
+            its support is bounded, the flow's log-density of what comes from beyond it is -inf.
         start: distribution of :math:`x_1/\sqrt{\alpha_1^2 + \sigma_1^2}`, where it is known better than as
             that of z, likewise. What is left of the data at t = 1 then costs nothing.
         event_dim: number of rightmost dimensions that make one datum.
@@ -168,78 +163,6 @@ class AnyNoise(LinearProcess):
         )
 
 
-class Noised(TorchDistribution):
-    """loc + scale z for z of any distribution, of one coordinate or of a whole datum.
-
-    Args:
-        noise: of z, batch shape ().
-        loc: batch + event.
-        scale: broadcasts to it.
-        event_dim: how many rightmost dimensions make one datum.
-    """
-
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    has_rsample = True
-
-    def __init__(
-        self, noise: TorchDistribution, loc: Tensor, scale: Tensor, event_dim: int
-    ) -> None:
-        self.noise, (self.loc, self.scale) = noise, torch.broadcast_tensors(loc, scale)
-        shape = self.loc.shape
-        split = len(shape) - event_dim
-        if noise.event_shape not in (torch.Size(), shape[split:]):
-            raise ValueError(
-                f"noise: got event shape {tuple(noise.event_shape)}, expected () or {tuple(shape[split:])}, "
-                "that of the data"
-            )
-        super().__init__(shape[:split], shape[split:], validate_args=False)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """Real numbers."""
-        return constraints.independent(constraints.real, len(self.event_shape))
-
-    @property
-    def mean(self) -> Tensor:
-        """loc + scale E z, where the noise knows its mean."""
-        return self.loc + self.scale * self._standard().mean
-
-    @property
-    def variance(self) -> Tensor:
-        """Of every coordinate, where the noise knows its own."""
-        return self.scale.square() * self._standard().variance
-
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> Self:
-        """The same distribution at a larger batch shape."""
-        shape = torch.Size(batch_shape) + self.event_shape
-        loc, scale = self.loc.expand(shape), self.scale.expand(shape)
-        return type(self)(self.noise, loc, scale, len(self.event_shape))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density in nats, sample + batch."""
-        z = (value - self.loc) / self.scale
-        out: Tensor = self._standard().log_prob(z)
-        return out - sum_rightmost(self.scale.log(), len(self.event_shape))
-
-    def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:
-        """Draws, differentiable in location and scale, sample + batch + event."""
-        return self.loc + self.scale * draw(self._standard(), sample_shape).detach()
-
-    def draw_from(self, noise: NoiseSource, sample_shape: Shape, event_dim: int) -> Tensor:
-        """Draws by a source's numbers, whose rows have ``event_dim`` dimensions."""
-        wide = self._standard().to_event(event_dim - len(self.event_shape))
-        return self.loc + self.scale * noise.draw(wide, sample_shape).detach()
-
-    def _standard(self) -> TorchDistribution:
-        """The distribution of z at this batch and event shape, dtype and device."""
-        noise = _like(self.noise, self.loc)
-        if noise.event_shape == self.event_shape:
-            out: TorchDistribution = noise.expand(self.batch_shape)
-        else:
-            out = noise.expand(self.loc.shape).to_event(len(self.event_shape))
-        return out
-
-
 def _described(part: Any, seen: tuple[int, ...] = ()) -> str:
     """A distribution, with the numbers of all that it is made of; the same before and after it is used."""
     if isinstance(part, Tensor):
@@ -249,7 +172,7 @@ def _described(part: Any, seen: tuple[int, ...] = ()) -> str:
     if isinstance(part, bool | int | float | str | None):
         return repr(part)
     name = type(part).__name__
-    if not isinstance(part, _KINDS) or id(part) in seen:
+    if not isinstance(part, PARTS) or id(part) in seen:
         return name
     # Arguments by name, as some are computed when asked for; and what else is no tensor.
     arguments = getattr(part, "arg_constraints", None)
@@ -257,26 +180,3 @@ def _described(part: Any, seen: tuple[int, ...] = ()) -> str:
     own |= {k: getattr(part, k) for k in arguments or {}}
     told = sorted(k for k in own if k not in _UNTOLD and (k != "_inv" or name[0] == "_"))
     return f"{name}({', '.join(f'{k}={_described(own[k], (*seen, id(part)))}' for k in told)})"
-
-
-def _like(part: Any, like: Tensor, done: dict[int, Any] | None = None) -> Any:
-    """A distribution, with all that it is made of, in another's dtype and on its device, unchecked.
-
-    ``done`` holds the parts that were met: a transform and its inverse know each other.
-    """
-    done = {} if done is None else done
-    if id(part) in done:
-        return done[id(part)]
-    if isinstance(part, weakref.ref):
-        return None  # a transform's memory of its inverse
-    if isinstance(part, Tensor):
-        return part.to(like) if part.is_floating_point() else part.to(like.device)
-    if isinstance(part, list | tuple) and not isinstance(part, torch.Size):
-        return type(part)(_like(x, like, done) for x in part)
-    if not isinstance(part, _KINDS) or isinstance(part, torch.nn.Module):
-        return part
-    new = done[id(part)] = copy.copy(part)
-    new.__dict__.update({name: _like(value, like, done) for name, value in vars(part).items()})
-    if isinstance(new, torch.distributions.Distribution):
-        new._validate_args = False  # outside its support the density is 0
-    return new

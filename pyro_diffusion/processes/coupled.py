@@ -13,7 +13,7 @@ from pyro_diffusion.processes.gaussian import GaussianProcess
 from pyro_diffusion.processes.levels import Rates
 from pyro_diffusion.processes.linear import BridgeCoefficients
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.validation import Shape
+from pyro_diffusion.validation import Shape, kind_of
 
 __all__ = ["CoupledGaussian"]
 
@@ -47,8 +47,9 @@ class CoupledGaussian(GaussianProcess):
     batch. A context that differs by row is refused in training: data of one label would get only part
     of the noise, and generation from all of it would be wrong.
 
-    Another coupling is a subclass with another :meth:`pairs`. The assignment costs :math:`O(n^3)` on the CPU,
-    once per draw of a batch (with a round trip to the host): batches up to about a thousand.
+    Another coupling is a subclass with another :meth:`pairs`, whose results are checked. The assignment costs
+    :math:`O(n^3)` on the CPU, once per draw of a batch (with a round trip to the host): batches up to about a
+    thousand.
 
     Args:
         schedule: signal and noise scales; ``Rectified`` for straight lines in time.
@@ -78,6 +79,9 @@ class CoupledGaussian(GaussianProcess):
         Args:
             x0: data, (n, d).
             noise: normal numbers, (n, d), detached, as the data are.
+
+        A draw raises a ValueError naming ``pairs`` for what is no permutation: noise that is used twice, or
+        not at all, is no longer normal.
         """
         # Of the squared distances, only the products depend on the pairing.
         gain = (x0.double() @ noise.double().T).cpu().numpy()
@@ -151,7 +155,8 @@ class _CoupledStates(TorchDistribution):
         if rows > 1 and noise.numel() > 0:
             x0 = self.x0.detach().expand(self.loc.shape).reshape(rows, size)
             draws = noise.reshape(-1, rows, size)
-            noise = torch.stack([z[self.process.pairs(x0, z)] for z in draws]).reshape(shape)
+            paired = [z[_permutation(self.process.pairs(x0, z), x0)] for z in draws]
+            noise = torch.stack(paired).reshape(shape)
         return self.loc + self.scale * noise
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -165,3 +170,20 @@ class _CoupledStates(TorchDistribution):
     @property
     def variance(self) -> Tensor:
         raise self.process._lacks(Ability.INDEPENDENT)
+
+
+def _permutation(index: object, x0: Tensor) -> Tensor:
+    """Indices of noise for all rows of the data, checked."""
+    wanted = f"a permutation of 0 ... {len(x0) - 1}, ({len(x0)},) of torch.int64 on {x0.device}"
+    if not isinstance(index, Tensor):
+        raise ValueError(f"pairs: got {kind_of(index)}, expected {wanted}")
+    if index.shape != x0.shape[:1] or index.dtype != torch.int64 or index.device != x0.device:
+        raise ValueError(
+            f"pairs: got {tuple(index.shape)} of {index.dtype} on {index.device}, expected {wanted}"
+        )
+    if not torch.equal(index.sort().values, torch.arange(len(x0), device=x0.device)):
+        missing = len(x0) - len(index[(index >= 0) & (index < len(x0))].unique())
+        raise ValueError(
+            f"pairs: got indices that leave out {missing} draw(s) of noise, expected {wanted}"
+        )
+    return index
