@@ -28,6 +28,9 @@ KRYLOV: dict[str, Callable[..., Any]] = {
     "gmres": gmres,
 }
 MOST_DIRECT = 64  # residuals in a row up to which S is formed by default
+# Iterations of a Krylov solver by default, and the residual that conjugate gradients may leave, in standard
+# deviations of the noise: products through the denoiser cost a backward pass each, others next to nothing.
+THROUGH, BESIDE = (16, 0.005), (128, 0.001)
 
 
 class Solved(NamedTuple):
@@ -73,8 +76,10 @@ class GaussianConditioning(GuidedDenoiser):
 
     ``solver="direct"`` forms S: m backward passes through the program (and, for MMPS, as many through the
     denoiser), and eigenvalues of S are kept at 1 or more, where they are for an exact denoiser. ``"cg"`` and
-    ``"gmres"`` take ``iterations`` products with S instead. log det S wants S itself, so :meth:`twisted` is
-    always direct.
+    ``"gmres"`` take products with S instead. By default conjugate gradients go on until the residual of the
+    system is small beside the noise, root mean square over a row: a thousandth of it, or 128 products, where
+    V does not go through the denoiser; five thousandths, or 16 products, where it does. log det S wants S
+    itself, so :meth:`twisted` is always direct.
 
     :math:`(\sigma^2/\alpha) J` of a network is no covariance: it is neither symmetric nor positive. Where
     :math:`B V B^T` is negative the shift has no part (``cg`` stops there), and where
@@ -93,7 +98,7 @@ class GaussianConditioning(GuidedDenoiser):
         likelihood: a :class:`~pyro_diffusion.likelihoods.Likelihood` with residuals: Normal sites have
             them, other distributions deviance residuals.
         solver: ``"direct"``, ``"cg"`` or ``"gmres"``; by default direct up to 64 residuals in a row, else cg.
-        iterations: of a Krylov solver.
+        iterations: of a Krylov solver, so many; None for the rule above (gmres: 16).
         full_gradient: whether the shift follows the whole log-twist (always direct).
 
     Raises:
@@ -111,7 +116,7 @@ class GaussianConditioning(GuidedDenoiser):
         likelihood: Likelihood,
         *,
         solver: str | None = None,
-        iterations: int = 8,
+        iterations: int | None = None,
         full_gradient: bool = False,
     ) -> None:
         super().__init__(denoiser)
@@ -124,12 +129,18 @@ class GaussianConditioning(GuidedDenoiser):
                 f"full_gradient: got True for {type(self).__name__}, solver={solver!r}, expected a method "
                 "through the denoiser and solver='direct'"
             )
-        self.solver, self.iterations = solver, check_positive_int("iterations", iterations)
+        if iterations is not None:
+            check_positive_int("iterations", iterations)
+        self.solver, self.iterations = solver, iterations
         self.full_gradient = bool(full_gradient)
 
     def covariance(self, at: LinearizedDenoiser, level: Level, v: Tensor) -> Tensor:
         """V v in data space."""
         raise NotImplementedError
+
+    def multiplies_by_jacobian(self, at: LinearizedDenoiser) -> bool:
+        """Whether products with V are backward passes through the denoiser."""
+        return at.through
 
     def shift(self, at: LinearizedDenoiser, level: Level, solved: Solved) -> Tensor:
         """G B^T S^{-1} r in data space: how far the posterior's mean is from the prior's."""
@@ -155,7 +166,7 @@ class GaussianConditioning(GuidedDenoiser):
         at, level = self._linearized(xt, t, context)
         solver = self.solver or ("direct" if at.size <= MOST_DIRECT else "cg")
         direct = solver == "direct"
-        solved = self._direct(at, level)[0] if direct else self._iterated(at, level, KRYLOV[solver])
+        solved = self._direct(at, level)[0] if direct else self._iterated(at, level, solver)
         with torch.no_grad():
             return self.posterior(at, level, solved)
 
@@ -200,14 +211,21 @@ class GaussianConditioning(GuidedDenoiser):
         solved = Solved(at.combined(rows, u), self._within(at, at.combined(images, u), pushed))
         return solved, log_evidence + at.log_normalizer
 
-    def _iterated(self, at: LinearizedDenoiser, level: Level, solver: Callable[..., Any]) -> Solved:
+    def _iterated(self, at: LinearizedDenoiser, level: Level, solver: str) -> Solved:
         def apply(p: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
             pulled = at.pull(p)
             image = self.covariance(at, level, pulled)
             pushed, lead = at.push(image), p.shape[:-1]
             return p + pushed, (pulled.reshape(*lead, -1), image.reshape(*lead, -1), pushed)
 
-        pulled, image, pushed = solver(apply, at.residual, self.iterations).images
+        options: dict[str, Any] = {}
+        iterations = self.iterations
+        if iterations is None:
+            beside = solver == "cg" and not self.multiplies_by_jacobian(at)
+            iterations, tolerance = BESIDE if beside else THROUGH
+            if solver == "cg":
+                options["tolerance"] = tolerance
+        pulled, image, pushed = KRYLOV[solver](apply, at.residual, iterations, **options).images
         image = image.reshape(at.mean.shape)
         return Solved(pulled.reshape(at.mean.shape), self._within(at, image, pushed))
 
@@ -267,6 +285,10 @@ class PiGDM(GaussianConditioning):
             return v * at.variance
         s2 = 1.0 if self.data_variance is None else self.data_variance
         return v * (s2 * level.sigma**2 / (s2 * level.alpha**2 + level.sigma**2))
+
+    def multiplies_by_jacobian(self, at: LinearizedDenoiser) -> bool:
+        """Not V, but the shift."""
+        return False
 
     def shift(self, at: LinearizedDenoiser, level: Level, solved: Solved) -> Tensor:
         """Through the denoiser."""
@@ -329,7 +351,7 @@ class TMPD(MMPS):
         solved = Solved(pulled, self._within(at, image, at.push(image)))
         return solved, log_evidence + at.log_normalizer
 
-    def _iterated(self, at: LinearizedDenoiser, level: Level, solver: Callable[..., Any]) -> Solved:
+    def _iterated(self, at: LinearizedDenoiser, level: Level, solver: str) -> Solved:
         return self._direct(at, level)[0]
 
 

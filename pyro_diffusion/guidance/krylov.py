@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.precision import matmul
-from pyro_diffusion.validation import check_positive_int, check_tensor
+from pyro_diffusion.validation import check_number, check_positive_int, check_tensor
 
 __all__ = ["KrylovSolution", "conjugate_gradients", "gmres"]
 
@@ -26,13 +26,17 @@ class KrylovSolution(NamedTuple):
     images: tuple[Tensor, ...]
 
 
+LOOK_EVERY = 4  # iterations between two looks whether all rows are done: each waits for the device
+
+
 def conjugate_gradients(
-    apply: Apply, b: Tensor, iterations: int, least: float = 0.0
+    apply: Apply, b: Tensor, iterations: int, least: float = 0.0, tolerance: float = 0.0
 ) -> KrylovSolution:
     r"""Conjugate gradients for :math:`S u = b`, S symmetric and positive definite.
 
     Every row has steps of its own and stays put once it has converged: it never depends on its batch-mates.
-    Exact after m iterations, or as many as S has distinct eigenvalues; no wait for a device.
+    Exact after m iterations, or as many as S has distinct eigenvalues. Without a tolerance no wait for a
+    device.
 
     Args:
         apply: p -> (S p, images), the images linear in p and of shapes whose leading dimensions are b's rows.
@@ -40,25 +44,32 @@ def conjugate_gradients(
         iterations: number of iterations, one call of ``apply`` each.
         least: what no eigenvalue of S is below. A row whose direction p denies it, by
             :math:`p^T S p \le \text{least}\,|p|^2`, stops there.
+        tolerance: a row stops where the root mean square of :math:`b - S u` is no larger; ``iterations`` is
+            then the most that are made, and one the least.
 
     Raises:
-        ValueError: if iterations < 1, or b holds no numbers of single or double precision.
+        ValueError: if iterations < 1 or tolerance < 0, or b holds no numbers of single or double precision.
 
     References:
         Hestenes & Stiefel, 1952.
     """
     check_positive_int("iterations", iterations)
+    check_number("tolerance", tolerance, at_least=0)
     _check_sides(b)
     u, residual, direction = torch.zeros_like(b), b, b
     images: tuple[Tensor, ...] = ()
     energy = b.square().sum(-1, keepdim=True)
-    start = energy
-    for _ in range(iterations):
+    # Below rounding, or small enough.
+    enough = ((_resolution(b) ** 2) * energy).clamp(min=tolerance**2 * b.shape[-1])
+    for iteration in range(iterations):
+        looks = tolerance > 0 and iteration > 0 and iteration % LOOK_EVERY == 0
+        if looks and not bool((energy > enough).any()):
+            break
         product, found = apply(direction)
         curvature = (direction * product).sum(-1, keepdim=True)
-        # Below rounding, or where S is not what it should be: this row is done.
+        # A row is done, too, where S is not what it should be.
         floor = least * direction.square().sum(-1, keepdim=True)
-        going = (energy > _resolution(b) ** 2 * start) & (curvature > floor)
+        going = (energy > enough) & (curvature > floor)
         step = torch.where(going, energy / torch.where(going, curvature, 1.0), 0.0)
         u = u + step * direction
         images = _add(images, step, found)
