@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import Categorical, Delta, Normal, TorchDistribution
@@ -15,6 +15,7 @@ from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.precision import PreciseModule
 from pyro_diffusion.processes import Ability, ForwardProcess
 from pyro_diffusion.processes.abilities import require
+from pyro_diffusion.processes.conditioned_normal import normal_from, normal_tensors
 from pyro_diffusion.processes.multivariate_t import DiagonalStudentT
 from pyro_diffusion.processes.string_distributions import Insertions
 from pyro_diffusion.schedules import Level
@@ -29,7 +30,12 @@ class Decoder(DefinedModule, PreciseModule):
 
     A decoder never evaluates a network: it widens the denoiser's posterior at t_0 until it has a density
     (or a probability) over data.
+
+    Attributes:
+        keeps_x0: whether data are x_0 itself.
     """
+
+    keeps_x0: ClassVar[bool] = False
 
     def check_process(self, process: ForwardProcess) -> None:
         """Refuse a process of other data; by default any process will do.
@@ -90,6 +96,8 @@ class NormalDecoder(Decoder):
     :math:`\hat x_0`, such as :math:`\mathcal N(\hat x_0, \sigma^2/\alpha^2)`.
     """
 
+    keeps_x0 = True
+
     def check_process(self, process: ForwardProcess) -> None:
         """Refuse a process whose data are no real numbers."""
         require(process, Ability.NUMBERS, argument="decoder", by=self)
@@ -116,9 +124,8 @@ class NormalDecoder(Decoder):
         return Normal(mean, scale, validate_args=False).to_event(process.event_dim)
 
     def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:
-        """Location and scale of every coordinate, and the degrees of freedom of Student-t noise."""
-        base = per_coordinate(kernel)
-        own = {"loc": base.loc, "scale": base.scale}
+        """Location and scale of every coordinate, and what else a normal or Student-t distribution has."""
+        own, base = normal_tensors(kernel), per_coordinate(kernel)
         if isinstance(base, DiagonalStudentT):
             own["df"] = torch.full_like(base.loc, base.df)
         return own
@@ -128,7 +135,7 @@ class NormalDecoder(Decoder):
         if "df" in tensors:
             df = float(tensors["df"].flatten()[0])
             return DiagonalStudentT(df, tensors["loc"], tensors["scale"], event_dim)
-        return Normal(**tensors, validate_args=False).to_event(event_dim)
+        return normal_from(tensors, event_dim)
 
     def baseline(self, t: Level, event_shape: torch.Size) -> Tensor | float:
         """Entropy of the evidence, the sum of (log(2 pi e) - log-SNR)/2: very negative, the same for all."""

@@ -7,6 +7,7 @@ from pyro.distributions import Delta, Normal, TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.guidance.proposal import Readings
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.processes import Ability
 from pyro_diffusion.processes.abilities import require
@@ -30,11 +31,14 @@ class Twisted(NamedTuple):
         prior: the denoiser's own :math:`p(x_0 | x_t)`.
         posterior: an approximation of :math:`p(x_0 | x_t, y)`.
         log_twist: an approximation of :math:`\log p(y | x_t)` in nats, the shape that the likelihood gives.
+        readings: the observations as linearized readings of x_0, where the method makes them: they say how
+            far particles may spread.
     """
 
     prior: TorchDistribution
     posterior: TorchDistribution
     log_twist: Tensor
+    readings: Readings | None = None
 
 
 class GuidedDenoiser(Denoiser):

@@ -13,6 +13,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, shift_mean
 from pyro_diffusion.guidance.krylov import conjugate_gradients, gmres
 from pyro_diffusion.guidance.linearized_denoiser import LinearizedDenoiser
+from pyro_diffusion.guidance.proposal import Readings
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.base import check_likelihood
 from pyro_diffusion.likelihoods.linearization import SLACK, solve
@@ -39,10 +40,12 @@ class Solved(NamedTuple):
     Attributes:
         pulled: B^T S^{-1} r, data space.
         image: V B^T S^{-1} r, data space.
+        readings: what was solved, where it was formed.
     """
 
     pulled: Tensor
     image: Tensor
+    readings: Readings | None = None
 
 
 class GaussianConditioning(GuidedDenoiser):
@@ -157,7 +160,8 @@ class GaussianConditioning(GuidedDenoiser):
             return self._full(at, level)
         solved, log_twist = self._direct(at, level)
         with torch.no_grad():
-            return Twisted(at.prior, self.posterior(at, level, solved), log_twist)
+            posterior = self.posterior(at, level, solved)
+            return Twisted(at.prior, posterior, log_twist, solved.readings)
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The posterior over x_0 given x_t and y, batch and event shape of xt, detached."""
@@ -205,11 +209,11 @@ class GaussianConditioning(GuidedDenoiser):
         """The system solved, and the log-twist."""
         rows = at.rows()
         images = torch.stack([self.covariance(at, level, row) for row in rows])
-        gap = matmul(at.flat(images), at.flat(rows).mT)
-        u, log_evidence = solve(gap, at.residual)
-        pushed = matmul(u.unsqueeze(-2), gap).squeeze(-2)
-        solved = Solved(at.combined(rows, u), self._within(at, at.combined(images, u), pushed))
-        return solved, log_evidence + at.log_normalizer
+        readings = Readings.of(at.residual, at.flat(rows), at.flat(images))
+        u, log_evidence = solve(readings.gap, at.residual)
+        pushed = matmul(u.unsqueeze(-2), readings.gap).squeeze(-2)
+        image = self._within(at, at.combined(images, u), pushed)
+        return Solved(at.combined(rows, u), image, readings), log_evidence + at.log_normalizer
 
     def _iterated(self, at: LinearizedDenoiser, level: Level, solver: str) -> Solved:
         def apply(p: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -10,13 +10,15 @@ from pyro.infer.smcfilter import SMCFailed
 from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.guidance import GuidedDenoiser
+from pyro_diffusion.guidance import GuidedDenoiser, Twisted
+from pyro_diffusion.guidance.proposal import told, told_at_last
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.schedules.base import Grid, table_row
 
 __all__ = ["Proposal", "Target", "TwistedChain"]
 
-# Every twist is raised by this share of the particles' mean: one that a twist misjudges can come back.
+# Twists are raised by what gives a particle this share of the mean weight: one that a twist misjudges can
+# come back.
 SPARED = 0.01
 
 
@@ -63,31 +65,35 @@ class TwistedChain:
         level = self.grid.row(stage)
         x, context = self.diffusion.with_context(x)
         twisted = self.guided.twisted(x, level, **context)
-        for name in ("prior", "posterior"):
-            posterior: TorchDistribution = getattr(twisted, name)
-            if stage > 0:
-                row = table_row(self.coefficients, stage - 1)
-                kernel = self.process.combine(x, posterior, row)
-                tensors = self.process.kernel_tensors(self._per_particle(kernel, x))
-            else:
-                decoder = self.diffusion.decoder
-                kernel = decoder(posterior, level, self.process)
-                tensors = decoder.kernel_tensors(self._per_particle(kernel, x))
+        kernels = self._kernels(x, twisted, stage)
+        source = self.process if stage > 0 else self.diffusion.decoder
+        for name, kernel in kernels.items():
             for key in [key for key in state if key.startswith(f"{name}.")]:
                 del state[key]
+            tensors = source.kernel_tensors(self._per_particle(kernel, x))
             for key, tensor in tensors.items():
                 state[f"{name}.{key}"] = tensor.contiguous()
-        return self._spared(twisted.log_twist.to(torch.float64))
+        return twisted.log_twist
 
-    def _spared(self, log_twist: Tensor) -> Tensor:
-        """The twist, raised by a share of what it is on average over the particles of a filter.
+    def _kernels(self, x: Tensor, twisted: Twisted, stage: int) -> dict[str, TorchDistribution]:
+        """The kernels that leave a state at t_stage: the chain's own and the proposal."""
+        readings, both = twisted.readings, (twisted.prior, twisted.posterior)
+        if stage > 0:
+            row: Any = table_row(self.coefficients, stage - 1)
+            own, guided = (self.process.combine(x, posterior, row) for posterior in both)
+            if readings is not None and readings.fit(guided):
+                guided = told(guided, readings, row.x0)
+        else:
+            decoder, level = self.diffusion.decoder, self.grid.row(stage)
+            own, guided = (decoder(posterior, level, self.process) for posterior in both)
+            if readings is not None and decoder.keeps_x0 and readings.fit(own):
+                guided = told_at_last(own, readings)
+        return {"prior": own, "posterior": guided}
 
-        Any positive twist that is a function of the particles leaves the evidence unbiased.
-        """
-        dims = [0, *range(1 + len(self.filters), log_twist.dim())]
-        count = math.prod(log_twist.shape[d] for d in dims)
-        least = log_twist.logsumexp(dims, keepdim=True) + math.log(SPARED / count)
-        return torch.logaddexp(log_twist, least.where(least > -math.inf, 0.0))
+    def per_filter(self, log_prob: Tensor) -> Tensor:
+        """One number a particle and filter, (N,) + filters, in double precision."""
+        shape = (len(log_prob), *self.filters, -1)
+        return log_prob.to(torch.float64).reshape(shape).sum(-1)
 
     def _per_particle(self, kernel: TorchDistribution, x: Tensor) -> TorchDistribution:
         """A kernel at the full batch shape of the states: a filter resamples by the leading dimension."""
@@ -110,10 +116,8 @@ class TwistedChain:
             x: the state that comes next.
             place: its place in the path, 0 at t_K.
         """
-        shape = (*state._log_weights.shape, -1)
         kernel = self.kernel(state, "prior", self.diffusion.steps - place)
-        log_prob = kernel.log_prob(x).reshape(shape).sum(-1)
-        return log_prob - state["log_twist"].reshape(shape).sum(-1)
+        return self.per_filter(kernel.log_prob(x)) - self.per_filter(state["log_twist"])
 
 
 class Proposal:
@@ -140,15 +144,37 @@ class Target:
     def init(self, state: Any, stage: int) -> None:
         """The prior at t_K, and its twist."""
         x = pyro.sample("x", self.chain.prior.expand_by((state._num_particles,)))
-        self._weigh(state, x, self.chain.evaluate(state, x, stage))
+        log_twist = self.chain.evaluate(state, x, stage)
+        self._weigh(state, x, self._spared(state, torch.zeros(()), log_twist))
 
     def step(self, state: Any, stage: int) -> None:
         """The chain's own kernel to t_stage and the twist there; below 0, the data and their likelihood."""
-        x = pyro.sample("x", self.chain.kernel(state, "prior", stage))
+        kernel = self.chain.kernel(state, "prior", stage)
+        x = pyro.sample("x", kernel)
         if stage >= 0:
-            self._weigh(state, x, self.chain.evaluate(state, x, stage))
+            proposal = self.chain.kernel(state, "posterior", stage)
+            ratio = self.chain.per_filter(kernel.log_prob(x) - proposal.log_prob(x))
+            log_twist = self.chain.evaluate(state, x, stage)
+            self._weigh(state, x, self._spared(state, ratio, log_twist))
         else:
             self._weigh(state, x, self.chain.likelihood.log_prob(self.chain.encoded(x)))
+
+    def _spared(self, state: Any, ratio: Tensor, log_twist: Tensor) -> Tensor:
+        """The twist, raised where it leaves a particle less than a share of the mean weight of its filter.
+
+        Any positive twist that is a function of the particles leaves the evidence unbiased.
+        """
+        base = state._log_weights + ratio
+        if "log_twist" in state:
+            base = base - self.chain.per_filter(state["log_twist"])
+        own = self.chain.per_filter(log_twist)
+        mean = (base + own).logsumexp(0) - math.log(len(base))
+        least = math.log(SPARED) + mean - base
+        raised = torch.logaddexp(own, least.where(least < math.inf, -math.inf))
+        # A twist that denies all particles says nothing.
+        raised = raised.where(mean != -math.inf, 0.0)
+        plates = len(self.chain.diffusion.batch_shape) + 1 - base.dim()
+        return raised.reshape(*base.shape, *(1,) * plates)
 
     def _weigh(self, state: Any, x: Tensor, log_twist: Tensor) -> None:
         """The new twist in place of the old."""

@@ -84,10 +84,15 @@ class TwistedSMC:
     twist, random ones included; averages are consistent, with a bias of order 1/N. Bad guidance costs
     effective sample size, asymptotically nothing else; with few particles it shows as a log-evidence that
     is too low under an error bar that is too small, so compare two numbers of particles. Guidance must not
-    deny what prior and likelihood allow (none here does). Each twist is raised by 1 % of its mean over the
-    particles, so that what it wrongly denies can come back. :meth:`run` raises where no particle is left,
-    whose evidence would be 0: unbiased is meant with that counted. What remains is the chain's own
+    deny what prior and likelihood allow (none here does). A twist is raised by what gives its particle 1 % of
+    the mean weight, so that what it wrongly denies can come back. :meth:`run` raises where no particle is
+    left, whose evidence would be 0: unbiased is meant with that counted. What remains is the chain's own
     difference from the data's distribution.
+
+    Guidance that linearizes the observations (:class:`~pyro_diffusion.guidance.MMPS` and its kin, where each
+    datum has its own) gives q their covariance, too: the kernel times the next twist, as far as both are
+    normal. For normal data and linear readings weights then vary by that of x at t_K alone, with any number
+    of readings, however sharp.
 
     One network evaluation per step and particle. A plate of data whose likelihood factorizes over it gets one
     filter per datum, all run together; otherwise particles weigh all of the plate jointly.

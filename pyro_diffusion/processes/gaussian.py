@@ -9,6 +9,7 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
 from pyro_diffusion.processes.abilities import Ability
+from pyro_diffusion.processes.conditioned_normal import normal_from, normal_tensors
 from pyro_diffusion.processes.levels import Rates, check_order
 from pyro_diffusion.processes.linear import BridgeCoefficients, LinearProcess
 from pyro_diffusion.schedules import Level
@@ -74,13 +75,12 @@ class GaussianProcess(LinearProcess):
         return self.noised(c.xt * xt + c.x0 * base.mean, variance.sqrt())
 
     def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:
-        """Mean and standard deviation of every coordinate."""
-        base = per_coordinate(kernel)
-        return {"loc": base.loc, "scale": base.scale}
+        """Mean and standard deviation of every coordinate, and the factor of a kernel that has one."""
+        return normal_tensors(kernel)
 
     def kernel_from(self, tensors: Mapping[str, Tensor]) -> TorchDistribution:
         """The normal of such moments."""
-        return self.noised(tensors["loc"], tensors["scale"])
+        return normal_from(tensors, self.event_dim)
 
     def divergence_rate(
         self, x0: Tensor, xt: Tensor, posterior: TorchDistribution, rates: Rates
