@@ -257,8 +257,11 @@ def test_context_is_flattened_and_broadcast():
 
 
 def test_exact_denoisers_ignore_context():
-    exact()(torch.zeros(2), 0.5, label=torch.tensor(1))
-    table(Uniform)()(torch.zeros(3, dtype=torch.int64), 0.5, label=torch.tensor(1))
+    label = {"label": torch.tensor(1)}
+    x, symbols = torch.zeros(2), torch.zeros(3, dtype=torch.int64)
+    assert torch.equal(exact()(x, 0.5, **label).mean, exact()(x, 0.5).mean)
+    means = [table(Uniform)()(symbols, 0.5, **k).base_dist.probs for k in ({}, label)]
+    assert torch.equal(*means)
 
 
 # Gaussian denoisers
@@ -578,4 +581,5 @@ def test_quantized_broadcasts_its_value():
 
 
 def test_a_table_in_float64_takes_a_number_as_time():
-    table(Uniform)().double()(torch.zeros(3, dtype=torch.int64), 0.4)
+    posterior = table(Uniform)().double()(torch.zeros(3, dtype=torch.int64), 0.4)
+    assert posterior.base_dist.probs.dtype == torch.float64

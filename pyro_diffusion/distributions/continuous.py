@@ -1,15 +1,19 @@
 """What the views in continuous time share: a bound whose reverse term is an integral over time."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.distributions.base import kept_uniform
 from pyro_diffusion.distributions.bounded import BoundedDistribution
+from pyro_diffusion.distributions.decoders import Decoder
 from pyro_diffusion.distributions.objectives import DecoderStep
-from pyro_diffusion.processes import draw
+from pyro_diffusion.processes import Ability, draw
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.processes.levels import Rates
-from pyro_diffusion.validation import check_expands, check_tensor, check_times
+from pyro_diffusion.validation import Shape, check_expands, check_tensor, check_times
 
 __all__ = ["ContinuousDistribution"]
 
@@ -17,9 +21,40 @@ __all__ = ["ContinuousDistribution"]
 class ContinuousDistribution(BoundedDistribution):
     r"""A latent path in continuous time, whose reverse term is the integral of the process's divergence rate.
 
-    A subclass may say at which times positions evaluate the network (``_time``) and how slopes get their
-    gradients (``_rates``).
+    A subclass says what the process has to be (``_needs``), and may say at which times positions evaluate
+    the network (``_time``) and how slopes get their gradients (``_rates``).
+
+    Args:
+        denoiser: posterior p(x_0 | x_t).
+        event_shape: shape of one datum.
+        decoder: p(x | x_{t_0}); by default normal for Gaussian processes, categorical otherwise.
+        context: tensors for the denoiser.
+        validate_args: whether to check arguments and values.
     """
+
+    _needs: ClassVar[Ability]
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        event_shape: Shape,
+        *,
+        decoder: Decoder | None,
+        context: dict[str, Tensor] | None,
+        validate_args: bool | None,
+    ) -> None:
+        if isinstance(denoiser, Denoiser):
+            needs, by = self._needs, type(denoiser).__name__
+            require(denoiser.process, needs, argument="denoiser", by=by)
+        super().__init__(
+            denoiser,
+            event_shape,
+            times=kept_uniform(1, torch.get_default_dtype()),
+            decoder=decoder,
+            objective=None,
+            context=context,
+            validate_args=validate_args,
+        )
 
     def bound_terms(self, value: Tensor, t: Tensor | float) -> Tensor:
         r"""The reverse term's integrand at given times, from a fresh draw of its noise (nats per unit t).

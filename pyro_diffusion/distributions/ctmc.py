@@ -11,7 +11,6 @@ from pyro_diffusion.distributions.continuous import ContinuousDistribution
 from pyro_diffusion.distributions.decoders import Decoder
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.processes import Ability
-from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.processes.levels import Rates
 from pyro_diffusion.samplers import Ancestral, Sampler, simulate
 from pyro_diffusion.samplers.base import check_sampler
@@ -81,6 +80,7 @@ class DiffusionCTMC(ContinuousDistribution):
 
     _arguments: ClassVar[tuple[str, ...]] = ("steps", "sampler", "decoder", "context")
     _shown: ClassVar[tuple[str, ...]] = ("steps",)
+    _needs = Ability.JUMPS
 
     def __init__(
         self,
@@ -93,20 +93,10 @@ class DiffusionCTMC(ContinuousDistribution):
         context: dict[str, Tensor] | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        if isinstance(denoiser, Denoiser):
-            require(
-                denoiser.process, Ability.JUMPS, argument="denoiser", by=type(denoiser).__name__
-            )
         self.steps = check_positive_int("steps", steps)
         self.sampler = Ancestral() if sampler is None else check_sampler(sampler)
         super().__init__(
-            denoiser,
-            event_shape,
-            times=kept_uniform(1, torch.get_default_dtype()),
-            decoder=decoder,
-            objective=None,
-            context=context,
-            validate_args=validate_args,
+            denoiser, event_shape, decoder=decoder, context=context, validate_args=validate_args
         )
 
     def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.distributions.base import kept_uniform
 from pyro_diffusion.distributions.continuous import ContinuousDistribution
 from pyro_diffusion.distributions.decoders import Decoder
 from pyro_diffusion.distributions.shape_runs import shapes_only
@@ -14,7 +13,6 @@ from pyro_diffusion.dynamics import ReverseSDE, SDESolver
 from pyro_diffusion.dynamics.sde import check_eta
 from pyro_diffusion.dynamics.sde_solver import check_sde_solver
 from pyro_diffusion.processes import Ability
-from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.processes.levels import Rates
 from pyro_diffusion.validation import Shape
 
@@ -80,6 +78,7 @@ class DiffusionSDE(ContinuousDistribution):
 
     _arguments: ClassVar[tuple[str, ...]] = ("solver", "eta", "decoder", "context")
     _shown: ClassVar[tuple[str, ...]] = ("solver", "eta")
+    _needs = Ability.SDE
 
     def __init__(
         self,
@@ -92,18 +91,10 @@ class DiffusionSDE(ContinuousDistribution):
         context: dict[str, Tensor] | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        if isinstance(denoiser, Denoiser):
-            require(denoiser.process, Ability.SDE, argument="denoiser", by=type(denoiser).__name__)
         self.solver = SDESolver() if solver is None else check_sde_solver(solver)
         self.eta = check_eta(eta)
         super().__init__(
-            denoiser,
-            event_shape,
-            times=kept_uniform(1, torch.get_default_dtype()),
-            decoder=decoder,
-            objective=None,
-            context=context,
-            validate_args=validate_args,
+            denoiser, event_shape, decoder=decoder, context=context, validate_args=validate_args
         )
 
     def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from pyro.distributions import Delta, TorchDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
@@ -13,7 +12,6 @@ from pyro_diffusion.processes.linear import BridgeCoefficients, LinearProcess
 from pyro_diffusion.processes.noised import PARTS, Noised
 from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.unwrapping import per_coordinate
-from pyro_diffusion.validation import Shape
 
 __all__ = ["AnyNoise"]
 
@@ -93,27 +91,9 @@ class AnyNoise(LinearProcess):
         """The noise, scaled and shifted."""
         return Noised(self.noise, loc, scale, self.event_dim)
 
-    def prior(
-        self,
-        event_shape: Shape,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> TorchDistribution:
-        """The start at the scale of t = 1."""
-        zeros = torch.zeros(self.check_event(event_shape), dtype=dtype, device=device)
-        end = self._level_at(zeros.new_ones(()))
-        scale = torch.hypot(end.alpha, end.sigma)
-        return Noised(self.start or self.noise, zeros, scale, self.event_dim)
-
-    def base_distribution(
-        self,
-        event_shape: Shape,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> TorchDistribution:
-        """The start, by default the noise itself."""
-        zeros = torch.zeros(self.check_event(event_shape), dtype=dtype, device=device)
-        return Noised(self.start or self.noise, zeros, torch.ones_like(zeros), self.event_dim)
+    def started(self, loc: Tensor, scale: Tensor) -> TorchDistribution:
+        """The start, scaled and shifted; by default the noise."""
+        return Noised(self.start or self.noise, loc, scale, self.event_dim)
 
     def coefficients(self, s: Level, t: Level, eta: float = 1.0) -> BridgeCoefficients:
         """Weights of the bridge without noise.

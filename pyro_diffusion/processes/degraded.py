@@ -8,12 +8,11 @@ import torch
 from pyro.distributions import Delta, TorchDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
-from torch.distributions import constraints
 
 from pyro_diffusion.processes.abilities import Ability
-from pyro_diffusion.processes.base import ForwardProcess
 from pyro_diffusion.processes.levels import check_finite_ends
 from pyro_diffusion.processes.linear import ROUNDINGS
+from pyro_diffusion.processes.real import RealProcess
 from pyro_diffusion.schedules import Level, Schedule
 from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import Shape, check_finite, check_number, kind_of
@@ -41,7 +40,7 @@ class DegradedCoefficients(NamedTuple):
     reverse_variance: Tensor
 
 
-class DegradedGaussian(ForwardProcess):
+class DegradedGaussian(RealProcess):
     r""":math:`x_t = D_t(x_0) + \sigma_t \epsilon` for any operator D, linear or not, with :math:`D_0 = id`.
 
     .. math::
@@ -140,11 +139,6 @@ class DegradedGaussian(ForwardProcess):
             _check_prior(prior, event_dim)
         self._prior = prior
 
-    @property
-    def support(self) -> constraints.Constraint:
-        """Real numbers."""
-        return constraints.real
-
     def scales(self, level: Level) -> Level:
         """The schedule's, or constant noise beside a signal of scale 1."""
         if self.sigma is None:
@@ -220,16 +214,6 @@ class DegradedGaussian(ForwardProcess):
             )
         self._cache("precise", key)
 
-    def check_state(self, name: str, x: Tensor, values: bool = True) -> None:
-        """Refuse what cannot be a state: as the base does, and numbers that are not finite.
-
-        Raises:
-            ValueError: naming the argument.
-        """
-        super().check_state(name, x, values)
-        if values:
-            check_finite(name, x)
-
     def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
         """The distribution of x_t given x_0 (exact), a point without noise."""
         level = self.level(t, x0, state="x0")
@@ -258,11 +242,6 @@ class DegradedGaussian(ForwardProcess):
         zeros = torch.zeros(sizes, dtype=dtype, device=device)
         end = self._level_at(zeros.new_ones(()))
         return self.noised(zeros, torch.hypot(end.alpha, end.sigma))
-
-    def point_mass(self, x0: Tensor) -> TorchDistribution:
-        """Delta at x_0."""
-        self.check_state("x0", x0, values=False)
-        return Delta(x0, event_dim=self.event_dim, validate_args=False)
 
     def coefficients(self, s: Level, t: Level, eta: float = 1.0) -> DegradedCoefficients:
         """Weight of the noise and variances of the bridge.

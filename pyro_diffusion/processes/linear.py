@@ -4,14 +4,13 @@ import math
 from typing import NamedTuple
 
 import torch
-from pyro.distributions import Delta, TorchDistribution
+from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
 
-from pyro_diffusion.processes.base import ForwardProcess
 from pyro_diffusion.processes.levels import check_finite_ends
+from pyro_diffusion.processes.real import RealProcess
 from pyro_diffusion.schedules import Level
-from pyro_diffusion.validation import Shape, check_finite
+from pyro_diffusion.validation import Shape
 
 __all__ = ["BridgeCoefficients", "LinearProcess"]
 
@@ -36,7 +35,7 @@ class BridgeCoefficients(NamedTuple):
     variance: Tensor
 
 
-class LinearProcess(ForwardProcess):
+class LinearProcess(RealProcess):
     r""":math:`x_t = \alpha_t x_0 + \sigma_t z` with noise z of one distribution, that of ``noised(0, 1)``.
 
     The noise makes marginal and prior; the mean of the bridge is :math:`r\,x_t + k\,x_0` whatever it is.
@@ -45,11 +44,6 @@ class LinearProcess(ForwardProcess):
         schedule: signal and noise scales; chains need finite log-SNR at their ends.
         event_dim: number of rightmost dimensions that make one datum.
     """
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """Real numbers."""
-        return constraints.real
 
     def check_precision(self, dtype: torch.dtype, times: Tensor) -> None:
         """Refuse states that have no room for the least noise beside data of unit scale, or for the most.
@@ -79,16 +73,6 @@ class LinearProcess(ForwardProcess):
             )
         self._cache("precise", key)
 
-    def check_state(self, name: str, x: Tensor, values: bool = True) -> None:
-        """Refuse what cannot be a state: as the base does, and numbers that are not finite.
-
-        Raises:
-            ValueError: naming the argument.
-        """
-        super().check_state(name, x, values)
-        if values:
-            check_finite(name, x)
-
     def marginal(self, x0: Tensor, t: Tensor | Level) -> TorchDistribution:
         """The distribution of x_t given x_0 (exact)."""
         level = self.level(t, x0, state="x0")
@@ -100,10 +84,14 @@ class LinearProcess(ForwardProcess):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> TorchDistribution:
-        """The noise at the scale that data of the noise's own scale have at t = 1."""
+        """The start at the scale that data of the noise's own scale have at t = 1."""
         zeros = torch.zeros(self.check_event(event_shape), dtype=dtype, device=device)
         end = self._level_at(zeros.new_ones(()))
-        return self.noised(zeros, torch.hypot(end.alpha, end.sigma))
+        return self.started(zeros, torch.hypot(end.alpha, end.sigma))
+
+    def started(self, loc: Tensor, scale: Tensor) -> TorchDistribution:
+        """The distribution of loc + scale z of a start z of generation, by default the noise."""
+        return self.noised(loc, scale)
 
     def base_distribution(
         self,
@@ -111,14 +99,9 @@ class LinearProcess(ForwardProcess):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> TorchDistribution:
-        """The noise itself."""
+        """The start itself, by default the noise."""
         zeros = torch.zeros(self.check_event(event_shape), dtype=dtype, device=device)
-        return self.noised(zeros, torch.ones_like(zeros))
-
-    def point_mass(self, x0: Tensor) -> TorchDistribution:
-        """Delta at x_0."""
-        self.check_state("x0", x0, values=False)
-        return Delta(x0, event_dim=self.event_dim, validate_args=False)
+        return self.started(zeros, torch.ones_like(zeros))
 
     def coefficients(self, s: Level, t: Level, eta: float = 1.0) -> BridgeCoefficients:
         """Weights and variance of the bridge; differences of nearby times do not cancel.
