@@ -121,8 +121,34 @@ def test_kneser_ney_is_a_distribution_over_symbols(monkeypatch):
     torch.testing.assert_close(after_zero, expected)
 
 
+def test_kneser_ney_discounts_by_counts(monkeypatch):
+    """By hand: 8 symbols once, 4 twice, 2 three times, 1 four times; discounts 1/2, 5/4, 2 and 2 again."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from text_baselines import KneserNey
+
+    counts = torch.tensor([1] * 8 + [2] * 4 + [3] * 2 + [4])
+    model = KneserNey(torch.arange(15).repeat_interleave(counts), 1, 15)
+    probs = model.log_prob(torch.tensor([[0], [8], [12], [14]])).exp()
+    # What is taken adds up to 15, one for each symbol.
+    expected = torch.tensor([1 - 0.5 + 1, 2 - 1.25 + 1, 3 - 2 + 1, 4 - 2 + 1]).double() / 26
+    torch.testing.assert_close(probs, expected)
+
+
+def test_kneser_ney_scores_windows_from_a_growing_past(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from text_baselines import KneserNey, kneser_ney
+
+    text = torch.randint(3, (200,), generator=torch.Generator().manual_seed(1)).cummax(0).values
+    text = torch.cat([text, text.flip(0) * torch.randint(2, (200,))])
+    windows = text.unfold(0, 5, 31)
+    one, two, three = (KneserNey(text, k, 3).log_prob for k in (1, 2, 3))
+    expected = one(windows[:, :1]) + two(windows[:, :2])
+    expected = expected + sum(three(windows[:, i : i + 3]) for i in range(3))
+    torch.testing.assert_close(kneser_ney(text, windows, 3, 3), expected)
+
+
 def test_autoregression_scores_each_symbol_from_those_before(monkeypatch):
-    """Summed over all strings, the probabilities are one."""
+    """Summed over all strings, the probabilities are one; each is that of the network, asked in turn."""
     monkeypatch.syspath_prepend(EXAMPLES)
     from text_baselines import Autoregressive
 
@@ -133,3 +159,9 @@ def test_autoregression_scores_each_symbol_from_those_before(monkeypatch):
     log_p = Autoregressive(network.double(), 4, start=3).log_prob(strings)
     assert abs(log_p.double().exp().sum() - 1) < 1e-5
     assert log_p.std() > 0.1
+    in_turn, before = 0.0, torch.full_like(strings, 3)
+    for i in range(4):
+        logits = network(before, torch.zeros(len(strings)))[:, i]
+        in_turn = in_turn + logits.log_softmax(-1).gather(-1, strings[:, i : i + 1]).squeeze(-1)
+        before[:, i + 1 : i + 2] = strings[:, i : i + 1]
+    torch.testing.assert_close(log_p.double(), in_turn.double(), rtol=1e-5, atol=1e-5)

@@ -10,6 +10,8 @@ from torch import Tensor
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.discrete import Quantized
 from pyro_diffusion.guidance.base import check_denoiser
+from pyro_diffusion.processes import Ability
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 
@@ -74,7 +76,10 @@ class ClassifierFreeGuidance(Denoiser):
         interval: tuple[float, float] | None = None,
         null: dict[str, Tensor | None] | None = None,
     ) -> None:
-        super().__init__(check_denoiser(denoiser).process)
+        process = check_denoiser(denoiser).process
+        if Ability.SYMBOLS not in process.abilities:  # logits, else means
+            require(process, Ability.NUMBERS, argument="denoiser", by=type(denoiser).__name__)
+        super().__init__(process)
         self.denoiser, self.scale = denoiser, check_scale(scale)
         self.interval = None if interval is None else _check_interval(interval)
         self.null = None if null is None else dict(null)

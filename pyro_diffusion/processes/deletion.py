@@ -233,6 +233,7 @@ def _by_string(counts: Tensor, y: Tensor, pad: int) -> Tensor:
 
     Before and after each of a run of equal symbols, another of them gives one string.
     """
+    y = y.expand(*counts.shape[:-2], y.shape[-1])  # one string under several contexts
     own = y[..., :-1]  # the symbol before gap g is y_{g-1}
     place = torch.arange(own.shape[-1], device=y.device)
     begins = torch.nn.functional.pad(own[..., 1:] != own[..., :-1], (1, 0), value=True)
