@@ -56,18 +56,22 @@ class LinearizedDenoiser(LinearizedLikelihood):
         with torch.set_grad_enabled(through), twice:
             self._xt = xt.detach().requires_grad_(through)
             prior = denoiser(self._xt, level, **context)
-            self._mean = prior.mean
+            self.prior = detached(prior)
+            point_mass = isinstance(per_coordinate(prior), Delta)
+            self.variance = None if point_mass else (prior if graph else self.prior).variance
+            self._mean = self._centre(prior.mean)
         self.through = through
         if through and not self._mean.requires_grad:
             raise ValueError(
                 f"denoiser: got a {type(denoiser).__name__} whose mean has no gradient in x_t, expected a "
                 "differentiable one (DiffPIR asks for none)"
             )
-        self.prior = detached(prior)
-        point_mass = isinstance(per_coordinate(prior), Delta)
-        self.variance = None if point_mass else (prior if graph else self.prior).variance
         self.matrix: Tensor | None = None
         super().__init__(likelihood.whitened, self._mean, graph)
+
+    def _centre(self, mean: Tensor) -> Tensor:
+        """Where the likelihood is linearized, given the denoiser's mean: there."""
+        return mean
 
     def back(self, v: Tensor) -> Tensor:
         """J^T v: data space to itself, through the denoiser."""

@@ -22,6 +22,7 @@ from pyro_diffusion.guidance import (
     SampledGuidance,
 )
 from pyro_diffusion.guidance.base import Guidance, check_guidance
+from pyro_diffusion.guidance.chain_moments import ChainMoments
 from pyro_diffusion.infer.particle_filter import ParticleFilter
 from pyro_diffusion.infer.particles import Particles
 from pyro_diffusion.infer.resampling import effective_ancestors, evidence_variance
@@ -103,6 +104,7 @@ class TwistedSMC:
             makes the target, whatever the guidance approximates.
         guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one; if
             None, :class:`~pyro_diffusion.guidance.MMPS` (for a denoiser that is not in closed form
+            :class:`~pyro_diffusion.guidance.chain_moments.ChainMoments`, with context
             :class:`~pyro_diffusion.guidance.CalibratedCovariance`) for Normal observations and deviance
             residuals, :class:`~pyro_diffusion.guidance.PlugIn` for other likelihoods with a gradient, else
             :class:`~pyro_diffusion.guidance.SampledGuidance`.
@@ -137,7 +139,7 @@ class TwistedSMC:
             )
         self.likelihood, self.progress = check_likelihood(likelihood), progress
         self.diffusion = diffusion.expand(likelihood.batch_shape)
-        guidance = default_guidance if guidance is None else guidance
+        guidance = self._default if guidance in (None, default_guidance) else guidance
         check_guidance(guidance)
         guided = guidance(diffusion.denoiser, likelihood)
         if not isinstance(guided, GuidedDenoiser):
@@ -148,6 +150,13 @@ class TwistedSMC:
         self._options = {"ess_threshold": ess_threshold, "systematic": systematic}
         self.num_particles = num_particles
         self.filter()  # refuse bad arguments now
+
+    def _default(self, denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
+        """The default of guides, with the moments of this chain where those of a network are uncertain."""
+        found = default_guidance(denoiser, likelihood)
+        if isinstance(found, CalibratedCovariance) and not self.diffusion.context:
+            return ChainMoments(denoiser, found.likelihood, times=self.diffusion.times)
+        return found
 
     def filter(self, kind: type[Filter] = ParticleFilter, **options: Any) -> Filter:  # type: ignore[assignment]
         """A fresh filter over the chain; drive it with :meth:`drive`, or by hand."""
