@@ -40,6 +40,8 @@ TINY = {
     "unsupervised_classes": "--steps 3 --chain 6",
     "model_comparison": "--prior prior --prior-settings='--steps 3 --classifier-steps 3 --batch 8 --width 8'"
     " --images 2 --chain 3 --particles 2",
+    "missing_data": "--steps 3 --batch 8 --width 8 --chain 4 --rows 3 --draws 4 --particles 4"
+    " --components 1 2",
 }
 # Warnings are errors there too, but for the one by which ArviZ 0.23 announces its 1.x series, and that of so
 # few particles.

@@ -159,7 +159,12 @@ def first_run(
     for node in sites:
         check_exact(node)
         if torch.is_tensor(node["value"]):
-            check_finite(f"site {node['name']!r}", node["value"])
+            try:
+                check_finite(f"site {node['name']!r}", node["value"])
+            except ValueError as error:
+                raise ValueError(
+                    f"{error} (for missing values: .mask, poutine.mask, obs_mask, or NanMaskedNormal)"
+                ) from None
     signature = signature_of(nodes, latents, _total(sites))
     idle = _idle(sites, run.drawn, [nodes[site.name]["value"], *_tensors(site.diffusion)])
     redraws = 1 if signature == known else REDRAWS
