@@ -31,7 +31,7 @@ KRYLOV: dict[str, Callable[..., Any]] = {
 MOST_DIRECT = 64  # residuals in a row up to which S is formed by default
 # Iterations of a Krylov solver by default, and the residual that conjugate gradients may leave, in standard
 # deviations of the noise: products through the denoiser cost a backward pass each, others next to nothing.
-THROUGH, BESIDE = (16, 0.005), (128, 0.001)
+THROUGH, BESIDE = (8, 0.005), (128, 0.001)
 
 
 class Solved(NamedTuple):
@@ -81,8 +81,9 @@ class GaussianConditioning(GuidedDenoiser):
     denoiser), and eigenvalues of S are kept at 1 or more, where they are for an exact denoiser. ``"cg"`` and
     ``"gmres"`` take products with S instead. By default conjugate gradients go on until the residual of the
     system is small beside the noise, root mean square over a row: a thousandth of it, or 128 products, where
-    V does not go through the denoiser; five thousandths, or 16 products, where it does. log det S wants S
-    itself, so :meth:`twisted` is always direct.
+    V does not go through the denoiser; five thousandths, or 8 products, where it does. There
+    they want a symmetric derivative, and may diverge for a trained network's; gmres, of 8 products, does not.
+    log det S wants S itself, so :meth:`twisted` is always direct.
 
     :math:`(\sigma^2/\alpha) J` of a network is no covariance: it is neither symmetric nor positive. Where
     :math:`B V B^T` is negative the shift has no part (``cg`` stops there), and where
@@ -100,8 +101,9 @@ class GaussianConditioning(GuidedDenoiser):
         denoiser: posterior p(x_0 | x_t) of the prior, under a process with Tweedie's formula.
         likelihood: a :class:`~pyro_diffusion.likelihoods.Likelihood` with residuals: Normal sites have
             them, other distributions deviance residuals.
-        solver: ``"direct"``, ``"cg"`` or ``"gmres"``; by default direct up to 64 residuals in a row, else cg.
-        iterations: of a Krylov solver, so many; None for the rule above (gmres: 16).
+        solver: ``"direct"``, ``"cg"`` or ``"gmres"``; by default direct up to 64 residuals in a row, else
+            gmres where V goes through the denoiser and cg where it does not.
+        iterations: of a Krylov solver, so many; None for the rule above.
         full_gradient: whether the shift follows the whole log-twist (always direct).
 
     Raises:
@@ -145,6 +147,12 @@ class GaussianConditioning(GuidedDenoiser):
         """Whether products with V are backward passes through the denoiser."""
         return at.through
 
+    def solver_at(self, at: LinearizedDenoiser) -> str:
+        """The solver asked for, or that of so many residuals and such a V."""
+        if self.solver is not None or at.size <= MOST_DIRECT:
+            return self.solver or "direct"
+        return "gmres" if self.multiplies_by_jacobian(at) else "cg"
+
     def shift(self, at: LinearizedDenoiser, level: Level, solved: Solved) -> Tensor:
         """G B^T S^{-1} r in data space: how far the posterior's mean is from the prior's."""
         return solved.image
@@ -168,7 +176,7 @@ class GaussianConditioning(GuidedDenoiser):
         if self.full_gradient:
             return self.twisted(xt, t, **context).posterior
         at, level = self._linearized(xt, t, context)
-        solver = self.solver or ("direct" if at.size <= MOST_DIRECT else "cg")
+        solver = self.solver_at(at)
         direct = solver == "direct"
         solved = self._direct(at, level)[0] if direct else self._iterated(at, level, solver)
         with torch.no_grad():
