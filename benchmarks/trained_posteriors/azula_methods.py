@@ -11,7 +11,7 @@ from azula.sample import DDPMSampler
 from torch import Tensor
 
 from pyro_diffusion.denoisers import GaussianDenoiser
-from trained_posteriors.prior import SHAPE, STEPS
+from trained_posteriors.prior import STEPS
 from trained_posteriors.problems import Problem
 
 OPTIONS: dict[str, Any] = {"steps": STEPS, "silent": True}
@@ -32,23 +32,24 @@ class SameLevels(Schedule):
 class SameNetwork(Denoiser):
     """The prior's posterior mean of images as vectors."""
 
-    def __init__(self, denoiser: GaussianDenoiser) -> None:
+    def __init__(self, denoiser: GaussianDenoiser, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.denoiser, self.schedule = denoiser, SameLevels(denoiser)
+        self.denoiser, self.schedule, self.shape = denoiser, SameLevels(denoiser), shape
 
     def forward(self, x_t: Tensor, t: Tensor, **context: Any) -> DiracPosterior:
         """A point mass."""
-        mean = self.denoiser(x_t.reshape(-1, *SHAPE), t.reshape(()).float()).mean
+        mean = self.denoiser(x_t.reshape(-1, *self.shape), t.reshape(()).float()).mean
         return DiracPosterior(mean=mean.reshape(x_t.shape))
 
 
 def operator(problem: Problem, x: Tensor) -> Tensor:
     """The forward operator on vectors."""
-    return problem.operator(x.unflatten(-1, SHAPE))
+    return problem.operator(x.unflatten(-1, problem.images.shape))
 
 
-def sample(sampler: Any, rows: int) -> Tensor:
-    return sampler(sampler.init((rows, 64)))
+def sample(sampler: Any, problem: Problem, rows: int) -> Tensor:
+    """Vectors, (rows, pixels)."""
+    return sampler(sampler.init((rows, problem.images.pixels)))
 
 
 def mmps(problem: Problem, denoiser: GaussianDenoiser, y: Tensor, count: int) -> Tensor:
@@ -56,8 +57,15 @@ def mmps(problem: Problem, denoiser: GaussianDenoiser, y: Tensor, count: int) ->
     assert problem.sd is not None
     noise = functools.partial(torch.mul, torch.tensor(problem.sd**2))
     rows = y.repeat(count, 1)
-    guided = MMPSDenoiser(SameNetwork(denoiser), rows, functools.partial(operator, problem), noise)
-    return sample(DDPMSampler(guided, **OPTIONS), len(rows)).reshape(count, len(y), *SHAPE)
+    guided = MMPSDenoiser(
+        SameNetwork(denoiser, problem.images.shape),
+        rows,
+        functools.partial(operator, problem),
+        noise,
+    )
+    return sample(DDPMSampler(guided, **OPTIONS), problem, len(rows)).reshape(
+        count, len(y), *problem.images.shape
+    )
 
 
 def pgdm(
@@ -68,14 +76,14 @@ def pgdm(
     inverse = torch.linalg.pinv(problem.matrix)
     rows = y.repeat(count, 1)
     sampler = PGDMSampler(
-        SameNetwork(denoiser),
+        SameNetwork(denoiser, problem.images.shape),
         rows,
         functools.partial(operator, problem),
         lambda v: v @ inverse.T,
         eta=eta,
         **OPTIONS,
     )
-    return sample(sampler, len(rows)).reshape(count, len(y), *SHAPE)
+    return sample(sampler, problem, len(rows)).reshape(count, len(y), *problem.images.shape)
 
 
 def dps(problem: Problem, denoiser: GaussianDenoiser, y: Tensor, count: int) -> Tensor:
@@ -83,10 +91,13 @@ def dps(problem: Problem, denoiser: GaussianDenoiser, y: Tensor, count: int) -> 
     drawn = []
     for row in y.repeat(count, 1):
         sampler = DPSSampler(
-            SameNetwork(denoiser), row[None], functools.partial(operator, problem), **OPTIONS
+            SameNetwork(denoiser, problem.images.shape),
+            row[None],
+            functools.partial(operator, problem),
+            **OPTIONS,
         )
-        drawn.append(sample(sampler, 1))
-    return torch.cat(drawn).reshape(count, len(y), *SHAPE)
+        drawn.append(sample(sampler, problem, 1))
+    return torch.cat(drawn).reshape(count, len(y), *problem.images.shape)
 
 
 METHODS = {"azula MMPS": mmps, "azula PGDM": pgdm, "azula DPS": dps}

@@ -12,10 +12,12 @@ from pyro_diffusion import samplers
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance import MMPS, TMPD, DataCovariance, DiffPIR, DPSStep, PiGDM, PlugIn
 from pyro_diffusion.guidance.base import Guidance
+from pyro_diffusion.guidance.calibration import calibrated, weight_sums
 from pyro_diffusion.infer import AutoGuidance, TwistedSMC
 from pyro_diffusion.likelihoods import Likelihood, ProgramLikelihood
 from trained_posteriors import references
-from trained_posteriors.prior import SHAPE, chain, digits
+from trained_posteriors.images import Images
+from trained_posteriors.prior import chain
 from trained_posteriors.problems import Problem
 
 Draw = Callable[..., Tensor]  # (problem, denoiser, y, count) -> (count, n) + SHAPE
@@ -32,20 +34,24 @@ def divergence_allowed() -> Iterator[None]:
         samplers.divergence.LARGEST_NOISE = limit
 
 
+def calibration(denoiser: Denoiser, images: Images) -> None:
+    """What the default finds out of a denoiser, once."""
+    calibrated(denoiser, torch.zeros(images.shape), {}, weight_sums(denoiser))
+
+
 def by_residuals(guidance: Guidance) -> Guidance:
     """On deviance residuals, which are a Normal site's own."""
     return lambda denoiser, likelihood: guidance(denoiser, likelihood.with_residuals("deviance"))
 
 
-def of_data(denoiser: Denoiser, likelihood: Likelihood) -> DataCovariance:
+def of_data(images: Images) -> Guidance:
     """The training images' covariance."""
-    covariance = digits()["train"].flatten(1).T.cov() + 1e-4 * torch.eye(64)
-    return DataCovariance(denoiser, likelihood, covariance=covariance)
+    return functools.partial(DataCovariance, covariance=images.covariance.float())
 
 
 def dps(denoiser: Denoiser, likelihood: Likelihood, zeta: float = 1.0) -> PlugIn:
     """By the paper's step rule."""
-    rule = DPSStep(zeta, chain(denoiser).times, squared_norm=False)
+    rule = DPSStep(zeta, chain(denoiser, likelihood.event_shape).times, squared_norm=False)
     return PlugIn(denoiser, likelihood, step_size=rule)
 
 
@@ -53,7 +59,7 @@ def guided(
     guidance: Guidance | None, problem: Problem, denoiser: Denoiser, y: Tensor, count: int
 ) -> Tensor:
     """Draws of the guided chain by ``Predictive``; NaN where sampling found no number."""
-    model = problem.program(chain(denoiser), y)
+    model = problem.program(chain(denoiser, problem.images.shape), y)
     guide = AutoGuidance(model, guidance)
     try:
         with divergence_allowed():
@@ -61,21 +67,20 @@ def guided(
     except ValueError as error:
         if "leaves the model" not in str(error):
             raise
-        return torch.full((count, len(y), *SHAPE), torch.nan)
+        return torch.full((count, len(y), *problem.images.shape), torch.nan)
 
 
 def particles(
     guidance: Guidance | None, problem: Problem, denoiser: Denoiser, y: Tensor, count: int
 ) -> Tensor:
     """Draws of as many particles as draws are asked for."""
-    prior = chain(denoiser)
+    prior = chain(denoiser, problem.images.shape)
     likelihood = ProgramLikelihood(problem.program(prior, y))
     return TwistedSMC(prior, likelihood, guidance, num_particles=count).run().sample((count,))
 
 
 GUIDANCE: dict[str, Guidance | None] = {
     "default": None,
-    "DataCovariance": by_residuals(of_data),
     "MMPS": by_residuals(MMPS),
     "MMPS 1 it.": by_residuals(functools.partial(MMPS, solver="cg", iterations=1)),
     "PiGDM": by_residuals(PiGDM),
@@ -85,9 +90,10 @@ GUIDANCE: dict[str, Guidance | None] = {
 }
 
 
-def methods() -> dict[str, Draw]:
+def methods(images: Images) -> dict[str, Draw]:
     """By name; those of azula where it is installed, references for linear problems alone."""
-    found: dict[str, Draw] = {k: functools.partial(guided, v) for k, v in GUIDANCE.items()}
+    choices = GUIDANCE | {"DataCovariance": by_residuals(of_data(images))}
+    found: dict[str, Draw] = {k: functools.partial(guided, v) for k, v in choices.items()}
     found["twisted SMC"] = functools.partial(particles, None)
     found["linear-Gaussian"] = lambda problem, denoiser, *args: references.linear_gaussian(
         problem, *args

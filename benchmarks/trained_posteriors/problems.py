@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
+from trained_posteriors.images import Images
 
-SIDE, PIXELS = 8, 64
 PEAK = 10.0  # counts of a white pixel
 
 
@@ -21,13 +21,15 @@ class Problem:
 
     Attributes:
         name: as printed.
-        operator: x -> the distribution's location, (..., 1, 8, 8) -> (..., m).
+        images: what is observed, and the data that the prior was trained on.
+        operator: x -> the distribution's location, (..., 1, side, side) -> (..., m).
         noise: location -> distribution of y, over (..., m).
         sd: of the noise, None for counts.
-        matrix: (m, 64) where the operator is linear.
+        matrix: (m, pixels) where the operator is linear.
     """
 
     name: str
+    images: Images
     operator: Callable[[Tensor], Tensor]
     noise: Callable[[Tensor], dist.TorchDistribution]
     sd: float | None = None
@@ -55,21 +57,21 @@ class Problem:
         return ((y - found.mean).square() / found.variance).mean(-1)
 
 
-def matrices() -> dict[str, Tensor]:
-    """The linear operators."""
-    generator = torch.Generator().manual_seed(0)
-    identity, at = torch.eye(PIXELS), torch.arange(float(SIDE))
-    seen = torch.randperm(PIXELS, generator=generator)[: round(0.3 * PIXELS)].sort().values
-    kernel = (-0.5 * (at - at.unsqueeze(-1)).square()).exp()
+def matrices(side: int) -> dict[str, Tensor]:
+    """The linear operators on images of a size; the blur is one pixel wide on 8x8 and two on 28x28."""
+    generator, pixels = torch.Generator().manual_seed(0), side**2
+    identity, at = torch.eye(pixels), torch.arange(float(side))
+    seen = torch.randperm(pixels, generator=generator)[: round(0.3 * pixels)].sort().values
+    kernel = (-0.5 * ((at - at.unsqueeze(-1)) / max(side // 14, 1)).square()).exp()
     kernel = kernel / kernel.sum(-1, keepdim=True)
 
     def pooling(factor: int) -> Tensor:
-        images = identity.reshape(PIXELS, 1, SIDE, SIDE)
+        images = identity.reshape(pixels, 1, side, side)
         return torch.nn.functional.avg_pool2d(images, factor).flatten(1).T.contiguous()
 
     return {
         "70 % missing": identity[seen],
-        "half missing": identity[: PIXELS // 2],
+        "half missing": identity[: pixels // 2],
         "2x down": pooling(2),
         "4x down": pooling(4),
         "blur": torch.kron(kernel, kernel),
@@ -90,17 +92,19 @@ def counting(x: Tensor) -> Tensor:
     return (PEAK * (x.flatten(-3) + 1) / 2).clamp(min=0.1)
 
 
-def problems() -> dict[str, Problem]:
-    """All problems by their names."""
-    found = {}
-    magnitudes = torch.randn(PIXELS // 2, PIXELS, generator=torch.Generator().manual_seed(1)) / 8
+@functools.cache
+def problems(images: Images) -> dict[str, Problem]:
+    """All problems of images by their names."""
+    found, pixels = {}, images.pixels
+    generator = torch.Generator().manual_seed(1)
+    magnitudes = torch.randn(pixels // 2, pixels, generator=generator) / images.side
     for sd in (0.05, 0.3):
         noise = functools.partial(dist.Normal, scale=sd)
-        for name, matrix in matrices().items():
+        for name, matrix in matrices(images.side).items():
             operator = functools.partial(linear, matrix)
-            found[f"{name}, {sd:g}"] = Problem(name, operator, noise, sd, matrix)
-        found[f"clipping, {sd:g}"] = Problem("clipping", clipping, noise, sd)
+            found[f"{name}, {sd:g}"] = Problem(name, images, operator, noise, sd, matrix)
+        found[f"clipping, {sd:g}"] = Problem("clipping", images, clipping, noise, sd)
         absolute = functools.partial(lambda a, x: linear(a, x).abs(), magnitudes)
-        found[f"abs, {sd:g}"] = Problem("abs(Ax)", absolute, noise, sd)
-    found["counts"] = Problem("counts", counting, dist.Poisson)
+        found[f"abs, {sd:g}"] = Problem("abs(Ax)", images, absolute, noise, sd)
+    found["counts"] = Problem("counts", images, counting, dist.Poisson)
     return found

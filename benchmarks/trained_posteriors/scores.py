@@ -41,7 +41,7 @@ def central_ranks(count: int) -> tuple[int, float]:
 
 
 def score(problem: Problem, draws: Tensor, truth: Tensor, y: Tensor) -> Scores:
-    """Scores of draws (count, n, 1, 8, 8) of the posteriors of n images."""
+    """Scores of draws (count, n, 1, side, side) of the posteriors of n images."""
     count, flat, x = len(draws), draws.flatten(2), truth.flatten(1)
     bad = ~(flat.isfinite() & (flat.abs() <= OUTSIDE)).all(-1)
     flat = torch.nan_to_num(flat, 0.0, OUTSIDE, -OUTSIDE).clamp(-OUTSIDE, OUTSIDE)
