@@ -13,6 +13,13 @@ from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import MMPS, TMPD, CalibratedCovariance, DataCovariance, DiffPIR
 from pyro_diffusion.guidance.calibration import DRAWS, KNOTS, calibrate, calibrated
 from pyro_diffusion.guidance.linear_estimate import LinearEstimate
+from pyro_diffusion.guidance.secant import (
+    CURVATURE,
+    Secant,
+    gains,
+    settings_by_error,
+    trial_errors,
+)
 from pyro_diffusion.infer import AutoGuidance
 from pyro_diffusion.infer.twisted_smc import default_guidance
 from pyro_diffusion.likelihoods import ProgramLikelihood
@@ -108,6 +115,15 @@ def test_a_wrong_derivative_is_caught_at_the_levels_where_it_is_wrong():
     assert_close(found.trusted, found.clocks > -1.0)
 
 
+class Scaled(DataCovariance):
+    """The linear estimate times a number."""
+
+    scale = 1.0
+
+    def covariance(self, at, level, v):
+        return self.scale * super().covariance(at, level, v)
+
+
 def test_a_trusted_level_is_mmps_and_another_the_linear_estimate():
     denoiser = Wiggling(mixture())
     guided = CalibratedCovariance(denoiser, likelihood(denoiser))
@@ -116,7 +132,10 @@ def test_a_trusted_level_is_mmps_and_another_the_linear_estimate():
     found = calibrated(denoiser, x[0], {})
     vectors = found.estimate.vectors
     covariance = vectors * found.estimate.values @ vectors.mT
-    linear = DataCovariance(denoiser, guided.likelihood, covariance=covariance)
+    linear = Scaled(denoiser, guided.likelihood, covariance=covariance)
+    settings = found.at(PROCESS.level(low, x))
+    assert settings.share == 0
+    linear.scale = settings.scale
     assert_close(guided(x, low).mean, linear(x, low).mean)
     assert_close(guided(x, high).mean, MMPS(denoiser, guided.likelihood)(x, high).mean)
     assert_close(guided.twisted(x, low).log_twist, linear.twisted(x, low).log_twist)
@@ -198,6 +217,91 @@ def test_real_numbers_as_context_are_not_calibrated():
 def test_full_gradient_is_refused():
     with pytest.raises(ValueError, match="full_gradient"):
         CalibratedCovariance(mixture(), likelihood(mixture()), full_gradient=True)
+
+
+# What is taken of a derivative that is no covariance.
+
+
+def spd(*batch):
+    root = torch.randn(*batch, 4, 4, dtype=F64)
+    return root @ root.mT + 0.1 * torch.eye(4, dtype=F64)
+
+
+def test_a_secant_keeps_a_covariance_positive_and_meets_its_equation():
+    torch.manual_seed(0)
+    v0, z = spd(20), torch.randn(20, 4, dtype=F64)
+    before = (v0 @ z.unsqueeze(-1)).squeeze(-1)
+    image = before * (0.7 + 0.6 * torch.rand(20, 1, dtype=F64)) + 0.1 * torch.randn(
+        20, 4, dtype=F64
+    )
+    curvature = (z * image).sum(-1) / (z * before).sum(-1)
+    fine = (curvature > 1 / CURVATURE) & (curvature < CURVATURE)
+    assert fine.any()
+    secant = Secant.of(z, before, image, 0.5, 1)
+
+    def times(v):
+        return secant.times(v, (v0 @ v.unsqueeze(-1)).squeeze(-1), 1)
+
+    target = torch.where(fine.unsqueeze(-1), 0.5 * image + 0.5 * before, before)
+    assert_close(times(z), target)
+    matrix = torch.stack([times(e.expand(20, 4)) for e in torch.eye(4, dtype=F64)], -1)
+    assert_close(matrix, matrix.mT)
+    assert torch.linalg.eigvalsh(matrix).min() > 0
+
+
+@pytest.mark.parametrize("factor", [-1.0, 0.1, 10.0, float("nan"), float("inf")])
+def test_a_derivative_far_from_the_estimate_is_left_out(factor):
+    v0, z = spd(), torch.randn(4, dtype=F64)
+    before = v0 @ z
+    secant = Secant.of(z, before, factor * before, 1.0, 1)
+    v = torch.randn(4, dtype=F64)
+    assert_close(secant.times(v, v0 @ v, 1), v0 @ v)
+
+
+def test_trials_prefer_an_exact_derivative_and_refuse_noise():
+    """Normals whose covariance the estimate has wrong: errors with the exact product are smaller."""
+    torch.manual_seed(0)
+    covariance, level = spd(), PROCESS.level(torch.tensor(0.5, dtype=F64))
+    root = torch.linalg.cholesky(covariance)
+    x0 = torch.randn(400, 4, dtype=F64) @ root.mT
+    xt = level.alpha * x0 + level.sigma * torch.randn(400, 4, dtype=F64)
+    snr = (level.alpha / level.sigma).square()
+    v = torch.linalg.inv(torch.linalg.inv(covariance) + snr * torch.eye(4, dtype=F64))
+    mean = (xt @ v) * level.alpha / level.sigma.square()
+    values, vectors = torch.linalg.eigh(torch.diag(covariance.diagonal()) + 0.01 * covariance)
+    wrong = LinearEstimate(values, vectors)
+    exact, noise = (
+        settings_by_error(trial_errors(wrong, level, x0, mean, None, pull, 1.0, 0))
+        for pull in (lambda z: z @ v, lambda z: torch.randn_like(z) * z.norm())
+    )
+    assert exact[0] > 0 and exact[1] == 0
+    assert noise == (0.0, 0.0)
+
+
+def test_settings_are_linear_between_knots_and_the_same_for_rows_of_a_grid():
+    denoiser = Wiggling(mixture())
+    found = calibrated(denoiser, torch.zeros(3, dtype=F64), {})
+    settings = found.settings._replace(share=torch.linspace(0, 1, KNOTS, dtype=F64))
+    found = found._replace(settings=settings)
+    grid = PROCESS.levels(torch.linspace(0, 1, 5, dtype=F64))
+    middle = (found.clocks[3:4] + found.clocks[4:5]) / 2
+    at = found.at(PROCESS.level_of_clock(middle))
+    assert_close(at.share.flatten(), settings.share[3:5].mean().reshape(1))
+    for j in range(5):
+        row = found.at(grid.at(j))
+        alone = found.at(PROCESS.level(grid.at(j).t, torch.zeros(3, dtype=F64)))
+        assert_close(torch.tensor([float(v) for v in row]), torch.tensor([float(v) for v in alone]))
+
+
+def test_a_variance_of_the_network_counts_coordinate_by_coordinate():
+    estimate = LinearEstimate.of_draws(torch.randn(50, 4, dtype=F64))
+    level = PROCESS.level(torch.tensor(0.5, dtype=F64))
+    diagonal, own = estimate.diagonal(level, torch.Size((4,))), torch.rand(3, 4, dtype=F64) + 0.1
+    for head in (0.0, 0.5, 1.0):
+        g = gains(diagonal, own, head, 0.5)
+        assert_close(
+            g * diagonal * g * torch.ones(3, 4), (0.5 * diagonal) ** (1 - head) * own**head
+        )
 
 
 # The linear estimate.

@@ -56,11 +56,16 @@ def dps(denoiser: Denoiser, likelihood: Likelihood, zeta: float = 1.0) -> PlugIn
 
 
 def guided(
-    guidance: Guidance | None, problem: Problem, denoiser: Denoiser, y: Tensor, count: int
+    guidance: Guidance | None,
+    problem: Problem,
+    denoiser: Denoiser,
+    y: Tensor,
+    count: int,
+    sampler: samplers.Sampler | None = None,
 ) -> Tensor:
     """Draws of the guided chain by ``Predictive``; NaN where sampling found no number."""
     model = problem.program(chain(denoiser, problem.images.shape), y)
-    guide = AutoGuidance(model, guidance)
+    guide = AutoGuidance(model, guidance, sampler=sampler)
     try:
         with divergence_allowed():
             return Predictive(model, guide=guide, num_samples=count, parallel=True)()["x"]
@@ -94,6 +99,7 @@ def methods(images: Images) -> dict[str, Draw]:
     """By name; those of azula where it is installed, references for linear problems alone."""
     choices = GUIDANCE | {"DataCovariance": by_residuals(of_data(images))}
     found: dict[str, Draw] = {k: functools.partial(guided, v) for k, v in choices.items()}
+    found["default, 1 jump"] = functools.partial(guided, None, sampler=samplers.RePaint(jumps=1))
     found["twisted SMC"] = functools.partial(particles, None)
     found["linear-Gaussian"] = lambda problem, denoiser, *args: references.linear_gaussian(
         problem, *args

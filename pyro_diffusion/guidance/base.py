@@ -120,17 +120,22 @@ class GuidedDenoiser(Denoiser):
 Guidance = Callable[[Denoiser, Likelihood], GuidedDenoiser]
 
 
-def shift_mean(posterior: TorchDistribution, shift: Tensor) -> TorchDistribution:
-    """A posterior of real data with its mean shifted and its variance kept, as a normal (or a point mass).
+def shift_mean(
+    posterior: TorchDistribution, shift: Tensor | float, share: Tensor | float = 1.0
+) -> TorchDistribution:
+    """A posterior of real data with its mean shifted and a share of its variance, a normal (or point mass).
 
     Args:
         posterior: over real x_0.
         shift: what is added to its mean.
+        share: of its variance that is kept, by coordinate; all of it by default.
     """
     base, event_dim = per_coordinate(posterior), posterior.event_dim
     if isinstance(base, Delta):
         return Delta((base.v + shift).detach(), event_dim=event_dim, validate_args=False)
     scale = base.stddev if isinstance(base, Normal) else base.variance.sqrt()
+    if isinstance(share, Tensor):
+        scale = scale * share.sqrt()
     mean = (base.mean + shift).detach()
     return Normal(mean, scale.detach(), validate_args=False).to_event(event_dim)
 

@@ -73,3 +73,7 @@ class DataCovariance(GaussianConditioning):
     def covariance(self, at: LinearizedDenoiser, level: Level, v: Tensor) -> Tensor:
         """V v, diagonal in the principal components of the data under one noise level."""
         return self.estimate.times(v, level, self.process.event_dim, at)
+
+    def variances(self, at: LinearizedDenoiser, level: Level) -> Tensor:
+        """The diagonal of V."""
+        return self.estimate.diagonal(level, self.likelihood.event_shape, at)

@@ -3,7 +3,7 @@ r"""Conditioning as if p(x_0 | x_t) were a normal: one mechanism, and the covari
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -14,6 +14,7 @@ from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted, shift_mean
 from pyro_diffusion.guidance.krylov import conjugate_gradients, gmres
 from pyro_diffusion.guidance.linearized_denoiser import LinearizedDenoiser
 from pyro_diffusion.guidance.proposal import Readings
+from pyro_diffusion.guidance.relinearization import Solved, relinearized, remaining
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.base import check_likelihood
 from pyro_diffusion.likelihoods.linearization import SLACK, solve
@@ -32,20 +33,6 @@ MOST_DIRECT = 64  # residuals in a row up to which S is formed by default
 # Iterations of a Krylov solver by default, and the residual that conjugate gradients may leave, in standard
 # deviations of the noise: products through the denoiser cost a backward pass each, others next to nothing.
 THROUGH, BESIDE = (8, 0.005), (128, 0.001)
-
-
-class Solved(NamedTuple):
-    """The solved linear system at one state.
-
-    Attributes:
-        pulled: B^T S^{-1} r, data space.
-        image: V B^T S^{-1} r, data space.
-        readings: what was solved, where it was formed.
-    """
-
-    pulled: Tensor
-    image: Tensor
-    readings: Readings | None = None
 
 
 class GaussianConditioning(GuidedDenoiser):
@@ -73,9 +60,17 @@ class GaussianConditioning(GuidedDenoiser):
     :class:`DiffPIR`  :math:`\sigma^2/(\alpha^2\lambda)`    V                           -
     ================  ====================================  ==========================  ===================
 
-    Exact is meant for linear observations and the denoiser's exact mean; else approximate. The posterior
-    keeps the denoiser's variance. Where scales differ by coordinate :math:`\sigma^2/\alpha` is a diagonal
-    matrix D and the covariance is :math:`D J^T`, symmetric for the exact denoiser.
+    Exact is meant for linear observations and the denoiser's exact mean; else approximate. Of the denoiser's
+    variance a posterior keeps, coordinate by coordinate, the share that observations leave,
+    :math:`1 - (V B^T S^{-1} B V)_{ii} / V_{ii}`, where S is formed (else, with a full gradient and under
+    ``TMPD``, all of it; particles find a covariance for themselves, so :meth:`twisted` keeps all of it).
+    Where scales differ by coordinate :math:`\sigma^2/\alpha` is a diagonal matrix D and the covariance is
+    :math:`D J^T`, symmetric for the exact denoiser.
+
+    Observations that are not linear in x_0 (clipped, magnitudes, counts) are linearized again: first averaged
+    over the uncertainty about x_0, so that a derivative which is zero or wrong at :math:`\hat x_0` itself
+    does not decide, then at the shifted mean. Whether they are linear is asked at each state, by one more run
+    of the program. The denoiser is evaluated once.
 
     ``solver="direct"`` forms S: m backward passes through the program (and, for MMPS, as many through the
     denoiser), and eigenvalues of S are kept at 1 or more, where they are for an exact denoiser. ``"cg"`` and
@@ -104,12 +99,13 @@ class GaussianConditioning(GuidedDenoiser):
         solver: ``"direct"``, ``"cg"`` or ``"gmres"``; by default direct up to 64 residuals in a row, else
             gmres where V goes through the denoiser and cg where it does not.
         iterations: of a Krylov solver, so many; None for the rule above.
-        full_gradient: whether the shift follows the whole log-twist (always direct).
+        full_gradient: whether the shift follows the whole log-twist (always direct, linearized once).
+        relinearizations: of observations that are not linear, 0 for none.
 
     Raises:
-        ValueError: for a process without Tweedie's formula, an unknown solver or iterations < 1, or a full
-            gradient with a Krylov solver; when called, for observations that have neither residuals of the
-            likelihood's kind nor a gradient.
+        ValueError: for a process without Tweedie's formula, an unknown solver, iterations < 1 or
+            relinearizations < 0, or a full gradient with a Krylov solver; when called, for observations that
+            have neither residuals of the likelihood's kind nor a gradient.
     """
 
     needs = (Ability.NUMBERS, Ability.TWEEDIE)
@@ -123,6 +119,7 @@ class GaussianConditioning(GuidedDenoiser):
         solver: str | None = None,
         iterations: int | None = None,
         full_gradient: bool = False,
+        relinearizations: int = 2,
     ) -> None:
         super().__init__(denoiser)
         self.likelihood = check_likelihood(likelihood)
@@ -138,6 +135,7 @@ class GaussianConditioning(GuidedDenoiser):
             check_positive_int("iterations", iterations)
         self.solver, self.iterations = solver, iterations
         self.full_gradient = bool(full_gradient)
+        self.relinearizations = check_positive_int("relinearizations", relinearizations, at_least=0)
 
     def covariance(self, at: LinearizedDenoiser, level: Level, v: Tensor) -> Tensor:
         """V v in data space."""
@@ -153,6 +151,13 @@ class GaussianConditioning(GuidedDenoiser):
             return self.solver or "direct"
         return "gmres" if self.multiplies_by_jacobian(at) else "cg"
 
+    def variances(self, at: LinearizedDenoiser, level: Level) -> Tensor | None:
+        """About the diagonal of V, data space or what broadcasts to it; None where it is not known.
+
+        Observations that are not linear are averaged over it. By default the denoiser's own variance.
+        """
+        return at.variance
+
     def shift(self, at: LinearizedDenoiser, level: Level, solved: Solved) -> Tensor:
         """G B^T S^{-1} r in data space: how far the posterior's mean is from the prior's."""
         return solved.image
@@ -166,26 +171,47 @@ class GaussianConditioning(GuidedDenoiser):
         at, level = self._linearized(xt, t, context)
         if self.full_gradient:
             return self._full(at, level)
-        solved, log_twist = self._direct(at, level)
+        solved = self._solved(at, level, "direct")
+        assert solved.log_evidence is not None
         with torch.no_grad():
             posterior = self.posterior(at, level, solved)
-            return Twisted(at.prior, posterior, log_twist, solved.readings)
+            return Twisted(at.prior, posterior, solved.log_evidence, solved.readings)
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
-        """The posterior over x_0 given x_t and y, batch and event shape of xt, detached."""
+        """The posterior over x_0 given x_t and y, batch and event shape of xt, detached.
+
+        Its variance is what observations leave; under :meth:`twisted` particles find that from the readings.
+        """
         if self.full_gradient:
             return self.twisted(xt, t, **context).posterior
         at, level = self._linearized(xt, t, context)
-        solver = self.solver_at(at)
-        direct = solver == "direct"
-        solved = self._direct(at, level)[0] if direct else self._iterated(at, level, solver)
+        solved = self._solved(at, level, self.solver_at(at))
         with torch.no_grad():
-            return self.posterior(at, level, solved)
+            variance = self.variances(at, level)
+            share = None if variance is None else remaining(variance, solved, at)
+            posterior = self.posterior(at, level, solved)
+            return posterior if share is None else shift_mean(posterior, 0.0, share)
+
+    def _solved(self, at: LinearizedDenoiser, level: Level, solver: str) -> Solved:
+        """The system solved, and solved again for observations that are not linear."""
+        return relinearized(
+            at,
+            self.likelihood.whitened,
+            lambda now: self._once(now, level, solver),
+            self.variances(at, level),
+            self.relinearizations,
+            self.process.event_dim,
+        )
+
+    def _once(self, at: LinearizedDenoiser, level: Level, solver: str) -> Solved:
+        return self._direct(at, level) if solver == "direct" else self._iterated(at, level, solver)
 
     def _full(self, at: LinearizedDenoiser, level: Level) -> Twisted:
         """The shift by the whole gradient; what it adds to the papers' is limited row by row."""
         with torch.enable_grad():
-            solved, log_twist = self._direct(at, level)
+            solved = self._direct(at, level)
+        log_twist = solved.log_evidence
+        assert log_twist is not None
         partial = self.shift(at, level, solved).detach()
         shift = level.tweedie * at.score(log_twist)
         with torch.no_grad():
@@ -213,15 +239,15 @@ class GaussianConditioning(GuidedDenoiser):
         )
         return at, level
 
-    def _direct(self, at: LinearizedDenoiser, level: Level) -> tuple[Solved, Tensor]:
-        """The system solved, and the log-twist."""
+    def _direct(self, at: LinearizedDenoiser, level: Level) -> Solved:
+        """The system formed and solved."""
         rows = at.rows()
         images = torch.stack([self.covariance(at, level, row) for row in rows])
         readings = Readings.of(at.residual, at.flat(rows), at.flat(images))
         u, log_evidence = solve(readings.gap, at.residual)
         pushed = matmul(u.unsqueeze(-2), readings.gap).squeeze(-2)
         image = self._within(at, at.combined(images, u), pushed)
-        return Solved(at.combined(rows, u), image, readings), log_evidence + at.log_normalizer
+        return Solved(at.combined(rows, u), image, readings, log_evidence + at.log_normalizer)
 
     def _iterated(self, at: LinearizedDenoiser, level: Level, solver: str) -> Solved:
         def apply(p: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -354,17 +380,17 @@ class TMPD(MMPS):
         Boys et al., arXiv 2310.06721, section 3 (the row sums here are of the whitened system).
     """
 
-    def _direct(self, at: LinearizedDenoiser, level: Level) -> tuple[Solved, Tensor]:
+    def _direct(self, at: LinearizedDenoiser, level: Level) -> Solved:
         ones = torch.ones_like(at.residual)
         row_sums = 1 + at.push(self.covariance(at, level, at.pull(ones))).clamp(min=0)
         pulled = at.pull(at.residual / row_sums)
         log_evidence = -0.5 * (at.residual.square() / row_sums + row_sums.log()).sum(-1)
         image = self.covariance(at, level, pulled)
-        solved = Solved(pulled, self._within(at, image, at.push(image)))
-        return solved, log_evidence + at.log_normalizer
+        image = self._within(at, image, at.push(image))
+        return Solved(pulled, image, None, log_evidence + at.log_normalizer)
 
     def _iterated(self, at: LinearizedDenoiser, level: Level, solver: str) -> Solved:
-        return self._direct(at, level)[0]
+        return self._direct(at, level)
 
 
 class DiffPIR(GaussianConditioning):

@@ -81,19 +81,48 @@ class LinearEstimate(PreciseModule):
         """
         event = v.shape[v.dim() - event_dim :]
         flat = v.reshape(*v.shape[: v.dim() - event_dim], -1)
+        snr, times, alike = self._precisions(level, event_dim)
+        if alike:
+            return self._alike(flat, snr).reshape(v.shape)
+        matrix = self._kept(snr, times, event, kept)
+        if matrix.dim() == 2:
+            return matmul(flat, matrix).reshape(v.shape)
+        return matmul(flat.unsqueeze(-2), matrix).reshape(v.shape)
+
+    def diagonal(self, level: Level, event: torch.Size, kept: Any = None) -> Tensor:
+        """The diagonal of V, times + event.
+
+        Args:
+            level: where.
+            event: shape of a datum.
+            kept: as in :meth:`times`.
+        """
+        snr, times, alike = self._precisions(level, len(event))
+        if not alike:
+            matrix = self._kept(snr, times, event, kept)
+            return matrix.diagonal(dim1=-2, dim2=-1).reshape(*times, *event)
+        squares, values = self.vectors.to(snr).square(), self.values.to(snr)
+        found = matmul(1 / (1 / values + snr), squares.mT)
+        if not self.complete:
+            found = found + (1 - squares.sum(1)) / (1 / self.rest.to(snr) + snr)
+        return found.reshape(*times, *event)
+
+    def _precisions(self, level: Level, event_dim: int) -> tuple[Tensor, torch.Size, bool]:
+        """alpha^2/sigma^2, the shape of the times, and whether coordinates are alike: then times + (1,)."""
         snr = level.noise_to_signal.square().reciprocal()
         # Levels of one time have the event's dimensions alone, or fewer.
         times = snr.shape[: max(snr.dim() - event_dim, 0)]
-        if snr.numel() == times.numel():
-            return self._alike(flat, snr.reshape(*times, 1)).reshape(v.shape)
-        matrix = None if kept is None else kept.matrix
+        alike = snr.numel() == times.numel()
+        return (snr.reshape(*times, 1) if alike else snr), times, alike
+
+    def _kept(self, snr: Tensor, times: torch.Size, event: torch.Size, kept: Any) -> Tensor:
+        """V as a matrix, computed once for an object that keeps it."""
+        matrix: Tensor | None = None if kept is None else kept.matrix
         if matrix is None:
             matrix = self._matrix(snr.expand(*times, *event).reshape(*times, -1))
             if kept is not None:
                 kept.matrix = matrix
-        if matrix.dim() == 2:
-            return matmul(flat, matrix).reshape(v.shape)
-        return matmul(flat.unsqueeze(-2), matrix).reshape(v.shape)
+        return matrix
 
     def _alike(self, v: Tensor, snr: Tensor) -> Tensor:
         """V v under one noise level, diagonal in the principal components."""

@@ -1,6 +1,9 @@
 """The residual of a likelihood at a denoiser's mean, with products of both Jacobians."""
 
 import contextlib
+import copy
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from pyro.distributions import Delta, TorchDistribution
@@ -12,6 +15,7 @@ from pyro_diffusion.dynamics.attention import twice_differentiable_attention
 from pyro_diffusion.guidance.base import shift_mean
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.linearization import LinearizedLikelihood
+from pyro_diffusion.likelihoods.whitening import Whitened
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 
@@ -76,6 +80,21 @@ class LinearizedDenoiser(LinearizedLikelihood):
     def back(self, v: Tensor) -> Tensor:
         """J^T v: data space to itself, through the denoiser."""
         return self._vjp(self._mean, self._xt, v)
+
+    def moved(self, whitened: Callable[[Tensor], Whitened], x0: Tensor) -> Self:
+        r"""The same denoiser with a likelihood linearized at x_0, detached.
+
+        The residual is that of the tangent at :math:`\hat x_0`, :math:`r(x_0) + B (x_0 - \hat x_0)`.
+
+        Args:
+            whitened: residual and log-normalizer of x_0.
+            x0: where, batch + event.
+        """
+        new = copy.copy(self)
+        LinearizedLikelihood.__init__(new, whitened, x0)
+        new.residual = new.residual + new.push(x0 - self.mean)
+        new.mean = self.mean
+        return new
 
     def score(self, log_twist: Tensor) -> Tensor:
         """The gradient in x_t of a log-twist that was computed with the graph, detached."""

@@ -52,6 +52,7 @@ class LinearizedLikelihood:
         self.mean, self.residual = keep(self._x0), keep(self._residual)
         self.log_normalizer = keep(log_normalizer)
         self._dual: tuple[Tensor, Tensor] | None = None
+        self._rows: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -81,9 +82,11 @@ class LinearizedLikelihood:
         return product
 
     def rows(self) -> Tensor:
-        """The rows of B, (m,) + data space (m backward passes)."""
-        basis = torch.eye(self.size, dtype=self.residual.dtype, device=self.residual.device)
-        return torch.stack([self.pull(e.expand_as(self.residual)) for e in basis])
+        """The rows of B, (m,) + data space (m backward passes, made once)."""
+        if self._rows is None:
+            basis = torch.eye(self.size, dtype=self.residual.dtype, device=self.residual.device)
+            self._rows = torch.stack([self.pull(e.expand_as(self.residual)) for e in basis])
+        return self._rows
 
     def flat(self, rows: Tensor) -> Tensor:
         """(m,) + data space as matrices of m rows, rows + (m, n)."""
