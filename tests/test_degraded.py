@@ -24,6 +24,7 @@ from pyro_diffusion.denoisers import (
 from pyro_diffusion.distributions import (
     Diffusion,
     DiffusionSDE,
+    FlowMatching,
     Hybrid,
     ProbabilityFlow,
     Simple,
@@ -207,6 +208,27 @@ def test_cold_diffusions_update_is_a_bridge(sigma):
     other = DegradedGaussian(Cosine(), squashed, sigma=0.3, renewal=0.8)
     row = other.bridge(x, estimate, 0.4, 0.5, eta=0.0)
     assert (row.mean - update).abs().max() < 1e-6
+
+
+def test_without_noise_what_an_estimate_misses_is_kept():
+    """The default renewal is 0 there, as in cold diffusion."""
+    x, x0 = torch.randn(2, 5, 2)
+    default, stated = (
+        DegradedGaussian(Cosine(), squashed, sigma=0.0, renewal=r).bridge(x, x0, 0.4, 0.5)
+        for r in (None, 0.0)
+    )
+    assert torch.equal(default.mean, stated.mean)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_kernels_have_their_scale_and_come_back_from_tensors(eta):
+    process = plain(renewal=1.0, reverse_scale=0.7)
+    xt, x0 = torch.randn(2, 5, 2, dtype=F64)
+    s, t = torch.tensor([0.4, 0.5], dtype=F64)
+    kernel = process.reverse(xt, process.point_mass(x0), s, t, eta)
+    assert torch.allclose(kernel.stddev, torch.full_like(xt, 0.7 * eta))
+    again = process.kernel_from(process.kernel_tensors(kernel))
+    assert torch.equal(again.mean, kernel.mean) and torch.equal(again.stddev, kernel.stddev)
 
 
 class Restorer(Denoiser):
@@ -434,6 +456,7 @@ WITHOUT = {
     "states": lambda d, x: Diffusion(d, (2,), 3, sampler=DAPS(read())).sample(),
     "states x": lambda d, x: Diffusion(d, (2,), 3, objective=Simple()),
     "states x_t = ": lambda d, x: Diffusion(d, (2,), 3, objective=Hybrid()),
+    "states x_t = a": lambda d, x: Diffusion(d, (2,), 3, objective=FlowMatching()),
     "Tweedie": lambda d, x: evaluate.wasserstein_bound(d, torch.randn(9, 2)),
     "Tweedie's": lambda d, x: MixtureDenoiser(d.process, torch.ones(1), torch.zeros(1, 2), 1.0),
 }

@@ -18,6 +18,7 @@ from pyro_diffusion.denoisers import NPR, SN, LevelsDenoiser, VarianceDenoiser
 from pyro_diffusion.distributions import (
     Bound,
     Diffusion,
+    FlowMatching,
     Hybrid,
     MomentRegression,
     NormalDecoder,
@@ -316,3 +317,16 @@ def check_sites(whole, alone_with):
             got = whole[k].nodes[name]["log_prob"]
             assert got.shape == (3,)
             close(got, sum(p[k].nodes[name]["log_prob"] for p in parts))
+
+
+def test_flow_matching_weighs_each_coordinate_by_its_own_level():
+    denoiser, x0 = normal(), torch.randn(7, 2, dtype=F64)
+    law = Diffusion(denoiser, (2,), times=uniform(4, F64), objective=FlowMatching())
+    seen = []
+    denoiser.register_forward_hook(lambda _, inputs, output: seen.append((*inputs, output.mean)))
+    for j in range(5):
+        term = law.bound_terms(x0, j)
+        xt, level, mean = seen.pop()
+        noise, estimate = ((xt - level.alpha * x) / level.sigma for x in (x0, mean))
+        error = (noise - x0) - (estimate - mean)
+        torch.testing.assert_close(term, error.square().sum(-1) / 4)

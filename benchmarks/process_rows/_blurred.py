@@ -92,10 +92,29 @@ def closed_gap(denoiser: ExactMean, steps: int) -> float:
     return float(reverse.sum() + decoder + end - DATA.entropy())
 
 
-def sampled(row: Row, process: DegradedGaussian) -> Row:
-    """The row with the moments of samples."""
-    reference = DATA.sample((1_000_000,))
+def chain_end(denoiser: ExactMean, steps: int) -> MultivariateNormal:
+    """The distribution of ancestral samples: every kernel is normal, with a mean affine in the state."""
+    process = denoiser.process
+    levels = process.levels(torch.linspace(0, 1, steps + 1, dtype=F64))
+    c = process.coefficients(levels.at(slice(-1)), levels.at(slice(1, None)))
+    gain, a = denoiser.gain(levels)[0], matrix(levels.t)
+    prior = process.prior((2,))
+    # Off the states' means A m, which the kernels keep.
+    off, cov = prior.mean - a[-1] @ DATA.mean, prior.covariance_matrix
+    for k in reversed(range(steps)):
+        slope = a[k] @ gain[k + 1] + c.noise[k] * (EYE - a[k + 1] @ gain[k + 1])
+        off, cov = slope @ off, slope @ cov @ slope.T + c.reverse_variance[k] * EYE
+    # The decoder.
+    noise = levels.noise_to_signal[0, 0].square()
+    cov = gain[0] @ cov @ gain[0].T + noise * EYE
+    return MultivariateNormal(DATA.mean + gain[0] @ off, cov)
+
+
+def sampled(row: Row, process: DegradedGaussian, own: bool = False) -> Row:
+    """The row with the moments of samples, of ancestral ones beside the data's or the chain's ``own``."""
+    denoiser = ExactMean(process)
     for label, sampler in {"ancestral": Ancestral(), "deterministic": DDIM()}.items():
-        view = Diffusion(ExactMean(process), (2,), 300, sampler=sampler)
-        row.samples[label] = moments(view.sample((20_000,)), reference)
+        wanted = chain_end(denoiser, 300) if own and label == "ancestral" else DATA
+        view = Diffusion(denoiser, (2,), 300, sampler=sampler)
+        row.samples[label] = moments(view.sample((20_000,)), wanted.sample((1_000_000,)))
     return row
