@@ -144,3 +144,26 @@ def test_a_context_is_left_to_another_guidance():
     with pytest.raises(ValueError, match="context: got label, expected none"):
         guided(torch.zeros(3, dtype=F64), torch.tensor(0.5, dtype=F64), label=torch.tensor(1))
     assert math.isfinite(float(smc.run().log_evidence.value))
+
+
+def test_half_of_the_shift_is_the_gradients_and_no_longer_than_the_other():
+    denoiser = Noisy()
+    prior, likelihood, _ = program(denoiser)
+    guided = ChainMoments(denoiser, likelihood, times=prior.times)
+    x, t = torch.randn(4, 3, dtype=F64), torch.tensor(0.5, dtype=F64)
+    found = guided.twisted(x, t)
+    at, level = guided._linearized(x, t, {})
+    with torch.enable_grad():
+        solved, log_twist = guided._direct(at, level)
+    kept, gradient = solved.image.detach(), level.tweedie * at.score(log_twist)
+    # The normal's gradient is its shift, but for what 512 draws know of its covariance.
+    assert ((gradient - kept).norm(dim=-1) < 0.3 * kept.norm(dim=-1)).all()
+    assert_close(found.posterior.mean - found.prior.mean, 0.5 * (kept + gradient))
+    assert not (found.log_twist.requires_grad or found.readings.gap.requires_grad)
+    assert_close(guided(x, t).mean, found.posterior.mean)
+    # A gradient of a thousand times the length: what is added is as long as the first half.
+    at, level = guided._linearized(x, t, {})
+    at.score = lambda log_twist: 1000 * gradient / level.tweedie
+    cut = guided._by_gradient(at, level)
+    added = cut.posterior.mean - cut.prior.mean - kept
+    assert_close(added.norm(dim=-1), kept.norm(dim=-1))

@@ -4,13 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.guidance.base import Twisted, shift_mean
 from pyro_diffusion.guidance.calibration import weight_sums
-from pyro_diffusion.guidance.gaussian_conditioning import GaussianConditioning
+from pyro_diffusion.guidance.gaussian_conditioning import MOST_DIRECT, GaussianConditioning
 from pyro_diffusion.guidance.linearized_denoiser import LinearizedDenoiser
 from pyro_diffusion.guidance.moments import Knot, Moments, measured
+from pyro_diffusion.guidance.proposal import Readings
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.schedules.grids import uniform
@@ -23,15 +26,20 @@ STEPS = 64
 class ChainMoments(GaussianConditioning):
     r"""Moments of x_0 given x_t that were measured on the chain itself: the twist for particles.
 
-    .. math:: \log p(y | x_t) \approx \log \mathcal N(r;\; 0,\; I + B V B^T), \qquad
-              \text{shift} = V B^T S^{-1} r,
+    .. math::
+        \log \psi_t(x_t) = \log \mathcal N(r;\; 0,\; I + B V B^T), \qquad
+        \text{shift} = \tfrac12 V B^T S^{-1} r + \tfrac12 \tfrac{\sigma^2}{\alpha} \nabla_{x_t} \log \psi_t,
 
-    r being the residual at the mean m. Mean m and covariance V are those of 512 draws of the denoiser's own
-    chain, at 33 noise levels: m is the linear estimate of x_0 where the network's mean is noise, direction
-    by direction, and V the errors' correlation with the denoiser's own variances at x_t (with a variance head
-    a state says how much is unknown), see :class:`~pyro_diffusion.guidance.moments.Moments`. So V is what the
-    error of m is, on average, at every level and for every denoiser: a twist that claims more than it knows
-    is what leaves one particle of thousands. No backward pass through the network.
+    r being the residual at the mean m. Both halves estimate what Tweedie's formula asks for, with errors
+    of their own: the measured covariance misses how the network reacts at this state, its derivative is
+    noisy. Weights of particles vary least between the two. What the gradient adds is cut, datum by datum,
+    at the length of the first. A Krylov solver, and more than 64 residuals outside particles, do without
+    it. Mean m and covariance V are those of 512 draws of the denoiser's own chain, at 33 noise levels: m
+    is the linear estimate of x_0 where the network's mean is noise, direction by direction, and V the
+    errors' correlation with the denoiser's own variances at x_t (with a variance head a state says how
+    much is unknown), see :class:`~pyro_diffusion.guidance.moments.Moments`. So V is what the error of m
+    is, on average, at every level and for every denoiser: a twist that claims more than it knows is what
+    leaves one particle of thousands. One backward pass through the network.
 
     Exact for normal data in the limit of many draws, else approximate. The first evaluation measures, with
     512 (steps + 33) evaluations of the denoiser for a datum, and keeps the outcome until parameters
@@ -53,8 +61,6 @@ class ChainMoments(GaussianConditioning):
         The covariance's shrinkage: Ledoit & Wolf, 2004; twists: Wu et al., arXiv 2306.17775.
     """
 
-    through = False
-
     def __init__(
         self,
         denoiser: Denoiser,
@@ -66,6 +72,32 @@ class ChainMoments(GaussianConditioning):
         super().__init__(denoiser, likelihood, **options)
         self.times = uniform(STEPS) if times is None else times
         self._sums = weight_sums(denoiser)
+
+    def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
+        """Prior, posterior and log-twist at x_t, detached (one network evaluation; S is formed)."""
+        return self._by_gradient(*self._linearized(xt, t, context))
+
+    def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
+        """The posterior over x_0 given x_t and y, batch and event shape of xt, detached."""
+        at, level = self._linearized(xt, t, context)
+        direct = self.solver in (None, "direct")
+        if direct and (self.solver or at.size <= MOST_DIRECT):
+            return self._by_gradient(at, level).posterior
+        return self.posterior(at, level, self._iterated(at, level, self.solver or "cg"))
+
+    def _by_gradient(self, at: LinearizedDenoiser, level: Level) -> Twisted:
+        """The shift, half of it by the log-twist's gradient."""
+        with torch.enable_grad():
+            solved, log_twist = self._direct(at, level)
+            gradient = level.tweedie * at.score(log_twist)
+        with torch.no_grad():
+            kept, readings = solved.image, solved.readings
+            added, limit = at.per_row(0.5 * (gradient - kept)), at.per_row(kept).norm(dim=-1)
+            length = added.norm(dim=-1).clamp(min=torch.finfo(added.dtype).tiny)
+            added = added * (limit / length).clamp(max=1).unsqueeze(-1)
+            posterior = shift_mean(at.prior, kept + added.reshape(kept.shape))
+            told = readings and Readings(*(v.detach() for v in readings))
+            return Twisted(at.prior, posterior, log_twist.detach(), told)
 
     def covariance(self, at: LinearizedDenoiser, level: Level, v: Tensor) -> Tensor:
         """V v."""
@@ -105,7 +137,7 @@ class Measured(LinearizedDenoiser):
         self.moments, self.level = moments, level
         self.event_dim = denoiser.process.event_dim
         self.places = moments.nearest(level)
-        super().__init__(denoiser, likelihood, xt, level, {}, through=False)
+        super().__init__(denoiser, likelihood, xt, level, {}, through=True, graph=True)
 
     @property
     def spread(self) -> Tensor:
