@@ -4,16 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.guidance.base import Twisted, shift_mean
+from pyro_diffusion.guidance.base import Twisted
 from pyro_diffusion.guidance.calibration import weight_sums
-from pyro_diffusion.guidance.gaussian_conditioning import MOST_DIRECT, GaussianConditioning
+from pyro_diffusion.guidance.gaussian_conditioning import GaussianConditioning
 from pyro_diffusion.guidance.linearized_denoiser import LinearizedDenoiser
 from pyro_diffusion.guidance.moments import Knot, Moments, measured
 from pyro_diffusion.guidance.proposal import Readings
+from pyro_diffusion.guidance.relinearization import Solved, relinearized
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.schedules.grids import uniform
@@ -75,29 +75,51 @@ class ChainMoments(GaussianConditioning):
 
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
         """Prior, posterior and log-twist at x_t, detached (one network evaluation; S is formed)."""
-        return self._by_gradient(*self._linearized(xt, t, context))
-
-    def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
-        """The posterior over x_0 given x_t and y, batch and event shape of xt, detached."""
         at, level = self._linearized(xt, t, context)
-        direct = self.solver in (None, "direct")
-        if direct and (self.solver or at.size <= MOST_DIRECT):
-            return self._by_gradient(at, level).posterior
-        return self.posterior(at, level, self._iterated(at, level, self.solver or "cg"))
-
-    def _by_gradient(self, at: LinearizedDenoiser, level: Level) -> Twisted:
-        """The shift, half of it by the log-twist's gradient."""
-        with torch.enable_grad():
-            solved, log_twist = self._direct(at, level)
-            gradient = level.tweedie * at.score(log_twist)
+        solved = self._by_gradient(at, level)
+        assert solved.log_evidence is not None
         with torch.no_grad():
-            kept, readings = solved.image, solved.readings
-            added, limit = at.per_row(0.5 * (gradient - kept)), at.per_row(kept).norm(dim=-1)
+            posterior = self.posterior(at, level, solved)
+            return Twisted(at.prior, posterior, solved.log_evidence, solved.readings)
+
+    def _solved(self, at: LinearizedDenoiser, level: Level, solver: str) -> Solved:
+        if solver == "direct":
+            return self._by_gradient(at, level)
+        with torch.no_grad():
+            return super()._solved(at, level, solver)
+
+    def _by_gradient(self, at: LinearizedDenoiser, level: Level) -> Solved:
+        """The system solved, half of its shift by the log-twist's gradient; detached.
+
+        Rows that are not linear, and so were linearized again, are left without.
+        """
+        with torch.enable_grad():
+            first = self._direct(at, level)
+            assert first.log_evidence is not None and first.readings is not None
+            gradient = level.tweedie * at.score(first.log_evidence)
+        first = Solved(
+            first.pulled.detach(),
+            first.image.detach(),
+            Readings(*(v.detach() for v in first.readings)),
+            first.log_evidence.detach(),
+        )
+        solved = relinearized(
+            at,
+            self.likelihood.whitened,
+            lambda now: first if now is at else self._direct(now, level),
+            self.variances(at, level),
+            self.relinearizations,
+            self.process.event_dim,
+        )
+        with torch.no_grad():
+            kept = at.per_row(first.image)
+            added, limit = 0.5 * (at.per_row(gradient) - kept), kept.norm(dim=-1)
             length = added.norm(dim=-1).clamp(min=torch.finfo(added.dtype).tiny)
             added = added * (limit / length).clamp(max=1).unsqueeze(-1)
-            posterior = shift_mean(at.prior, kept + added.reshape(kept.shape))
-            told = readings and Readings(*(v.detach() for v in readings))
-            return Twisted(at.prior, posterior, log_twist.detach(), told)
+            image = at.per_row(solved.image)
+            linear = (image == kept).all(-1, keepdim=True)
+            image = torch.where(linear, image + added, image).reshape(solved.image.shape)
+            return solved._replace(image=image)
 
     def covariance(self, at: LinearizedDenoiser, level: Level, v: Tensor) -> Tensor:
         """V v."""
@@ -109,6 +131,16 @@ class ChainMoments(GaussianConditioning):
             return scale * knot.correlation.times(scale * v, k)
 
         return at.by_knot(product)
+
+    def multiplies_by_jacobian(self, at: LinearizedDenoiser) -> bool:
+        """They are not."""
+        return False
+
+    def variances(self, at: LinearizedDenoiser, level: Level) -> Tensor:
+        """The squares of the measured scales."""
+        assert isinstance(at, Measured)
+        with torch.no_grad():
+            return at.by_knot(lambda knot: (knot.scale.to(at.spread) * at.spread).square())
 
     def _linearized(
         self, xt: Tensor, t: Tensor | Level, context: dict[str, Tensor]

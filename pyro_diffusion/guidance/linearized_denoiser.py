@@ -98,7 +98,8 @@ class LinearizedDenoiser(LinearizedLikelihood):
 
     def score(self, log_twist: Tensor) -> Tensor:
         """The gradient in x_t of a log-twist that was computed with the graph, detached."""
-        (gradient,) = torch.autograd.grad(log_twist, self._xt, torch.ones_like(log_twist))
+        ones = torch.ones_like(log_twist)
+        (gradient,) = torch.autograd.grad(log_twist, self._xt, ones, retain_graph=True)
         return gradient
 
 
