@@ -42,6 +42,8 @@ TINY = {
     " --images 2 --chain 3 --particles 2",
     "missing_data": "--steps 3 --batch 8 --width 8 --chain 4 --rows 3 --draws 4 --particles 4"
     " --components 1 2",
+    "second_network": f"{PRIOR} --width 2 --classifier-steps 3 --steps 3 --particles 3 --draws 3"
+    " --prior-draws 5 --shown 2",
 }
 # Warnings are errors there too, but for the one by which ArviZ 0.23 announces its 1.x series, and that of so
 # few particles.
