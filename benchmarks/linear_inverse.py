@@ -198,7 +198,8 @@ class Peer:
 
             def forward(self, x_t: Tensor, t: Tensor, **kwargs: Any) -> azula.denoise.Posterior:
                 alpha, sigma = self.schedule(t)
-                level = Level(t, 2 * (alpha / sigma).log(), alpha, sigma)
+                log_snr = 2 * (alpha / sigma).log()
+                level = Level(t, log_snr, log_snr, alpha, sigma)
                 return azula.denoise.DiracPosterior(mean=exact(x_t, level).mean)
 
         self.denoisers = {

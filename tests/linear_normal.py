@@ -52,10 +52,11 @@ def backward(early, late):
     return weight, a - weight * b, s**2 * (1 - ratio**2 * s**2 / t**2)
 
 
-def chain(times, guided):
+def chain(times, guided, left=False):
     """Mean and covariance of the data that the ancestral chain makes, guided exactly by y or not at all.
 
-    The guided chain has the posterior mean given y and the variance that the prior alone has.
+    The guided chain has the posterior mean given y, and the variance that the prior alone has or, by
+    coordinate, what y leaves of it.
     """
     alpha, sigma = scales(1.0)  # the prior is that of t = 1, wherever the grid ends
     mean, covariance = torch.zeros(2, dtype=F64), torch.diag(alpha**2 + sigma**2)
@@ -65,7 +66,8 @@ def chain(times, guided):
         points = torch.cat([torch.zeros(1, 2, dtype=F64), eye])
         values, variance = posterior(points, times[k])
         if guided:
-            values = conditioned(values, torch.diag(variance))[0]
+            values, covariance_left, _ = conditioned(values, torch.diag(variance))
+            variance = covariance_left.diagonal() if left else variance
         offset, matrix = values[0], (values[1:] - values[0]).mT
         here, data, fresh = (
             backward(times[k - 1], times[k])
