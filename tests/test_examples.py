@@ -28,7 +28,7 @@ TINY = {
     "latent_diffusion": "--steps 2 --batch 8 --width 8 --latent 2 --prior-width 8 --chain 6 --draws 2"
     " --check-every 2 --samples 4",
     "text": "--steps 3 --batch 4 --length 16 --width 8 --depth 1 --checks 1 --draws 2 --sample-steps 2"
-    " --characters 40",
+    " --characters 40 --weighted-windows 2 --weighted-steps 2 --weighted-samples 2",
     "words": "--steps 3 --batch 4 --width 8 --depth 1 --check-every 3 --check-draws 2 --draws 2"
     " --sample-steps 2 --words 3",
     "restoration": f"{PRIOR} --images 2 --steps 3 --particles 3 --draws 2 --shown 2",
@@ -104,6 +104,18 @@ def test_same_seed_same_metrics(tmp_path):
         check(run(TWICE, folder, "--seed", "5"), folder)
     one, two = ((folder / "metrics.json").read_bytes() for folder in folders)
     assert one == two
+
+
+def test_text_models_may_be_trained_apart(tmp_path):
+    """Either model alone, beside the n-grams; the weighted bound goes with the diffusion."""
+    metrics = run("text", tmp_path, "--models", "autoregressive", "--weighted-windows", "1")
+    assert set(metrics) == {"autoregressive", *(f"{order}-gram" for order in range(2, 7))}
+    assert metrics["autoregressive"]["difference"] == 0
+    metrics = run("text", tmp_path, "--models", "diffusion", "--weighted-windows", "1")
+    assert {name: row["windows"] for name, row in metrics.items() if "gram" not in name} == {
+        "diffusion": 139,
+        "diffusion, weighted": 1,
+    }
 
 
 def test_kneser_ney_is_a_distribution_over_symbols(monkeypatch):
