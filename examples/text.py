@@ -319,10 +319,10 @@ def show(
     of = subset(len(text.test), len(row.value))
     print(
         f"weighted: {args.weighted_samples} chains of {args.weighted_steps} steps, median effective sample "
-        f"size {row.ess.median():.1f}, {len(of)} windows;"
+        f"size {row.ess.median():.1f}, {len(of)} windows"
     )
     for name, other in rows.items():
-        if len(other.value) == len(text.test):
+        if len(of) < len(other.value):
             bits = -float(other.value[of].mean()) / (args.length * math.log(2))
             print(f"  {name} has {bits:.4f} bits/char there")
     window = torch.full((1, args.length), text.mask)
