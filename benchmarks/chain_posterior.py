@@ -25,6 +25,7 @@ from pathlib import Path
 import pyro
 import torch
 from torch import Tensor
+from trained_posteriors.images import digits
 from trained_posteriors.methods import guided
 from trained_posteriors.prior import OBJECTIVES, chain, trained
 from trained_posteriors.problems import Problem, problems
@@ -42,7 +43,9 @@ DRAWS, BINS, PROJECTIONS = 99, 10, 8
 def alone(denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
     """The guidance of the particles."""
     return ChainMoments(
-        denoiser, likelihood.with_residuals("deviance"), times=chain(denoiser).times
+        denoiser,
+        likelihood.with_residuals("deviance"),
+        times=chain(denoiser, likelihood.event_shape).times,
     )
 
 
@@ -81,7 +84,7 @@ def particles(
     problem: Problem, denoiser: Denoiser, y: Tensor, count: int, repeats: int
 ) -> tuple[Tensor, dict[str, float]]:
     """Weighted draws of independent runs, taken in turn, and what the runs say of their evidence."""
-    prior = chain(denoiser)
+    prior = chain(denoiser, problem.images.shape)
     smc = TwistedSMC(prior, ProgramLikelihood(problem.program(prior, y)), num_particles=count)
     values, errors, ancestors, draws = [], [], [], []
     with warnings.catch_warnings():
@@ -109,8 +112,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    linear = [name for name, problem in problems().items() if problem.matrix is not None]
-    parser.add_argument("--problems", nargs="*", default=linear, choices=problems())
+    data = digits()
+    known = problems(data)
+    linear = [name for name, problem in known.items() if problem.matrix is not None]
+    parser.add_argument("--problems", nargs="*", default=linear, choices=known)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--particles", nargs="*", type=int, default=[64, 512])
     parser.add_argument("--repeats", type=int, default=10, help="runs, for the evidence")
@@ -120,18 +125,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--objective", choices=OBJECTIVES, default="bound", help="of the training")
     parser.add_argument("--updates", type=int, default=2000, help="of the training")
     parser.add_argument("--cache", type=Path, default=Path("results/trained_posterior"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.data = data
+    return args
 
 
 def main() -> None:
     args = parse()
     torch.set_num_threads(1)
-    denoiser = trained(args.cache, args.objective, args.updates)
+    denoiser = trained(args.data, args.cache, args.objective, args.updates)
     pyro.set_rng_seed(1)
-    truth = chain(denoiser).sample((args.images,))
+    truth = chain(denoiser, args.data.shape).sample((args.images,))
     print(f"{args.images} images of the chain, {args.repeats} runs each")
     for key in args.problems:
-        problem = problems()[key]
+        problem = problems(args.data)[key]
         y, reference = problem.observe(truth), None
         print(key)
         for count in (0, *args.particles):
