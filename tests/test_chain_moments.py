@@ -104,6 +104,28 @@ def test_particles_find_the_evidence_by_default(amplitude):
         assert found.standard_error < 0.1
 
 
+def test_a_network_that_is_sure_and_wrong_of_some_states_says_little_of_the_others():
+    class Sure(Noisy):
+        """Of every other state, by its first coordinate: as integer levels are where noise is low."""
+
+        def forward(self, xt, t, **context):
+            found = super().forward(xt, t)
+            sure = torch.where(xt[..., :1] > 0.5, 1e-6, 1.0)
+            return dist.Normal(found.mean, found.variance.sqrt() * sure).to_event(1)
+
+    denoiser = Sure()
+    prior, likelihood, _ = program(denoiser)
+    guided = ChainMoments(denoiser, likelihood, times=prior.times)
+    t = PROCESS.level_of_clock(torch.tensor([3.0], dtype=F64)).t.flatten()[0]
+    x = torch.tensor([[1.0, -1.0, 2.0], [0.0, -1.0, 2.0]], dtype=F64)  # sure, not sure
+    at, level = guided._linearized(x, t, {})
+    v = guided.covariance(at, level, torch.ones(3, dtype=F64).expand(2, 3))
+    truth = denoiser.inner(x, level).variance.mean()
+    # Half of the errors are 1 / LEAST_SHARE times what is said of them, so variances 10 times too large.
+    assert v[0].min() > 0.1 * truth
+    assert v[1].max() < 25 * truth
+
+
 def test_times_of_their_own_find_their_own_knots():
     denoiser = Noisy()
     prior, likelihood, _ = program(denoiser)

@@ -174,7 +174,8 @@ class Measured(LinearizedDenoiser):
     @property
     def spread(self) -> Tensor:
         """The denoiser's standard deviations, or what stands in for them."""
-        return self.moments.spread(self.variance, self.level)
+        floor = self.by_knot(lambda knot: knot.floor.to(self._xt))
+        return self.moments.spread(self.variance, self.level, floor)
 
     def by_knot(self, function: Callable[[Knot], Tensor]) -> Tensor:
         """A function of each datum's own knot."""

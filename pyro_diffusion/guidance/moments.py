@@ -23,6 +23,9 @@ __all__ = ["Moments", "measured"]
 DRAWS, KNOTS = 512, 33  # of the chain; levels, those of the chain if it has no more
 SEED = 0
 AT_ONCE = 2**18  # numbers in the data of one evaluation
+# A network may be sure of a state and wrong: w is never below this share of the mean squared error at its
+# level, and errors are not taken to be less than a tenth of what the network says they are.
+LEAST_SHARE, LEAST_SCALE = 0.05, 0.1
 
 
 class Along(NamedTuple):
@@ -50,12 +53,14 @@ class Knot(NamedTuple):
     r"""What was found at one level; :math:`w(x_t)` is the denoiser's variance, or what stands in for it.
 
     Attributes:
+        floor: what is added to the denoiser's variance, a number.
         trust: G, the weight of the denoiser's mean against that of the linear estimate, by direction.
         bias: mean of the whitened errors, event.
         scale: s, their standard deviations, event.
         correlation: R, theirs.
     """
 
+    floor: Tensor
     trust: Along
     bias: Tensor
     scale: Tensor
@@ -101,14 +106,14 @@ class Moments(NamedTuple):
         middles = 0.5 * (clocks[1:] + clocks[:-1])
         return torch.bucketize(clock.detach().contiguous(), middles)
 
-    def spread(self, variance: Tensor | None, level: Level) -> Tensor:
-        r""":math:`\sqrt w`, never 0; for a point mass of data alike in all directions,
-        :math:`w = (1/c + \alpha^2/\sigma^2)^{-1}`.
+    def spread(self, variance: Tensor | None, level: Level, floor: Tensor) -> Tensor:
+        r""":math:`\sqrt w`, never 0: the denoiser's variance and a floor; for a point mass of data alike in
+        all directions, :math:`(1/c + \alpha^2/\sigma^2)^{-1}` in its place.
         """
         if variance is None:
             snr = level.noise_to_signal.square().reciprocal()
             variance = 1 / (1 / self.estimate.values.mean().to(snr) + snr)
-        return variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt()
+        return (variance + floor).clamp(min=torch.finfo(variance.dtype).tiny).sqrt()
 
     def linear(self, xt: Tensor, level: Level, event_dim: int) -> Tensor:
         """The linear estimate of x_0."""
@@ -184,12 +189,15 @@ def _measure(denoiser: Denoiser, times: Tensor, like: Tensor) -> Moments:
             point = isinstance(per_coordinate(parts[0]), Delta)
             variance = None if point else torch.cat([part.variance for part in parts])
             linear = found.linear(torch.cat(states[j]), levels.at(j), process.event_dim)
-            root = found.spread(variance, levels.at(j)).expand_as(x0)
-            knots.append(_knot(x0, mean, root, linear, estimate.vectors))
+            floor = LEAST_SHARE * (x0 - mean).square().mean()
+            root = found.spread(variance, levels.at(j), floor).expand_as(x0)
+            knots.append(_knot(x0, mean, root, linear, estimate.vectors, floor))
     return found._replace(knots=tuple(knots))
 
 
-def _knot(x0: Tensor, mean: Tensor, root: Tensor, linear: Tensor, vectors: Tensor) -> Knot:
+def _knot(
+    x0: Tensor, mean: Tensor, root: Tensor, linear: Tensor, vectors: Tensor, floor: Tensor
+) -> Knot:
     """Trust by regression along each principal component, then the errors' covariance."""
     gap, error = ((v - linear).flatten(1) for v in (mean, x0))
     inner, outer = (v @ vectors for v in (gap, error))
@@ -199,11 +207,11 @@ def _knot(x0: Tensor, mean: Tensor, root: Tensor, linear: Tensor, vectors: Tenso
     weights = Along(vectors, trust, _share(products, squares))
     best = linear.flatten(1) + weights.times(gap, 1)
     errors = (x0.flatten(1) - best) / root.flatten(1)
-    bias, scale = errors.mean(0), errors.std(0).clamp(min=torch.finfo(errors.dtype).tiny)
+    bias, scale = errors.mean(0), errors.std(0).clamp(min=LEAST_SCALE)
     found = LinearEstimate.of_draws((errors - bias) / scale).to(x0)
     correlation = Along(found.vectors, found.values, found.rest)
     event = x0.shape[1:]
-    return Knot(weights, bias.reshape(event), scale.reshape(event), correlation)
+    return Knot(floor, weights, bias.reshape(event), scale.reshape(event), correlation)
 
 
 def _share(products: Tensor, squares: Tensor) -> Tensor:
