@@ -37,7 +37,7 @@ class ChainMoments(GaussianConditioning):
     it. Mean m and covariance V are those of 512 draws of the denoiser's own chain, at 33 noise levels: m
     is the linear estimate of x_0 where the network's mean is noise, direction by direction, and V the
     errors' correlation with the denoiser's own variances at x_t (with a variance head a state says how
-    much is unknown), see :class:`~pyro_diffusion.guidance.moments.Moments`. So V is what the error of m
+    much is unknown), see ``guidance.moments.Moments``. So V is what the error of m
     is, on average, at every level and for every denoiser: a twist that claims more than it knows is what
     leaves one particle of thousands. One backward pass through the network.
 
