@@ -1,5 +1,6 @@
 """Moments of x_0 given x_t measured on a chain: against closed forms, and as the twist of particles."""
 
+import functools
 import math
 
 import pyro
@@ -124,6 +125,22 @@ def test_a_network_that_is_sure_and_wrong_of_some_states_says_little_of_the_othe
     # Half of the errors are 1 / LEAST_SHARE times what is said of them, so variances 10 times too large.
     assert v[0].min() > 0.1 * truth
     assert v[1].max() < 25 * truth
+
+
+def test_data_sharper_than_the_chain_are_drawn_about_the_denoisers_own_mean():
+    # The chain ends coarse: the measured mean is off it by much more than the readings' noise.
+    process = GaussianProcess(LogLinear(3.0, -10.0))
+    weights, variance = torch.ones(1, dtype=F64), torch.tensor(VARIANCE, dtype=F64)
+    denoiser = MixtureDenoiser(process, weights, CENTRE[None], variance)
+    prior, likelihood, y = program(denoiser, sd=5e-4)
+    guidance = functools.partial(ChainMoments, times=prior.times)
+    run = TwistedSMC(prior, likelihood, guidance, num_particles=128).run()
+    assert run.ess.min() > 100
+    total = VARIANCE * MATRIX @ MATRIX.mT + 5e-4**2 * torch.eye(2, dtype=F64)
+    truth = dist.MultivariateNormal(MATRIX @ CENTRE, total).log_prob(y)
+    # Five standard errors, a false alarm in 1e-6 of seeds.
+    found = run.log_evidence
+    assert float(found.value) == pytest.approx(float(truth), abs=5 * found.standard_error)
 
 
 def test_times_of_their_own_find_their_own_knots():

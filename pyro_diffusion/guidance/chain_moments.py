@@ -15,6 +15,7 @@ from pyro_diffusion.guidance.moments import Knot, Moments, measured
 from pyro_diffusion.guidance.proposal import Readings
 from pyro_diffusion.guidance.relinearization import Solved, relinearized
 from pyro_diffusion.likelihoods import Likelihood
+from pyro_diffusion.precision import matmul
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.schedules.grids import uniform
 
@@ -77,10 +78,14 @@ class ChainMoments(GaussianConditioning):
         """Prior, posterior and log-twist at x_t, detached (one network evaluation; S is formed)."""
         at, level = self._linearized(xt, t, context)
         solved = self._by_gradient(at, level)
-        assert solved.log_evidence is not None
+        assert solved.log_evidence is not None and solved.readings is not None
         with torch.no_grad():
             posterior = self.posterior(at, level, solved)
-            return Twisted(at.prior, posterior, solved.log_evidence, solved.readings)
+            # The chain goes on from the denoiser's mean, whatever was measured.
+            gap = at.per_row(at.mean - at.prior.mean).unsqueeze(-2)
+            moved = matmul(gap, solved.readings.rows.mT).squeeze(-2)
+            readings = solved.readings._replace(residual=solved.readings.residual + moved)
+            return Twisted(at.prior, posterior, solved.log_evidence, readings)
 
     def _solved(self, at: LinearizedDenoiser, level: Level, solver: str) -> Solved:
         if solver == "direct":

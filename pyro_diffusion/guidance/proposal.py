@@ -18,7 +18,7 @@ class Readings(NamedTuple):
     r"""The observations as a method linearized them at one state, in units of their noise.
 
     Attributes:
-        residual: r, rows + (m,).
+        residual: r at the mean of the denoiser's own posterior, rows + (m,).
         rows: B, rows + (m, n).
         images: V B^T transposed, rows + (m, n).
         gap: B V B^T, rows + (m, m).
@@ -51,7 +51,8 @@ def told(kernel: TorchDistribution, readings: Readings, weight: Tensor) -> Torch
     .. math:: q(x_s | x_t, y) = \mathcal N\big(m,\; (Q^{-1} + Q^{-1} U S_s^{-1} U^T Q^{-1})^{-1}\big)
 
     is proportional to the kernel times the twist at x_s: weights do not depend on what is drawn. V and Q
-    approximate, and :math:`S_s` keeps eigenvalues of 1 or more, the readings' own noise.
+    approximate, and :math:`S_s` keeps eigenvalues of 1 or more, the readings' own noise. Computed in double
+    precision; readings that are not finite say nothing.
 
     Args:
         kernel: independent normals, batch + event.
@@ -60,8 +61,9 @@ def told(kernel: TorchDistribution, readings: Readings, weight: Tensor) -> Torch
     """
     base, shape = per_coordinate(kernel), kernel.batch_shape
     scaled = (weight / base.scale).expand(base.loc.shape).reshape(*shape, 1, -1)
-    cross = readings.images.reshape(*shape, -1, scaled.shape[-1]) * scaled
-    left = readings.gap.reshape(*shape, *readings.gap.shape[-2:]) - matmul(cross, cross.mT)
+    cross = readings.images.reshape(*shape, -1, scaled.shape[-1]).double() * scaled
+    gap = readings.gap.reshape(*shape, *readings.gap.shape[-2:])
+    left = _finite(gap.double() - matmul(cross, cross.mT))
     half = torch.linalg.solve_triangular(_root(left), cross, upper=False)
     return _conditioned(kernel, base.loc, half)
 
@@ -78,18 +80,24 @@ def told_at_last(kernel: TorchDistribution, readings: Readings) -> TorchDistribu
     """
     base, shape = per_coordinate(kernel), kernel.batch_shape
     scale = base.scale.expand(base.loc.shape).reshape(*shape, 1, -1)
-    half = readings.rows.reshape(*shape, -1, scale.shape[-1]) * scale
+    half = _finite(readings.rows.reshape(*shape, -1, scale.shape[-1]).double() * scale)
     eye = torch.eye(half.shape[-2], dtype=half.dtype, device=half.device)
     root = torch.linalg.cholesky(eye + matmul(half, half.mT))
-    r = readings.residual.reshape(*shape, -1, 1)
+    r = readings.residual.reshape(*shape, -1, 1).double()
     shift = scale * matmul(half.mT, torch.cholesky_solve(r, root)).mT
-    return _conditioned(kernel, base.loc + shift.reshape(base.loc.shape), half)
+    return _conditioned(kernel, base.loc + shift.reshape(base.loc.shape).to(base.loc), half)
 
 
 def _conditioned(kernel: TorchDistribution, loc: Tensor, half: Tensor) -> TorchDistribution:
     """A normal with the precision of the kernel and that of readings, (m, n) of unit scales."""
-    factor = half.mT.reshape(*loc.shape, -1)
+    factor = _finite(half).mT.reshape(*loc.shape, -1).to(loc)
     return ConditionedNormal(loc, per_coordinate(kernel).scale, factor, kernel.event_dim)
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    """The matrices, zero where one has a number that is not finite."""
+    known = matrix.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    return torch.where(known, matrix, 0.0)
 
 
 def _root(gap: Tensor) -> Tensor:

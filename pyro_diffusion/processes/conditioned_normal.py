@@ -30,6 +30,9 @@ class ConditionedNormal(TorchDistribution):
     .. math:: \log p(x) = -\tfrac12 \big(|u|^2 + |F^T u|^2 + n \log 2\pi - \log\det K\big) - \sum_i \log s_i,
               \qquad u = D^{-1}(x - m).
 
+    K is formed and factorized in double precision: readings that are sharp and say nearly the same leave it
+    singular in single precision.
+
     Args:
         loc: m, batch + event.
         scale: s, which broadcasts to it.
@@ -59,7 +62,8 @@ class ConditionedNormal(TorchDistribution):
     def variance(self) -> Tensor:
         r"""Of every coordinate, :math:`s_i^2 (1 - |K^{-1/2} F^T e_i|^2)`."""
         half = torch.linalg.solve_triangular(self._root, self._matrix.mT, upper=False)
-        return self.scale.square() * (1 - half.square().sum(-2)).reshape(self.loc.shape)
+        share = (1 - half.square().sum(-2)).clamp(min=torch.finfo(half.dtype).eps)
+        return self.scale.square() * share.reshape(self.loc.shape).to(self.scale)
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> Self:
         """The same distribution at a larger batch shape."""
@@ -70,13 +74,13 @@ class ConditionedNormal(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, sample + batch."""
-        u = self._flat((value - self.loc) / self.scale)
+        u = self._flat((value.double() - self.loc.double()) / self.scale.double())
         told = matmul(u.unsqueeze(-2), self._matrix).squeeze(-2)
         log_det = 2 * self._root.diagonal(dim1=-1, dim2=-2).log().sum(-1)
         squares = u.square().sum(-1) + told.square().sum(-1)
         constant = self.event_shape.numel() * math.log(2 * math.pi)
         log_scale = self._flat(self.scale).log().sum(-1)
-        return -0.5 * (squares + constant - log_det) - log_scale
+        return (-0.5 * (squares + constant - log_det) - log_scale).to(self.loc)
 
     def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:
         """Reparameterized draws, sample + batch + event."""
@@ -95,8 +99,8 @@ class ConditionedNormal(TorchDistribution):
 
     @property
     def _matrix(self) -> Tensor:
-        """F with one dimension for a datum, batch + (n, m)."""
-        return self.factor.reshape(*self.batch_shape, -1, self.factor.shape[-1])
+        """F with one dimension for a datum, batch + (n, m), in double precision."""
+        return self.factor.reshape(*self.batch_shape, -1, self.factor.shape[-1]).double()
 
     @functools.cached_property
     def _root(self) -> Tensor:
@@ -109,10 +113,10 @@ class ConditionedNormal(TorchDistribution):
         return x.reshape(*x.shape[: x.dim() - len(self.event_shape)], -1)
 
     def _of(self, z: Tensor, e: Tensor) -> Tensor:
-        f, flat = self._matrix, self._flat(z).unsqueeze(-1)
-        told = matmul(f.mT, flat) + e.unsqueeze(-1)
+        f, flat = self._matrix, self._flat(z).double().unsqueeze(-1)
+        told = matmul(f.mT, flat) + e.double().unsqueeze(-1)
         away = matmul(f, torch.cholesky_solve(told, self._root))
-        return self.loc + self.scale * (flat - away).reshape(z.shape)
+        return self.loc + self.scale * (flat - away).reshape(z.shape).to(z)
 
 
 def normal_tensors(kernel: TorchDistribution) -> dict[str, Tensor]:
