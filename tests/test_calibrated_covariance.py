@@ -10,7 +10,14 @@ from torch.testing import assert_close
 
 from pyro_diffusion.denoisers import Denoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.guidance import MMPS, TMPD, CalibratedCovariance, DataCovariance, DiffPIR
+from pyro_diffusion.guidance import (
+    MMPS,
+    TMPD,
+    CalibratedCovariance,
+    DataCovariance,
+    DiffPIR,
+    calibration,
+)
 from pyro_diffusion.guidance.calibration import DRAWS, KNOTS, calibrate, calibrated
 from pyro_diffusion.guidance.linear_estimate import LinearEstimate
 from pyro_diffusion.guidance.secant import (
@@ -139,6 +146,34 @@ def test_a_trusted_level_is_mmps_and_another_the_linear_estimate():
     assert_close(guided(x, low).mean, linear(x, low).mean)
     assert_close(guided(x, high).mean, MMPS(denoiser, guided.likelihood)(x, high).mean)
     assert_close(guided.twisted(x, low).log_twist, linear.twisted(x, low).log_twist)
+
+
+@pytest.mark.parametrize("squares", [False, True], ids=["linear", "squares"])
+def test_an_exact_denoiser_gives_mmps_with_its_variance(squares):
+    # Between sharp modes a state's own variance has little to do with the average of the linear estimate.
+    denoiser = mixture(variance=0.02)
+
+    def model():
+        x = pyro.sample("x", Diffusion(denoiser, (3,), steps=40))
+        seen = x.square() if squares else x
+        pyro.sample("y", dist.Normal(seen @ MATRIX.mT, 0.3).to_event(1), obs=OBSERVED)
+
+    observed, t = ProgramLikelihood(model), torch.tensor(0.5, dtype=F64)
+    x = 0.7 * torch.randn(6, 3, dtype=F64)
+    own, other = (kind(denoiser, observed)(x, t) for kind in (CalibratedCovariance, MMPS))
+    assert_close(own.mean, other.mean)
+    assert_close(own.variance, other.variance)
+
+
+def test_the_scale_of_the_estimate_is_that_of_all_states(monkeypatch):
+    # Data of which few are evaluated at once. Fixed draws: no false alarms.
+    denoiser = Wiggling(mixture(), amplitude=0.5)
+    like = torch.zeros(3, dtype=F64)
+    whole = calibrate(denoiser, like, {}).settings.scale
+    monkeypatch.setattr(calibration, "AT_ONCE", 3 * 21)  # 21, 21, 21 and 1 of 64 states
+    found = calibrate(denoiser, like, {}).settings.scale
+    # A mean of 64 squares, of other noise.
+    assert ((found - whole).abs() < 0.5 * whole).all()
 
 
 def test_the_default_draws_the_posterior_under_a_wrong_derivative():

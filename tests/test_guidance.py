@@ -522,6 +522,19 @@ def test_small_eigenvalues_hide_behind_fair_pivots():
     assert (u.norm(dim=-1) <= 1 + 1e-9).all()
 
 
+def test_more_sharp_readings_than_uncertain_numbers_in_single_precision():
+    # The eigenvalues of eight directions are 1, those of the others 1e8: rounding makes them negative.
+    a = torch.randn(24, 16, dtype=F64, generator=torch.Generator().manual_seed(0))
+    r, gap = 1e4 * a.sum(1), 1e8 * a @ a.mT
+    u, log_evidence = solve(gap.float()[None], r.float()[None])
+    exact, exactly = solve(gap[None], r[None])
+    assert u.dtype == torch.float32
+    size = 1e4 * a.mT @ exact[0]  # the shift
+    assert (1e4 * a.mT @ u[0].double() - size).norm() < 1e-3 * size.norm()
+    # Eigenvalues of 1 that are lost in rounding of 10: some nats of a determinant, not NaN.
+    assert abs(float(log_evidence - exactly)) < 30
+
+
 def test_rows_that_are_not_finite_stay_alone():
     gap, r = torch.eye(2, dtype=F64).repeat(3, 1, 1), torch.ones(3, 2, dtype=F64)
     gap[1, 0, 1] = torch.inf

@@ -94,18 +94,20 @@ class CalibratedCovariance(GaussianConditioning):
         return isinstance(at, Chosen) and any(part.trusted is not False for part in at.parts)
 
     def variances(self, at: LinearizedDenoiser, level: Level) -> Tensor:
-        """Those of the estimate, at any level."""
+        """The denoiser's own where its derivative is trusted, as in MMPS, elsewhere those of the estimate."""
         assert isinstance(at, Chosen)
         k = self.process.event_dim
         event = at.mean.shape[at.mean.dim() - k :]
         result: Tensor | None = None
-        for rows, calibration, _, settings in at.parts:
+        for rows, calibration, trusted, settings in at.parts:
             if calibration is None or settings is None:
                 part = level.noise_to_signal.square()
             else:
                 diagonal = calibration.estimate.diagonal(level, event, at.keeper)
                 g = gains(diagonal, at.variance, settings.head, settings.scale)
                 part = g * diagonal * g
+            if at.variance is not None and trusted is not False:
+                part = torch.where(torch.as_tensor(trusted, device=part.device), at.variance, part)
             result = part if result is None or rows is None else torch.where(rows, part, result)
         assert result is not None
         return result

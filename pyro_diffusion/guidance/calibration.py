@@ -199,12 +199,15 @@ def _found(
     """The numbers of one level."""
     products, squares, errors = [], [], []
     flat = directions.flatten(1).double()
-    total = float(estimate.diagonal(level, x0.shape[1:]).sum())
-    for place, rows in enumerate(_batches(len(x0), directions[0])):
-        own = {name: value[rows] for name, value in context.items()}
+    batches = _batches(len(x0), directions[0])
+    states = [draw(denoiser.process.marginal(x0[rows], level)).detach() for rows in batches]
+    labels = [{name: value[rows] for name, value in context.items()} for rows in batches]
+    with torch.no_grad():
+        means = [denoiser(xt, level, **own).mean for xt, own in zip(states, labels, strict=True)]
+    scale = _scale(estimate, level, x0, torch.cat(means))
+    for place, (rows, xt, own) in enumerate(zip(batches, states, labels, strict=True)):
         with torch.enable_grad():
-            xt = draw(denoiser.process.marginal(x0[rows], level)).detach().requires_grad_()
-            prior = denoiser(xt, level, **own)
+            prior = denoiser(xt.requires_grad_(), level, **own)
             mean = prior.mean
         if not mean.requires_grad:  # it never is asked for
             nothing = x0.new_full((), torch.nan, dtype=torch.float64)
@@ -218,8 +221,6 @@ def _found(
         products.append(matmul(images, flat.mT))
         gap = (x0[rows] - mean.detach()).flatten(1).double()
         squares.append(matmul(gap, flat.mT).square().mean(-1))
-        share = float(gap.square().sum(-1).mean()) / total
-        scale = min(max(share, SCALES[0]), SCALES[1]) if share == share else SCALES[1]
         variance = None
         if not isinstance(per_coordinate(prior), Delta):
             variance = prior.variance.detach()
@@ -230,6 +231,13 @@ def _found(
         )
     share, head = settings_by_error(torch.cat(errors, -1))
     return _evidence(torch.cat(products), torch.cat(squares)), Settings(share, head, scale)
+
+
+def _scale(estimate: LinearEstimate, level: Level, x0: Tensor, mean: Tensor) -> float:
+    """The squared error of all states beside that of the linear estimate."""
+    error = (x0 - mean).flatten(1).double().square().sum(-1).mean()
+    share = float(error) / float(estimate.diagonal(level, x0.shape[1:]).sum())
+    return min(max(share, SCALES[0]), SCALES[1]) if share == share else SCALES[1]
 
 
 def _evidence(v: Tensor, error: Tensor) -> Evidence:

@@ -131,7 +131,7 @@ def solve(gap: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
 
     The gap is a covariance. Along a direction where it is negative nothing is uncertain, so the observations
     say nothing of x_0 there and u has no part in it: r is neither enlarged nor multiplied by a bad gap. Rows
-    that are not finite become NaN, and those alone.
+    that are not finite become NaN, and those alone. In double precision, whatever that of the gap.
 
     Args:
         gap: S - I, rows + (m, m); its symmetric part is taken.
@@ -141,24 +141,28 @@ def solve(gap: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         u, of r's shape, and -(r^T u + log det S) / 2, of the rows' shape; differentiable but where
         eigenvalues were changed.
     """
-    eye = torch.eye(gap.shape[-1], dtype=gap.dtype, device=gap.device)
-    system = eye + 0.5 * (gap + gap.mT)
+    eye = torch.eye(gap.shape[-1], dtype=torch.float64, device=gap.device)
+    system = eye + 0.5 * (gap + gap.mT).double()
     # Rounding leaves the least eigenvalue of a large gap uncertain by about this much.
     slack = SLACK + gap.shape[-1] * torch.finfo(gap.dtype).eps * gap.detach().abs().amax((-1, -2))
     raised = system.detach() - (1 - slack)[..., None, None] * eye
     bad = (torch.linalg.cholesky_ex(raised).info != 0) | ~torch.isfinite(slack)
+    # More readings than are uncertain, and sharp ones: by rounding S may not even be positive.
+    bad = bad | (torch.linalg.cholesky_ex(system.detach()).info != 0)
     some_bad = bool(bad.any())
     if some_bad:
         raised, certain = _clamped(system.detach())
         system = torch.where(bad[..., None, None], raised, system)
     factor = torch.linalg.cholesky_ex(system).L
-    half = torch.linalg.solve_triangular(factor, r.unsqueeze(-1), upper=False)
+    half = torch.linalg.solve_triangular(factor, r.unsqueeze(-1).double(), upper=False)
     u = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
     if some_bad:
         # S is 1 there.
-        u = u - torch.where(bad[..., None], matmul(certain, r.unsqueeze(-1)).squeeze(-1), 0.0)
+        u = u - torch.where(
+            bad[..., None], matmul(certain, r.unsqueeze(-1).double()).squeeze(-1), 0.0
+        )
     log_root = factor.diagonal(dim1=-1, dim2=-2).log().sum(-1)
-    return u, -0.5 * half.square().sum((-1, -2)) - log_root
+    return u.to(r), (-0.5 * half.square().sum((-1, -2)) - log_root).to(r)
 
 
 def _clamped(system: Tensor) -> tuple[Tensor, Tensor]:
