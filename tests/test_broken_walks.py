@@ -8,16 +8,25 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact import mixture
+from pyro.infer import Predictive
 from small_diffusions import SMALL_DIFFUSIONS
 from torch import nn
 
 from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.dynamics import ODESolver, SDESolver
-from pyro_diffusion.guidance import MMPS, DataCovariance, GuidedDenoiser, PlugIn, Twisted
+from pyro_diffusion.guidance import (
+    MMPS,
+    DataCovariance,
+    GuidedDenoiser,
+    PlugIn,
+    SampledGuidance,
+    Twisted,
+)
 from pyro_diffusion.guidance.base import shift_mean
-from pyro_diffusion.infer import AutoGuidance
+from pyro_diffusion.infer import AutoGuidance, AutoTwistedSMC, TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
+from pyro_diffusion.nn import MLP
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.samplers import DDIM, Ancestral
 from pyro_diffusion.samplers.divergence import largest_exact_noise
@@ -102,6 +111,44 @@ def test_an_autoguide_that_explodes():
     model = program(standard(), 0.1)
     with pytest.raises(ValueError, match="guidance: got PlugIn"):
         AutoGuidance(model, BARE)()
+
+
+def test_a_derivative_that_is_not_finite():
+    prior = Diffusion(standard(), (2,), 8)
+
+    def model():
+        root = pyro.sample("x", prior)[..., 0].clamp(min=0).sqrt()  # infinity times 0 below 0
+        pyro.sample("y", dist.Normal(root, 0.1, validate_args=False), obs=torch.tensor(0.5))
+
+    guide = AutoGuidance(model, MMPS)
+    expected = (
+        "guidance: got NaN or infinite numbers from MMPS at log-SNR .* derivatives are finite"
+    )
+    with pytest.raises(ValueError, match=expected):
+        Predictive(model, guide=guide, num_samples=8, parallel=True)()
+    likelihood = ProgramLikelihood(model)
+    with pytest.raises(ValueError, match="see that the program's derivatives are finite"):
+        TwistedSMC(prior, likelihood, MMPS, num_particles=8).run()
+
+
+def test_a_program_that_refuses_nan_is_told_where_it_came_from():
+    denoiser = standard()
+    likelihood = ProgramLikelihood(program(denoiser, 0.1))
+    x0 = torch.full((3, 2), math.nan)
+    with pytest.raises(ValueError, match="constraint") as caught:
+        likelihood.log_prob(x0)
+    assert "derivative of the program that is not finite" in "".join(caught.value.__notes__)
+
+
+def test_draws_that_are_all_alike_guide_particles_alone():
+    denoiser = GaussianDenoiser(MLP(2, (4,)), GaussianProcess(Cosine()))
+    model = program(denoiser, 0.5)
+    with pytest.raises(
+        ValueError, match="denoiser: got a GaussianDenoiser whose posterior is a point"
+    ):
+        AutoGuidance(model, SampledGuidance)()
+    with pytest.warns(UnreliableWarning, match="4 particles are too few"):
+        assert AutoTwistedSMC(model, SampledGuidance, num_particles=4)()["x"].isfinite().all()
 
 
 SETTLED = [(0.3, 50, Ancestral()), (0.01, 100, Ancestral()), (0.1, 50, DDIM())]

@@ -350,6 +350,28 @@ def test_sites_that_do_not_depend_are_left_out_of_the_residual():
     assert likelihood.residual(torch.randn(5, N, 2, dtype=D)).shape == (5, N, 3)
 
 
+@pytest.mark.parametrize("inside", [True, False], ids=["in the plate", "outside"])
+def test_a_program_that_says_nothing_of_x_has_derivatives_of_0(inside):
+    def model():
+        with pyro.plate("rows", N):
+            site()
+            if inside:
+                pyro.sample("y", dist.Gamma(2.0, 1.0), obs=COUNTS[0])
+        if not inside:
+            pyro.sample("y", dist.Gamma(2.0, 1.0), obs=COUNTS[0])
+
+    likelihood = ProgramLikelihood(model)
+    x0 = torch.randn(5, N, 2, dtype=D, requires_grad=True)
+    found, (residual, rest) = likelihood.log_prob(x0), likelihood.whitened(x0)
+    assert torch.equal(found, rest) and found.shape == (5, N if inside else 1)
+    assert torch.equal(residual, torch.zeros(*found.shape, 1, dtype=D))
+    for value in (found, residual):
+        (gradient,) = torch.autograd.grad(value.sum(), x0)
+        assert torch.equal(gradient, torch.zeros_like(x0))
+    linear = likelihood.linearized(x0.detach())
+    assert torch.equal(linear.push(torch.ones_like(x0)), torch.zeros_like(residual))
+
+
 def test_arguments_conditions_and_names():
     def model(a, y=None, scale=1.0):
         x = pyro.sample("x", Diffusion(DENOISER, (2,), steps=3))

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from pyro.distributions import Categorical, TorchDistribution
+from pyro.distributions import Categorical, Delta, TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
@@ -35,7 +35,8 @@ class SampledGuidance(GuidedDenoiser):
 
     The twist is an unbiased estimate of :math:`\int p(x_0|x_t)\, p(y|x_0)\, dx_0` for the posterior as the
     denoiser states it (per-symbol independent for categorical data). Twisted SMC stays exact with it. Alone
-    it is approximate, better with more draws; a posterior that is a point mass learns nothing.
+    it is approximate, better with more draws. All draws of a point mass are one, which tell particles how
+    good they are, but a chain by itself nothing: it is refused there.
 
     Cost: one network evaluation and M runs of the program in one batch.
 
@@ -46,7 +47,8 @@ class SampledGuidance(GuidedDenoiser):
         prior_count: pseudo-count c > 0 of draws of the prior.
 
     Raises:
-        ValueError: for other data (strings), no draws, or c not positive.
+        ValueError: for other data (strings), no draws, or c not positive; outside particles for a posterior
+            that is a point mass.
 
     References:
         Li et al., Derivative-free guidance in continuous and discrete diffusion models, arXiv 2408.08252
@@ -83,6 +85,17 @@ class SampledGuidance(GuidedDenoiser):
             effective = weights.square().sum(0).reciprocal()
             share = effective / (effective + self.prior_count)
             return Twisted(prior, self._posterior(prior, x0, weights, share), log_twist)
+
+    def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
+        """The posterior over x_0 given x_t and y, batch and event shape of xt."""
+        posterior = self.twisted(xt, t, **context).posterior
+        if isinstance(per_coordinate(posterior), Delta):
+            raise ValueError(
+                f"denoiser: got a {type(self.denoiser).__name__} whose posterior is a point mass, expected "
+                "one with a variance (such as LearnedVariance()): draws that are all alike do not guide a "
+                "chain, which would be the prior's (TwistedSMC and AutoTwistedSMC take point masses)"
+            )
+        return posterior
 
     def _posterior(
         self, prior: TorchDistribution, x0: Tensor, weights: Tensor, share: Tensor

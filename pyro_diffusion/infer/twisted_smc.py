@@ -195,8 +195,9 @@ class TwistedSMC:
             reason = str(error).split("\n")[0]  # Pyro appends the trace's shapes
             raise SMCFailed(
                 f"likelihood: got none that is positive and finite among {self.num_particles} particles "
-                f"{where} ({reason}), expected some: give the observations more noise, use more particles, "
-                "or another guidance"
+                f"{where} ({reason}), expected some: give the observations more noise, use more particles "
+                "or another guidance, and see that the program's derivatives are finite (at 0 those of a "
+                "root or a norm are not)"
             ) from error
         return particles
 

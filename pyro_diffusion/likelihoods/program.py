@@ -156,14 +156,16 @@ class ProgramLikelihood(Likelihood):
         Raises:
             ValueError: for an x_0 of another shape.
         """
-        return self._extract(x0, self._program.log_prob)[0]
+        (total,) = self._extract(x0, self._program.log_prob)
+        return total if self.analysis.dependence.dependent else total + _nothing(x0)
 
     def whitened(self, x0: Tensor) -> Whitened:
         r"""Residual :math:`L^{-1}(y - E[y | x_0])` of all Normal sites and log-normalizer, from one run.
 
         Flattened and concatenated over sites, in the dtype of x_0, differentiable; masked entries are 0, a
         scale multiplies by its root. Other sites have their signed deviance residuals if they were asked for.
-        Sites that do not depend on x_0 are left out of the residual, whatever their distribution.
+        Sites that do not depend on x_0 are left out of the residual, whatever their distribution; if none
+        does, it is one 0.
 
         Args:
             x0: sample + batch + event.
@@ -175,7 +177,11 @@ class ProgramLikelihood(Likelihood):
         if self._residuals in self.analysis.dependence.without_residual:
             raise ValueError(self._refusal())
         # Observations may be finer than the prior: backward passes are in the prior's dtype.
-        return Whitened(*(v.to(x0.dtype) for v in self._extract(x0, self._whitened)))
+        residual, rest = (v.to(x0.dtype) for v in self._extract(x0, self._whitened))
+        if residual.shape[-1] == 0:
+            # Nothing is said of x_0.
+            residual = _nothing(x0).expand(*rest.shape, 1)
+        return Whitened(residual, rest)
 
     def with_residuals(self, residuals: str) -> Self:
         r"""The same likelihood with residuals of another kind, unchecked and cheap.
@@ -254,7 +260,15 @@ class ProgramLikelihood(Likelihood):
         )
 
     def _extract(self, x0: Tensor, extract: Extract) -> tuple[Tensor, ...]:
-        return self._program.run_batch(x0, self.latents, extract, self.analysis.vectorized)
+        try:
+            return self._program.run_batch(x0, self.latents, extract, self.analysis.vectorized)
+        except ValueError as error:
+            if not bool(x0.isfinite().all()):
+                error.add_note(
+                    f"x_0: got NaN or infinite values at site {self.site!r}: guidance has met a derivative "
+                    "of the program that is not finite, such as that of a root or a norm at 0"
+                )
+            raise
 
     def _whitened(self, sites: list[Message], lead: int) -> tuple[Tensor, ...]:
         residuals, parts, collapse = [], [], self._program.collapse
@@ -272,6 +286,11 @@ class ProgramLikelihood(Likelihood):
             return total.new_zeros(*total.shape, 0), total
         shape = torch.broadcast_shapes(*(r.shape[:-1] for r in residuals))
         return torch.cat([r.expand(*shape, r.shape[-1]) for r in residuals], -1), total
+
+
+def _nothing(x0: Tensor) -> Tensor:
+    """0, with a derivative of 0 in x_0."""
+    return x0.flatten()[:0].sum()
 
 
 def check_model(model: Any) -> None:

@@ -104,6 +104,11 @@ class DivergenceMonitor:
         first = int((~good).nonzero()[0])
         value, kind = float(marks[first]), type(self.denoiser).__name__
         where = f" at log-SNR {float(self.clocks[first]):.3g}" if first < len(self.marks) else ""
+        if self.denoiser.guided and math.isnan(value):
+            raise ValueError(
+                f"guidance: got NaN or infinite numbers from {kind}{where}, expected a network and a program "
+                "whose values and derivatives are finite (those of a root or a norm at 0 are not)"
+            )
         if self.denoiser.guided:
             raise ValueError(
                 f"guidance: got {kind} whose estimate leaves the model{where}: it takes the state for noise "
