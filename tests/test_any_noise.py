@@ -10,16 +10,19 @@ from pyro.distributions import (
     Dirichlet,
     Exponential,
     Gumbel,
+    Kumaraswamy,
     Laplace,
     MixtureSameFamily,
     MultivariateNormal,
     Normal,
+    RelaxedBernoulli,
     StudentT,
     TransformedDistribution,
     Uniform,
+    Weibull,
 )
 from scipy import stats
-from torch.distributions import SigmoidTransform
+from torch.distributions import SigmoidTransform, StickBreakingTransform
 
 from pyro_diffusion import nn
 from pyro_diffusion.denoisers import Data, GaussianDenoiser, Noise, Score, V, Velocity
@@ -265,6 +268,27 @@ def test_noise_has_no_density_outside_its_support():
     ):
         base = AnyNoise(Cosine(), noise).base_distribution((2,))
         close(base.log_prob(z), torch.tensor(want), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("noise", "outside"),
+    [
+        (TransformedDistribution(Normal(0.0, 1.0), [SigmoidTransform()]), [1.5, -0.5]),
+        (RelaxedBernoulli(torch.tensor(0.7), torch.tensor(0.3)), [1.5, -0.5]),
+        (Weibull(1.0, 2.0), [-0.5, -1.5]),
+        (Kumaraswamy(2.0, 2.0), [1.5, -0.5]),
+        (TransformedDistribution(Normal(torch.zeros(1), 1.0), [StickBreakingTransform()]), None),
+    ],
+    ids=["logit-normal", "relaxed", "weibull", "kumaraswamy", "simplex"],
+)
+def test_a_transform_whose_inverse_takes_anything_has_no_density_there(noise, outside):
+    """That of a sigmoid clamps, that of a square forgets the sign."""
+    process = AnyNoise(Cosine(), noise)
+    inside = torch.tensor([[0.3, 0.7]])
+    got, want = process.base_distribution((2,)).log_prob(inside), noise.log_prob(inside)
+    close(got, want.flatten().sum().unsqueeze(0))
+    rows = torch.tensor([[0.3, v] for v in outside or (1.5, -0.5)])
+    assert (process.base_distribution((2,)).log_prob(rows) == -torch.inf).all()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pyro.distributions import TorchDistribution
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import (
+    ComposeTransform,
     Independent,
     MixtureSameFamily,
     TransformedDistribution,
@@ -120,9 +121,14 @@ def _supported(z_of: Any, z: Tensor) -> Tensor:
         inside = _supported(z_of.component_distribution, z.unsqueeze(-1 - z_of._event_ndims))
         return inside.any(-1)
     if isinstance(z_of, TransformedDistribution):
-        for transform in reversed(z_of.transforms):
-            z = transform.inv(z)
-        return _supported(z_of.base_dist, z)
+        event, inside = len(z_of.event_shape), torch.ones((), dtype=torch.bool, device=z.device)
+        for transform in reversed(ComposeTransform(z_of.transforms).parts):
+            # Asked before the inverse: that of a sigmoid clamps, that of a square forgets the sign.
+            image, origin = transform.codomain, transform.domain
+            found, rest = image.check(z), event - image.event_dim
+            inside = inside & (found.flatten(-rest).all(-1) if rest else found)
+            z, event = transform.inv(z), rest + origin.event_dim
+        return inside & _supported(z_of.base_dist, z)
     inside = z_of.support.check(z)
     return inside
 
