@@ -42,6 +42,9 @@ TINY = {
     " --images 2 --chain 3 --particles 2",
     "missing_data": "--steps 3 --batch 8 --width 8 --chain 4 --rows 3 --draws 4 --particles 4"
     " --components 1 2",
+    "missing_covariates": "--prior prior --prior-settings='--steps 3 --batch 8 --width 8' --chain 4 --rows 4"
+    " --sweeps 4 --warmup 4 --gibbs-particles 2 --reference-particles 4 --reference-draws 4"
+    " --reference-sweeps 16",
     "second_network": f"{PRIOR} --width 2 --classifier-steps 3 --steps 3 --particles 3 --draws 3"
     " --prior-draws 5 --shown 2",
 }
