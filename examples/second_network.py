@@ -104,7 +104,10 @@ class Judge:
 
 
 def agreement(judge: Judge, x: Tensor) -> tuple[Tensor, float, float]:
-    """Shares of draws x, (draws, 10, 1, 8, 8), judged to be of their label; their mean and its error."""
+    """Shares of draws x, (draws, 10, 1, 8, 8), judged to be of their label; their mean and its error.
+
+    The error takes draws for independent: that of particles which share ancestors is larger.
+    """
     right = (judge(x) == torch.arange(CLASSES)).double()
     shares = right.mean(0)
     variance = (shares * (1 - shares)).clamp(min=1 / len(x)) / len(x)

@@ -31,6 +31,26 @@ def counting(matrix):
     return apply, calls
 
 
+def test_a_row_that_meets_a_direction_which_s_denies_stops_there_for_good():
+    # Started anew from the residual it would go on, and astray.
+    generator, directions = torch.Generator().manual_seed(0), []
+    root = torch.linalg.qr(torch.randn(50, 4, 4, dtype=F64, generator=generator)).Q
+    s = root @ torch.diag(torch.tensor([-2.0, 1.0, 3.0, 10.0], dtype=F64)) @ root.mT
+    b = torch.randn(50, 4, dtype=F64, generator=generator)
+
+    def apply(p):
+        directions.append(p)
+        return (s @ p.unsqueeze(-1)).squeeze(-1), (p,)
+
+    found = torch.stack([conjugate_gradients(apply, b, k, least=0.9).u for k in range(1, 9)])
+    p = torch.stack(directions[-8:])
+    denied = torch.einsum("kri,rij,krj->kr", p, s, p) <= 0.9 * p.square().sum(-1)
+    after = denied.cummax(0).values[1:]
+    moved = found.diff(dim=0).norm(dim=-1) > 1e-9
+    assert not (after & moved).any()
+    assert after.any(0).sum() > 40 and moved.any(0).sum() > 10  # of 50: it is about something
+
+
 def test_a_tolerance_is_kept_in_every_row():
     """Rows stop one by one, each as if alone, and the last of them ends the work."""
     torch.manual_seed(0)

@@ -61,15 +61,17 @@ def conjugate_gradients(
     energy = b.square().sum(-1, keepdim=True)
     # Below rounding, or small enough.
     enough = ((_resolution(b) ** 2) * energy).clamp(min=tolerance**2 * b.shape[-1])
+    going = torch.ones_like(energy, dtype=torch.bool)
     for iteration in range(iterations):
+        going = going & (energy > enough)
         looks = tolerance > 0 and iteration > 0 and iteration % LOOK_EVERY == 0
-        if looks and not bool((energy > enough).any()):
+        if looks and not bool(going.any()):
             break
         product, found = apply(direction)
         curvature = (direction * product).sum(-1, keepdim=True)
-        # A row is done, too, where S is not what it should be.
+        # A row is done for good, too, where S is not what it should be: further steps would go astray.
         floor = least * direction.square().sum(-1, keepdim=True)
-        going = (energy > enough) & (curvature > floor)
+        going = going & (curvature > floor)
         step = torch.where(going, energy / torch.where(going, curvature, 1.0), 0.0)
         u = u + step * direction
         images = _add(images, step, found)
