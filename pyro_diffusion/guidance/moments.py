@@ -8,6 +8,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.distributions.decoders import NormalDecoder
 from pyro_diffusion.guidance.linear_estimate import LinearEstimate
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.precision import matmul
@@ -176,7 +177,11 @@ def _measure(denoiser: Denoiser, times: Tensor, like: Tensor) -> Moments:
         ends = []
         for rows in start.split(max(AT_ONCE // like.numel(), 1)):
             x = simulate(denoiser, times, rows, Ancestral(), callback=keep)
-            ends.append(draw(denoiser(x, process.level(times[0], x))))
+            last = process.level(times[0], x)
+            posterior = denoiser(x, last)
+            if isinstance(per_coordinate(posterior), Delta):  # the chain's data are wider
+                posterior = NormalDecoder()(posterior, last, process)
+            ends.append(draw(posterior))
         x0 = torch.cat(ends)
         flat = x0.flatten(1)
         estimate = LinearEstimate.of_draws(flat).to(like)
