@@ -263,7 +263,8 @@ class ProgramLikelihood(Likelihood):
         try:
             return self._program.run_batch(x0, self.latents, extract, self.analysis.vectorized)
         except ValueError as error:
-            if not bool(x0.isfinite().all()):
+            plain = x0.layout == torch.strided and not x0.is_meta  # others are refused for that
+            if plain and not bool(x0.isfinite().all()):
                 error.add_note(
                     f"x_0: got NaN or infinite values at site {self.site!r}: guidance has met a derivative "
                     "of the program that is not finite, such as that of a root or a norm at 0"

@@ -64,18 +64,18 @@ def verdict(call: catalogue.Call, arguments: dict[str, Any]) -> tuple[str, str]:
     finite = is_finite(arguments)
     pyro.clear_param_store()
     torch.manual_seed(0)
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = call.function(**arguments)
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             if finite and not is_finite(result, call.infinite):
                 return "silent", "a NaN or infinite number from finite ones"
         return "fine", ""
     except Endless:
-        return "endless", f"no answer in {SECONDS} s"
+        return "endless", f"no answer in {SECONDS} s of the processor"
     except Exception as error:
         # An error of the user's own network or program keeps its type; a note names the argument. Errors of
         # the system name the file.
@@ -86,8 +86,8 @@ def verdict(call: catalogue.Call, arguments: dict[str, Any]) -> tuple[str, str]:
         named = any(NAMED.match(line) or TORCH.match(line) for line in said)
         return "refused" if named else "obscure", f"{type(error).__name__}: {error}"
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def every_call() -> list[catalogue.Call]:
