@@ -50,6 +50,7 @@ class AnyNoise(LinearProcess):
             ``event_dim`` event dimensions.
 
     Example:
+        >>> import torch
         >>> from pyro.distributions import Laplace
         >>> from pyro_diffusion.schedules import Cosine
         >>> process = AnyNoise(Cosine(), Laplace(0.0, 0.5**0.5))
