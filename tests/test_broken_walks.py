@@ -12,7 +12,7 @@ from pyro.infer import Predictive
 from small_diffusions import SMALL_DIFFUSIONS
 from torch import nn
 
-from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
+from pyro_diffusion.denoisers import Data, Denoiser, GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.dynamics import ODESolver, SDESolver
 from pyro_diffusion.guidance import (
@@ -27,7 +27,7 @@ from pyro_diffusion.guidance.base import shift_mean
 from pyro_diffusion.infer import AutoGuidance, AutoTwistedSMC, TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.nn import MLP
-from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.processes import DegradedGaussian, GaussianProcess
 from pyro_diffusion.samplers import DDIM, Ancestral
 from pyro_diffusion.samplers.divergence import largest_exact_noise
 from pyro_diffusion.schedules import Cosine
@@ -140,8 +140,34 @@ def test_a_program_that_refuses_nan_is_told_where_it_came_from():
     assert "derivative of the program that is not finite" in "".join(caught.value.__notes__)
 
 
-def test_draws_that_are_all_alike_guide_particles_alone():
-    denoiser = GaussianDenoiser(MLP(2, (4,)), GaussianProcess(Cosine()))
+class PointMass(Denoiser):
+    """The exact mean of standard normal data, without a variance."""
+
+    def forward(self, xt, t, **context):
+        level = self.process.level(t, xt)
+        weight = level.alpha / (level.alpha.square() + level.sigma.square())
+        return dist.Delta(weight * xt, event_dim=1)
+
+
+def test_draws_of_a_point_mass_are_as_wide_as_the_data_may_be():
+    """The twist is that of the exact posterior, where all draws alike would claim to know x_0."""
+    denoiser, t = PointMass(GaussianProcess(Cosine())), torch.tensor(0.7)
+    guided = SampledGuidance(denoiser, ProgramLikelihood(program(denoiser, 0.5)), 100_000)
+    x, seen = torch.tensor([0.3, -0.2]), torch.tensor([1.0, -0.6])
+    level = denoiser.process.level(t, x)
+    variance = level.sigma.square() / (level.alpha.square() + level.sigma.square()) + 0.5**2
+    exact = dist.Normal(denoiser(x, t).mean, variance.sqrt()).log_prob(seen).sum()
+    found = guided.twisted(x, t)
+    # Weights have a relative variance below 10, so a standard error below .01; fixed seed.
+    assert float(found.log_twist) == pytest.approx(float(exact), abs=0.05)
+    # A walk follows the observations.
+    gap = (found.posterior.mean - found.prior.mean) * (seen - found.prior.mean)
+    assert (gap > 0).all()
+
+
+def test_draws_of_a_point_mass_under_a_process_that_is_not_linear_guide_particles_alone():
+    process = DegradedGaussian(Cosine(), lambda x, t: x.tanh())
+    denoiser = GaussianDenoiser(MLP(2, (4,)), process, Data())
     model = program(denoiser, 0.5)
     with pytest.raises(
         ValueError, match="denoiser: got a GaussianDenoiser whose posterior is a point"

@@ -72,7 +72,7 @@ def test_moments_of_normal_data_are_found_at_every_level(head):
         truth = exact.variance.mean()
         assert (v / truth - eye).abs().max() < 0.25
         assert ((at.mean - exact.mean).abs() / truth.sqrt()).max() < 0.2
-    assert measured(denoiser, prior.times, like, guided._sums) is at.moments
+    assert measured(denoiser, guided.times, like, guided._sums) is at.moments
     assert len(at.moments.knots) == (25 if head else KNOTS) and at.moments.clocks.diff().gt(0).all()
 
 
@@ -155,14 +155,25 @@ def test_times_of_their_own_find_their_own_knots():
 
 def test_measured_once_until_parameters_change_and_seeds_left_alone():
     denoiser, like = Noisy(), torch.zeros(3, dtype=F64)
-    before, times = torch.get_rng_state(), uniform(8, F64)
+    before, times = torch.get_rng_state(), tuple(uniform(8, F64).tolist())
     found = measured(denoiser, times, like)
     assert torch.get_rng_state().equal(before)
-    assert measured(denoiser, times.clone(), like) is found
-    assert measured(denoiser, uniform(9, F64), like) is not found
+    assert measured(denoiser, tuple(list(times)), like) is found
+    assert measured(denoiser, tuple(uniform(9, F64).tolist()), like) is not found
     denoiser.amplitude.fill_(0.5)
-    assert measured(denoiser, times, like) is not found
+    again = measured(denoiser, times, like)
+    assert again is not found
+    other = torch.zeros((), dtype=F64).fill_(0.25)  # another tensor, as often changed
+    denoiser.amplitude = torch.nn.Parameter(other, requires_grad=False)
+    assert denoiser.amplitude._version == 1
+    assert measured(denoiser, times, like) is not again
     assert DRAWS >= 256
+
+
+def test_a_full_gradient_is_refused():
+    denoiser = Noisy()
+    with pytest.raises(ValueError, match="full_gradient: got True for ChainMoments"):
+        ChainMoments(denoiser, program(denoiser)[1], full_gradient=True)
 
 
 def test_a_context_is_left_to_another_guidance():
@@ -236,7 +247,7 @@ def test_data_of_a_point_mass_are_wider_by_the_decoders_noise():
 
     process = GaussianProcess(LogLinear(5.0, -8.0))
     times = torch.linspace(0, 1, 9, dtype=torch.float64)
-    found = measured(PointMass(process), times, torch.zeros(2, dtype=torch.float64))
+    found = measured(PointMass(process), tuple(times.tolist()), torch.zeros(2, dtype=torch.float64))
     last = process.level(times[0])
     spread = found.knots[-1].scale * found.spread(None, last, found.knots[-1].floor)
     assert_close(spread / last.noise_to_signal, torch.ones_like(spread), rtol=0.16, atol=0.0)
@@ -256,6 +267,6 @@ def test_the_linear_estimate_is_judged_on_draws_that_did_not_make_it():
             own = (variances * noise / (variances + noise)).expand_as(xt)
             return dist.Normal(weight * xt / level.alpha, own.sqrt()).to_event(1)
 
-    found = measured(Exact(PROCESS), uniform(16, F64), torch.zeros(n, dtype=F64))
+    found = measured(Exact(PROCESS), tuple(uniform(16, F64).tolist()), torch.zeros(n, dtype=F64))
     knot = found.knots[int(found._nearest(torch.tensor(1.3, dtype=F64)))]
     assert knot.trust.gains.mean() > 0.6

@@ -12,7 +12,8 @@ from pyro_diffusion import samplers
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance import MMPS, TMPD, DataCovariance, DiffPIR, DPSStep, PiGDM, PlugIn
 from pyro_diffusion.guidance.base import Guidance
-from pyro_diffusion.guidance.calibration import calibrated, weight_sums
+from pyro_diffusion.guidance.calibration import calibrated
+from pyro_diffusion.guidance.kept import weight_sums
 from pyro_diffusion.infer import AutoGuidance, TwistedSMC
 from pyro_diffusion.likelihoods import Likelihood, ProgramLikelihood
 from trained_posteriors import references

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.guidance.calibration import Calibration, calibrated, weight_sums
+from pyro_diffusion.guidance.calibration import Calibration, calibrated
 from pyro_diffusion.guidance.gaussian_conditioning import GaussianConditioning
+from pyro_diffusion.guidance.kept import weight_sums
 from pyro_diffusion.guidance.linearized_denoiser import LinearizedDenoiser
 from pyro_diffusion.guidance.relinearization import Solved
 from pyro_diffusion.guidance.secant import Secant, Settings, gains

@@ -1,6 +1,5 @@
 r"""What a denoiser's derivative and variance are worth at each noise level, by draws of its own chain."""
 
-import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.guidance.kept import Kept
 from pyro_diffusion.guidance.linear_estimate import LinearEstimate
 from pyro_diffusion.guidance.secant import Settings, settings_by_error, trial_errors
 from pyro_diffusion.likelihoods.run import isolated
@@ -17,7 +17,6 @@ from pyro_diffusion.processes.noise import SeededNoise
 from pyro_diffusion.samplers import Ancestral, simulate
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.schedules.base import Row
-from pyro_diffusion.schedules.cached import Sources
 from pyro_diffusion.unwrapping import per_coordinate
 
 __all__ = ["Calibration", "calibrate", "calibrated"]
@@ -261,20 +260,7 @@ def _batches(count: int, like: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-# What was found of a denoiser, as long as it lives and does not change.
-_known: weakref.WeakKeyDictionary[Denoiser, tuple[Sources, dict[Any, Calibration]]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def weight_sums(denoiser: Denoiser) -> tuple[float, ...]:
-    """Sums that change with a denoiser's parameters, also where an optimizer writes to their ``data``.
-
-    Torch counts no such change, and Pyro's ``ClippedAdam`` makes them. One wait for the device.
-    """
-    with torch.no_grad():
-        sums = [v.detach().double().square().sum() for v in denoiser.parameters()]
-        return tuple(torch.stack(sums).tolist()) if sums else ()
+_known = Kept[Calibration]()
 
 
 def calibrated(
@@ -284,17 +270,6 @@ def calibrated(
 
     Arguments are those of :func:`calibrate`, and the :func:`weight_sums` of the denoiser.
     """
-    tensors = (*denoiser.parameters(), *denoiser.buffers())
-    # Torch does not count the changes of inference tensors.
-    counted = tuple(v for v in tensors if not v.is_inference())
-    others = tuple(id(v) for v in tensors if v.is_inference())
-    now = Sources(counted, (denoiser.training, sums, *others))
-    sources, found = _known.get(denoiser, (None, {}))
-    if sources != now:
-        found = {}
-        _known[denoiser] = now, found
     rows = tuple((name, tuple(v.flatten().tolist())) for name, v in sorted(context.items()))
     key = (like.shape, like.dtype, like.device, rows)
-    if key not in found:
-        found[key] = calibrate(denoiser, like, context)
-    return found[key]
+    return _known.get(denoiser, sums, key, lambda: calibrate(denoiser, like, context))

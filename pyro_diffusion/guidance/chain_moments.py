@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance.base import Twisted
-from pyro_diffusion.guidance.calibration import weight_sums
 from pyro_diffusion.guidance.gaussian_conditioning import GaussianConditioning
+from pyro_diffusion.guidance.kept import weight_sums
 from pyro_diffusion.guidance.linearized_denoiser import LinearizedDenoiser
 from pyro_diffusion.guidance.moments import Knot, Moments, measured
 from pyro_diffusion.guidance.proposal import Readings
@@ -56,7 +56,7 @@ class ChainMoments(GaussianConditioning):
         options: ``solver`` and ``iterations``.
 
     Raises:
-        ValueError: if the denoiser is given a context, and as there.
+        ValueError: for ``full_gradient``, if the denoiser is given a context, and as there.
 
     References:
         The covariance's shrinkage: Ledoit & Wolf, 2004; twists: Wu et al., arXiv 2306.17775.
@@ -71,7 +71,10 @@ class ChainMoments(GaussianConditioning):
         **options: Any,
     ) -> None:
         super().__init__(denoiser, likelihood, **options)
-        self.times = uniform(STEPS) if times is None else times
+        if self.full_gradient:
+            raise ValueError("full_gradient: got True for ChainMoments, expected False (half is)")
+        # Numbers, as what was measured is looked up by them at every evaluation.
+        self.times = tuple((uniform(STEPS) if times is None else times).tolist())
         self._sums = weight_sums(denoiser)
 
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:

@@ -1,6 +1,5 @@
 r"""Mean and covariance of x_0 given x_t as the draws of a chain have them, found before any observation."""
 
-import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.decoders import NormalDecoder
+from pyro_diffusion.guidance.kept import Kept
 from pyro_diffusion.guidance.linear_estimate import LinearEstimate
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.precision import matmul
@@ -76,8 +76,9 @@ class Moments(NamedTuple):
         m(x_t) &= \bar x(x_t) + G\,(\hat x_0(x_t) - \bar x(x_t)) + \sqrt{w(x_t)}\,b, \\
         V(x_t) &= \text{diag}(s \sqrt{w(x_t)})\, R\, \text{diag}(s \sqrt{w(x_t)}),
 
-    with the linear estimate :math:`\bar x(x_t)` of mean and covariance of the draws. G is diagonal in their
-    principal components, from 0, where the network's mean is noise, to 1.
+    where :math:`w(x_t)` is the denoiser's own variance and a floor of the level, and with the linear estimate
+    :math:`\bar x(x_t)` of mean and covariance of the draws. G is diagonal in their principal components, from
+    0, where the network's mean is noise, to 1.
 
     Attributes:
         estimate: of the draws' covariance C.
@@ -125,7 +126,7 @@ class Moments(NamedTuple):
 
 
 def measured(
-    denoiser: Denoiser, times: Tensor, like: Tensor, sums: tuple[float, ...] = ()
+    denoiser: Denoiser, times: tuple[float, ...], like: Tensor, sums: tuple[float, ...] = ()
 ) -> Moments:
     r"""Moments of x_0 given x_t on draws of the denoiser's own chain; made once for its present parameters.
 
@@ -139,28 +140,11 @@ def measured(
         like: a datum's shape, dtype and device.
         sums: the ``weight_sums`` of the denoiser.
     """
-    tensors = (*denoiser.parameters(), *denoiser.buffers())
-    versions = tuple(v._version for v in tensors if not v.is_inference())
-    now = (denoiser.training, versions, sums)
-    kept, found = _known.get(denoiser, (None, {}))
-    if kept != now:
-        found = {}
-        _known[denoiser] = now, found
     key = (like.shape, like.dtype, like.device, times)
-    same = [value for k, value in found.items() if k[:3] == key[:3] and _equal(k[3], times)]
-    if not same:
-        found[key] = _measure(denoiser, times.to(like), like)
-        return found[key]
-    return same[0]
+    return _known.get(denoiser, sums, key, lambda: _measure(denoiser, like.new_tensor(times), like))
 
 
-_known: weakref.WeakKeyDictionary[Denoiser, tuple[Any, dict[Any, Moments]]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and a.device == b.device and torch.equal(a, b))
+_known = Kept[Moments]()
 
 
 def _measure(denoiser: Denoiser, times: Tensor, like: Tensor) -> Moments:

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from pyro.distributions import Categorical, Delta, TorchDistribution
+from pyro.distributions import Categorical, Delta, Normal, TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
@@ -35,8 +35,9 @@ class SampledGuidance(GuidedDenoiser):
 
     The twist is an unbiased estimate of :math:`\int p(x_0|x_t)\, p(y|x_0)\, dx_0` for the posterior as the
     denoiser states it (per-symbol independent for categorical data). Twisted SMC stays exact with it. Alone
-    it is approximate, better with more draws. All draws of a point mass are one, which tell particles how
-    good they are, but a chain by itself nothing: it is refused there.
+    it is approximate, better with more draws. All draws of a point mass would be one, and a twist that is
+    too sharp where x_t is noise; they are taken with the variance that data of unit variance have given x_t,
+    :math:`\sigma_t^2/(\alpha_t^2 + \sigma_t^2)`, as in :class:`~pyro_diffusion.guidance.PiGDM`.
 
     Cost: one network evaluation and M runs of the program in one batch.
 
@@ -48,7 +49,7 @@ class SampledGuidance(GuidedDenoiser):
 
     Raises:
         ValueError: for other data (strings), no draws, or c not positive; outside particles for a posterior
-            that is a point mass.
+            that is a point mass under a process that is not linear (``DegradedGaussian``).
 
     References:
         Li et al., Derivative-free guidance in continuous and discrete diffusion models, arXiv 2408.08252
@@ -75,8 +76,9 @@ class SampledGuidance(GuidedDenoiser):
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
         """Prior, posterior and the log of an estimated twist (one network evaluation)."""
         with torch.no_grad():
-            prior = self.denoiser(xt, t, **context)
-            x0 = draw(prior, (self.num_samples,))
+            level = self.process.level(t, xt)
+            prior = self.denoiser(xt, level, **context)
+            x0 = draw(self._wide(prior, level), (self.num_samples,))
             log_likelihood = self.likelihood.log_prob(x0)
             log_twist = log_likelihood.logsumexp(0) - math.log(self.num_samples)
             # Draws that all are impossible tell nothing.
@@ -89,13 +91,25 @@ class SampledGuidance(GuidedDenoiser):
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The posterior over x_0 given x_t and y, batch and event shape of xt."""
         posterior = self.twisted(xt, t, **context).posterior
-        if isinstance(per_coordinate(posterior), Delta):
+        if isinstance(per_coordinate(posterior), Delta) and not self._linear:
             raise ValueError(
                 f"denoiser: got a {type(self.denoiser).__name__} whose posterior is a point mass, expected "
                 "one with a variance (such as LearnedVariance()): draws that are all alike do not guide a "
                 "chain, which would be the prior's (TwistedSMC and AutoTwistedSMC take point masses)"
             )
         return posterior
+
+    @property
+    def _linear(self) -> bool:
+        return Ability.LINEAR in self.process.abilities
+
+    def _wide(self, prior: TorchDistribution, level: Level) -> TorchDistribution:
+        """What x_0 is drawn from: the denoiser's posterior, or a normal around a point mass."""
+        if not (self._linear and isinstance(per_coordinate(prior), Delta)):
+            return prior
+        scale = level.sigma / torch.hypot(level.alpha, level.sigma)
+        normal = Normal(prior.mean, scale.expand(prior.mean.shape), validate_args=False)
+        return normal.to_event(prior.event_dim)
 
     def _posterior(
         self, prior: TorchDistribution, x0: Tensor, weights: Tensor, share: Tensor

@@ -86,9 +86,10 @@ class TwistedSMC:
     effective sample size, asymptotically nothing else; with few particles it shows as a log-evidence that
     is too low under an error bar that is too small, so compare two numbers of particles. Guidance must not
     deny what prior and likelihood allow (none here does). A twist is raised by what gives its particle 1 % of
-    the mean weight, so that what it wrongly denies can come back. :meth:`run` raises where no particle is
-    left, whose evidence would be 0: unbiased is meant with that counted. What remains is the chain's own
-    difference from the data's distribution.
+    the mean weight (or of the mean twist, where the guided kernel does not follow the twist), so that what it
+    wrongly denies can come back. :meth:`run` raises where no particle is left, whose evidence would be 0:
+    unbiased is meant with that counted. What remains is the chain's own difference from the data's
+    distribution.
 
     Guidance that linearizes the observations (:class:`~pyro_diffusion.guidance.MMPS` and its kin, where each
     datum has its own) gives q their covariance, too: the kernel times the next twist, as far as both are
@@ -139,7 +140,8 @@ class TwistedSMC:
             )
         self.likelihood, self.progress = check_likelihood(likelihood), progress
         self.diffusion = diffusion.expand(likelihood.batch_shape)
-        guidance = self._default if guidance in (None, default_guidance) else guidance
+        if guidance is None or guidance is default_guidance:
+            guidance = self._default
         check_guidance(guidance)
         guided = guidance(diffusion.denoiser, likelihood)
         if not isinstance(guided, GuidedDenoiser):
