@@ -161,8 +161,21 @@ def test_draws_of_a_point_mass_are_as_wide_as_the_data_may_be():
     # Weights have a relative variance below 10, so a standard error below .01; fixed seed.
     assert float(found.log_twist) == pytest.approx(float(exact), abs=0.05)
     # A walk follows the observations.
-    gap = (found.posterior.mean - found.prior.mean) * (seen - found.prior.mean)
+    gap = (guided(x, t).mean - found.prior.mean) * (seen - found.prior.mean)
     assert (gap > 0).all()
+    # Particles do not: a chain of few steps between point masses leaves no room for a shift.
+    assert found.posterior is found.prior
+
+
+def test_draws_that_say_nothing_shift_nothing():
+    denoiser = standard()
+
+    def model():
+        pyro.sample("x", Diffusion(denoiser, (2,), 5))
+        pyro.sample("y", dist.Normal(torch.zeros(()), 1.0), obs=torch.tensor(0.3))
+
+    found = SampledGuidance(denoiser, ProgramLikelihood(model)).twisted(torch.ones(2), 0.5)
+    torch.testing.assert_close(found.posterior.mean, found.prior.mean, rtol=0, atol=1e-6)
 
 
 def test_draws_of_a_point_mass_under_a_process_that_is_not_linear_guide_particles_alone():

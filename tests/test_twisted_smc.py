@@ -15,7 +15,7 @@ from pyro_diffusion.distributions import Diffusion, DiffusionSDE, QuantizedDecod
 from pyro_diffusion.dynamics import SDESolver
 from pyro_diffusion.guidance import GuidedDenoiser, Twisted
 from pyro_diffusion.guidance.base import shift_mean
-from pyro_diffusion.guidance.gaussian_conditioning import MMPS
+from pyro_diffusion.guidance.covariances import MMPS
 from pyro_diffusion.guidance.sampled import SampledGuidance
 from pyro_diffusion.infer import TwistedSMC
 from pyro_diffusion.infer.particle_filter import ParticleFilter

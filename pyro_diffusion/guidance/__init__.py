@@ -7,13 +7,8 @@ from pyro_diffusion.guidance.classifier import (
     SimilarityGuidance,
 )
 from pyro_diffusion.guidance.classifier_free import ClassifierFreeGuidance
+from pyro_diffusion.guidance.covariances import MMPS, TMPD, DiffPIR, PiGDM
 from pyro_diffusion.guidance.data_covariance import DataCovariance
-from pyro_diffusion.guidance.gaussian_conditioning import (
-    MMPS,
-    TMPD,
-    DiffPIR,
-    PiGDM,
-)
 from pyro_diffusion.guidance.plug_in import DPSStep, PlugIn
 from pyro_diffusion.guidance.replacement import Replacement
 from pyro_diffusion.guidance.sampled import SampledGuidance

@@ -37,7 +37,8 @@ class SampledGuidance(GuidedDenoiser):
     denoiser states it (per-symbol independent for categorical data). Twisted SMC stays exact with it. Alone
     it is approximate, better with more draws. All draws of a point mass would be one, and a twist that is
     too sharp where x_t is noise; they are taken with the variance that data of unit variance have given x_t,
-    :math:`\sigma_t^2/(\alpha_t^2 + \sigma_t^2)`, as in :class:`~pyro_diffusion.guidance.PiGDM`.
+    :math:`\sigma_t^2/(\alpha_t^2 + \sigma_t^2)`, as in :class:`~pyro_diffusion.guidance.PiGDM`. Particles
+    of point masses are weighed by that twist and not shifted: the kernels between them are too narrow.
 
     Cost: one network evaluation and M runs of the program in one batch.
 
@@ -75,6 +76,24 @@ class SampledGuidance(GuidedDenoiser):
 
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
         """Prior, posterior and the log of an estimated twist (one network evaluation)."""
+        found = self._weighed(xt, t, context)
+        # Kernels between point masses are too narrow for a shift by what is uncertain of x_0.
+        point = isinstance(per_coordinate(found.prior), Delta)
+        return found._replace(posterior=found.prior) if point else found
+
+    def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
+        """The posterior over x_0 given x_t and y, batch and event shape of xt."""
+        posterior = self._weighed(xt, t, context).posterior
+        if isinstance(per_coordinate(posterior), Delta) and not self._linear:
+            raise ValueError(
+                f"denoiser: got a {type(self.denoiser).__name__} whose posterior is a point mass, expected "
+                "one with a variance (such as LearnedVariance()): draws that are all alike do not guide a "
+                "chain, which would be the prior's (TwistedSMC and AutoTwistedSMC take point masses)"
+            )
+        return posterior
+
+    def _weighed(self, xt: Tensor, t: Tensor | Level, context: dict[str, Tensor]) -> Twisted:
+        """What the draws say, with a posterior that is shifted in any case."""
         with torch.no_grad():
             level = self.process.level(t, xt)
             prior = self.denoiser(xt, level, **context)
@@ -87,17 +106,6 @@ class SampledGuidance(GuidedDenoiser):
             effective = weights.square().sum(0).reciprocal()
             share = effective / (effective + self.prior_count)
             return Twisted(prior, self._posterior(prior, x0, weights, share), log_twist)
-
-    def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
-        """The posterior over x_0 given x_t and y, batch and event shape of xt."""
-        posterior = self.twisted(xt, t, **context).posterior
-        if isinstance(per_coordinate(posterior), Delta) and not self._linear:
-            raise ValueError(
-                f"denoiser: got a {type(self.denoiser).__name__} whose posterior is a point mass, expected "
-                "one with a variance (such as LearnedVariance()): draws that are all alike do not guide a "
-                "chain, which would be the prior's (TwistedSMC and AutoTwistedSMC take point masses)"
-            )
-        return posterior
 
     @property
     def _linear(self) -> bool:
@@ -118,7 +126,8 @@ class SampledGuidance(GuidedDenoiser):
         weights = weights.reshape(weights.shape + (1,) * event_dim)
         share = share.reshape(share.shape + (1,) * event_dim)
         if Ability.SYMBOLS not in self.process.abilities:
-            shift = (weights * (x0 - prior.mean)).sum(0)
+            # Less the plain mean, which is 0 but for its noise: even weights shift nothing.
+            shift = ((weights - 1 / self.num_samples) * (x0 - prior.mean)).sum(0)
             return shift_mean(prior, share * shift)
         probs = per_coordinate(prior).probs
         hot = torch.nn.functional.one_hot(x0, probs.shape[-1])
