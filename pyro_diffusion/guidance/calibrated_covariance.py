@@ -67,7 +67,7 @@ class CalibratedCovariance(GaussianConditioning):
     def _linearized(
         self, xt: Tensor, t: Tensor | Level, context: dict[str, Tensor]
     ) -> tuple[LinearizedDenoiser, Level]:
-        level = self.process.level(t, xt)
+        level = self.process.level(t, xt, state="xt")
         parts = [
             Part(rows, known, known is not None and known.trusts(level), known and known.at(level))
             for rows, known in self._calibrations(xt, context)

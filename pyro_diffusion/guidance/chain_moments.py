@@ -157,7 +157,7 @@ class ChainMoments(GaussianConditioning):
             raise ValueError(
                 f"context: got {', '.join(context)}, expected none (CalibratedCovariance takes some)"
             )
-        level = self.process.level(t, xt)
+        level = self.process.level(t, xt, state="xt")
         event = xt.shape[xt.dim() - self.process.event_dim :]
         moments = measured(self.denoiser, self.times, xt.new_zeros(event), self._sums)
         return Measured(self.denoiser, self.likelihood, xt, level, moments), level

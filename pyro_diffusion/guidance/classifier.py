@@ -54,7 +54,7 @@ class NoiseAwareGuidance(GuidedDenoiser):
 
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
         """Prior, posterior and log-twist at x_t, detached (one evaluation of either network)."""
-        level, event_dim = self.process.level(t, xt), self.process.event_dim
+        level, event_dim = self.process.level(t, xt, state="xt"), self.process.event_dim
         batch = xt.shape[: xt.dim() - event_dim]
         with torch.no_grad():
             prior = self.denoiser(xt, level, **context)

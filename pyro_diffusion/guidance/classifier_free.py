@@ -90,7 +90,7 @@ class ClassifierFreeGuidance(Denoiser):
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The guided posterior over x_0, batch and event shape of xt."""
-        level = self.process.level(t, xt)
+        level = self.process.level(t, xt, state="xt")
         posterior = self.denoiser(xt, level, **context)
         inside = self._inside(level)
         if self.scale == 1 or inside is False or not (context or self.null):

@@ -226,7 +226,7 @@ class GaussianConditioning(GuidedDenoiser):
     def _linearized(
         self, xt: Tensor, t: Tensor | Level, context: dict[str, Tensor]
     ) -> tuple[LinearizedDenoiser, Level]:
-        level = self.process.level(t, xt)
+        level = self.process.level(t, xt, state="xt")
         at = LinearizedDenoiser(
             self.denoiser,
             self.likelihood,

@@ -153,7 +153,7 @@ class PlugIn(GuidedDenoiser):
 
     def twisted(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> Twisted:
         """Prior, posterior and log-twist at x_t, detached (one network evaluation)."""
-        level = self.process.level(t, xt)
+        level = self.process.level(t, xt, state="xt")
         with torch.enable_grad():
             state = xt.detach().requires_grad_()
             prior = self.denoiser(state, level, **context)

@@ -76,7 +76,7 @@ class Replacement(GuidedDenoiser):
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
         """The posterior over x_0 given x_t and y, batch and event shape of xt, detached."""
-        level = self.process.level(t, xt)
+        level = self.process.level(t, xt, state="xt")
         with torch.no_grad():
             prior = self.denoiser(xt, level, **context)
             base, event_dim = per_coordinate(prior), prior.event_dim

@@ -95,7 +95,7 @@ class SampledGuidance(GuidedDenoiser):
     def _weighed(self, xt: Tensor, t: Tensor | Level, context: dict[str, Tensor]) -> Twisted:
         """What the draws say, with a posterior that is shifted in any case."""
         with torch.no_grad():
-            level = self.process.level(t, xt)
+            level = self.process.level(t, xt, state="xt")
             prior = self.denoiser(xt, level, **context)
             x0 = draw(self._wide(prior, level), (self.num_samples,))
             log_likelihood = self.likelihood.log_prob(x0)
