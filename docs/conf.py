@@ -1,7 +1,7 @@
 """Sphinx configuration. The build is strict: `make docs` turns every warning into an error."""
 
 import sys
-from importlib.metadata import version as installed_version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,16 @@ from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.util.fileutil import copy_asset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pyro_diffusion import __version__
 
 project = "pyro_diffusion"
 author = "The pyro_diffusion authors"
 copyright = author
-release = version = installed_version("pyro-diffusion")
+release = version = __version__
 
 extensions = [
     "myst_parser",
@@ -30,6 +33,10 @@ nitpicky = True
 html_theme = "furo"
 html_title = f"pyro_diffusion {release}"
 html_copy_source = False
+
+# One file with everything that TeX needs, fonts too. Its menu would load parts that are not shipped.
+mathjax_path = "mathjax/tex-svg.js"
+mathjax3_config = {"options": {"enableMenu": False}}
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -94,6 +101,14 @@ def show_public_bases(app: Sphinx, name: str, obj: type, options: Any, bases: li
             bases[i] = next(c for c in base.__mro__ if not c.__name__.startswith("_"))
 
 
+def ship_mathjax(app: Sphinx) -> None:
+    """MathJax and its licence beside the pages, from the package that holds it."""
+    source = files("mathjax") / "static" / "mathjax"
+    for name in ("LICENSE", "es5/tex-svg.js"):
+        copy_asset(str(source / name), Path(app.outdir) / "_static" / "mathjax")
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("builder-inited", ship_mathjax)
     app.connect("autodoc-process-bases", show_public_bases)
     app.connect("missing-reference", resolve_defining_module)

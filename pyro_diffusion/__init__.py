@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from pyro_diffusion import evaluate, plotting
     from pyro_diffusion.evaluate import log_likelihood
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DDIM",
