@@ -40,7 +40,7 @@ from pyro_diffusion.distributions import (
     NormalDecoder,
     QuantizedDecoder,
 )
-from pyro_diffusion.nn import MLP, Transformer
+from pyro_diffusion.nn import MLP, DiT, SetTransformer, Transformer, UNet
 from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.optim import EMA
 from pyro_diffusion.processes import (
@@ -160,6 +160,13 @@ DEFINITIONS = [
     (QuantizedDecoder(8, 0, 1), {"levels": 8, "low": 0.0, "high": 1.0}),
     (CategoricalDecoder(5), {"states": 5}),
     (Transformer(4, 3, width=8, depth=1, heads=2), {"heads": 2, "states": 4, "length": 3}),
+    (MLP(3, (4,), frequencies=(1, 2)), {"event_size": 3, "frequencies": [1.0, 2.0], "norm": False}),
+    (UNet(1, width=8, levels=(1, 2)), {"levels": [1, 2], "attention": [1]}),
+    (DiT(1, patch=2, width=8, depth=1, heads=2), {"patch": 2, "heads": 2, "channels": 1}),
+    (
+        SetTransformer(3, width=8, depth=1, heads=2),
+        {"event_size": 3, "heads": 2, "frequencies": []},
+    ),
 ]
 
 
@@ -208,6 +215,8 @@ OTHERS = [
      lambda: Transformer(4, 3, width=8, depth=1, heads=4), "heads: got 2, expected 4$"),
     (lambda: Transformer(4, 3, width=8, depth=1, causal=True),
      lambda: Transformer(4, 3, width=8, depth=1), "causal: got True, expected False$"),
+    (lambda: MLP(2, (4,), frequencies=(1, 2)), lambda: MLP(2, (4,), frequencies=(1, 4)),
+     r"frequencies: got \[1.0, 2.0\], expected \[1.0, 4.0\]$"),
 ]  # fmt: skip
 
 

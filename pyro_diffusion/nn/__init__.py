@@ -7,12 +7,15 @@ returns ``x.shape`` when its attribute ``outputs`` is 1, else ``x.shape + (outpu
 
 from .context import LabelContext, TensorContext
 from .mlp import MLP
+from .tokens import DiT, SetTransformer
 from .transformer import Transformer
 from .unet import UNet
 
 __all__ = [
     "MLP",
+    "DiT",
     "LabelContext",
+    "SetTransformer",
     "TensorContext",
     "Transformer",
     "UNet",

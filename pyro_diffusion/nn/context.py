@@ -80,7 +80,8 @@ class LabelContext(_Context):
         if value.dim() != 1:
             raise ValueError(f"label: got shape {tuple(value.shape)}, expected (N,)")
         value = value.long()
-        if value.numel():
+        # In a compiled graph the lookup refuses by itself; a look at values would break the graph.
+        if value.numel() and not torch.compiler.is_compiling():
             low, high = (int(extreme) for extreme in torch.aminmax(value))
             if low < 0 or high >= self.classes:
                 found = low if low < 0 else high

@@ -1,11 +1,12 @@
-"""Embedding of the noise level."""
+"""Embeddings of numbers as sines and cosines: of the noise level, of data and of places."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pyro_diffusion.validation import check_positive_int, check_tensor
+from pyro_diffusion.validation import check_number, check_positive_int, check_tensor
 
 LONGEST_PERIOD = 80.0
 SHORTEST_PERIOD = 1.0
@@ -46,3 +47,38 @@ def fourier_embedding(log_snr: Tensor, features: int) -> Tensor:
     frequency = slow * (fast / slow) ** exponent
     phase = log_snr.clamp(-LOG_SNR_BOUND, LOG_SNR_BOUND).unsqueeze(-1) * frequency
     return torch.cat([phase.sin(), phase.cos()], dim=-1)
+
+
+def with_waves(x: Tensor, frequencies: Sequence[float]) -> Tensor:
+    r"""Puts sines and cosines of numbers beside them: :math:`(x, \sin \omega_k x, \cos \omega_k x)_k`.
+
+    A network is slow to learn what varies on a scale much below one; it gets it from these at once.
+
+    Args:
+        x: numbers, shape ``(..., d)``, floating.
+        frequencies: the :math:`\omega_k`, in radians per unit of x.
+
+    Returns:
+        A tensor of shape ``(..., d (1 + 2 len(frequencies)))``, in at least float32: in half precision the
+        phases of high frequencies would be lost. ``x`` itself if there are no frequencies.
+
+    References:
+        Kingma et al. 2021, Variational Diffusion Models, appendix C (features at the network's input);
+        Tancik et al. 2020, Fourier Features Let Networks Learn High Frequency Functions.
+    """
+    if not frequencies:
+        return x
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    phase = torch.cat([frequency * x for frequency in frequencies], dim=-1)
+    return torch.cat([x, phase.sin(), phase.cos()], dim=-1)
+
+
+def check_frequencies(frequencies: object) -> tuple[float, ...]:
+    """Frequencies as :func:`with_waves` takes them.
+
+    Raises:
+        ValueError: for anything but positive finite numbers.
+    """
+    if isinstance(frequencies, str) or not isinstance(frequencies, Sequence):
+        raise ValueError(f"frequencies: got {frequencies!r}, expected a sequence of numbers > 0")
+    return tuple(check_number("frequencies", each, above=0) for each in frequencies)

@@ -25,7 +25,7 @@ def _attention(
     return F.dropout(weights, rate, rate > 0) @ value
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """Attention and a perceptron, each normalized, modulated and gated by the embedding if there is one."""
 
     def __init__(self, width: int, heads: int, dropout: float, conditioned: bool) -> None:
@@ -48,6 +48,7 @@ class _Block(nn.Module):
         nn.init.ones_(self.modulation.bias.data.view(6, width)[2::3])
 
     def attend(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Attention alone, of normalized positions (N, L, width)."""
         joint = self.project_in(x).unflatten(-1, (3, self.heads, -1))
         query, key, value = joint.transpose(1, 3).unbind(2)
         rate = self.rate if self.training else 0.0
@@ -55,6 +56,7 @@ class _Block(nn.Module):
         return self.project_out(mixed.transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, condition: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Positions (N, L, width) to the same, modulated by ``condition`` (N, width) if there is one."""
         if condition is None:
             x = x + self.attend(self.norm_attention(x), bias)
             return x + self.mlp(self.norm_mlp(x))
@@ -157,7 +159,7 @@ class Transformer(DefinedModule):
         )
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            _Block(width, heads, dropout, self.noise_level) for _ in range(depth)
+            Block(width, heads, dropout, self.noise_level) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
         self.last = nn.Linear(width, outputs)
@@ -170,8 +172,9 @@ class Transformer(DefinedModule):
             raise ValueError(f"x: got dtype {x.dtype}, expected integers")
         if x.dim() != 2 or x.shape[1] != self.length:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected (N, {self.length})")
-        if x.device.type == "cpu" and not bool(((x >= 0) & (x < self.states)).all()):
-            # Elsewhere the lookup itself refuses, without a wait for the device.
+        look = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if look and not bool(((x >= 0) & (x < self.states)).all()):
+            # Elsewhere the lookup itself refuses, without a wait for the device or a break of the graph.
             raise ValueError(
                 f"x: got symbols from {int(x.min())} to {int(x.max())}, expected 0 to {self.states - 1}"
             )

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_diffusion.validation import check_number, check_operand, check_positive_int, check_sizes
+from pyro_diffusion.validation import check_number, check_positive_int, check_sizes
 
 from .context import Conditioning
+from .definition import DefinedModule
+from .images import check_images
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -88,7 +90,7 @@ class _Level(nn.Module):
         return x
 
 
-class UNet(nn.Module):
+class UNet(DefinedModule):
     """A convolutional network on images that works at several resolutions.
 
     Residual blocks (group norm, SiLU, 3x3 convolution) whose second norm is scaled and shifted by
@@ -102,7 +104,9 @@ class UNet(nn.Module):
         width: channels of the first level.
         levels: multiples of ``width``, one for each resolution from fine to coarse.
         blocks: residual blocks at each level, each way.
-        attention: whether pixels attend to each other at the coarsest level.
+        attention: whether pixels attend to each other at the coarsest level; or the numbers of the levels
+            where they do, 0 for the finest. In the middle they do if they do anywhere. Its cost grows
+            with the square of the number of pixels at the level.
         outputs: numbers returned for each pixel and channel.
         dropout: probability of zeroing a hidden unit, in training mode only.
         context: named context modules, each a :class:`LabelContext` or :class:`TensorContext`; their
@@ -110,10 +114,11 @@ class UNet(nn.Module):
 
     Shapes:
         x ``(N, C, H, W)``, log_snr ``(N,)`` -> ``(N, C, H, W)``, or ``(N, C, H, W, outputs)`` if
-        ``outputs > 1``. H and W are multiples of ``2 ** (len(levels) - 1)``.
+        ``outputs > 1``. H and W are multiples of ``2 ** (len(levels) - 1)``; pad other images.
 
     Raises:
-        ValueError: for sizes below 1, or when called with a shape that does not fit.
+        ValueError: for sizes below 1, levels of attention that do not exist, or when called with a shape
+            that does not fit; the error names sizes that do.
 
     References:
         Ronneberger et al. 2015, U-Net; Ho et al. 2020, Denoising Diffusion Probabilistic Models,
@@ -131,7 +136,7 @@ class UNet(nn.Module):
         width: int = 32,
         levels: Sequence[int] = (1, 2),
         blocks: int = 1,
-        attention: bool = True,
+        attention: bool | Sequence[int] = True,
         outputs: int = 1,
         dropout: float = 0.0,
         context: Mapping[str, nn.Module] | None = None,
@@ -143,19 +148,19 @@ class UNet(nn.Module):
         check_number("dropout", dropout, at_least=0, at_most=1)
         if not check_sizes("levels", levels):
             raise ValueError(f"levels: got {levels}, expected at least one positive multiple")
-        self.channels = channels
-        self.outputs = outputs
+        attending = _attending(attention, len(levels))
+        self.channels, self.width, self.outputs = channels, width, outputs
+        self.levels, self.attention = tuple(levels), attending
         self.factor = 2 ** (len(levels) - 1)
         embedding = 4 * width
         self.conditioning = Conditioning(embedding, context)
         self.first = nn.Conv2d(channels, width, 3, padding=1)
 
         widths = [width * level for level in levels]
-        coarsest = len(widths) - 1
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         for index, (before, here) in enumerate(pairwise([width, *widths])):
-            focus = attention and index == coarsest
+            focus = index in attending
             ladder = [(before, here)] + [(here, here)] * (blocks - 1)
             self.down.append(_Level(ladder, embedding, dropout, focus))
             # on the way up a level receives its own width from below and one skip a block
@@ -166,13 +171,13 @@ class UNet(nn.Module):
         self.grow = nn.ModuleList(
             nn.Conv2d(below, here, 3, padding=1) for here, below in pairwise(widths)
         )
-        self.middle = _Level([(widths[-1], widths[-1])], embedding, dropout, attention)
+        self.middle = _Level([(widths[-1], widths[-1])], embedding, dropout, bool(attending))
         self.norm = _norm(width * levels[0])
         self.last = _zero(nn.Conv2d(width * levels[0], channels * outputs, 3, padding=1))
 
     def forward(self, x: Tensor, log_snr: Tensor, **context: Tensor | None) -> Tensor:
         """Applies the network, see the class."""
-        self._check(x)
+        check_images(x, self.channels, self.factor, self.last.weight)
         condition = self.conditioning(log_snr, x.shape[0], context)
         skips: list[Tensor] = []
         hidden = self.first(x.to(self.first.weight.dtype))
@@ -190,13 +195,17 @@ class UNet(nn.Module):
             return out
         return out.unflatten(1, (self.channels, self.outputs)).movedim(2, -1)
 
-    def _check(self, x: Tensor) -> None:
-        if check_operand("x", x, self.last.weight).dim() != 4 or x.shape[1] != self.channels:
-            raise ValueError(
-                f"x: got shape {tuple(x.shape)}, expected (N, {self.channels}, height, width)"
-            )
-        height, width = x.shape[2:]
-        if height < 1 or width < 1 or height % self.factor or width % self.factor:
-            raise ValueError(
-                f"x: got images of {height} by {width}, expected multiples of {self.factor}"
-            )
+
+def _attending(attention: bool | Sequence[int], levels: int) -> tuple[int, ...]:
+    """The levels at which pixels attend to each other."""
+    if isinstance(attention, bool):
+        return (levels - 1,) if attention else ()
+    numbers = isinstance(attention, list | tuple) and all(
+        isinstance(each, int) and not isinstance(each, bool) and 0 <= each < levels
+        for each in attention
+    )
+    if not numbers:
+        raise ValueError(
+            f"attention: got {attention!r}, expected True, False or levels from 0 to {levels - 1}"
+        )
+    return tuple(sorted(set(attention)))

@@ -442,6 +442,12 @@ def network_calls() -> list[Call]:
     def unet(**arguments: Any) -> Any:
         return used_network(networks.UNet(**arguments), torch.ones(2, 1, 4, 4))
 
+    def dit(**arguments: Any) -> Any:
+        return used_network(networks.DiT(**arguments), torch.ones(2, 1, 4, 4))
+
+    def sets(**arguments: Any) -> Any:
+        return used_network(networks.SetTransformer(**arguments), torch.ones(2, 5, 3))
+
     def transformer(**arguments: Any) -> Any:
         return used_network(networks.Transformer(**arguments), torch.zeros(2, 3).long())
 
@@ -455,12 +461,45 @@ def network_calls() -> list[Call]:
 
     small = networks.MLP(3, (8,), embedding=8).eval()
     image = networks.UNet(1, width=8, levels=(1,), attention=False).eval()
+    patches = networks.DiT(1, width=8, depth=1, heads=2).eval()
+    points = networks.SetTransformer(3, width=8, depth=1, heads=2).eval()
     words = networks.Transformer(4, 3, width=8, depth=1, heads=2).eval()
     return [
         Call(
             "nn.MLP",
             mlp,
-            of({"event_size": 3, "hidden": (8,), "outputs": 1, "dropout": 0.0, "embedding": 8}),
+            of(
+                {
+                    **{
+                        "event_size": 3,
+                        "hidden": (8,),
+                        "outputs": 1,
+                        "dropout": 0.0,
+                        "embedding": 8,
+                    },
+                    **{"frequencies": (1.0, 2.0), "norm": True, "residual": True},
+                }
+            ),
+        ),
+        Call(
+            "nn.DiT",
+            dit,
+            of(
+                {
+                    **{"channels": 1, "patch": 2, "width": 8, "depth": 1, "heads": 2},
+                    **{"outputs": 1, "dropout": 0.0},
+                }
+            ),
+        ),
+        Call(
+            "nn.SetTransformer",
+            sets,
+            of(
+                {
+                    **{"event_size": 3, "width": 8, "depth": 1, "heads": 2, "outputs": 1},
+                    **{"dropout": 0.0, "frequencies": (1.0, 2.0)},
+                }
+            ),
         ),
         Call(
             "nn.UNet",
@@ -471,7 +510,7 @@ def network_calls() -> list[Call]:
                     "width": 8,
                     "levels": (1, 2),
                     "blocks": 1,
-                    "attention": True,
+                    "attention": (0, 1),
                     "outputs": 1,
                     "dropout": 0.0,
                 }
@@ -505,6 +544,14 @@ def network_calls() -> list[Call]:
         Call("nn.MLP.forward", small, of({"x": torch.ones(2, 3), "log_snr": torch.zeros(2)})),
         Call(
             "nn.UNet.forward", image, of({"x": torch.ones(2, 1, 4, 4), "log_snr": torch.zeros(2)})
+        ),
+        Call(
+            "nn.DiT.forward", patches, of({"x": torch.ones(2, 1, 4, 4), "log_snr": torch.zeros(2)})
+        ),
+        Call(
+            "nn.SetTransformer.forward",
+            points,
+            of({"x": torch.ones(2, 5, 3), "log_snr": torch.zeros(2)}),
         ),
         Call(
             "nn.Transformer.forward",

@@ -1,12 +1,23 @@
 """The contract every network keeps, over a table of networks."""
 
 import copy
+import math
 import pickle
 
+import pyro
 import pytest
 import torch
 
-from pyro_diffusion.nn import MLP, LabelContext, TensorContext, Transformer, UNet
+from pyro_diffusion.nn import (
+    MLP,
+    DiT,
+    LabelContext,
+    SetTransformer,
+    TensorContext,
+    Transformer,
+    UNet,
+)
+from pyro_diffusion.nn.embedding import with_waves
 from pyro_diffusion.nn.transformer import _attention
 
 ROWS = 4
@@ -32,8 +43,28 @@ def transformer(**options):
     return Transformer(5, 6, **{"width": 16, "depth": 2, "heads": 2, **options})
 
 
+def dit(**options):
+    return DiT(2, **{"width": 16, "depth": 2, "heads": 2, **options})
+
+
+def sets(**options):
+    return SetTransformer(3, **{"width": 16, "depth": 2, "heads": 2, **options})
+
+
 FAMILIES = {
-    "mlp": (mlp, (3,), [{}, {"hidden": (8,)}, {"hidden": (3, 3)}, {"embedding": 7}]),
+    "mlp": (
+        mlp,
+        (3,),
+        [
+            {},
+            {"hidden": (8,)},
+            {"hidden": (3, 3)},
+            {"embedding": 7},
+            {"frequencies": (1.0, 4.0)},
+            {"norm": True},
+            {"residual": True},
+        ],
+    ),
     "unet": (
         unet,
         (2, 8, 8),
@@ -45,8 +76,11 @@ FAMILIES = {
             {"levels": (2, 1), "blocks": 2},
             {"width": 40},
             {"width": 5},
+            {"levels": (1, 2, 2), "attention": (0, 1)},
         ],
     ),
+    "dit": (dit, (2, 4, 6), [{}, {"patch": 1}, {"depth": 1, "heads": 1}]),
+    "sets": (sets, (5, 3), [{}, {"depth": 1, "heads": 1}, {"frequencies": (1.0, 2.0)}]),
     "transformer": (
         transformer,
         (6,),
@@ -113,6 +147,35 @@ def test_float64(build, shape):
     single = network.float()(x.float() if x.is_floating_point() else x, level, **values)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), out, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_bfloat16(build, shape):
+    """Values to 2^-8 a layer of the float32 network's, and a gradient for every weight."""
+    network = awaken(build(context=contexts(), outputs=2).eval())
+    x, level, values = data(shape), torch.randn(ROWS), context_values()
+    expected = network(x, level, **values)
+    half = network.bfloat16()
+    out = half(x.bfloat16() if x.is_floating_point() else x, level.bfloat16(), **values)
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - expected).norm() < 0.05 * expected.norm()
+    out.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in half.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_compiles_into_one_graph(build, shape):
+    """Contexts and dropout included; ``fullgraph`` is an error where the graph would break."""
+    network = awaken(build(context=contexts(), dropout=0.1)).train()
+    x, level, values = data(shape), torch.randn(ROWS), context_values()
+    torch.manual_seed(1)
+    expected = network(x, level, **values)
+    torch.manual_seed(1)
+    # torch's compiler switches the checks of torch.distributions off, for good
+    with pyro.settings.context(validate_distributions_torch=True):
+        network.compile(backend="eager", fullgraph=True)
+        torch.testing.assert_close(network(x, level, **values), expected)
+        torch.compiler.reset()
 
 
 @pytest.mark.parametrize("build, shape", ONE_EACH)
@@ -246,7 +309,7 @@ def test_wrong_input_is_named(build, shape):
     with pytest.raises(ValueError, match=r"x: got shape \(4, .*expected \(N, "):
         network(x.unsqueeze(1), level)
     with pytest.raises(ValueError, match="x: got"):
-        network(x[:, :1], level)
+        network(x[..., :1], level)
     with pytest.raises(ValueError, match=r"log_snr: got shape \(1,\), expected \(4,\)"):
         network(x, level[:1])
     with pytest.raises(ValueError, match="context: got colour, expected label, type"):
@@ -273,6 +336,13 @@ def test_wrong_input_is_named(build, shape):
         (UNet, {"channels": 1, "width": 0}, "width: got 0"),
         (UNet, {"channels": 1, "levels": ()}, "levels: got"),
         (UNet, {"channels": 1, "blocks": 0}, "blocks: got 0"),
+        (UNet, {"channels": 1, "attention": (2,)}, r"attention: got \(2,\), .*levels from 0 to 1"),
+        (DiT, {"channels": 1, "patch": 0}, "patch: got 0"),
+        (DiT, {"channels": 1, "width": 18, "heads": 2}, "width: got 18, .*multiple of 4"),
+        (DiT, {"channels": 1, "width": 12, "heads": 5}, "width: got 12, .*heads=5"),
+        (SetTransformer, {"event_size": 0}, "event_size: got 0"),
+        (SetTransformer, {"event_size": 2, "frequencies": 3.0}, "frequencies: got 3.0"),
+        (MLP, {"event_size": 2, "frequencies": (1.0, -2.0)}, "frequencies: got -2.0"),
         (Transformer, {"states": 2, "length": 0}, "length: got 0"),
         (
             Transformer,
@@ -310,17 +380,24 @@ def test_copies_and_pickles(build, shape):
         torch.testing.assert_close(other(x, level, **values), expected, rtol=0, atol=0)
 
 
-def test_mlp_formula():
-    network = awaken(mlp(hidden=(4, 4, 6)).double())
+@pytest.mark.parametrize("norm, residual", [(False, False), (True, False), (True, True)])
+def test_mlp_formula(norm, residual):
+    options = {"norm": norm, "residual": residual, "frequencies": (2.0,) if norm else ()}
+    network = awaken(mlp(hidden=(4, 4, 6), **options).double())
     x, level = torch.randn(5, 3).double(), torch.randn(5).double()
     scales_shifts = network.modulation(network.conditioning(level, 5, {}))
-    h = x
+    h = torch.cat([x, (2 * x).sin(), (2 * x).cos()], 1) if norm else x
     for i, (start, width) in enumerate([(0, 4), (8, 4), (16, 6)]):
         scale = scales_shifts[:, start : start + width]
         shift = scales_shifts[:, start + width : start + 2 * width]
         layer = network.layers[i]
-        u = (h @ layer.weight.T + layer.bias) * (1 + scale) + shift
+        u = h @ layer.weight.T + layer.bias
+        if norm:
+            u = (u - u.mean(1, True)) / (u.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+        u = u * (1 + scale) + shift
         u = u * u.sigmoid()
+        if residual and i == 1:
+            u = u @ network.blocks[1].weight.T + network.blocks[1].bias
         h = h + u if i == 1 else u
     expected = h @ network.last.weight.T + network.last.bias
     torch.testing.assert_close(network(x, level), expected)
@@ -331,8 +408,82 @@ def test_unet_sizes():
     for height, width in ((8, 8), (8, 12), (16, 4), (28, 28)):
         x = torch.randn(2, 1, height, width)
         assert network(x, torch.zeros(2)).shape == x.shape
-    with pytest.raises(ValueError, match="x: got images of 8 by 10, expected multiples of 4"):
+    fits = "multiples of 4: padded to 8 by 12 these fit, or cropped to 8 by 8$"
+    with pytest.raises(ValueError, match=f"x: got images of 8 by 10, expected {fits}"):
         network(torch.zeros(2, 1, 8, 10), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"of 3 by 9, expected .* padded to 4 by 12 these fit$"):
+        network(torch.zeros(2, 1, 3, 9), torch.zeros(2))
+
+
+def test_unet_attends_where_it_is_told():
+    """A pixel moves another that no convolution joins to it only where pixels attend to each other."""
+    for attention, joined in (((), False), ((0,), True), ((1,), True), (True, True)):
+        network = awaken(UNet(1, width=8, levels=(1, 1), attention=attention).double())
+        far = network.last.weight.new_zeros(1, 1, 64, 4).requires_grad_()
+        (gradient,) = torch.autograd.grad(network(far, far.new_zeros(1))[0, 0, 0, 0], far)
+        groups = [m for m in network.modules() if isinstance(m, torch.nn.GroupNorm)]
+        assert groups and network.attention == ((1,) if attention is True else attention)
+        attends = any("project" in name for name, _ in network.named_parameters())
+        assert attends == joined and gradient.isfinite().all()
+
+
+def test_dit_cuts_images_into_patches():
+    """A network of no blocks' effect: each patch depends on its own pixels and its place alone."""
+    network = awaken(DiT(2, patch=2, width=16, depth=1, heads=2).double())
+    for projection in (network.blocks[0].project_out, network.blocks[0].mlp[-1]):
+        torch.nn.init.zeros_(projection.weight)
+        torch.nn.init.zeros_(projection.bias)
+    x, level = torch.randn(1, 2, 4, 6).double(), torch.zeros(1).double()
+    base = network(x, level)
+    for row, column in ((0, 0), (1, 5), (3, 2)):
+        changed = x.clone()
+        changed[0, 1, row, column] += 1.0
+        moved = (network(changed, level) - base)[0].abs() > 1e-9
+        patch = torch.zeros(4, 6, dtype=torch.bool)
+        top, left = row // 2 * 2, column // 2 * 2
+        patch[top : top + 2, left : left + 2] = True
+        assert (moved == patch).all()
+    flat = network(torch.zeros_like(x), level)[0].unfold(1, 2, 2).unfold(2, 2, 2)
+    assert (flat[:, 0, 0] - flat[:, 1, 0]).abs().max() > 1e-6  # places are told apart
+    assert (flat[:, 0, 0] - flat[:, 0, 1]).abs().max() > 1e-6
+
+
+def test_dit_sizes():
+    network = awaken(DiT(1, patch=4, width=16, depth=1, heads=2))
+    for height, width in ((8, 8), (4, 12), (28, 28)):
+        x = torch.randn(2, 1, height, width)
+        assert network(x, torch.zeros(2)).shape == x.shape
+    with pytest.raises(ValueError, match=r"of 9 by 8, expected multiples of 4: padded to 12 by 8"):
+        network(torch.zeros(2, 1, 9, 8), torch.zeros(2))
+
+
+def test_sets_have_no_order_and_any_size():
+    network = awaken(sets(outputs=2).double().eval())
+    level = torch.zeros(2, dtype=torch.float64)
+    for size in (1, 2, 7):
+        x, order = torch.randn(2, size, 3).double(), torch.randperm(size)
+        torch.testing.assert_close(network(x[:, order], level), network(x, level)[:, order])
+    x = torch.randn(2, 4, 3).double()
+    changed = x.clone()
+    changed[:, 0] += 1.0
+    assert ((network(changed, level) - network(x, level)).abs().amax((0, 2, 3)) > 1e-6).all()
+
+
+def test_waves_are_sines_and_cosines():
+    x = torch.tensor([[0.5, -1.0]])
+    expected = [[0.5, -1.0]]
+    for function in (math.sin, math.cos):
+        expected[0] += [function(k * value) for k in (2.0, 3.0) for value in (0.5, -1.0)]
+    torch.testing.assert_close(with_waves(x, (2.0, 3.0)), torch.tensor(expected))
+    half = with_waves(x.bfloat16(), (2.0, 3.0))
+    torch.testing.assert_close(half, torch.tensor(expected))
+    assert with_waves(x, ()) is x
+
+
+def test_weights_do_not_load_under_other_frequencies():
+    """Nothing in their shapes would tell."""
+    with pytest.raises(ValueError, match=r"frequencies: got \[1.0, 2.0\], expected \[1.0, 3.0\]"):
+        mlp(frequencies=(1, 3)).load_state_dict(mlp(frequencies=(1, 2)).state_dict())
 
 
 def test_unet_channels_and_outputs_do_not_mix():
