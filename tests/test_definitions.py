@@ -40,7 +40,15 @@ from pyro_diffusion.distributions import (
     NormalDecoder,
     QuantizedDecoder,
 )
-from pyro_diffusion.nn import MLP, DiT, SetTransformer, Transformer, UNet
+from pyro_diffusion.nn import (
+    MLP,
+    DiT,
+    LabelContext,
+    SetTransformer,
+    TensorContext,
+    Transformer,
+    UNet,
+)
 from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.optim import EMA
 from pyro_diffusion.processes import (
@@ -167,6 +175,8 @@ DEFINITIONS = [
         SetTransformer(3, width=8, depth=1, heads=2),
         {"event_size": 3, "heads": 2, "frequencies": []},
     ),
+    (LabelContext(3, 4), {"classes": 3, "features": 4, "dropout": 0.1}),
+    (TensorContext(2, 4, dropout=0.0), {"in_features": 2, "features": 4, "dropout": 0.0}),
 ]
 
 

@@ -29,6 +29,9 @@ VERSION = 1
 MAX_HEADER_BYTES = 2**25
 MAX_HEADER_BRACKETS = 500_000
 
+# How the files of torch.save start: zipped, and older ones.
+PICKLES = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
+
 
 class CheckpointError(ValueError):
     """A file is no readable checkpoint, or is the checkpoint of something else."""
@@ -120,6 +123,8 @@ def _read_metadata(path: Path, file: BinaryIO) -> str:
     start = file.read(8)
     length, rest = int.from_bytes(start, "little"), os.fstat(file.fileno()).st_size - 8
     if len(start) < 8 or length > rest:
+        if start.startswith(PICKLES):
+            raise CheckpointError(f"{path}: got a pickle, as torch.save writes; it is never loaded")
         raise CheckpointError(f"{unreadable}: got a header of {length} bytes in {rest}")
     if length > MAX_HEADER_BYTES:  # before it is in memory
         raise CheckpointError(f"{path}: {_excess(length, 0)}")

@@ -126,6 +126,14 @@ def restore_module(module: nn.Module, state: Mapping[str, Any], name: str = "sta
             that does not convert, and what defines the model otherwise
             (:class:`~pyro_diffusion.nn.definition.DefinedModule`); the module is then left as it was.
     """
+    problems = module_differences(module, state)
+    if problems:
+        raise CheckpointError(f"{name}: of another module: {'; '.join(problems)}")
+    module.load_state_dict(state)
+
+
+def module_differences(module: nn.Module, state: Mapping[str, Any]) -> list[str]:
+    """Why a state dict does not fit a module, see :func:`restore_module`."""
     own = module.state_dict()
     problems = [f"misses {key}" for key in own if key not in state]
     problems += [f"has unexpected {key}" for key in state if key not in own]
@@ -137,10 +145,7 @@ def restore_module(module: nn.Module, state: Mapping[str, Any], name: str = "sta
                 problems.append(f"{key} has shape {shape}, expected {tuple(value.shape)}")
             elif not torch.can_cast(found.dtype, value.dtype):
                 problems.append(f"{key} has {found.dtype}, expected {value.dtype}")
-    problems += definition_differences(module, state)
-    if problems:
-        raise CheckpointError(f"{name}: of another module: {'; '.join(problems)}")
-    module.load_state_dict(state)
+    return problems + definition_differences(module, state)
 
 
 def _as_json(description: Mapping[str, Any]) -> dict[str, Json]:

@@ -163,7 +163,7 @@ class Hutchinson(TraceEstimator):
         distribution: ProbeDistribution = rademacher,
         seed: int | None = None,
     ) -> None:
-        self.columns = check_positive_int("num_probes", num_probes)
+        self.columns = self.num_probes = check_positive_int("num_probes", num_probes)
         self.distribution, self.seed = distribution, seed
         if seed is not None:
             self.seed = check_seed("seed", seed)

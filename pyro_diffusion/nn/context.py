@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from pyro_diffusion.validation import check_operand, check_positive_int
 
+from .definition import DefinedModule
 from .embedding import fourier_embedding
 
 RESERVED = frozenset({"self", "x", "log_snr", "x0", "xt", "t"})
 
 
-class _Context(nn.Module):
+class _Context(DefinedModule):
     """Shared part of the contexts: the learned null row and its dropout."""
 
     event_dim: int

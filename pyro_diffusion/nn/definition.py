@@ -6,18 +6,81 @@ import inspect
 import math
 from collections.abc import Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, Self
 
 from pyro.nn import PyroModule
 from torch import nn
 
-__all__ = ["DefinedModule", "definition_differences"]
+__all__ = ["DefinedModule", "Recorded", "constructor_arguments", "definition_differences"]
 
 _KEY = "definition"
 _SKIP = object()
 
 
-class DefinedModule(nn.Module):
+class Recorded:
+    """An object that remembers the arguments it was built with, so that it can be built again.
+
+    :func:`constructor_arguments` has them by name. Copies and pickles keep them, since they are an attribute.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """The object, before its constructor runs."""
+        self = object.__new__(cls)
+        # past nn.Module, which takes no attributes before its own constructor ran
+        self.__dict__["_built_with"] = (args, kwargs)
+        return self
+
+
+def constructor_arguments(value: Any, cls: Any) -> dict[str, Any]:
+    """The arguments that build an object like this one again, defaults included.
+
+    Those that were recorded (:class:`Recorded`), but modules among them as they are now; of other objects
+    the attributes that are called as the arguments are, as in scikit-learn.
+
+    Args:
+        value: the object.
+        cls: its class, or the one that was turned into a Pyro module.
+
+    Raises:
+        ValueError: naming an argument that is kept nowhere.
+    """
+    if cls.__init__ in (object.__init__, nn.Module.__init__):
+        return {}
+    signature = inspect.signature(cls.__init__)
+    parameters = list(signature.parameters.values())[1:]
+    if any(p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY) for p in parameters):
+        raise ValueError(
+            f"got a constructor {cls.__name__}{signature}, expected named arguments only"
+        )
+    if "_built_with" in vars(value):
+        args, kwargs = vars(value)["_built_with"]
+        bound = signature.bind(None, *args, **kwargs)
+        bound.apply_defaults()
+        found = dict(list(bound.arguments.items())[1:])
+        for p in parameters:
+            if p.kind is p.VAR_KEYWORD:
+                found |= found.pop(p.name)
+        return {name: _present(value, name, given) for name, given in found.items()}
+    found = {}
+    for p in parameters:
+        kept = next((key for key in (p.name, f"_{p.name}") if hasattr(value, key)), None)
+        if kept is None:
+            raise ValueError(
+                f"got no attribute {p.name!r}, expected the constructor's argument in it"
+            )
+        found[p.name] = getattr(value, kept)
+    return found
+
+
+def _present(value: Any, name: str, given: Any) -> Any:
+    """An argument, or the module that has taken its place."""
+    if not isinstance(given, nn.Module):
+        return given
+    children: Mapping[str, Any] = getattr(value, "_modules", {})
+    return next((children[key] for key in (name, f"_{name}") if key in children), given)
+
+
+class DefinedModule(Recorded, nn.Module):
     r"""A module that is defined by more than its weights: the ends of a schedule, a parameterization.
 
     Its :meth:`definition` travels in the *metadata* of its state dict, beside the version that torch keeps
@@ -163,6 +226,10 @@ def _arguments(cls: Any) -> tuple[str, ...]:
 
 
 @functools.cache
+def plain_class(cls: Any) -> Any:
+    """The class that was turned into a Pyro module, if it was."""
+    return next(base for base in cls.__mro__ if not issubclass(base, PyroModule))
+
+
 def _name(cls: Any) -> str:
-    # the class that was turned into a Pyro module, if it was
-    return next(base.__name__ for base in cls.__mro__ if not issubclass(base, PyroModule))
+    return plain_class(cls).__name__

@@ -194,6 +194,7 @@ class AnnealedLangevin(PredictorCorrector):
 
     def __init__(self, snr: float = 0.3, moves: int = 5) -> None:
         super().__init__(Rescaling(), Langevin(snr, moves))
+        self.snr, self.moves = snr, moves
 
     def __repr__(self) -> str:
         return f"AnnealedLangevin(snr={self.corrector.snr:g}, moves={self.corrector.moves})"

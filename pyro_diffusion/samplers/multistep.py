@@ -260,6 +260,7 @@ class UniPC(AdamsMoulton):
             raise ValueError(
                 f"predictor_order: got {predictor_order}, expected an integer from 1 to 3"
             )
+        self.predictor_order = predictor_order
         super().__init__(predictor_order + 1, extrapolate=Data())
 
     def __repr__(self) -> str:

@@ -567,6 +567,7 @@ def file_calls() -> list[Call]:
     checkpoint.save(folder / "state.safetensors", state)
     net = Tiny((3,))
     checkpoint.save_module(folder / "net.safetensors", net)
+    checkpoint.save_model(folder / "model.safetensors", gaussian())
 
     def average(**arguments: Any) -> Any:
         ema = optim.EMA(Tiny((3,)), **arguments)
@@ -600,6 +601,16 @@ def file_calls() -> list[Call]:
             "checkpoint.load_module",
             checkpoint.load_module,
             of({"path": str(folder / "net.safetensors"), "module": Tiny((3,))}),
+        ),
+        Call(
+            "checkpoint.save_model",
+            functools.partial(checkpoint.save_model, folder / "b.safetensors"),
+            of({"model": chain()}),
+        ),
+        Call(
+            "checkpoint.load_model",
+            lambda **arguments: checkpoint.load_model(**arguments)(data(), 0.5).mean,
+            of({"path": str(folder / "model.safetensors"), "network": Tiny((3,), 2)}),
         ),
         Call("optim.EMA", average, of({"decay": 0.9, "warmup": True})),
         Call(
