@@ -13,7 +13,7 @@ The names of a first program are here:
   :class:`~pyro_diffusion.distributions.QuantizedDecoder`,
   :class:`~pyro_diffusion.denoisers.CategoricalDenoiser`;
 - networks and training: :class:`~pyro_diffusion.nn.MLP`, :class:`~pyro_diffusion.nn.UNet`,
-  :class:`~pyro_diffusion.optim.EMA`;
+  :class:`~pyro_diffusion.optim.EMA`, :class:`~pyro_diffusion.train.Trainer`;
 - a sampler: :class:`~pyro_diffusion.samplers.DDIM`;
 - posteriors under a diffusion prior: :class:`~pyro_diffusion.infer.AutoGuidance`,
   :class:`~pyro_diffusion.infer.AutoTwistedSMC`, :class:`~pyro_diffusion.infer.TwistedSMC`,
@@ -40,6 +40,7 @@ from pyro_diffusion import (
     processes,
     samplers,
     schedules,
+    train,
 )
 from pyro_diffusion.denoisers import (
     CategoricalDenoiser,
@@ -60,6 +61,7 @@ from pyro_diffusion.optim import EMA
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.samplers import DDIM
 from pyro_diffusion.schedules import Cosine, LogLinear
+from pyro_diffusion.train import Trainer
 
 if TYPE_CHECKING:
     from pyro_diffusion import evaluate, plotting
@@ -87,6 +89,7 @@ __all__ = [
     "ProbabilityFlow",
     "ProgramLikelihood",
     "QuantizedDecoder",
+    "Trainer",
     "TwistedSMC",
     "UNet",
     "checkpoint",
@@ -104,6 +107,7 @@ __all__ = [
     "processes",
     "samplers",
     "schedules",
+    "train",
 ]
 
 if not TYPE_CHECKING:  # a type checker would take every name for one that exists

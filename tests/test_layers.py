@@ -19,7 +19,7 @@ LAYERS = [
     {"likelihoods"},
     {"guidance"},
     {"infer", "optim"},
-    {"evaluate"},
+    {"evaluate", "train"},
     {"plotting"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

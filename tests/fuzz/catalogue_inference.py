@@ -20,6 +20,7 @@ from pyro_diffusion import (
     plotting,
     samplers,
     schedules,
+    train,
 )
 from pyro_diffusion import nn as networks
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
@@ -620,6 +621,25 @@ def file_calls() -> list[Call]:
         ),
         Call("optim.JointOptim", joint, of({"optim_args": {"lr": 1e-3}, "clip_norm": 1.0})),
     ]
+
+
+def training_calls() -> list[Call]:
+    def points(x: torch.Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    setup = {"unit": "bits/dim", "ema": 0.9, "clip_norm": 1.0, "accumulate": 2}
+
+    def fitted(**arguments: Any) -> list[float]:
+        given = {name: arguments.pop(name) for name in setup}
+        optimizer = functools.partial(torch.optim.SGD, lr=1e-3)
+        trainer = train.Trainer(points, optimizer=optimizer, **given)
+        return trainer.fit(rows, validation=rows, progress=False, **arguments).losses
+
+    run = {"steps": 3, "batch_size": 2, "validate_every": 2, "patience": 2, "log_every": 2}
+    rows = torch.ones(6, 3)
+    return [Call("train.Trainer", fitted, of({**setup, **run}))]
 
 
 def plotting_calls() -> list[Call]:

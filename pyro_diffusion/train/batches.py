@@ -1,0 +1,277 @@
+"""Minibatches in an order that a checkpoint can go on with."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from pyro_diffusion.train.randomness import rng_state, set_rng_state
+from pyro_diffusion.validation import check_positive_int, check_tensor, kind_of
+
+__all__ = ["Arguments", "Batches", "batches_of", "in_order", "rows_of"]
+
+# Positional and keyword arguments of one run of the program.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Batches(Protocol):
+    """An endless sequence of a program's arguments."""
+
+    def first(self) -> Arguments:
+        """Some batch, which does not count."""
+
+    def next(self) -> Arguments:
+        """The next one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sequence is."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+
+
+def batches_of(data: object, batch_size: int | None) -> Batches:
+    """Batches of a tensor, of a tuple or dictionary of tensors, of a loader, or of nothing.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    if data is None or isinstance(data, DataLoader):
+        if batch_size is not None:
+            kind = "None" if data is None else "a DataLoader"
+            raise ValueError(f"batch_size: got {batch_size} and {kind} as data, expected None")
+        return NoBatches() if data is None else LoaderBatches(data)
+    return TensorBatches(data, batch_size)
+
+
+class NoBatches:
+    """For programs that draw their own minibatches: no arguments."""
+
+    def first(self) -> Arguments:
+        """Nothing."""
+        return (), {}
+
+    next = first
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to do."""
+
+
+class TensorBatches:
+    """Rows of tensors in random order, each once an epoch but for the last few that do not fill a batch.
+
+    The order is drawn by a generator of its own, whose seed comes from torch's global one.
+    """
+
+    def __init__(self, data: object, batch_size: int | None) -> None:
+        self.data, self.rows = data, check_data("data", data)
+        size = self.rows if batch_size is None else check_positive_int("batch_size", batch_size)
+        if size > self.rows:
+            raise ValueError(
+                f"batch_size: got {size}, expected at most {self.rows}, the data's rows"
+            )
+        self.size = size
+        seed = int(torch.randint(2**62, ()))
+        self.generator = torch.Generator().manual_seed(seed)
+        self.device = next(iter(named_parts("data", data).values())).device
+        self._start()
+
+    def _start(self) -> None:
+        """Begin an epoch."""
+        self.before = self.generator.get_state()
+        # to the data's device once an epoch, not once a step
+        self.order = torch.randperm(self.rows, generator=self.generator).to(self.device)
+        self.position = 0
+
+    def first(self) -> Arguments:
+        """The first rows."""
+        return arguments(take(self.data, slice(0, self.size)))
+
+    def next(self) -> Arguments:
+        """The next rows of the epoch, or of a new one."""
+        if self.position + self.size > self.rows:
+            self._start()
+        index = self.order[self.position : self.position + self.size]
+        self.position += self.size
+        return arguments(take(self.data, index))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator when the epoch began, and how many rows were taken since."""
+        return {"generator": self.before, "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Draw that epoch's order again and go on from the row."""
+        self.generator.set_state(state["generator"])
+        self._start()
+        self.position = int(state["position"])
+
+
+class LoaderBatches:
+    """Batches of a ``DataLoader``, epoch after epoch.
+
+    A state has the generators at the beginning of the epoch and the number of batches since: going on draws
+    the same order again and skips so many.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+        self.iterator: Iterator[Any] | None = None
+        self.generators = _generators(loader)
+
+    def first(self) -> Arguments:
+        """The first of an epoch that is then forgotten."""
+        for batch in self.loader:
+            return arguments(_checked(batch))
+        raise ValueError("data: got an empty DataLoader, expected at least one batch")
+
+    def _start(self) -> None:
+        self.before = {
+            "global": rng_state(),
+            "own": [generator.get_state() for generator in self.generators],
+        }
+        self.iterator, self.position = iter(self.loader), 0
+
+    def next(self) -> Arguments:
+        """The next batch of the epoch, or of a new one."""
+        if self.iterator is None:
+            self._start()
+        assert self.iterator is not None
+        batch = next(self.iterator, None)
+        if batch is None:
+            self._start()
+            batch = next(self.iterator)
+        self.position += 1
+        return arguments(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generators when the epoch began, and how many batches were taken since.
+
+        Raises:
+            ValueError: for a loader whose order cannot be drawn again.
+        """
+        check_repeatable(self.loader)
+        return {"before": self.before, "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Draw that epoch's order again and skip what was taken; global generators are then moved."""
+        set_rng_state(state["before"]["global"])
+        for generator, before in zip(self.generators, state["before"]["own"], strict=True):
+            generator.set_state(before)
+        self._start()
+        assert self.iterator is not None
+        for _ in range(int(state["position"])):
+            next(self.iterator)
+            self.position += 1
+
+
+def check_repeatable(loader: DataLoader[Any]) -> None:
+    """Refuse a loader whose order cannot be drawn again from the state of generators.
+
+    Raises:
+        ValueError: naming its dataset or sampler.
+    """
+    known = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
+    iterable = isinstance(loader.dataset, IterableDataset)
+    odd = loader.dataset if iterable else loader.sampler
+    if iterable or not isinstance(odd, known):
+        raise ValueError(
+            f"checkpoint: got a DataLoader with a {kind_of(odd)}, whose order cannot be repeated, expected "
+            "one of torch's samplers, or data as tensors"
+        )
+
+
+def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
+    found = [getattr(part, "generator", None) for part in (loader, loader.sampler)]
+    return list({id(g): g for g in found if g is not None}.values())
+
+
+def named_parts(name: str, data: object) -> dict[str, Any]:
+    """What data consist of, by how to call it in errors."""
+    if isinstance(data, Mapping):
+        return {f"{name}[{key!r}]": part for key, part in data.items()}
+    if isinstance(data, list | tuple):
+        return {f"{name}[{index}]": part for index, part in enumerate(data)}
+    return {name: data}
+
+
+def check_data(name: str, data: object) -> int:
+    """Refuse anything but tensors of one number of rows, and return that.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    lengths = {}
+    for of, part in named_parts(name, data).items():
+        if check_tensor(of, part, boolean=True).dim() == 0:
+            raise ValueError(f"{of}: got a scalar, expected a tensor with rows")
+        lengths[of] = len(part)
+    if not lengths or 0 in lengths.values():
+        raise ValueError(f"{name}: got no rows, expected at least one")
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{name}: got tensors of {lengths} rows, expected equally many")
+    return next(iter(lengths.values()))
+
+
+def take(data: Any, index: Any) -> Any:
+    """The same rows of every tensor."""
+    if isinstance(data, Mapping):
+        return {name: part[index] for name, part in data.items()}
+    if isinstance(data, list | tuple):
+        return tuple(part[index] for part in data)
+    return data[index]
+
+
+def in_order(data: object, batch_size: int) -> Iterator[Arguments]:
+    """Every row once, in batches; a loader as it is."""
+    if isinstance(data, DataLoader):
+        yield from map(arguments, data)
+        return
+    for start in range(0, check_data("data", data), batch_size):
+        yield arguments(take(data, slice(start, start + batch_size)))
+
+
+def arguments(batch: Any) -> Arguments:
+    """A batch as the program takes it: a tuple by position, a dictionary by name."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, list | tuple) else (batch,)), {}
+
+
+def _checked(batch: Any) -> Any:
+    check_data("data", batch)
+    return batch
+
+
+def rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """How many rows a program's arguments have: those of the first tensor.
+
+    Raises:
+        ValueError: if none is a tensor with rows.
+    """
+    for part in (*args, *kwargs.values()):
+        if isinstance(part, Tensor) and part.dim():
+            return len(part)
+    raise ValueError("data: got batches without a tensor, expected at least one with rows")
+
+
+def moved(batch: Arguments, device: torch.device) -> Arguments:
+    """The same on a device."""
+    args, kwargs = batch
+
+    def move(part: Any) -> Any:
+        return part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
+
+    return tuple(map(move, args)), {name: move(part) for name, part in kwargs.items()}

@@ -1,0 +1,71 @@
+"""A figure by which the best weights are chosen, under the same noise each time."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pyro_diffusion.train.batches import check_data, in_order, moved, rows_of
+from pyro_diffusion.train.randomness import common_noise
+from pyro_diffusion.validation import kind_of
+
+__all__ = ["Validation"]
+
+# Passes over the data: one draw of a bound is of one term for each datum.
+PASSES = 8
+SEED = 0
+
+
+class Validation:
+    """Minus the ELBO of held-out data, or a function of the user's; lower is better.
+
+    Args:
+        data: tensors, a loader, or a function without arguments that returns a number.
+        loss: of a batch's arguments, per datum or coordinate.
+        batch_size: rows evaluated together.
+        device: where.
+
+    Raises:
+        ValueError: for data without rows.
+    """
+
+    def __init__(
+        self,
+        data: object,
+        loss: Callable[..., Tensor],
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        self.data, self.loss, self.batch_size, self.device = data, loss, batch_size, device
+        if not callable(data) and not isinstance(data, DataLoader):
+            check_data("validation", data)
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        """The figure.
+
+        Raises:
+            ValueError: if it is not a finite number.
+        """
+        with common_noise(SEED):
+            found = self.data() if callable(self.data) else self._of_data()
+        number = isinstance(found, int | float) or (
+            isinstance(found, Tensor) and found.numel() == 1
+        )
+        if not number or not math.isfinite(float(found)):
+            shown = found if number else kind_of(found)
+            raise ValueError(f"validation: got {shown} from it, expected a finite number")
+        return float(found)
+
+    def _of_data(self) -> float:
+        """The mean over data and passes."""
+        total, rows = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for _ in range(PASSES):
+            for batch in in_order(self.data, self.batch_size):
+                args, kwargs = moved(batch, self.device)
+                count = rows_of(args, kwargs)
+                total += count * self.loss(*args, **kwargs).double()
+                rows += count
+        return float(total / rows)
