@@ -43,7 +43,7 @@ from pyro_diffusion.processes import (
     draw,
     drawing_from,
 )
-from pyro_diffusion.processes.noise import RowNoise
+from pyro_diffusion.processes.row_noise import RowNoise
 from pyro_diffusion.samplers import DDIM, AdamsMoulton, Ancestral, Heun, simulate
 from pyro_diffusion.schedules import Cosine, LogLinear, VarianceExploding, uniform
 from tests.atoms import F64, AtomsDenoiser

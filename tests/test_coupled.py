@@ -48,7 +48,7 @@ from pyro_diffusion.processes import (
     draw,
     drawing_from,
 )
-from pyro_diffusion.processes.noise import RowNoise
+from pyro_diffusion.processes.row_noise import RowNoise
 from pyro_diffusion.samplers import (
     DAPS,
     DDIM,

@@ -28,7 +28,7 @@ from pyro_diffusion.dynamics import Hutchinson, ODESolver
 from pyro_diffusion.guidance import SampledGuidance
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import GaussianProcess, SeededNoise, draw, drawing_from
-from pyro_diffusion.processes.noise import RowNoise
+from pyro_diffusion.processes.row_noise import RowNoise
 from pyro_diffusion.schedules import Cosine
 from tests.small_diffusions import SMALL_DIFFUSIONS, Tiny, normal
 

@@ -19,7 +19,7 @@ from pyro_diffusion.processes.conditioned_normal import (
     normal_from,
     normal_tensors,
 )
-from pyro_diffusion.processes.noise import RowNoise
+from pyro_diffusion.processes.row_noise import RowNoise
 from pyro_diffusion.schedules import LogLinear, uniform
 
 F64 = torch.float64

@@ -36,7 +36,7 @@ from pyro_diffusion.processes import (
     drawing_from,
 )
 from pyro_diffusion.processes.multivariate_t import DiagonalStudentT
-from pyro_diffusion.processes.noise import RowNoise
+from pyro_diffusion.processes.row_noise import RowNoise
 from pyro_diffusion.samplers import (
     DDIM,
     AdamsMoulton,

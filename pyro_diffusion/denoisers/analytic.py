@@ -10,7 +10,8 @@ from pyro_diffusion.denoisers.base import Denoiser, check_context
 from pyro_diffusion.denoisers.variances import TimeVariance, unit_variance
 from pyro_diffusion.processes import Ability, ForwardProcess, draw, drawing_from
 from pyro_diffusion.processes.abilities import require
-from pyro_diffusion.processes.noise import RowNoise, fresh_seed
+from pyro_diffusion.processes.noise import fresh_seed
+from pyro_diffusion.processes.row_noise import RowNoise
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
 

@@ -12,7 +12,7 @@ from pyro_diffusion.denoisers.base import NetworkDenoiser, check_outputs
 from pyro_diffusion.precision import at_least_single, matmul
 from pyro_diffusion.processes import Ability, CategoricalProcess, ForwardProcess
 from pyro_diffusion.processes.abilities import require
-from pyro_diffusion.processes.noise import inverted
+from pyro_diffusion.processes.row_noise import inverted
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import (
     Shape,

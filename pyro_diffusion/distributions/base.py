@@ -18,6 +18,7 @@ from pyro_diffusion.distributions.no_closed_forms import NoClosedForms
 from pyro_diffusion.distributions.shape_runs import kept_example
 from pyro_diffusion.precision import at_least_single
 from pyro_diffusion.processes import draw
+from pyro_diffusion.processes.global_batch import current_shard
 from pyro_diffusion.processes.noise import fresh_seed
 from pyro_diffusion.schedules import Level, uniform
 from pyro_diffusion.validation import Shape, check_sizes, check_tensor
@@ -71,7 +72,7 @@ class DenoisedDistribution(NoClosedForms, TorchDistribution):
         self.context = {k: v for k, v in (context or {}).items() if v is not None}
         for name, value in self.context.items():
             check_tensor(name, value, boolean=True)
-        self._seed = fresh_seed()
+        self._seed, self._shard = fresh_seed(), current_shard()
         batch_shape = broadcast("context", {k: self._context_batch(k) for k in self.context})
         self._given_batch = torch.Size(
             batch_shape

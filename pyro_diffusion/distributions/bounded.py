@@ -15,6 +15,8 @@ from pyro_diffusion.distributions.linear_use import check_linear_use
 from pyro_diffusion.distributions.objectives import Bound, Objective, check_objective
 from pyro_diffusion.processes import Ability, SeededNoise, draw, drawing_from
 from pyro_diffusion.processes.abilities import require
+from pyro_diffusion.processes.global_batch import Shard, scoring_noise
+from pyro_diffusion.processes.noise import NoiseSource
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.unwrapping import per_coordinate
 from pyro_diffusion.validation import (
@@ -107,11 +109,8 @@ class BoundedDistribution(DenoisedDistribution):
         x0, batch = self._encoded(value)
         x0 = self._once_per_datum(x0, value)
         share = max(self._fair_share, self.objective.decoder_share)
-        noise = SeededNoise(self._seed)
+        noise, place = self._noise_and_places(x0, x0.shape[: len(batch)])
         with drawing_from(noise):
-            like = torch.empty((), dtype=self._time_dtype(x0), device=x0.device)
-            offset = noise.uniform((), like)
-            place = (offset + _spread(x0.shape[: len(batch)], x0.device)) % 1
             position = (place - share) / (1 - share)
             decoding, reverse = self._costs(value, x0, position)
         # What is known of the decoder's term beforehand is added in full, not drawn: less noise, same mean.
@@ -252,6 +251,15 @@ class BoundedDistribution(DenoisedDistribution):
                 index[dim] = slice(0, 1)
         return x0[tuple(index)]
 
+    def _noise_and_places(self, x0: Tensor, batch: torch.Size) -> tuple[NoiseSource, Tensor]:
+        """What to score a batch with, and low-discrepancy places in [0, 1), one for each of its data."""
+        shard = self._shard if self._shard is not None and self._shard.spans(batch) else None
+        noise = scoring_noise(self._seed, self._shard, batch, x0.device)
+        # Rows of a global batch have noise each, but one offset.
+        shared = noise if shard is None else SeededNoise(self._seed)
+        offset = shared.uniform((), torch.empty((), dtype=self._time_dtype(x0), device=x0.device))
+        return noise, (offset + _spread(batch, x0.device, shard)) % 1
+
     def _levels(self, x: Tensor) -> Level:
         process, dtype = self.denoiser.process, self._time_dtype(x)
         process.check_precision(dtype, self.times)
@@ -261,17 +269,21 @@ class BoundedDistribution(DenoisedDistribution):
         return x0.dtype if x0.is_floating_point() else self.dtype or self.times.dtype
 
 
-def _spread(batch: torch.Size, device: torch.device) -> Tensor:
+def _spread(batch: torch.Size, device: torch.device, shard: Shard | None) -> Tensor:
     """The numbers i/B of a batch, each once, so that every slice of it is spread evenly over [0, 1), too.
+
+    Of a shard they are its part of the numbers of the whole batch.
 
     Slices are the particles or the classes of an enumerated latent: in plain order, each would get a narrow
     range of positions. Numbered by multiples of the golden section, any run of consecutive ones is spread.
     """
-    count = int(math.prod(batch))  # a tensor where torch.jit traces
-    index = torch.arange(count, device=device)
-    if sum(size > 1 for size in batch) > 1:
+    whole = batch if shard is None else (*batch[:-1], shard.size)
+    count = int(math.prod(whole))  # a tensor where torch.jit traces
+    own = torch.arange(count, device=device) if shard is None else shard.index(batch, device)
+    index = own.reshape(batch)
+    if sum(size > 1 for size in whole) > 1:
         step = round(count * (math.sqrt(5) - 1) / 2)
         while math.gcd(step, count) > 1:
             step += 1
         index = index * step % count
-    return (index / count).reshape(batch)
+    return index / count

@@ -5,6 +5,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_diffusion.processes.global_batch import current_shard, scoring_noise
 from pyro_diffusion.processes.noise import fresh_seed
 from pyro_diffusion.validation import check_positive_int, check_tensor
 
@@ -42,15 +43,16 @@ class Dequantization(TransformModule):
         self._event_dim = event_dim
         # Integers, too, are held in a float tensor.
         self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
-        self._seed = fresh_seed()
+        self._seed, self._shard = fresh_seed(), current_shard()
 
     def _call(self, x: Tensor) -> Tensor:
         return check_tensor("x", x).floor()
 
     def _inverse(self, y: Tensor) -> Tensor:
-        generator = torch.Generator(y.device).manual_seed(self._seed)
         y = y if y.is_floating_point() else y.to(torch.get_default_dtype())
-        return y + torch.rand(y.shape, dtype=y.dtype, device=y.device, generator=generator)
+        batch = y.shape[: y.dim() - self._event_dim]
+        noise = scoring_noise(self._seed, self._shard, batch, y.device)
+        return y + noise.uniform(y.shape, y, self._event_dim)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Zero: shifting within a unit cell preserves volume."""

@@ -3,7 +3,6 @@
 import math
 from typing import Self
 
-import torch
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions import constraints
@@ -16,7 +15,9 @@ from pyro_diffusion.dynamics.ode_solver import check_ode_solver
 from pyro_diffusion.dynamics.trace_estimators import check_trace_estimator
 from pyro_diffusion.processes import Ability
 from pyro_diffusion.processes.abilities import require
-from pyro_diffusion.processes.noise import NoiseSource, RowNoise
+from pyro_diffusion.processes.global_batch import current_shard, scoring_rows
+from pyro_diffusion.processes.noise import NoiseSource
+from pyro_diffusion.processes.row_noise import RowNoise
 
 __all__ = ["FlowTransform"]
 
@@ -63,7 +64,7 @@ class FlowTransform(TransformModule):
         self.denoiser = denoiser
         self.trace = ExactTrace() if trace is None else check_trace_estimator(trace)
         self.solver = ODESolver() if solver is None else check_ode_solver(solver)
-        self.context, self.seed = dict(context or {}), seed
+        self.context, self.seed, self._shard = dict(context or {}), seed, current_shard()
         end_angles(denoiser.process)
         self.domain = self.codomain = constraints.independent(
             constraints.real, denoiser.process.event_dim
@@ -123,9 +124,9 @@ class FlowTransform(TransformModule):
         return self
 
     def _noise(self, x: Tensor) -> RowNoise:
-        seed = self.seed if self.trace.seed is None else self.trace.seed
-        count = math.prod(x.shape[: x.dim() - self.domain.event_dim])
-        return RowNoise(seed, torch.arange(count, device=x.device))
+        batch = x.shape[: x.dim() - self.domain.event_dim]
+        seed, rows = scoring_rows(self.seed, self._shard, batch, x.device)
+        return RowNoise(seed if self.trace.seed is None else self.trace.seed, rows)
 
     def _call(self, x: Tensor) -> Tensor:
         return self.transport(x, log_det=False).z

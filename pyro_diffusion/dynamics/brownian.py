@@ -1,4 +1,4 @@
-"""Brownian motion for torchsde, drawn from torch's generators."""
+"""Brownian motion for torchsde, drawn from torch's generators or a source of noise."""
 
 import math
 
@@ -6,6 +6,7 @@ import torch
 import torchsde
 from torch import Tensor
 
+from pyro_diffusion.processes.noise import joint_seed, normal_like
 from pyro_diffusion.validation import check_number, check_sizes
 
 __all__ = ["IndependentIncrements", "brownian_interval"]
@@ -27,7 +28,7 @@ class IndependentIncrements(torchsde.BaseBrownian):
         shape: of the increments, (rows, channels).
         dtype: of the increments.
         device: of the increments.
-        generator: torch's default generator of the device when None.
+        generator: when None, torch's default generator of the device, or the source of ``drawing_from``.
 
     Raises:
         ValueError: for sizes below 1, and for an interval that starts before the last one ended.
@@ -64,7 +65,7 @@ class IndependentIncrements(torchsde.BaseBrownian):
 
     def _normal(self, variance: float) -> Tensor:
         if self._generator is None:
-            out = torch.randn_like(self._like)
+            out = normal_like(self._like, 1)
         else:
             out = torch.empty_like(self._like).normal_(generator=self._generator)
         return out if variance == 1 else out.mul_(math.sqrt(variance))
@@ -101,7 +102,8 @@ def brownian_interval(
 ) -> torchsde.BrownianInterval:
     """torchsde's Brownian path over [0, stop], for any interval, in any order and repeatedly.
 
-    Its entropy is drawn from torch's default generator; torchsde's own default is numpy's.
+    Its entropy is drawn from torch's default generator, or for all rows together from the source of
+    ``drawing_from``; torchsde's own default is numpy's.
 
     Args:
         shape: of the increments, (rows, channels).
@@ -118,6 +120,6 @@ def brownian_interval(
         size=tuple(check_sizes("shape", shape)),
         dtype=dtype or torch.get_default_dtype(),
         device=device,
-        entropy=int(torch.randint(2**31 - 1, (), device="cpu")),
+        entropy=joint_seed() % (2**31 - 1),
         levy_area_approximation=LEVY_AREA,
     )

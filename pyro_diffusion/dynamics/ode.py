@@ -15,7 +15,8 @@ from pyro_diffusion.dynamics.ode_solver import ADAPTIVE, FIXED, ODESolver, check
 from pyro_diffusion.dynamics.trace_estimators import TraceEstimator
 from pyro_diffusion.processes import Ability, ForwardProcess
 from pyro_diffusion.processes.abilities import require
-from pyro_diffusion.processes.noise import NoiseSource, RowNoise
+from pyro_diffusion.processes.noise import NoiseSource
+from pyro_diffusion.processes.row_noise import RowNoise
 from pyro_diffusion.schedules import Level
 from pyro_diffusion.validation import check_number, check_tensor
 

@@ -6,6 +6,7 @@ from pyro_diffusion.evaluate.calibration import sbc
 from pyro_diffusion.evaluate.chain_costs import chain_costs
 from pyro_diffusion.evaluate.comparison import compare
 from pyro_diffusion.evaluate.continuity import continuity_residual
+from pyro_diffusion.evaluate.draws import draw_samples
 from pyro_diffusion.evaluate.importance import importance_weighted, log_weights
 from pyro_diffusion.evaluate.inference_data import to_arviz, to_elpd
 from pyro_diffusion.evaluate.ode import flow_log_likelihood
@@ -19,6 +20,7 @@ __all__ = [
     "chain_costs",
     "compare",
     "continuity_residual",
+    "draw_samples",
     "flow_log_likelihood",
     "importance_weighted",
     "log_likelihood",

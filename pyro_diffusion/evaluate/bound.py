@@ -7,8 +7,10 @@ from torch import Tensor
 from pyro_diffusion.distributions import Bound, Diffusion, DiffusionSDE
 from pyro_diffusion.distributions.bounded import BoundedDistribution
 from pyro_diffusion.estimate import LOWER_BOUND, LogLikelihoodEstimate, Terms, concatenate
-from pyro_diffusion.evaluate.rows import Rows, batches, check_model, check_rows, checked_seed
+from pyro_diffusion.evaluate.batches import shared_seed
+from pyro_diffusion.evaluate.rows import Rows, check_model, check_rows, score_rows
 from pyro_diffusion.processes import SeededNoise, drawing_from
+from pyro_diffusion.ranks import ProcessGroup
 from pyro_diffusion.schedules import uniform
 from pyro_diffusion.validation import check_positive_int
 
@@ -28,6 +30,7 @@ def log_likelihood(
     batch_size: int = 512,
     progress: bool = False,
     seed: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> LogLikelihoodEstimate:
     r"""Lower bounds of log p(x), one per datum, with standard errors and the bound's terms.
 
@@ -57,6 +60,8 @@ def log_likelihood(
         progress: whether to show a progress bar.
         seed: of the noise; drawn from torch's global generator if None. A row's noise is a function of the
             seed and of the row's place, so ``batch_size`` changes values by rounding alone.
+        process_group: the processes that share the batches, such as ``torch.distributed.group.WORLD``; all of
+            them call this with the same arguments, and get the same result. None for this process alone.
 
     Returns:
         Values in nats of kind "lower bound". Their standard error is that of independent draws; evenly
@@ -74,38 +79,61 @@ def log_likelihood(
     if num_terms is not None:
         check_positive_int("num_terms", num_terms, at_least=2)
     check_rows("data", data, diffusion.event_shape)
-    seed = checked_seed(seed)
+    seed = shared_seed(seed, process_group)
     if chain:  # a weighted objective trains; only the bound is reported
         with drawing_from(SeededNoise(seed)):
             view = view.replace(objective=Bound())
     times = view.times if chain else uniform(num_terms or NUM_TERMS)
     slices = len(times) - 1
-    value, variance, tally = [], [], _Tally(slices)
-    with torch.no_grad():
-        for rows, batch in batches(model, view, data, context, batch_size, progress, seed):
-            x = rows.x
-            with drawing_from(rows.noise):
-                prior = batch.prior_terms(x)
-                decoder = torch.stack(
-                    [batch.decoder_terms(x) - rows.log_det for _ in range(num_samples)]
-                )
-                place, cost = _reverse_costs(batch, rows, slices, num_terms, num_samples)
-            if num_terms is None:  # (S, K, n): sum over steps, independent samples
-                reverse = cost.mean(0).mean(0)
-                reverse_variance = (cost / slices).var(0).sum(0) / num_samples
-            else:  # (1, M, n)
-                reverse, reverse_variance = cost[0].mean(0), cost[0].var(0) / num_terms
-            tally.add(prior, decoder, reverse, (place * slices).long(), cost / slices)
-            value.append(-(prior + decoder.mean(0) + reverse))
-            variance.append(decoder.var(0) / num_samples + reverse_variance)
+
+    def score(rows: Rows, batch: BoundedDistribution) -> tuple[Tensor, ...]:
+        return _score(batch, rows, slices, num_terms, num_samples)
+
+    scores = score_rows(
+        score,
+        model,
+        view,
+        data,
+        context=context,
+        batch_size=batch_size,
+        progress=progress,
+        seed=seed,
+        process_group=process_group,
+    )
+    value, variance, parts, tallies = zip(*scores, strict=True)
     return LogLikelihoodEstimate(
-        value=concatenate(value),
-        standard_error=concatenate(variance).sqrt(),
+        value=torch.cat(value),
+        standard_error=torch.cat(variance).sqrt(),
         kind=LOWER_BOUND,
         evaluations=num_samples + (num_samples * slices if num_terms is None else num_terms),
         dimensions=diffusion.event_shape.numel(),
-        terms=tally.terms(view.denoiser.process.levels(times[1:]).clock.flatten().detach().cpu()),
+        terms=_terms(
+            torch.cat(parts, 1),
+            torch.stack(tallies).sum(0),
+            view.denoiser.process.levels(times[1:]).clock.flatten().detach().cpu(),
+        ),
     )
+
+
+def _score(
+    model: BoundedDistribution, rows: Rows, slices: int, num_terms: int | None, num_samples: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Bounds (n,), their variances, their parts (3, n), and count, sum and square of each step's costs."""
+    x = rows.x
+    with drawing_from(rows.noise):
+        prior = model.prior_terms(x)
+        decoder = torch.stack([model.decoder_terms(x) - rows.log_det for _ in range(num_samples)])
+        place, cost = _reverse_costs(model, rows, slices, num_terms, num_samples)
+    if num_terms is None:  # (S, K, n): sum over steps, independent samples
+        reverse = cost.mean(0).mean(0)
+        reverse_variance = (cost / slices).var(0).sum(0) / num_samples
+    else:  # (1, M, n)
+        reverse, reverse_variance = cost[0].mean(0), cost[0].var(0) / num_terms
+    value = -(prior + decoder.mean(0) + reverse)
+    variance = decoder.var(0) / num_samples + reverse_variance
+    parts = torch.stack([prior, decoder.mean(0), reverse])
+    tally = _tally((place * slices).long(), cost / slices, slices)
+    return concatenate([value]), concatenate([variance]), concatenate([parts]), tally
 
 
 def _reverse_costs(
@@ -124,52 +152,38 @@ def _reverse_costs(
     return place, torch.stack(cost)
 
 
-class _Tally:
-    """Running sums of the bound's terms over batches."""
+def _tally(index: Tensor, cost: Tensor, slices: int) -> Tensor:
+    """How many costs each step has, their sum, and that of their squares, (3, slices)."""
+    where = index.clamp(max=slices - 1).expand(cost.shape).reshape(-1).cpu()
+    flat = cost.reshape(-1).to("cpu", torch.float64)
+    sums = torch.zeros(3, slices, dtype=torch.float64)
+    return sums.index_add_(1, where, torch.stack([torch.ones_like(flat), flat, flat.square()]))
 
-    def __init__(self, slices: int) -> None:
-        self.count, self.total, self.square = torch.zeros(3, slices, dtype=torch.float64)
-        self.parts: list[Tensor] = []
 
-    def add(
-        self, prior: Tensor, decoder: Tensor, reverse: Tensor, index: Tensor, cost: Tensor
-    ) -> None:
-        """Take in one batch."""
-        self.parts.append(torch.stack([prior, decoder.mean(0), reverse]).to("cpu", torch.float64))
-        where = index.clamp(max=len(self.count) - 1).expand(cost.shape).reshape(-1).cpu()
-        flat = cost.reshape(-1).to("cpu", torch.float64)
-        for sums, values in (
-            (self.count, torch.ones_like(flat)),
-            (self.total, flat),
-            (self.square, flat.square()),
-        ):
-            sums.index_add_(0, where, values)
-
-    def terms(self, log_snr: Tensor) -> Terms:
-        """Means over data; unvisited steps take the nearest visited neighbour's."""
-        visited = self.count.nonzero().squeeze(-1)
-        everywhere = torch.arange(len(self.count))
-        right = torch.searchsorted(visited, everywhere).clamp(max=len(visited) - 1)
-        left = (right - 1).clamp(min=0)
-        to_left, to_right = ((everywhere - visited[side]).abs() for side in (left, right))
-        nearest = visited[torch.where(to_left < to_right, left, right)]
-        mean = self.total / self.count.clamp(min=1)
-        scatter = (self.square / self.count.clamp(min=1) - mean.square()).clamp(min=0)
-        error = (scatter / (self.count - 1).clamp(min=0)).sqrt()
-        error = error.masked_fill(self.count < 2, torch.inf)
-        parts = torch.cat(self.parts, 1)
-        prior, decoder, reverse = parts.mean(1).tolist()
-        count = parts.shape[1]
-        several = (parts.var(1) / count).sqrt() if count > 1 else torch.full((3,), torch.nan)
-        errors = several.tolist()
-        return Terms(
-            prior=prior,
-            decoder=decoder,
-            steps=mean[nearest],
-            steps_standard_error=error,
-            log_snr=log_snr,
-            reverse=reverse,
-            prior_standard_error=errors[0],
-            decoder_standard_error=errors[1],
-            reverse_standard_error=errors[2],
-        )
+def _terms(parts: Tensor, tally: Tensor, log_snr: Tensor) -> Terms:
+    """Means over data; unvisited steps take the nearest visited neighbour's."""
+    count, total, square = tally
+    visited = count.nonzero().squeeze(-1)
+    everywhere = torch.arange(len(count))
+    right = torch.searchsorted(visited, everywhere).clamp(max=len(visited) - 1)
+    left = (right - 1).clamp(min=0)
+    to_left, to_right = ((everywhere - visited[side]).abs() for side in (left, right))
+    nearest = visited[torch.where(to_left < to_right, left, right)]
+    mean = total / count.clamp(min=1)
+    scatter = (square / count.clamp(min=1) - mean.square()).clamp(min=0)
+    error = (scatter / (count - 1).clamp(min=0)).sqrt()
+    error = error.masked_fill(count < 2, torch.inf)
+    prior, decoder, reverse = parts.mean(1).tolist()
+    n = parts.shape[1]
+    errors = ((parts.var(1) / n).sqrt() if n > 1 else torch.full((3,), torch.nan)).tolist()
+    return Terms(
+        prior=prior,
+        decoder=decoder,
+        steps=mean[nearest],
+        steps_standard_error=error,
+        log_snr=log_snr,
+        reverse=reverse,
+        prior_standard_error=errors[0],
+        decoder_standard_error=errors[1],
+        reverse_standard_error=errors[2],
+    )

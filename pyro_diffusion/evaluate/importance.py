@@ -14,11 +14,13 @@ from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.estimate import IMPORTANCE_WEIGHTED, LogLikelihoodEstimate, concatenate
-from pyro_diffusion.evaluate.rows import Rows, batches, check_model, check_rows, checked_seed
+from pyro_diffusion.evaluate.batches import shared_seed
+from pyro_diffusion.evaluate.rows import Rows, check_model, check_rows, score_rows
 from pyro_diffusion.infer import ChainReparam
 from pyro_diffusion.infer.reparam import forward_chain
 from pyro_diffusion.pareto import pareto_khat
 from pyro_diffusion.processes import draw, drawing_from
+from pyro_diffusion.ranks import ProcessGroup
 from pyro_diffusion.validation import check_positive_int, check_tensor
 
 __all__ = ["from_log_weights", "importance_weighted", "log_weights"]
@@ -33,6 +35,7 @@ def importance_weighted(
     batch_size: int = 64,
     progress: bool = False,
     seed: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> LogLikelihoodEstimate:
     r"""Log p(x) by S importance samples of the whole chain from the forward process.
 
@@ -53,6 +56,8 @@ def importance_weighted(
         progress: whether to show a progress bar.
         seed: of the noise; drawn from torch's global generator if None. A row's noise is a function of the
             seed and of the row's place, so ``batch_size`` changes values by rounding alone.
+        process_group: the processes that share the batches, such as ``torch.distributed.group.WORLD``; all of
+            them call this with the same arguments, and get the same result. None for this process alone.
 
     Returns:
         Values in nats of kind "importance-weighted", with delta-method standard errors, effective sample
@@ -75,6 +80,7 @@ def importance_weighted(
         batch_size=batch_size,
         progress=progress,
         seed=seed,
+        process_group=process_group,
     )
     return from_log_weights(
         weights,
@@ -92,6 +98,7 @@ def log_weights(
     batch_size: int = 64,
     progress: bool = False,
     seed: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Log importance weights :math:`\log p(x, z) - \log q(z | x)` of whole chains z drawn given data.
 
@@ -107,6 +114,8 @@ def log_weights(
         progress: whether to show a progress bar.
         seed: of the noise; drawn from torch's global generator if None. A row's noise is a function of the
             seed and of the row's place, so ``batch_size`` changes values by rounding alone.
+        process_group: the processes that share the batches, such as ``torch.distributed.group.WORLD``; all of
+            them call this with the same arguments, and get the same result. None for this process alone.
 
     Returns:
         (S, n), in nats, float64 on the host.
@@ -118,12 +127,23 @@ def log_weights(
     check_positive_int("num_samples", num_samples)
     model = check_model("diffusion", diffusion, Diffusion)
     check_rows("data", data, diffusion.event_shape)
-    columns, seed = [], checked_seed(seed)
-    with torch.no_grad():
-        for rows, chain in batches(model, model.base, data, context, batch_size, progress, seed):
-            with drawing_from(rows.noise):
-                columns.append(torch.stack([_log_weights(chain, rows) for _ in range(num_samples)]))
-    return torch.cat(columns, -1)
+
+    def score(rows: Rows, chain: Diffusion) -> tuple[Tensor]:
+        with drawing_from(rows.noise):
+            return (torch.stack([_log_weights(chain, rows) for _ in range(num_samples)]),)
+
+    scores = score_rows(
+        score,
+        model,
+        model.base,
+        data,
+        context=context,
+        batch_size=batch_size,
+        progress=progress,
+        seed=shared_seed(seed, process_group),
+        process_group=process_group,
+    )
+    return torch.cat([weights for (weights,) in scores], -1)
 
 
 def from_log_weights(

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from pyro_diffusion.distributions import ProbabilityFlow
 from pyro_diffusion.estimate import EXACT, UNBIASED, LogLikelihoodEstimate, concatenate
-from pyro_diffusion.evaluate.rows import batches, check_model, check_rows, checked_seed
+from pyro_diffusion.evaluate.batches import shared_seed
+from pyro_diffusion.evaluate.rows import Rows, check_model, check_rows, score_rows
+from pyro_diffusion.ranks import ProcessGroup
 
 __all__ = ["flow_log_likelihood"]
 
@@ -19,6 +21,7 @@ def flow_log_likelihood(
     batch_size: int = 512,
     progress: bool = False,
     seed: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> LogLikelihoodEstimate:
     r"""Log p(x) by the ODE, one per datum, with standard errors over probes.
 
@@ -32,6 +35,8 @@ def flow_log_likelihood(
         progress: whether to show a progress bar.
         seed: of a stochastic trace's probes, unless the trace has its own; drawn from the global generator
             if None. A row's probes are a function of the seed and of the row's place in the data.
+        process_group: the processes that share the batches, such as ``torch.distributed.group.WORLD``; all of
+            them call this with the same arguments, and get the same result. None for this process alone.
 
     Returns:
         Values in nats of kind "exact" (up to the solver's tolerance) with the exact trace, "unbiased" with a
@@ -45,18 +50,29 @@ def flow_log_likelihood(
     model = check_model("flow", flow, ProbabilityFlow)
     check_rows("data", data, flow.event_shape)
     own = model.base.trace.seed
-    seed = checked_seed(seed) if own is None else own
-    value, error, evaluations = [], [], 0
-    with torch.no_grad():
-        for rows, batch in batches(model, model.base, data, context, batch_size, progress, seed):
-            density = batch.score(rows.x, rows.noise)
-            value.append(density.value + rows.log_det)
-            error.append(density.standard_error)
-            evaluations += density.evaluations * len(rows.x)
+
+    def score(rows: Rows, batch: ProbabilityFlow) -> tuple[Tensor, ...]:
+        density = batch.score(rows.x, rows.noise)
+        evaluations = torch.tensor(density.evaluations * len(rows.x))
+        value = density.value + rows.log_det
+        return concatenate([value]), concatenate([density.standard_error]), evaluations
+
+    scores = score_rows(
+        score,
+        model,
+        model.base,
+        data,
+        context=context,
+        batch_size=batch_size,
+        progress=progress,
+        seed=shared_seed(seed if own is None else own, process_group),
+        process_group=process_group,
+    )
+    value, error, evaluations = zip(*scores, strict=True)
     return LogLikelihoodEstimate(
-        value=concatenate(value),
-        standard_error=concatenate(error),
+        value=torch.cat(value),
+        standard_error=torch.cat(error),
         kind=UNBIASED if model.base.trace.stochastic else EXACT,
-        evaluations=evaluations / len(data),
+        evaluations=int(torch.stack(evaluations).sum()) / len(data),
         dimensions=flow.event_shape.numel(),
     )

@@ -1,22 +1,23 @@
 """Held-out rows beside the model that scores them, each with its own row of the context."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pyro_diffusion.denoisers.base import check_context
 from pyro_diffusion.distributions import ProbabilityFlow
 from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.distributions.bounded import BoundedDistribution
+from pyro_diffusion.evaluate.batches import in_batches
 from pyro_diffusion.processes import drawing_from
-from pyro_diffusion.processes.noise import RowNoise, fresh_seed
+from pyro_diffusion.processes.row_noise import RowNoise
+from pyro_diffusion.ranks import ProcessGroup, agree_on_values
 from pyro_diffusion.unwrapping import Unwrapped, check_wrappers, unwrap
-from pyro_diffusion.validation import check_event_shape, check_positive_int, check_seed, kind_of
+from pyro_diffusion.validation import check_event_shape, kind_of
 
-__all__ = ["Rows", "batches", "check_model", "check_rows", "checked_seed"]
+__all__ = ["Rows", "check_model", "check_rows", "find_view", "named", "score_rows"]
 
 # The function that evaluates the log-density of each kind of view, or a bound.
 SCORED_BY = {BoundedDistribution: "log_likelihood", ProbabilityFlow: "flow_log_likelihood"}
@@ -39,7 +40,18 @@ class Rows(NamedTuple):
 
 
 def check_model(name: str, model: Any, kinds: type[View] | tuple[type[View], ...]) -> Unwrapped:
-    """A view of some kinds at batch shape (), perhaps under transforms, taken apart.
+    """A view of some kinds at batch shape (), perhaps under transforms with a density, taken apart.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    found = find_view(name, model, kinds)
+    check_wrappers(name, found)
+    return found
+
+
+def find_view(name: str, model: Any, kinds: type[View] | tuple[type[View], ...]) -> Unwrapped:
+    """A view of some kinds at batch shape () with what is around it.
 
     A model with a batch shape would pair its rows with those of the data by chance: the context of every
     datum is an argument of its own.
@@ -67,7 +79,6 @@ def check_model(name: str, model: Any, kinds: type[View] | tuple[type[View], ...
             f"{tuple(found.base.batch_shape)}, expected (): build it without a context of that "
             "shape, which is the argument `context=`, one row per datum"
         )
-    check_wrappers(name, found)
     return found
 
 
@@ -84,48 +95,53 @@ def check_rows(name: str, data: Tensor, event_shape: torch.Size) -> None:
         )
 
 
-def checked_seed(seed: int | None) -> int:
-    """A seed that was given, or else one from torch's global generator.
-
-    Raises:
-        ValueError: for anything but an integer from 0 to below 2**63.
-    """
-    return fresh_seed() if seed is None else check_seed("seed", seed)
-
-
-def batches(
+def score_rows(
+    score: Callable[[Rows, View], tuple[Tensor, ...]],
     model: Unwrapped,
     view: View,
     data: Tensor,
+    *,
     context: dict[str, Tensor] | None,
     batch_size: int,
     progress: bool,
     seed: int,
-) -> Iterator[tuple[Rows, View]]:
-    """Rows of data with the view conditioned on their rows of the context.
+    process_group: ProcessGroup | None,
+) -> list[tuple[Tensor, ...]]:
+    """Scores of data in batches, each by the view conditioned on its rows of the context; in order.
 
     Args:
+        score: of a batch of rows, by the conditioned view; without gradients.
         model: as :func:`check_model` gives it; its transforms are undone.
         view: what scores: the model's own base, or a variant of it.
         data: (n,) + event.
         context: the denoiser's context, one row per datum.
         batch_size: data scored together.
         progress: whether to show a progress bar.
-        seed: of the noise.
+        seed: of the noise, the same on every rank.
+        process_group: the processes that share the batches.
 
     Raises:
-        ValueError: for a batch size below 1, or a context without exactly one row per datum.
+        ValueError: for a batch size below 1, a context without exactly one row per datum, or data and context
+            that differ from rank to rank.
+        RuntimeError: if another rank failed.
     """
-    check_positive_int("batch_size", batch_size)
     context = check_context(view.denoiser, context, len(data))
+    agree_on_values({"data": data, **named(context)}, process_group)
     index = torch.arange(len(data), device=data.device)
-    starts = range(0, len(data), batch_size)
-    for start in tqdm(starts, desc="scoring", disable=not progress):
-        rows = slice(start, start + batch_size)
+
+    def work(rows: slice) -> tuple[Tensor, ...]:
         noise = RowNoise(seed, index[rows])
         with drawing_from(noise):  # the seed of its own
             conditioned = view.condition(**{k: v[rows] for k, v in context.items()})
-        yield _rows(model, data[rows], noise), conditioned
+        return score(_rows(model, data[rows], noise), conditioned)
+
+    with torch.no_grad():
+        return in_batches(work, len(data), batch_size, process_group, progress, "scoring")
+
+
+def named(context: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A context by what messages call its entries."""
+    return {f"context[{name!r}]": value for name, value in context.items()}
 
 
 def _rows(model: Unwrapped, y: Tensor, noise: RowNoise) -> Rows:

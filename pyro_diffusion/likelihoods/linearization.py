@@ -8,6 +8,7 @@ from torch import Tensor
 from pyro_diffusion.dynamics.attention import twice_differentiable_attention
 from pyro_diffusion.likelihoods.whitening import Whitened
 from pyro_diffusion.precision import matmul
+from pyro_diffusion.processes.noise import normal_like
 
 __all__ = ["LinearizedLikelihood", "solve"]
 
@@ -116,11 +117,12 @@ class LinearizedLikelihood:
         References:
             Hoffman & Ribak, 1991 (a draw conditioned by its own residual).
         """
-        z = variance.sqrt() * torch.randn_like(self.mean)
+        event_dim = self.mean.dim() - self.residual.dim() + 1
+        z = variance.sqrt() * normal_like(self.mean, event_dim)
         rows = self.rows()
         b = self.flat(rows)
         product = matmul(b, self.per_row(z).unsqueeze(-1)).squeeze(-1)
-        gap = self.residual - product + torch.randn_like(self.residual)
+        gap = self.residual - product + normal_like(self.residual, 1)
         scaled = b * self.per_row(variance.expand_as(self.mean)).unsqueeze(-2)
         u = solve(matmul(scaled, b.mT), gap)[0]
         return self.mean + z + variance * self.combined(rows, u)

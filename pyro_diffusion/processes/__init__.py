@@ -10,6 +10,7 @@ from pyro_diffusion.processes.coupled import CoupledGaussian
 from pyro_diffusion.processes.degraded import DegradedGaussian
 from pyro_diffusion.processes.deletion import Deletion
 from pyro_diffusion.processes.gaussian import GaussianProcess
+from pyro_diffusion.processes.global_batch import global_batch
 from pyro_diffusion.processes.noise import SeededNoise, draw, drawing_from
 from pyro_diffusion.processes.spectral import (
     Blurring,
@@ -42,4 +43,5 @@ __all__ = [
     "VaryingNoise",
     "draw",
     "drawing_from",
+    "global_batch",
 ]

@@ -1,7 +1,6 @@
-"""Where draws come from: torch's global generators, a seed, or a seed and the row of the data."""
+"""Where draws come from: torch's global generators, or a seed."""
 
 import contextlib
-import functools
 import math
 import threading
 from collections.abc import Iterator
@@ -12,21 +11,28 @@ from pyro.distributions import Categorical, Delta, TorchDistribution
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_diffusion.precision import at_least_single
 from pyro_diffusion.unwrapping import per_coordinate
-from pyro_diffusion.validation import Shape, check_seed, check_sizes, check_tensor
+from pyro_diffusion.validation import Shape, check_seed, check_sizes
 
 __all__ = [
     "NoiseSource",
-    "RowNoise",
     "SeededNoise",
+    "ambient_noise",
     "draw",
     "drawing_from",
     "fresh_seed",
-    "inverted",
+    "joint_seed",
+    "keyed",
+    "normal_like",
+    "uniform_like",
 ]
 
 _ambient = threading.local()
+
+SEEDS = 2**62
+# 2**64 over the golden ratio, and the multipliers of the finalizer, as signed numbers: int64 wraps around.
+GAMMA = 0x9E3779B97F4A7C15 - 2**64
+FIRST, SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 # Of a gamma number, each of which is refused in one case of twenty at most.
 PROPOSALS = 16
@@ -54,7 +60,7 @@ def draw(distribution: TorchDistribution, sample_shape: Shape = torch.Size()) ->
             f"distribution: got {type(distribution).__name__}, expected a Pyro distribution"
         )
     sample_shape = check_sizes("sample_shape", sample_shape)
-    source = getattr(_ambient, "noise", None)
+    source = ambient_noise()
     return (
         _own(distribution, sample_shape)
         if source is None
@@ -74,7 +80,7 @@ def drawing_from(noise: "NoiseSource") -> Iterator[None]:
     """
     if not isinstance(noise, NoiseSource):
         raise ValueError(f"noise: got {type(noise).__name__}, expected a NoiseSource")
-    outer = getattr(_ambient, "noise", None)
+    outer = ambient_noise()
     _ambient.noise = noise
     try:
         yield
@@ -82,10 +88,44 @@ def drawing_from(noise: "NoiseSource") -> Iterator[None]:
         _ambient.noise = outer
 
 
+def ambient_noise() -> "NoiseSource | None":
+    """The source that :func:`drawing_from` has set for this thread; None for torch's global generators."""
+    return getattr(_ambient, "noise", None)
+
+
+def normal_like(x: Tensor, event_dim: int) -> Tensor:
+    """Standard normal numbers in the form of a tensor, whose rightmost dimensions make one row."""
+    source = ambient_noise()
+    return torch.randn_like(x) if source is None else source.normal(x.shape, x, event_dim)
+
+
+def uniform_like(x: Tensor, event_dim: int = 0) -> Tensor:
+    """Uniform numbers from 0 to below 1 in the form of a tensor, as :func:`normal_like`."""
+    source = ambient_noise()
+    return torch.rand_like(x) if source is None else source.uniform(x.shape, x, event_dim)
+
+
 def fresh_seed() -> int:
     """A seed for noise that is drawn once: from the host's generator, without touching a device."""
-    source = getattr(_ambient, "noise", None)
-    return int(torch.randint(_SEEDS, (), device="cpu")) if source is None else source.fresh_seed()
+    source = ambient_noise()
+    return int(torch.randint(SEEDS, (), device="cpu")) if source is None else source.fresh_seed()
+
+
+def joint_seed() -> int:
+    """A seed for what draws for all rows of a batch together; keyed by the first, where rows are keyed."""
+    source = ambient_noise()
+    return int(torch.randint(SEEDS, (), device="cpu")) if source is None else source.joint_seed()
+
+
+def keyed(seed: int, index: int) -> int:
+    """A seed that is a function of another and of a number: splitmix64's finalizer of both.
+
+    In the host's integers: a program may be run under vmap, which has no use for these.
+    """
+    word = seed ^ index * GAMMA % 2**64
+    for shift, factor in ((30, FIRST), (27, SECOND), (31, 1)):
+        word = (word ^ word >> shift) * factor % 2**64
+    return word % SEEDS
 
 
 class NoiseSource:
@@ -152,11 +192,11 @@ class NoiseSource:
     def fresh_seed(self) -> int:
         """A seed for noise that is drawn once; asking for it leaves all other numbers as they are."""
         self._asked += 1
-        # In the host's integers: a program may be run under vmap, which has no use for these.
-        word = self.seed ^ self._asked * _GAMMA % 2**64
-        for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
-            word = (word ^ word >> shift) * factor % 2**64
-        return word % _SEEDS
+        return keyed(self.seed, self._asked)
+
+    def joint_seed(self) -> int:
+        """A seed for draws that are made for all rows together; another at every call."""
+        return self.fresh_seed()
 
     def _other(
         self, distribution: TorchDistribution, base: Any, sample_shape: torch.Size
@@ -204,106 +244,13 @@ class SeededNoise(NoiseSource):
             return _own(distribution, sample_shape)
 
 
-class RowNoise(NoiseSource):
-    r"""Numbers that are a function of a seed, of the row they are for, and of how many went before.
-
-    A row's numbers do not depend on which rows it is drawn with, nor on the device. Row i has a splitmix64
-    stream of its own, whose j-th word is :math:`h(k_i + j\gamma)`, :math:`k_i = h(h(s) + i\gamma)`.
-    Rows are the last batch dimension of what is drawn.
-
-    Normal and categorical distributions, and all with an ``icdf``, are drawn row by row. Others are drawn for
-    all rows together, from a seed of the first row's: right, but then dependent on the batch.
-
-    Args:
-        seed: an integer from 0 to below 2**63.
-        rows: (n,), integers (int64) that name the rows, on the device of the draws.
-
-    Raises:
-        ValueError: for another seed, or rows of another shape or dtype.
-
-    References:
-        Steele, Lea & Flood, Fast splittable pseudorandom number generators, OOPSLA 2014.
-    """
-
-    def __init__(self, seed: int, rows: Tensor) -> None:
-        super().__init__(seed)
-        self.rows = check_tensor("rows", rows)
-        if rows.dim() != 1 or rows.dtype != torch.int64:
-            raise ValueError(
-                f"rows: got shape {tuple(rows.shape)} of {rows.dtype}, expected (n,) of torch.int64"
-            )
-        self._keys = _mix(_mix(torch.full_like(rows, seed)) + rows * _GAMMA)
-        self._used = 0
-
-    def normal(self, shape: Shape, like: Tensor, event_dim: int = 0) -> Tensor:
-        """Standard normal numbers (Box and Muller, one per word)."""
-        word, dtype = self._words(shape, event_dim), _real(like)
-        radius = (_shift(word, 32).to(dtype) + 0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
-        angle = word.bitwise_and_(2**32 - 1).to(dtype).mul_(2 * torch.pi * 2.0**-32)
-        return radius.mul_(angle.cos_()).to(like.dtype)
-
-    def uniform(self, shape: Shape, like: Tensor, event_dim: int = 0) -> Tensor:
-        """Numbers strictly between 0 and 1."""
-        bits = -round(
-            math.log2(torch.finfo(like.dtype).eps)
-        )  # half a step beside them is not rounded
-        word = _shift(self._words(shape, event_dim), 64 - bits)
-        return word.to(_real(like)).add_(0.5).mul_(2.0**-bits).to(like.dtype)
-
-    def _other(
-        self, distribution: TorchDistribution, base: Any, sample_shape: torch.Size
-    ) -> Tensor:
-        shape, event_dim = distribution.shape(sample_shape), distribution.event_dim
-        row = len(shape) - event_dim - 1
-        if base.event_shape == () and row >= 0 and shape[row] == len(self.rows):
-            if type(base).sample is Categorical.sample:
-                probs = _fine(base.probs)
-                return inverted(probs, self.uniform(shape, probs, event_dim))
-            dtype = _dtype(base)
-            like = torch.empty((), dtype=at_least_single(dtype), device=self.rows.device)
-            with contextlib.suppress(NotImplementedError):
-                out: Tensor = base.icdf(self.uniform(shape, like, event_dim))
-                return out.to(dtype) if out.is_floating_point() else out
-        seed = int(self._words((len(self.rows),), 0)[0]) % _SEEDS
-        return SeededNoise(seed).draw(distribution, sample_shape)
-
-    def _words(self, shape: Shape, event_dim: int) -> Tensor:
-        """The next 64 random bits for every element of a shape, row by row."""
-        row = len(shape) - event_dim - 1
-        if row < 0 or shape[row] != len(self.rows):
-            raise ValueError(
-                f"noise: got {len(self.rows)} rows for draws of shape {tuple(shape)} with {event_dim} event "
-                "dimension(s), expected as many rows as the last batch dimension has"
-            )
-        rest = torch.Size((*shape[:row], *shape[row + 1 :]))
-        first, self._used = self._used + 1, self._used + rest.numel()
-        place = torch.arange(first, self._used + 1, device=self.rows.device) * _GAMMA
-        words = _mix(self._keys.unsqueeze(-1) + place)
-        return words.reshape(-1, *rest).movedim(0, row).contiguous()
-
-
-def inverted(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Categorical draws by inversion of the distribution function.
-
-    Args:
-        probs: batch + (k,), non-negative; they need not sum to one.
-        uniform: sample + batch, in [0, 1).
-    """
-    edges = probs.to(uniform.dtype).cumsum(-1)
-    edges = edges.expand(*uniform.shape, -1).contiguous()
-    # Scaled, no place lies beyond the last symbol that has a probability.
-    place = uniform.unsqueeze(-1) * edges[..., -1:]
-    index = torch.searchsorted(edges, place, right=True).squeeze(-1)
-    return index.clamp(max=probs.shape[-1] - 1)
-
-
 def _own(distribution: TorchDistribution, sample_shape: Shape) -> Tensor:
     # ``rsample`` is the cheaper one, too: ``Normal.sample`` checks the scales first (on a GPU, a round trip
     # to the host).
     shape = torch.Size(sample_shape)
     base = per_coordinate(distribution)
     if type(base).sample is Categorical.sample and base.probs.is_cuda:
-        return Categorical(probs=_fine(base.probs), validate_args=False).sample(shape)
+        return Categorical(probs=fine(base.probs), validate_args=False).sample(shape)
     return distribution.rsample(shape) if distribution.has_rsample else distribution.sample(shape)
 
 
@@ -339,25 +286,8 @@ _RANDOM = {
     *(Tensor.log_normal_, Tensor.random_, Tensor.bernoulli_, Tensor.bernoulli, Tensor.multinomial),
 }
 
-_SEEDS = 2**62
-# 2**64 over the golden ratio, and the multipliers of the finalizer, as signed numbers: int64 wraps around.
-_GAMMA = 0x9E3779B97F4A7C15 - 2**64
-_FIRST, _SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
-
-def _mix(word: Tensor) -> Tensor:
-    """splitmix64's finalizer, a bijection of 64 bits, in place."""
-    word.bitwise_xor_(_shift(word, 30)).mul_(_FIRST)
-    word.bitwise_xor_(_shift(word, 27)).mul_(_SECOND)
-    return word.bitwise_xor_(_shift(word, 31))
-
-
-def _shift(word: Tensor, bits: int) -> Tensor:
-    """To the right, zeros coming in."""
-    return (word >> bits).bitwise_and_(2 ** (64 - bits) - 1)
-
-
-def _fine(probs: Tensor) -> Tensor:
+def fine(probs: Tensor) -> Tensor:
     """Probabilities in float64, to draw by.
 
     Single precision would lose symbols of probability 1e-7, and a chain draws such at every step: sums of
@@ -365,14 +295,3 @@ def _fine(probs: Tensor) -> Tensor:
     draws a symbol, are 2^-24 at least.
     """
     return probs.double()
-
-
-def _real(like: Tensor) -> torch.dtype:
-    return at_least_single(like.dtype)
-
-
-def _dtype(distribution: Any) -> torch.dtype:
-    """The dtype that a distribution's parameters promote to."""
-    found = (getattr(distribution, name, None) for name in distribution.arg_constraints)
-    kinds = [x.dtype for x in found if isinstance(x, Tensor) and x.is_floating_point()]
-    return functools.reduce(torch.promote_types, kinds) if kinds else torch.get_default_dtype()

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyro_diffusion.processes import Ability, ForwardProcess, draw
 from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.processes.linear import BridgeCoefficients
+from pyro_diffusion.processes.noise import normal_like, uniform_like
 from pyro_diffusion.samplers.ancestral import DDIM
 from pyro_diffusion.samplers.base import Denoise, Sampler, State
 from pyro_diffusion.schedules import Level
@@ -175,11 +176,11 @@ class DAPS(Sampler):
         lead, size = value.shape, torch.full_like(value, 0.5)
         for i in range(moves):
             step = _spread(size, x) * variance
-            ahead = x + step * slope + (2 * step).sqrt() * torch.randn_like(x)
+            ahead = x + step * slope + (2 * step).sqrt() * normal_like(x, x.dim() - len(lead))
             there, back = target(ahead)
             gap = _misfit(x, ahead, back, step, lead) - _misfit(ahead, x, slope, step, lead)
             chance = torch.nan_to_num(there - value - gap, nan=-torch.inf).clamp(max=0).exp()
-            taken = torch.rand_like(chance) < chance
+            taken = uniform_like(chance) < chance
             x = torch.where(_spread(taken, x), ahead, x)
             slope = torch.where(_spread(taken, x), back, slope)
             value = torch.where(taken, there, value)

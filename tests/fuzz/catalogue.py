@@ -274,6 +274,10 @@ def process_calls() -> list[Call]:
         with processes.drawing_from(noise):
             return processes.draw(law, (2,))
 
+    def stepped(**arguments: Any) -> Any:
+        with processes.global_batch(**arguments):
+            return processes.draw(law, (2,))
+
     def turned(basis: Any) -> Any:
         x = torch.linspace(-1, 1, basis.event_shape.numel()).reshape(basis.event_shape)
         return basis(x), basis.inverse(x), basis.marginal_variances(x.square())
@@ -299,6 +303,7 @@ def process_calls() -> list[Call]:
             lambda seed: drawn(processes.SeededNoise(seed)),
             of({"seed": 3}),
         ),
+        Call("processes.global_batch", stepped, of({"rows": 2, "seed": 3, "step": 1})),
         Call("processes.drawing_from", drawn, of({"noise": processes.SeededNoise(1)})),
         Call(
             "processes.draw",

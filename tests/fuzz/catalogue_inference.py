@@ -338,6 +338,11 @@ def evaluate_calls() -> list[Call]:
             lambda: {"data": data(), "batch_size": 3},
         ),
         Call(
+            "evaluate.draw_samples",
+            functools.partial(evaluate.draw_samples, conditioned),
+            lambda: {"num_samples": 4, "context": rows(), "batch_size": 3, "seed": 1},
+        ),
+        Call(
             "evaluate.from_log_weights",
             evaluate.importance.from_log_weights,
             of({"log_weights": weights, "evaluations": 3.0, "dimensions": 3}),
