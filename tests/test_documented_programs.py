@@ -134,3 +134,33 @@ def test_the_page_on_heavy_tails_runs():
     assert page["samples"].shape == (5, 3)
     for name in ("bound", "density", "laplace_density"):
         assert bool(torch.isfinite(page[name]).all())
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # ArviZ 0.23 under pandas 3
+def test_the_page_on_evaluation_runs() -> None:
+    shorter = {r"randn\(200, 2\)": "randn(20, 2)", r"simulations=200": "simulations=20"}
+    page = run("docs/evaluation.md", shorter)
+    assert page["exact"].kind == "exact" and page["weighted"].ess.min() >= 1
+    jacobian = (
+        page["result"].value
+        - evaluate.log_likelihood(page["in_units"], page["units"](page["data"]), seed=0).value
+    )
+    torch.testing.assert_close(
+        jacobian, torch.full((20,), 5.0).log().double(), rtol=0, atol=1e-3, check_dtype=False
+    )
+    assert len(page["by_arviz"]) == 2
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # ArviZ 0.23 under pandas 3
+def test_the_page_on_tables_runs() -> None:
+    shorter = {
+        r"steps = 2000": "steps = 3",
+        r"\(256, 256, 256\)": "(8, 8)",
+        r"num_terms=256": "num_terms=2",
+        r"patience=5": "progress=False",
+        r"sample\(\(419,\)\)": "sample((3,))",
+    }
+    page = run("docs/tables.md", shorter)
+    assert page["history"].best_step and len(page["table"]) == 2
+    scores = [page[name].value for name in ("density", "bound", "mixture")]
+    assert all(score.shape == (100,) and score.isfinite().all() for score in scores)

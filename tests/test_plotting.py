@@ -191,3 +191,45 @@ def test_gradients_and_half_precision_are_accepted():
     render(ax)
     drawn = np.asarray(ax.get_images()[0].get_array())[:4, :4, 0]
     assert np.array_equal(drawn, images[0].double().numpy())
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4])
+def test_pair_plot(columns):
+    data, samples = torch.randn(30, columns), torch.randn(20, columns)
+    for more in ((), (samples,), (samples.numpy(), [f"column {j}" for j in range(columns)])):
+        figure = plotting.pair_plot(data, *more)
+        assert isinstance(figure, Figure) and len(figure.axes) == columns**2
+        render(figure)
+    render(plotting.pair_plot(torch.ones(3, columns)))  # nothing varies
+
+
+def test_pair_plot_draws_data_below_and_samples_above_on_one_scale():
+    data, samples = torch.randn(30, 3), 2 * torch.randn(20, 3)
+    panels = np.reshape(plotting.pair_plot(data, samples, num_points=10).axes, (3, 3))
+    for i, j in np.ndindex(3, 3):
+        if i != j:
+            (points,) = panels[i, j].collections
+            table = (data if i > j else samples)[:10]
+            np.testing.assert_allclose(points.get_offsets(), table[:, [j, i]], atol=1e-6)
+            assert panels[i, j].get_xlim() == panels[j, i].get_ylim()
+        assert panels[i, j].get_xlim() == panels[j, j].get_xlim()
+    share = [patch.get_data() for patch in panels[0, 0].patches]
+    inside = ((samples[:, 0] > share[2].edges[0]) & (samples[:, 0] < share[2].edges[-1])).double()
+    for stairs, part in ((share[0], 1.0), (share[2], float(inside.mean()))):
+        area = (stairs.values * np.diff(stairs.edges)).sum()
+        assert abs(area - part) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((torch.zeros(3),), r"data: got shape \(3,\), expected \(rows, columns\)"),
+        ((torch.zeros(0, 2),), r"data: got shape \(0, 2\)"),
+        ((torch.full((3, 2), float("nan")),), "data: got NaN or infinite"),
+        ((torch.zeros(3, 2), torch.zeros(3, 4)), "samples: got 4 columns, .* 2"),
+        ((torch.zeros(3, 2), None, ["a"]), "names: got 1, expected one for each of 2"),
+    ],
+)
+def test_pair_plot_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plotting.pair_plot(*arguments)

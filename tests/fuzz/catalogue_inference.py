@@ -689,6 +689,17 @@ def plotting_calls() -> list[Call]:
             weight=0.3,
         ),
         Call(
+            "plotting.pair_plot",
+            plotting.pair_plot,
+            of(
+                {
+                    **{"data": torch.rand(4, 2), "samples": torch.rand(3, 2), "names": ["a", "b"]},
+                    **{"num_points": 3, "bins": 4},
+                }
+            ),
+            weight=0.3,
+        ),
+        Call(
             "plotting.rank_histogram",
             plotting.rank_histogram,
             of({"ranks": torch.arange(40) % 10, "num_samples": 9, "bins": 5, "level": 0.9}),
