@@ -26,12 +26,20 @@ _MODULES = (
     "nn",
     "guidance",
 )
-_FUNCTIONS = {
+_MORE = {
     "denoisers.unit_variance": ("denoisers", "unit_variance"),
     "distributions.StringDecoder": ("distributions.decoders", "StringDecoder"),
     "dynamics.gaussian": ("dynamics.trace_estimators", "gaussian"),
     "dynamics.rademacher": ("dynamics.trace_estimators", "rademacher"),
     "dynamics.sphere": ("dynamics.trace_estimators", "sphere"),
+    "foreign.FlowTime": ("foreign.timesteps", "FlowTime"),
+    "foreign.LearnedRange": ("foreign.learned_range", "LearnedRange"),
+    "foreign.LinearBetaTime": ("foreign.timesteps", "LinearBetaTime"),
+    "foreign.MaskedLogits": ("foreign.masked_lm", "MaskedLogits"),
+    "foreign.QuarterLogSigma": ("foreign.timesteps", "QuarterLogSigma"),
+    "foreign.Sigma": ("foreign.timesteps", "Sigma"),
+    "foreign.TableTime": ("foreign.timesteps", "TableTime"),
+    "foreign.TimestepNetwork": ("foreign.timesteps", "TimestepNetwork"),
 }
 _TRANSFORMS = (
     "AffineTransform ComposeTransform CorrCholeskyTransform ExpTransform IndependentTransform "
@@ -102,7 +110,7 @@ def _own() -> dict[str, Any]:
         module = import_module(f"pyro_diffusion.{name}")
         public = {key: getattr(module, key) for key in module.__all__}
         found |= {f"{name}.{key}": v for key, v in public.items() if isinstance(v, type)}
-    for name, (place, key) in _FUNCTIONS.items():
+    for name, (place, key) in _MORE.items():
         found[name] = getattr(import_module(f"pyro_diffusion.{place}"), key)
     for key in _TRANSFORMS.split():
         found[f"pyro.{key}"] = getattr(dist.transforms, key)

@@ -9,6 +9,7 @@ from pyro_diffusion.denoisers.variances import Variance
 from pyro_diffusion.processes import Ability, ForwardProcess
 from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.schedules import Level
+from pyro_diffusion.validation import check_number
 
 __all__ = ["GaussianDenoiser"]
 
@@ -25,11 +26,13 @@ class GaussianDenoiser(NetworkDenoiser):
         parameterization: the meaning of the output; :class:`V` by default.
         variance: None for a point mass (DDPM), or a :class:`Variance`.
         context_event_dims: see :class:`NetworkDenoiser`.
+        clip: largest absolute value of the mean, for data that are known to be within; no limit by default.
+            Beyond it the mean's derivative is 0.
 
     Raises:
-        ValueError: if the process is of another kind, lacks what the parameterization needs (``Data`` needs
-            nothing more, ``Score`` Tweedie's formula, the others linear states), or the network's output has
-            another shape.
+        ValueError: if the clip is not positive, the process is of another kind or lacks what the
+            parameterization needs (``Data`` needs nothing more, ``Score`` Tweedie's formula, others
+            linear states), or the network's output has another shape.
     """
 
     def __init__(
@@ -39,8 +42,10 @@ class GaussianDenoiser(NetworkDenoiser):
         parameterization: Parameterization | None = None,
         variance: Variance | None = None,
         context_event_dims: dict[str, int] | None = None,
+        clip: float | None = None,
     ) -> None:
         super().__init__(network, process, context_event_dims)
+        self.clip = None if clip is None else check_number("clip", clip, above=0)
         require(process, Ability.NUMBERS, argument="process")
         self.parameterization = V() if parameterization is None else parameterization
         if not isinstance(self.parameterization, Parameterization):
@@ -74,6 +79,8 @@ class GaussianDenoiser(NetworkDenoiser):
         outputs = 1 + (self.variance.outputs if self.variance is not None else 0)
         out = check_outputs(self.network_output(c.c_in * xt, level.clock, context), xt, outputs)
         mean = c.c_skip * xt + c.c_out * out[..., 0]
+        if self.clip is not None:
+            mean = mean.clamp(-self.clip, self.clip)
         if self.variance is None:
             return Delta(mean, event_dim=event_dim, validate_args=False)
         variance = self.variance(out[..., 1] if outputs == 2 else None, level)

@@ -1,6 +1,7 @@
 """Good calls of what stands above the distributions: guidance, inference, evaluation, networks, files."""
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import Predictive
+from safetensors.torch import save_file
 
 from pyro_diffusion import (
     checkpoint,
     evaluate,
+    foreign,
     guidance,
     infer,
     likelihoods,
@@ -625,6 +628,68 @@ def file_calls() -> list[Call]:
             of({"state": good}),
         ),
         Call("optim.JointOptim", joint, of({"optim_args": {"lr": 1e-3}, "clip_norm": 1.0})),
+    ]
+
+
+class Foreign(torch.nn.Module):
+    """A network of another convention: any output of x's shape, a schedule, and logits of tokens."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor | None = None) -> Any:
+        return torch.ones(*x.shape, 5) if t is None else 0.1 * x
+
+    def schedule(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return 1.01 - t, 0.01 + t
+
+
+class ForeignPosterior(Foreign):
+    def forward(self, x: torch.Tensor, t: torch.Tensor | None = None) -> Any:
+        return dist.Normal(0.1 * x, 1.0)
+
+
+def foreign_calls() -> list[Call]:
+    folder = Path(tempfile.mkdtemp(prefix="fuzz"))
+    config = {"num_train_timesteps": 10, "beta_start": 0.01, "beta_end": 0.2, "clip_sample": False}
+    (folder / "scheduler_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text("{}")
+    save_file({}, folder / "weights.safetensors")
+
+    def used(function: Any, **given: Any) -> Any:
+        def call(**arguments: Any) -> Any:
+            return function(**given, **arguments)(data(), 0.5).mean
+
+        return call
+
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    edm = {"sigma_min": 0.01, "sigma_max": 20.0, "rho": 7.0, "event_dim": 1}
+    sde = {"beta_min": 0.1, "beta_max": 20.0, "scales": 100, "eps": 1e-3, "event_dim": 1}
+    masked = {"vocabulary": 5, "mask_token": 1, "never": (4,)}
+    return [
+        Call("foreign.from_edm", used(foreign.from_edm, network=Foreign()), of(edm)),
+        Call("foreign.from_score_sde", used(foreign.from_score_sde, network=Foreign()), of(sde)),
+        Call(
+            "foreign.from_diffusers",
+            lambda event_dim, **config: used(
+                foreign.from_diffusers, network=Foreign(), scheduler=config, event_dim=event_dim
+            )(),
+            of({**config, "event_dim": 1}),
+        ),
+        Call(
+            "foreign.load_diffusers",
+            lambda folder: foreign.load_diffusers(folder, network=Foreign()).process.schedule.knots,
+            of({"folder": str(folder)}),
+        ),
+        Call(
+            "foreign.from_azula",
+            used(foreign.from_azula, denoiser=ForeignPosterior()),
+            of({"event_dim": 1, "variance": False}),
+        ),
+        Call(
+            "foreign.from_masked_lm",
+            lambda **arguments: foreign.from_masked_lm(network=Foreign(), **arguments)(
+                tokens, 0.5
+            ).sample(),
+            of(masked),
+        ),
     ]
 
 

@@ -120,7 +120,7 @@ def public_names() -> set[str]:
     """What the package says is public, as module.name."""
     modules = (
         "schedules processes denoisers samplers distributions dynamics likelihoods guidance infer evaluate "
-        "nn optim train"
+        "foreign nn optim train"
     )
     found = set()
     for module in modules.split():
