@@ -1,6 +1,6 @@
 """Digits of a class that one asks for: classifier guidance beside classifier-free guidance.
 
-One network is trained on digits and their labels by plain SVI; a tenth of the labels is dropped, so that it
+One network is trained on digits and their labels by SVI; a tenth of the labels is dropped, so that it
 is also evaluated without one. A small classifier is trained on noisy digits. Classifier guidance shifts the
 unlabelled mean by the classifier's gradient; classifier-free guidance pushes the labelled mean away from the
 unlabelled one. A support vector machine, trained on clean digits, judges what comes out.
@@ -11,6 +11,7 @@ Run: python examples/conditional_digits.py
 import argparse
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,22 @@ import numpy as np
 import pyro
 import torch
 from matplotlib.figure import Figure
-from pyro import poutine
 from pyro.distributions import Categorical
-from pyro.infer import SVI, Trace_ELBO
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 from torch import Tensor, nn
-from tqdm import trange
 
 from pyro_diffusion import (
-    EMA,
     Cosine,
     Diffusion,
     GaussianProcess,
     LevelsDenoiser,
     QuantizedDecoder,
+    Trainer,
     UNet,
     checkpoint,
     denoisers,
     guidance,
-    optim,
     plotting,
 )
 from pyro_diffusion.nn import LabelContext
@@ -99,22 +96,19 @@ class Classifier(nn.Module):
         return Categorical(logits=self.head(hidden).reshape(*log_snr.shape, CLASSES))
 
 
-def fit(module: nn.Module, model: Any, data: tuple[Tensor, ...], steps: int, args: Any) -> None:
+def fit(
+    module: nn.Module, model: Any, data: tuple[Tensor, ...], steps: int, unit: str, args: Any
+) -> None:
     """SVI of an observed program on minibatches; the module keeps its averaged weights."""
-    settings = {"lr": args.lr, "weight_decay": args.weight_decay}
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR
-    optimizer = optim.JointOptim(torch.optim.AdamW, settings, scheduler, {"T_max": steps})
-    svi, ema = SVI(model, lambda *batch: None, optimizer, Trace_ELBO()), EMA(module, 0.995)
-    module.train()
-    for _ in trange(steps, desc=type(module).__name__, disable=not args.progress):
-        rows = torch.randint(len(data[0]), (args.batch,))
-        svi.step(*(each[rows] for each in data))
-        svi.optim.step()
-        ema.update()
-    with ema.average_parameters():
-        averaged = {k: v.clone() for k, v in module.state_dict().items()}
-    module.load_state_dict(averaged)
-    module.eval().requires_grad_(False)
+    trainer = Trainer(
+        model,
+        optimizer=partial(torch.optim.AdamW, lr=args.lr, weight_decay=args.weight_decay),
+        schedule=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
+        ema=0.995,
+        unit=unit,
+    )
+    trainer.fit(data, steps=steps, batch_size=args.batch, progress=args.progress)
+    module.requires_grad_(False)
 
 
 def train(args: argparse.Namespace) -> tuple[LevelsDenoiser, Classifier]:
@@ -124,8 +118,7 @@ def train(args: argparse.Namespace) -> tuple[LevelsDenoiser, Classifier]:
 
     def images(x: Tensor, label: Tensor) -> None:
         pyro.module("denoiser", denoiser)
-        scale = 1 / (len(x) * x[0].numel() * math.log(2))  # the loss in bits per pixel
-        with pyro.plate("data", len(x)), poutine.scale(scale=scale):
+        with pyro.plate("data", len(x)):
             pyro.sample("x", diffusion(denoiser, 1000, label), obs=x)
 
     def noisy_labels(x: Tensor, label: Tensor) -> None:
@@ -134,12 +127,12 @@ def train(args: argparse.Namespace) -> tuple[LevelsDenoiser, Classifier]:
         x0 = x.float() / 8 - 1
         alpha, sigma = (v.view(-1, 1, 1, 1) for v in (level.alpha, level.sigma))
         xt = alpha * x0 + sigma * torch.randn_like(x0)
-        with pyro.plate("data", len(x)), poutine.scale(scale=1 / len(x)):
+        with pyro.plate("data", len(x)):
             pyro.sample("label", classifier(xt, level.log_snr), obs=label)
 
     data = digits.load()["train"], labels()["train"]
-    fit(denoiser, images, data, args.steps, args)
-    fit(classifier, noisy_labels, data, args.classifier_steps, args)
+    fit(denoiser, images, data, args.steps, "bits/dim", args)
+    fit(classifier, noisy_labels, data, args.classifier_steps, "nats/datum", args)
     return denoiser, classifier
 
 

@@ -4,35 +4,33 @@ Run: python examples/digits.py
 Longer: python examples/digits.py --steps 5000 --dropout 0.4 --weight-decay 0.2 --out results/digits_longer
 
 Integers 0..16 are modelled as integers: the denoiser returns a posterior over the 17 levels of each pixel,
-the decoder takes them as probabilities. Training is plain SVI. A run that was killed goes on from its
+the decoder takes them as probabilities. Training is SVI. A run that was killed goes on from its
 checkpoint and ends where it would have ended.
 """
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyro
 import torch
-from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO
 from sklearn.datasets import load_digits
 from torch import Tensor
-from tqdm import tqdm
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyro_diffusion import (
-    EMA,
     Cosine,
     Diffusion,
     GaussianProcess,
     LevelsDenoiser,
     QuantizedDecoder,
+    Trainer,
     UNet,
-    checkpoint,
     denoisers,
     evaluate,
-    optim,
     plotting,
     samplers,
 )
@@ -60,79 +58,40 @@ def diffusion(denoiser: LevelsDenoiser, steps: int) -> Diffusion:
     return Diffusion(denoiser, EVENT_SHAPE, steps, decoder=QuantizedDecoder(LEVELS))
 
 
-class Trainer:
-    """Plain SVI on minibatches, with an average of the weights and a checkpoint to go on from."""
+def train(args: argparse.Namespace) -> tuple[LevelsDenoiser, list[float]]:
+    """Fit by SVI, or go on from the checkpoint; the denoiser has averaged weights. And the losses."""
+    denoiser = build(args)
 
-    def __init__(self, args: argparse.Namespace, images: Tensor) -> None:
-        self.args, self.images, self.denoiser = args, images, build(args)
-        self.ema = EMA(self.denoiser, args.ema)
-        optimizer = optim.JointOptim(
-            torch.optim.AdamW,
-            {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True},
-            torch.optim.lr_scheduler.CosineAnnealingLR,
-            {"T_max": args.steps},
-        )
-        self.svi = SVI(self.model, lambda x: None, optimizer, Trace_ELBO())
-        self.losses: list[float] = []
-        self.path = args.out / "checkpoint.safetensors"
-        self.description = {k: v for k, v in vars(args).items() if k not in ("out", "progress")}
+    def model(x: Tensor) -> None:
+        pyro.module("denoiser", denoiser)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", diffusion(denoiser, args.chain), obs=x)
 
-    def model(self, x: Tensor) -> None:
-        """One Diffusion site in a plate; scaled, the loss is in bits per pixel."""
-        pyro.module("denoiser", self.denoiser)
-        scale = 1 / (len(x) * x[0].numel() * np.log(2))
-        with pyro.plate("data", len(x)), poutine.scale(scale=scale):
-            pyro.sample("x", diffusion(self.denoiser, self.args.chain), obs=x)
-
-    def train(self) -> None:
-        """Go from the checkpoint, if there is one, to the last step."""
-        self.resume()
-        self.denoiser.train()
-        steps = range(len(self.losses), self.args.steps)
-        for step in tqdm(steps, desc="training", disable=not self.args.progress):
-            batch = self.images[torch.randint(len(self.images), (self.args.batch,))]
-            self.losses.append(self.svi.step(batch))
-            self.svi.optim.step()
-            self.ema.update()
-            if (step + 1) % self.args.save_every == 0 or step + 1 == self.args.steps:
-                self.save()
-        self.denoiser.eval()
-
-    def save(self) -> None:
-        """Write everything that the rest of the run depends on."""
-        state = {
-            "denoiser": self.denoiser.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.svi.optim.get_state(),
-            "rng": pyro.util.get_rng_state(),
-            "losses": self.losses,
-        }
-        checkpoint.save(self.path, state, self.description)
-
-    def resume(self) -> None:
-        """Load it again."""
-        if not self.path.exists():
-            return
-        state = checkpoint.load(self.path, self.description)
-        self.denoiser.load_state_dict(state["denoiser"])
-        self.ema.load_state_dict(state["ema"])
-        self.svi.optim.set_state(state["optimizer"])
-        pyro.util.set_rng_state(state["rng"])
-        self.losses = state["losses"]
-        print(f"going on from step {len(self.losses)} of {self.path}")
+    trainer = Trainer(
+        model,
+        optimizer=partial(AdamW, lr=args.lr, weight_decay=args.weight_decay, fused=True),
+        schedule=partial(CosineAnnealingLR, T_max=args.steps),
+        ema=args.ema,
+        unit="bits/dim",
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    history = trainer.fit(
+        load()["train"],
+        steps=args.steps,
+        batch_size=args.batch,
+        checkpoint=args.out / "checkpoint.safetensors",
+        save_every=args.save_every,
+        description={k: v for k, v in vars(args).items() if k not in ("out", "progress")},
+        progress=args.progress,
+    )
+    return denoiser, history.losses
 
 
 def trained(out: Path) -> LevelsDenoiser:
     """The denoiser with averaged weights from a folder's checkpoint, or trained now with default settings."""
     args = parse(["--no-progress", "--out", str(out)])
-    out.mkdir(parents=True, exist_ok=True)
     pyro.set_rng_seed(args.seed)
-    trainer = Trainer(args, load()["train"])
-    trainer.train()
-    with trainer.ema.average_parameters():
-        averaged = {k: v.clone() for k, v in trainer.denoiser.state_dict().items()}
-    trainer.denoiser.load_state_dict(averaged)
-    return trainer.denoiser
+    return train(args)[0]
 
 
 def histogram(train: Tensor, test: Tensor) -> evaluate.LogLikelihoodEstimate:
@@ -262,16 +221,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    pyro.set_rng_seed(args.seed)
+    denoiser, losses = train(args)
     pyro.set_rng_seed(args.seed)
     data = load()
-    trainer = Trainer(args, data["train"])
-    trainer.train()
-    pyro.set_rng_seed(args.seed)
-    with trainer.ema.average_parameters():
-        results = score(trainer.denoiser, data, args)
-        report(results, args)
-        draw(trainer.denoiser, trainer.losses, results["test"], data, args)
+    results = score(denoiser, data, args)
+    report(results, args)
+    draw(denoiser, losses, results["test"], data, args)
     print(f"figures, metrics.json, log_likelihood.nc and the checkpoint are in {args.out}")
 
 

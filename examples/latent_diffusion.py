@@ -14,6 +14,7 @@ Run: python examples/latent_diffusion.py
 import argparse
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +23,17 @@ import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from tqdm import trange
 
 from pyro_diffusion import (
-    EMA,
     MLP,
     Diffusion,
     GaussianDenoiser,
     GaussianProcess,
     LearnedVariance,
     LogLinear,
+    Trainer,
     evaluate,
     plotting,
 )
@@ -80,10 +79,10 @@ class LatentModel(nn.Module):
             return dist.Normal(torch.zeros(self.latent), 1.0).to_event(1)
         return Diffusion(self.denoiser, (self.latent,), steps=self.chain)
 
-    def model(self, size: int, x: Tensor | None = None) -> Tensor:
-        """Draw images, or score them."""
+    def model(self, x: Tensor) -> Tensor:
+        """Score images."""
         pyro.module("latent_model", self)
-        with pyro.plate("images", size):
+        with pyro.plate("images", len(x)):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.likelihood(z).to_event(1), obs=x)
 
@@ -91,10 +90,10 @@ class LatentModel(nn.Module):
         """p(x | z) of every pixel."""
         return dist.Categorical(logits=self.decoder(z).unflatten(-1, (PIXELS, LEVELS)))
 
-    def guide(self, size: int, x: Tensor) -> None:
+    def guide(self, x: Tensor) -> None:
         """q(z | x)."""
         loc, log_scale = self.encoder(x / 8 - 1).chunk(2, -1)
-        with pyro.plate("images", size):
+        with pyro.plate("images", len(x)):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
@@ -107,8 +106,8 @@ def elbo(latent: LatentModel, x: Tensor, draws: int) -> evaluate.LogLikelihoodEs
     """
     values, evaluations = [], 2 * draws  # of encoder and decoder
     for _ in range(draws):
-        q = poutine.trace(latent.guide).get_trace(len(x), x)
-        p = poutine.trace(poutine.replay(latent.model, q)).get_trace(len(x), x)
+        q = poutine.trace(latent.guide).get_trace(x)
+        p = poutine.trace(poutine.replay(latent.model, q)).get_trace(x)
         p.compute_log_prob()
         q.compute_log_prob()
         log_prior, prior = p.nodes["z"]["log_prob"], latent.prior()
@@ -123,36 +122,27 @@ def elbo(latent: LatentModel, x: Tensor, draws: int) -> evaluate.LogLikelihoodEs
 
 def train(
     prior: str, data: dict[str, Tensor], args: argparse.Namespace
-) -> tuple[LatentModel, list]:
+) -> tuple[LatentModel, list[float]]:
     """Fit by SVI; of the averaged weights, keep those that are best on validation."""
-    latent, images = LatentModel(prior, args), data["train"]
-    optimizer = pyro.optim.AdamW({"lr": args.lr, "weight_decay": args.weight_decay})
-    scale = 1 / (args.batch * PIXELS * math.log(2))  # the loss in bits per pixel
-    svi = SVI(
-        poutine.scale(latent.model, scale),
-        poutine.scale(latent.guide, scale),
-        optimizer,
-        Trace_ELBO(),
+    latent, draws = LatentModel(prior, args), max(2, args.draws // 8)
+    trainer = Trainer(
+        latent.model,
+        latent.guide,
+        optimizer=partial(torch.optim.AdamW, lr=args.lr, weight_decay=args.weight_decay),
+        ema=0.99,
+        unit="bits/dim",
     )
-    ema = EMA(latent, 0.99)
-    losses, best, kept = [], math.inf, {}
-    bar = trange(1, args.steps + 1, desc=f"{prior} prior", disable=not args.progress)
-    for step in bar:
-        rows = torch.randint(len(images), (args.batch,))
-        losses.append(svi.step(args.batch, images[rows]))
-        ema.update()
-        if step % args.check_every and step != args.steps:
-            continue
-        latent.eval()
-        with ema.average_parameters():
-            now = elbo(latent, data["validation"], max(2, args.draws // 8)).bits_per_dim.value
-        latent.train()
-        bar.set_postfix({"validation bits/dim": f"{now:.3f}"})
-        if now < best:
-            best, kept = now, {name: value.clone() for name, value in ema.average.items()}
+    history = trainer.fit(
+        data["train"],
+        steps=args.steps,
+        batch_size=args.batch,
+        validation=lambda: elbo(latent, data["validation"], draws).bits_per_dim.value,
+        validate_every=args.check_every,
+        progress=args.progress,
+    )
+    best = min(history.validations.values())
     print(f"{prior} prior: best ELBO on validation {best:.4f} bits/dim")
-    latent.load_state_dict(kept)
-    return latent.eval(), losses
+    return latent, history.losses
 
 
 @torch.no_grad()

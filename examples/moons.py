@@ -1,4 +1,4 @@
-"""Two moons: a diffusion model of points in the plane, trained in seconds by plain SVI.
+"""Two moons: a diffusion model of points in the plane, trained in seconds by SVI.
 
 A `Diffusion` at an observed site inside a plate, an empty guide, and held-out log-likelihoods with their
 standard errors: the bound, the importance-weighted bound, a full-covariance Gaussian mixture, and the density
@@ -10,25 +10,25 @@ Run: python examples/moons.py
 import argparse
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pyro
 import torch
 from matplotlib.figure import Figure
-from pyro.infer import SVI, Trace_ELBO
+from pyro.optim.clipped_adam import ClippedAdam
 from sklearn.datasets import make_moons
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
-from tqdm import trange
 
 from pyro_diffusion import (
-    EMA,
     MLP,
     Diffusion,
     GaussianDenoiser,
     GaussianProcess,
     LearnedVariance,
     LogLinear,
+    Trainer,
     evaluate,
     plotting,
     samplers,
@@ -81,26 +81,17 @@ def train(data: Tensor, args: argparse.Namespace) -> tuple[Diffusion, list[float
         network, GaussianProcess(LogLinear(7, -7)), variance=LearnedVariance()
     )
 
-    def model() -> None:
+    def model(x: Tensor) -> None:
         pyro.module("denoiser", denoiser)
-        with (
-            pyro.poutine.scale(scale=1 / len(data)),  # the loss in nats per datum
-            pyro.plate("data", len(data), subsample_size=args.batch) as index,
-        ):
-            pyro.sample("x", Diffusion(denoiser, (2,), steps=args.chain), obs=data[index])
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", Diffusion(denoiser, (2,), steps=args.chain), obs=x)
 
-    def guide() -> None:
-        """Nothing: the chain's latent variables are inside the site."""
-
-    optimizer = pyro.optim.ClippedAdam({"lr": args.lr, "lrd": 0.02 ** (1 / args.steps)})
-    svi, ema = SVI(model, guide, optimizer, Trace_ELBO()), EMA(denoiser, 0.99)
-    losses = []
-    for _ in trange(args.steps, desc="training", disable=not args.progress):
-        losses.append(svi.step())
-        ema.update()
-    denoiser.load_state_dict(ema.average)
-    denoiser.eval()
-    return Diffusion(denoiser, (2,), steps=args.chain, progress=args.progress), losses
+    # The guide is empty: the chain's latent variables are inside the site.
+    optimizer = partial(ClippedAdam, lr=args.lr, lrd=0.02 ** (1 / args.steps))
+    history = Trainer(model, optimizer=optimizer, ema=0.99).fit(
+        data, steps=args.steps, batch_size=args.batch, progress=args.progress
+    )
+    return Diffusion(denoiser, (2,), steps=args.chain, progress=args.progress), history.losses
 
 
 def likelihoods(

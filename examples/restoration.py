@@ -51,14 +51,9 @@ def by_covariance(images: Tensor) -> Callable[..., DataCovariance]:
 def prior(args: argparse.Namespace) -> LevelsDenoiser:
     """The averaged network of digits.py: from its checkpoint, or trained now."""
     settings = ["--no-progress", "--out", str(args.prior), *args.prior_settings.split()]
-    trainer = digits.Trainer(digits.parse(settings), digits.load()["train"])
-    args.prior.mkdir(parents=True, exist_ok=True)
-    pyro.set_rng_seed(trainer.args.seed)
-    trainer.train()
-    with trainer.ema.average_parameters():
-        averaged = {k: v.clone() for k, v in trainer.denoiser.state_dict().items()}
-    trainer.denoiser.load_state_dict(averaged)
-    return trainer.denoiser.requires_grad_(False)
+    given = digits.parse(settings)
+    pyro.set_rng_seed(given.seed)
+    return digits.train(given)[0].requires_grad_(False)
 
 
 def visible_half() -> Tensor:
