@@ -15,7 +15,6 @@ import argparse
 import gzip
 import json
 import math
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -25,17 +24,14 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.distributions import TorchDistribution
-from pyro.infer import SVI, Trace_ELBO
 from text_baselines import Autoregressive, kneser_ney
 from torch import Tensor
-from tqdm import trange
 
 from pyro_diffusion import (
-    EMA,
     Absorbing,
     CategoricalDenoiser,
+    Trainer,
     evaluate,
     plotting,
     samplers,
@@ -43,6 +39,7 @@ from pyro_diffusion import (
 )
 from pyro_diffusion.distributions import Diffusion, DiffusionCTMC
 from pyro_diffusion.nn import Transformer
+from pyro_diffusion.train.history import History
 
 MODELS = ("diffusion", "autoregressive")
 LARGE = 200_000  # characters from which on the second of each pair is the default
@@ -127,73 +124,59 @@ def half(args: argparse.Namespace) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if args.half else nullcontext()
 
 
-def optimizer(steps: int) -> pyro.optim.PyroOptim:
-    """Muon for the matrices of the blocks, AdamW for the rest, with a linear start and a cosine's end."""
+def optimizers(module: Transformer) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the rest."""
     muon = getattr(torch.optim, "Muon", None)  # from torch 2.9 on; AdamW takes twice as many steps
+    named = dict(module.named_parameters())
+    matrices = [
+        name
+        for name in named
+        if muon and "blocks." in name and name.endswith("weight") and "norm" not in name
+    ]
+    rest = [p for name, p in named.items() if name not in matrices]
+    found = [torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+    if matrices:
+        found.append(muon([named[name] for name in matrices], lr=0.02, weight_decay=0.05))
+    return found
 
-    def settings(name: str) -> dict[str, Any]:
-        if muon and ".blocks." in name and name.endswith("weight") and "norm" not in name:
-            return {"build": muon, "lr": 0.02, "weight_decay": 0.05}
-        return {"build": torch.optim.AdamW, "lr": 2e-3, "betas": (0.9, 0.98), "weight_decay": 0.0}
+
+def schedule(steps: int, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """A linear start and a cosine's end."""
 
     def factor(step: int) -> float:
         return min((step + 1) / 50, 0.03 + 0.97 * math.cos(0.5 * math.pi * step / steps) ** 2)
 
-    return pyro.optim.LambdaLR(
-        {
-            "optimizer": lambda parameters, build, **options: build(parameters, **options),
-            "optim_args": settings,
-            "lr_lambda": factor,
-        },
-        clip_args={"clip_norm": 1.0},
-    )
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def train(
-    make: Callable[[], TorchDistribution], module: torch.nn.Module, text: Text, args: Any
-) -> tuple[list[float], float]:
-    """Fit by SVI on windows at any position; of the averaged weights, keep the best on validation.
-
-    Returns:
-        The losses in bits per character, and the seconds of the steps alone.
-    """
+    make: Callable[[], TorchDistribution], module: Transformer, text: Text, args: Any
+) -> History:
+    """Fit by SVI on windows at any position; of the averaged weights, keep the best on validation."""
     pyro.clear_param_store()
-    windows = text.training.unfold(0, args.length, 1)
-    scale = 1 / (len(windows) * args.length * math.log(2))
 
-    def model() -> None:
+    def model(x: Tensor) -> None:
         pyro.module("model", module)
-        plate = pyro.plate("windows", len(windows), subsample_size=args.batch)
-        with poutine.scale(scale=scale), plate as index:
-            pyro.sample("x", make(), obs=windows[index])  # a fresh one, and so is its noise
+        with pyro.plate("windows", len(x)):
+            pyro.sample("x", make(), obs=x)  # a fresh one, and so is its noise
 
-    def guide() -> None:
-        """Nothing: the latent variables are inside the site."""
-
-    optim = optimizer(args.steps)
-    svi, ema = SVI(model, guide, optim, Trace_ELBO()), EMA(module, 0.998)
-    losses, best, kept, seconds = [], math.inf, {}, 0.0
-    every = max(args.steps // args.checks, 1)
-    bar = trange(1, args.steps + 1, desc="training", disable=not args.progress)
-    for step in bar:
-        start = time.perf_counter()
-        with half(args):
-            losses.append(svi.step())
-        optim.step()
-        ema.update()
-        seconds += time.perf_counter() - start
-        if step % every and step != args.steps:
-            continue
-        module.eval()
-        with ema.average_parameters():
-            now = score(make(), text.validation, 8, args).bits_per_dim.value
-        module.train()
-        bar.set_postfix({"validation bits/char": f"{now:.3f}"})
-        if now < best:
-            best, kept = now, {name: value.clone() for name, value in ema.average.items()}
-    module.load_state_dict(kept)
-    module.eval()
-    return losses, seconds
+    trainer = Trainer(
+        model,
+        optimizer=lambda _: optimizers(module),
+        schedule=partial(schedule, args.steps),
+        ema=0.998,
+        clip_norm=1.0,
+        autocast=torch.bfloat16 if args.half else None,
+        unit="bits/char",
+    )
+    return trainer.fit(
+        text.training.unfold(0, args.length, 1),
+        steps=args.steps,
+        batch_size=args.batch,
+        validation=lambda: score(make(), text.validation, 8, args).bits_per_dim.value,
+        validate_every=max(args.steps // args.checks, 1),
+        progress=args.progress,
+    )
 
 
 def score(
@@ -345,31 +328,31 @@ def main(argv: list[str] | None = None) -> None:
     text = Text(raw, args.held_out, args.length)
     print(f"{len(raw)} characters, {text.states} symbols, {text.unknown} replaced; {vars(args)}")
     rows: dict[str, evaluate.LogLikelihoodEstimate] = {}
-    losses, seconds, chain = {}, {}, None
+    histories, chain = {}, None
     for name in args.models:
         pyro.set_rng_seed(args.seed)
         module = network(text, args, causal=name != "diffusion")
         make = distribution(module, text, args)
-        losses[name], seconds[name] = train(make, module, text, args)
+        histories[name] = train(make, module, text, args)
         rows[name] = score(make(), text.test, args.draws, args)
         if name == "diffusion":
             chain = make()
             rows["diffusion, weighted"] = weighted(chain, text.test, args)
         weights = sum(p.numel() for p in module.parameters())
         print(
-            f"{name}: {weights} weights, {args.steps} steps in {seconds[name]:.0f} s; "
+            f"{name}: {weights} weights, {args.steps} steps in {histories[name].seconds:.0f} s; "
             f"{rows[name].bits_per_dim}"
         )
     for order in range(2, 7):
         log_p = kneser_ney(text.training, text.test, order, text.states)
         rows[f"{order}-gram"] = exact(log_p, args.length)
     metrics = report(rows)
-    for name, spent in seconds.items():
-        metrics[name]["training_seconds"] = spent
+    for name, history in histories.items():
+        metrics[name]["training_seconds"] = history.seconds
     if chain is not None:
         show(chain, text, rows, args)
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
-    ax = plotting.loss_curve(losses[args.models[0]], unit="bits/char")
+    ax = plotting.loss_curve(histories[args.models[0]].losses, unit="bits/char")
     ax.figure.savefig(args.out / "loss.png", dpi=120)
     print(f"the results are in {args.out}")
 
