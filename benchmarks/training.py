@@ -1,4 +1,4 @@
-"""Free of overhead: SVI with a Diffusion site, and its sampler, beside bare torch loops.
+"""Free of overhead: SVI with a Diffusion site, its sampler and the Trainer, beside loops by hand.
 
 Run: python benchmarks/training.py
 
@@ -8,6 +8,8 @@ in one process; the figure is the median over turns of the ratio of their second
 """
 
 import argparse
+import copy
+import functools
 import math
 import statistics
 import time
@@ -22,9 +24,10 @@ from torch import Tensor, nn
 from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser, LevelsDenoiser, uniform_levels
 from pyro_diffusion.distributions import Decoder, Diffusion, NormalDecoder, QuantizedDecoder
 from pyro_diffusion.nn import MLP, UNet
-from pyro_diffusion.optim import JointOptim
+from pyro_diffusion.optim import EMA, JointOptim
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine
+from pyro_diffusion.train import Trainer
 
 STEPS, SHARE, LEVELS = 1000, 1 / 16, 17
 LOG_SNR_MAX, LOG_SNR_MIN, SHIFT = 12.0, -9.0, 1.25
@@ -164,6 +167,11 @@ def compare(ours: Callable, bare: Callable, argument: object, steps: int, turns:
             which = side if turn % 2 else 1 - side
             if turn:  # the first turn warms up
                 sides[which].append((time.perf_counter() - start) / steps)
+    show(sides)
+
+
+def show(sides: list[list[float]]) -> None:
+    """The median of both sides and that of their ratios."""
     ratio = statistics.median(a / b for a, b in zip(*sides, strict=True))
     mine, theirs = (1e3 * statistics.median(s) for s in sides)
     print(f"{mine:>10.2f} {theirs:>10.2f} {ratio:>7.3f}", end="")
@@ -194,6 +202,62 @@ def training(turns: int) -> None:
     ours, bare = svi_step(denoiser, QuantizedDecoder(LEVELS), 1e-4), bare_levels(network)
     compare(ours, bare_step(network, bare, 1e-4), x, 10, turns)
     print("  <= 1.10")
+
+
+def by_hand(denoiser: Denoiser, decoder: Decoder, data: Tensor, batch: int) -> Callable[[], None]:
+    """A step of the loop that one writes around SVI: rows, scheduler, averaged weights."""
+    step, ema = svi_step(denoiser, decoder, 1e-4), EMA(denoiser)
+    losses: list[float] = []
+
+    def loop() -> None:
+        losses.append(step(data[torch.randint(len(data), (batch,))]))
+        ema.update()
+
+    return loop
+
+
+def looping(turns: int) -> None:
+    """Trainer.fit, which stops after every ten steps to let the loop by hand take as many."""
+    print(
+        f"\n{'ms per step of a training loop':<40} {'Trainer':>10} {'by hand':>10} {'ratio':>7}  wanted"
+    )
+    for name, make, decoder, batch in (
+        ("MLP 3 x 1024, batch 512", mlp, NormalDecoder(), 512),
+        ("digits: U-Net, batch 64", unet, QuantizedDecoder(LEVELS), 64),
+    ):
+        _, denoiser, x = make()
+        data = torch.cat([x] * 4)
+        other = by_hand(copy.deepcopy(denoiser), decoder, data, batch)
+
+        def model(x: Tensor, denoiser: Denoiser = denoiser, decoder: Decoder = decoder) -> None:
+            pyro.module("trained", denoiser)
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", Diffusion(denoiser, x.shape[1:], STEPS, decoder=decoder), obs=x)
+
+        sides: list[list[float]] = [[], []]
+        clock = [time.perf_counter()]
+
+        def turn(
+            trainer: Trainer,
+            other: Callable = other,
+            sides: list[list[float]] = sides,
+            clock: list[float] = clock,
+        ) -> None:
+            if trainer.step % 10 == 0:
+                clock.append(time.perf_counter())
+                for _ in range(10):
+                    other()
+                clock.append(time.perf_counter())
+                if trainer.step > 10:  # the first turn warms up
+                    sides[0].append((clock[-2] - clock[-3]) / 10)
+                    sides[1].append((clock[-1] - clock[-2]) / 10)
+
+        print(f"{name:<40}", end=" ", flush=True)
+        optimizer = functools.partial(torch.optim.AdamW, lr=1e-4, fused=True)
+        trainer = Trainer(model, optimizer=optimizer)
+        trainer.fit(data, steps=10 * turns + 10, batch_size=batch, callback=turn, progress=False)
+        show(sides)
+        print("  <= 1.03")
 
 
 def sampling(turns: int) -> None:
@@ -246,6 +310,7 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads")
     training(args.turns)
+    looping(args.turns)
     sampling(args.sampling_turns)
 
 
