@@ -59,6 +59,22 @@ def test_the_tutorial_on_conditioning_runs_and_finds_what_it_says() -> None:
     assert abs(guided - exact.softmax(0)).max() > 0.15
 
 
+def test_the_page_on_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shorter = {
+        r"range\(200\)": "range(2)",
+        r"steps=400": "steps=4, progress=False",
+        r"validate_every=50": "validate_every=2",
+        r"save_every=100": "save_every=2",
+        r"steps=500": "steps=6, progress=False",
+        r"trainer.step % 100": "trainer.step % 6",
+    }
+    page = run("docs/training.md", shorter)
+    assert page["samples"].shape == (500, 2) and len(page["pictures"]) == 1
+    assert list(page["history"].validations) == [2, 4, 5, 6]
+    assert {path.name for path in tmp_path.iterdir()} == {"circle.safetensors", "circle.csv"}
+
+
 def test_the_page_on_conditioning_runs() -> None:
     shorter = {
         r"range\(1000\)": "range(2)",
