@@ -18,15 +18,9 @@ from pyro_diffusion.guidance import (
     DiffPIR,
     calibration,
 )
+from pyro_diffusion.guidance.calibrated_covariance import CURVATURE, LENGTH, bounded
 from pyro_diffusion.guidance.calibration import DRAWS, KNOTS, calibrate, calibrated
 from pyro_diffusion.guidance.linear_estimate import LinearEstimate
-from pyro_diffusion.guidance.secant import (
-    CURVATURE,
-    Secant,
-    gains,
-    settings_by_error,
-    trial_errors,
-)
 from pyro_diffusion.infer import AutoGuidance
 from pyro_diffusion.infer.twisted_smc import default_guidance
 from pyro_diffusion.likelihoods import ProgramLikelihood
@@ -140,9 +134,8 @@ def test_a_trusted_level_is_mmps_and_another_the_linear_estimate():
     vectors = found.estimate.vectors
     covariance = vectors * found.estimate.values @ vectors.mT
     linear = Scaled(denoiser, guided.likelihood, covariance=covariance)
-    settings = found.at(PROCESS.level(low, x))
-    assert settings.share == 0
-    linear.scale = settings.scale
+    linear.scale = found.scale_at(PROCESS.level(low, x))
+    # Noise in place of a derivative is out of bounds in each of these states.
     assert_close(guided(x, low).mean, linear(x, low).mean)
     assert_close(guided(x, high).mean, MMPS(denoiser, guided.likelihood)(x, high).mean)
     assert_close(guided.twisted(x, low).log_twist, linear.twisted(x, low).log_twist)
@@ -169,9 +162,9 @@ def test_the_scale_of_the_estimate_is_that_of_all_states(monkeypatch):
     # Data of which few are evaluated at once. Fixed draws: no false alarms.
     denoiser = Wiggling(mixture(), amplitude=0.5)
     like = torch.zeros(3, dtype=F64)
-    whole = calibrate(denoiser, like, {}).settings.scale
+    whole = calibrate(denoiser, like, {}).scale
     monkeypatch.setattr(calibration, "AT_ONCE", 3 * 21)  # 21, 21, 21 and 1 of 64 states
-    found = calibrate(denoiser, like, {}).settings.scale
+    found = calibrate(denoiser, like, {}).scale
     # A mean of 64 squares, of other noise.
     assert ((found - whole).abs() < 0.5 * whole).all()
 
@@ -262,81 +255,60 @@ def spd(*batch):
     return root @ root.mT + 0.1 * torch.eye(4, dtype=F64)
 
 
-def test_a_secant_keeps_a_covariance_positive_and_meets_its_equation():
+def test_a_derivative_like_the_estimate_is_followed():
     torch.manual_seed(0)
-    v0, z = spd(20), torch.randn(20, 4, dtype=F64)
-    before = (v0 @ z.unsqueeze(-1)).squeeze(-1)
-    image = before * (0.7 + 0.6 * torch.rand(20, 1, dtype=F64)) + 0.1 * torch.randn(
-        20, 4, dtype=F64
-    )
-    curvature = (z * image).sum(-1) / (z * before).sum(-1)
-    fine = (curvature > 1 / CURVATURE) & (curvature < CURVATURE)
-    assert fine.any()
-    secant = Secant.of(z, before, image, 0.5, 1)
-
-    def times(v):
-        return secant.times(v, (v0 @ v.unsqueeze(-1)).squeeze(-1), 1)
-
-    target = torch.where(fine.unsqueeze(-1), 0.5 * image + 0.5 * before, before)
-    assert_close(times(z), target)
-    matrix = torch.stack([times(e.expand(20, 4)) for e in torch.eye(4, dtype=F64)], -1)
-    assert_close(matrix, matrix.mT)
-    assert torch.linalg.eigvalsh(matrix).min() > 0
+    z = torch.randn(20, 4, dtype=F64)
+    image = (spd(20) @ z.unsqueeze(-1)).squeeze(-1)
+    through = 1.5 * image
+    assert_close(bounded(z, image, through, 1), through)
+    away = torch.randn(20, 4, dtype=F64)
+    across = away - z * ((away * z).sum(-1) / (z * z).sum(-1)).unsqueeze(-1)
+    far = image + 1e4 * across  # the same curvature, and too long
+    assert_close(bounded(z, image, far, 1).norm(dim=-1), LENGTH * image.norm(dim=-1))
 
 
-@pytest.mark.parametrize("factor", [-1.0, 0.1, 10.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("factor", [-1.0, 0.9 / CURVATURE, 1.1 * CURVATURE, torch.nan, torch.inf])
 def test_a_derivative_far_from_the_estimate_is_left_out(factor):
-    v0, z = spd(), torch.randn(4, dtype=F64)
-    before = v0 @ z
-    secant = Secant.of(z, before, factor * before, 1.0, 1)
-    v = torch.randn(4, dtype=F64)
-    assert_close(secant.times(v, v0 @ v, 1), v0 @ v)
+    z = torch.randn(2, 4, dtype=F64)
+    image = (spd(2) @ z.unsqueeze(-1)).squeeze(-1)
+    through = torch.stack([factor * image[0], image[1]])
+    assert_close(bounded(z, image, through, 1), image)
 
 
-def test_trials_prefer_an_exact_derivative_and_refuse_noise():
-    """Normals whose covariance the estimate has wrong: errors with the exact product are smaller."""
-    torch.manual_seed(0)
-    covariance, level = spd(), PROCESS.level(torch.tensor(0.5, dtype=F64))
-    root = torch.linalg.cholesky(covariance)
-    x0 = torch.randn(400, 4, dtype=F64) @ root.mT
-    xt = level.alpha * x0 + level.sigma * torch.randn(400, 4, dtype=F64)
-    snr = (level.alpha / level.sigma).square()
-    v = torch.linalg.inv(torch.linalg.inv(covariance) + snr * torch.eye(4, dtype=F64))
-    mean = (xt @ v) * level.alpha / level.sigma.square()
-    values, vectors = torch.linalg.eigh(torch.diag(covariance.diagonal()) + 0.01 * covariance)
-    wrong = LinearEstimate(values, vectors)
-    exact, noise = (
-        settings_by_error(trial_errors(wrong, level, x0, mean, None, pull, 1.0, 0))
-        for pull in (lambda z: z @ v, lambda z: torch.randn_like(z) * z.norm())
+def test_the_shift_is_the_gradient_of_normal_evidence_under_the_estimate():
+    """Followed, it is (sigma^2/alpha) times the gradient of -|r|^2_S / 2 in x_t, S held: by autograd."""
+    denoiser = Wiggling(mixture(), amplitude=0.3, frequency=0.5)
+    guided = CalibratedCovariance(denoiser, likelihood(denoiser, 0.5))
+    level = PROCESS.level_of_clock(torch.tensor(-2.0, dtype=F64))
+    x = torch.randn(200, 3, dtype=F64)
+    found = calibrated(denoiser, x[0], {})
+    assert not found.trusts(PROCESS.level(level.t, x))
+    at, _ = guided._linearized(x, level, {})
+    v = torch.stack(
+        [guided.covariance(at, level, e.expand_as(x)) for e in torch.eye(3, dtype=F64)], -1
     )
-    assert exact[0] > 0 and exact[1] == 0
-    assert noise == (0.0, 0.0)
+    s = torch.eye(2, dtype=F64) + MATRIX @ v @ MATRIX.mT / 0.25
+    leaf = x.clone().requires_grad_()
+    r = (OBSERVED - denoiser(leaf, level).mean @ MATRIX.mT) / 0.5
+    energy = -0.5 * (r * torch.linalg.solve(s, r)).sum()
+    (gradient,) = torch.autograd.grad(energy, leaf)
+    shift = guided(x, level).mean - denoiser(x, level).mean
+    followed = torch.isclose(shift, level.tweedie * gradient, rtol=1e-8).all(-1)
+    assert followed.sum() > 100
 
 
-def test_settings_are_linear_between_knots_and_the_same_for_rows_of_a_grid():
+def test_the_scale_is_linear_between_knots_and_the_same_for_rows_of_a_grid():
     denoiser = Wiggling(mixture())
     found = calibrated(denoiser, torch.zeros(3, dtype=F64), {})
-    settings = found.settings._replace(share=torch.linspace(0, 1, KNOTS, dtype=F64))
-    found = found._replace(settings=settings)
+    found = found._replace(scale=torch.linspace(0.1, 1, KNOTS, dtype=F64))
     grid = PROCESS.levels(torch.linspace(0, 1, 5, dtype=F64))
     middle = (found.clocks[3:4] + found.clocks[4:5]) / 2
-    at = found.at(PROCESS.level_of_clock(middle))
-    assert_close(at.share.flatten(), settings.share[3:5].mean().reshape(1))
+    at = found.scale_at(PROCESS.level_of_clock(middle))
+    assert_close(at.flatten(), found.scale[3:5].mean().reshape(1))
     for j in range(5):
-        row = found.at(grid.at(j))
-        alone = found.at(PROCESS.level(grid.at(j).t, torch.zeros(3, dtype=F64)))
-        assert_close(torch.tensor([float(v) for v in row]), torch.tensor([float(v) for v in alone]))
-
-
-def test_a_variance_of_the_network_counts_coordinate_by_coordinate():
-    estimate = LinearEstimate.of_draws(torch.randn(50, 4, dtype=F64))
-    level = PROCESS.level(torch.tensor(0.5, dtype=F64))
-    diagonal, own = estimate.diagonal(level, torch.Size((4,))), torch.rand(3, 4, dtype=F64) + 0.1
-    for head in (0.0, 0.5, 1.0):
-        g = gains(diagonal, own, head, 0.5)
-        assert_close(
-            g * diagonal * g * torch.ones(3, 4), (0.5 * diagonal) ** (1 - head) * own**head
-        )
+        row = found.scale_at(grid.at(j))
+        alone = found.scale_at(PROCESS.level(grid.at(j).t, torch.zeros(3, dtype=F64)))
+        assert_close(torch.as_tensor(row, dtype=F64).reshape(()), alone.reshape(()))
 
 
 # The linear estimate.

@@ -1,5 +1,6 @@
-"""Gaussian conditioning by the denoiser's derivative where it is a covariance, else by an estimate."""
+"""Gaussian conditioning by the denoiser's derivative where it is a covariance, else beside an estimate."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,36 +12,42 @@ from pyro_diffusion.guidance.gaussian_conditioning import GaussianConditioning
 from pyro_diffusion.guidance.kept import weight_sums
 from pyro_diffusion.guidance.linearized_denoiser import LinearizedDenoiser
 from pyro_diffusion.guidance.relinearization import Solved
-from pyro_diffusion.guidance.secant import Secant, Settings, gains
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.schedules import Level
 
 __all__ = ["CalibratedCovariance"]
 
+# Factor by which the derivative may differ from the estimate in the direction of the residual, and its
+# shift be longer than the estimate's.
+CURVATURE, LENGTH = 5.0, 3.0
+
 
 class CalibratedCovariance(GaussianConditioning):
-    r"""MMPS where the denoiser's derivative is a covariance; elsewhere an estimate that is one.
+    r"""MMPS where the denoiser's derivative is a covariance; elsewhere an estimate bounds it.
 
-    .. math:: V = \frac{\sigma^2}{\alpha} J \quad\text{or}\quad
-              V_0 = g \Big(C^{-1} + \frac{\alpha^2}{\sigma^2}\Big)^{-1} g, \quad
-              V_0 z \to w \frac{\sigma^2}{\alpha} J z + (1 - w) V_0 z, \qquad \text{shift} = V B^T S^{-1} r .
+    .. math:: V = \frac{\sigma^2}{\alpha} J, \;\text{shift} = V B^T S^{-1} r \quad\text{or}\quad
+              V = c\,\Big(C^{-1} + \frac{\alpha^2}{\sigma^2}\Big)^{-1}, \;
+              \text{shift} = \frac{\sigma^2}{\alpha} J^T B^T S^{-1} r .
 
     A trained network may be accurate in its mean and far off in its derivative, which is multiplied by
     :math:`\sigma^2/\alpha`, near a hundred where x_t is noise. So the denoiser is asked once, on 256 draws of
-    its own chain and whatever the observations: at each of 16 noise levels, does V agree with the mean
-    squared error of :math:`\hat x_0`, and is it symmetric and positive? C is the covariance of these draws.
-    An exact denoiser passes at all levels, and this is :class:`~pyro_diffusion.guidance.MMPS`, unless its
-    data have far clusters so rare (a few per cent) that the draws at a level may miss them.
+    its own chain and whatever the observations: at each of 16 noise levels, does :math:`(\sigma^2/\alpha) J`
+    agree with the mean squared error of :math:`\hat x_0`, and is it symmetric and positive? C is the
+    covariance of these draws. An exact denoiser passes at all levels, and this is
+    :class:`~pyro_diffusion.guidance.MMPS`, unless its data have far clusters so rare (a few per cent) that
+    the draws at a level may miss them.
 
-    Where it fails, V is the linear estimate's covariance, always positive. Its variances are scaled by g to
-    the realized error and, by a power p, to the denoiser's own variance at x_t (a variance head). In the one
-    direction z that the residual asks for, :math:`B^T S^{-1} r` under :math:`V_0`, it is updated by a secant
-    to a share w of the derivative, one backward pass. Shares and powers are those with which draws of the
-    chain are best predicted from x_t and trial observations of them, none where nothing is better beyond
-    its error.
+    Where it fails, V is the linear estimate's covariance, always positive, with c for the realized share of
+    its squared error. S is made of it, so that observations count for what they are worth; the residuals so
+    weighted are pulled back through the denoiser, as in :class:`~pyro_diffusion.guidance.PiGDM`, one
+    backward pass: of all directions the derivative is right first in those that data vary in. Where it is
+    not, it shows: a datum whose curvature :math:`z^T (\sigma^2/\alpha) J z` along
+    :math:`z = B^T S^{-1} r` is not within a factor of 5 of :math:`z^T V z` is shifted by :math:`V z`, and no
+    shift is longer than three times that. The posterior's variance is that of the denoiser less what
+    observations explain under V.
 
-    The first evaluation makes this calibration, of about 20 000 evaluations of the denoiser for a datum: as
-    many as 310 draws of 64 steps. It is kept until the denoiser's parameters change (a
+    The first evaluation makes this calibration, of about 13 000 evaluations of the denoiser for a datum: as
+    many as 200 draws of 64 steps. It is kept until the denoiser's parameters change (a
     change of their ``data`` counts from the next construction), and leaves the seeds of
     the run alone. With labels as context (integers) each label has its own. With real numbers as context
     nothing is calibrated, and V is :math:`\sigma^2/\alpha^2`, as in
@@ -54,11 +61,11 @@ class CalibratedCovariance(GaussianConditioning):
         options: ``solver`` and ``iterations``.
 
     References:
-        Rozet et al., arXiv 2405.13712, section 4, for both covariances; Nocedal & Wright, Numerical
-        optimization, chapter 6, for the update.
+        Rozet et al., arXiv 2405.13712, section 4, for both covariances; Song et al., Pseudoinverse-guided
+        diffusion models, ICLR 2023, for the pull through the denoiser.
     """
 
-    through = False  # not at every level
+    through = False  # not where a denoiser has no gradient
 
     def __init__(self, denoiser: Denoiser, likelihood: Likelihood, **options: Any) -> None:
         super().__init__(denoiser, likelihood, **options)
@@ -69,84 +76,77 @@ class CalibratedCovariance(GaussianConditioning):
     ) -> tuple[LinearizedDenoiser, Level]:
         level = self.process.level(t, xt, state="xt")
         parts = [
-            Part(rows, known, known is not None and known.trusts(level), known and known.at(level))
+            Part(
+                rows,
+                known,
+                known is not None and known.trusts(level),
+                known and known.scale_at(level),
+            )
             for rows, known in self._calibrations(xt, context)
         ]
         return Chosen(self.denoiser, self.likelihood, xt, level, context, parts), level
 
     def covariance(self, at: LinearizedDenoiser, level: Level, v: Tensor) -> Tensor:
-        """Through the denoiser where it is trusted, elsewhere the estimate with its secant."""
+        """Through the denoiser where it is trusted, elsewhere the estimate."""
         assert isinstance(at, Chosen)
-        result = self._base(at, level, v)
-        if at.secant is not None:
-            result = at.secant.times(v, result, self.process.event_dim)
-        if not any(part.trusted is not False for part in at.parts):
-            return result
-        network = level.tweedie * at.back(v)
-        for rows, _, trusted, _ in at.parts:
-            part = network if trusted is True else result
-            if trusted is not True and trusted is not False:
-                part = torch.where(trusted, network, result)
-            result = part if rows is None else torch.where(rows, part, result)
-        return result
+        k = self.process.event_dim
+        network = level.tweedie * at.back(v) if at.some_trusted else None
+
+        def product(part: Part) -> Tensor:
+            if part.trusted is True and network is not None:
+                return network
+            if part.calibration is None or part.scale is None:
+                result = v * level.noise_to_signal.square()
+            else:
+                result = part.scale * part.calibration.estimate.times(v, level, k, at.keeper)
+            if part.trusted is False or network is None:
+                return result
+            return torch.where(torch.as_tensor(part.trusted), network, result)
+
+        return at.by_part(product)
 
     def multiplies_by_jacobian(self, at: LinearizedDenoiser) -> bool:
-        """Where the derivative is trusted; the secant is one product."""
-        return isinstance(at, Chosen) and any(part.trusted is not False for part in at.parts)
+        """Where the derivative is trusted."""
+        return isinstance(at, Chosen) and at.some_trusted
 
     def variances(self, at: LinearizedDenoiser, level: Level) -> Tensor:
         """The denoiser's own where its derivative is trusted, as in MMPS, elsewhere those of the estimate."""
         assert isinstance(at, Chosen)
         k = self.process.event_dim
         event = at.mean.shape[at.mean.dim() - k :]
-        result: Tensor | None = None
-        for rows, calibration, trusted, settings in at.parts:
-            if calibration is None or settings is None:
-                part = level.noise_to_signal.square()
-            else:
-                diagonal = calibration.estimate.diagonal(level, event, at.keeper)
-                g = gains(diagonal, at.variance, settings.head, settings.scale)
-                part = g * diagonal * g
-            if at.variance is not None and trusted is not False:
-                part = torch.where(torch.as_tensor(trusted, device=part.device), at.variance, part)
-            result = part if result is None or rows is None else torch.where(rows, part, result)
-        assert result is not None
-        return result
 
-    def _solved(self, at: LinearizedDenoiser, level: Level, solver: str) -> Solved:
+        def diagonal(part: Part) -> Tensor:
+            if part.calibration is None or part.scale is None:
+                result = level.noise_to_signal.square()
+            else:
+                result = part.scale * part.calibration.estimate.diagonal(level, event, at.keeper)
+            if at.variance is None or part.trusted is False:
+                return result
+            trusted = torch.as_tensor(part.trusted, device=result.device)
+            return torch.where(trusted, at.variance, result)
+
+        return at.by_part(diagonal)
+
+    def shift(self, at: LinearizedDenoiser, level: Level, solved: Solved) -> Tensor:
+        """Through the denoiser, as far as the estimate lets it."""
         assert isinstance(at, Chosen)
-        shares = self._shares(at)
-        if shares is not None:
-            z = self._once(at, level, solver).pulled
-            image, base = level.tweedie * at.back(z), self._base(at, level, z)
-            at.secant = Secant.of(z, base, image, shares, self.process.event_dim)
-        return super()._solved(at, level, solver)
+        if not at.through or all(part.trusted is True for part in at.parts):
+            return solved.image
+        followed = bounded(
+            solved.pulled,
+            solved.image,
+            level.tweedie * at.back(solved.pulled),
+            self.process.event_dim,
+        )
 
-    def _shares(self, at: "Chosen") -> Tensor | float | None:
-        """Of the derivative in the direction of the residual; None for none at all."""
-        if not any(part.shared for part in at.parts):
-            return None
-        result: Tensor | float = 0.0
-        for part in at.parts:
-            share = part.settings.share if part.shared and part.settings else 0.0
-            result = share if part.rows is None else torch.where(part.rows, share, result)
-        return result
+        def shift(part: Part) -> Tensor:
+            if part.trusted is True or part.calibration is None:
+                return solved.image
+            if part.trusted is False:
+                return followed
+            return torch.where(part.trusted, solved.image, followed)
 
-    def _base(self, at: "Chosen", level: Level, v: Tensor) -> Tensor:
-        """V_0 v: of the linear estimate, or of no knowledge of the data at all."""
-        k = self.process.event_dim
-        event = at.mean.shape[at.mean.dim() - k :]
-        result = v
-        for rows, calibration, _, settings in at.parts:
-            if calibration is None or settings is None:
-                part = v * level.noise_to_signal.square()
-            else:
-                estimate = calibration.estimate
-                diagonal = estimate.diagonal(level, event, at.keeper)
-                g = gains(diagonal, at.variance, settings.head, settings.scale)
-                part = g * estimate.times(g * v, level, k, at.keeper)
-            result = part if rows is None else torch.where(rows, part, result)
-        return result
+        return at.by_part(shift)
 
     def _calibrations(
         self, xt: Tensor, context: dict[str, Tensor]
@@ -175,6 +175,29 @@ class CalibratedCovariance(GaussianConditioning):
         return found
 
 
+def bounded(z: Tensor, image: Tensor, through: Tensor, event_dim: int) -> Tensor:
+    """The shift through the denoiser where it is like the estimate's, datum by datum, else the estimate's.
+
+    Args:
+        z: :math:`B^T S^{-1} r`.
+        image: V z.
+        through: :math:`(\\sigma^2/\\alpha) J^T z`.
+        event_dim: of a datum.
+    """
+    q0, q1 = (_inner(z, v, event_dim) for v in (image, through))
+    fine = (q0 > 0) & (q1 * CURVATURE > q0) & (q1 < CURVATURE * q0)
+    length, most = (_inner(v, v, event_dim).sqrt() for v in (through, image))
+    fine = fine & length.isfinite()
+    factor = LENGTH * most / length.clamp(min=torch.finfo(length.dtype).tiny)
+    return torch.where(fine, through * factor.clamp(max=1), image)
+
+
+def _inner(a: Tensor, b: Tensor, event_dim: int) -> Tensor:
+    """Inner products datum by datum, with singletons for events."""
+    product = a * b
+    return product.sum(tuple(range(-event_dim, 0)), keepdim=True) if event_dim else product
+
+
 class Part(NamedTuple):
     """Data of one calibration.
 
@@ -182,30 +205,17 @@ class Part(NamedTuple):
         rows: which, batch + singletons; None for all.
         calibration: None without any.
         trusted: whether the derivative is their covariance here; for times of their own, row by row.
-        settings: what V is made of elsewhere; None without a calibration.
+        scale: of the estimate elsewhere; None without a calibration.
     """
 
     rows: Tensor | None
     calibration: Calibration | None
     trusted: Tensor | bool
-    settings: Settings | None
-
-    @property
-    def through(self) -> bool:
-        """Whether products with the derivative are asked for."""
-        return self.trusted is not False or self.shared
-
-    @property
-    def shared(self) -> bool:
-        """Whether a share of the derivative is asked for in one direction."""
-        if self.trusted is True or self.settings is None:
-            return False
-        share = self.settings.share
-        return bool((share != 0).any()) if isinstance(share, Tensor) else share != 0
+    scale: Tensor | float | None
 
 
 class Chosen(LinearizedDenoiser):
-    """A linearized denoiser with the calibrations of its data, and the secant once it is known."""
+    """A linearized denoiser with the calibrations of its data."""
 
     def __init__(
         self,
@@ -216,12 +226,21 @@ class Chosen(LinearizedDenoiser):
         context: dict[str, Tensor],
         parts: list[Part],
     ) -> None:
-        through = any(part.through for part in parts)
+        known = (part.calibration for part in parts)
+        through = any(own is not None and own.differentiable for own in known)
         super().__init__(denoiser, likelihood, xt, level, context, through=through)
         self.parts = parts
-        self.secant: Secant | None = None
+        self.some_trusted = any(part.trusted is not False for part in parts)
 
     @property
     def keeper(self) -> "Chosen | None":
         """What keeps V as a matrix, if there is but one."""
         return self if len(self.parts) == 1 else None
+
+    def by_part(self, function: Callable[[Part], Tensor]) -> Tensor:
+        """A function of each datum's own part."""
+        first, *others = self.parts
+        result = function(first)
+        for part in others:
+            result = torch.where(torch.as_tensor(part.rows), function(part), result)
+        return result
