@@ -61,6 +61,8 @@ class ParticleFilter(SMCFilter):
         ess: effective sample size after each step, before resampling, a list of (batch_shape).
         roots: number of distinct roots after each step, a list of (batch_shape).
         resamplings: (batch_shape), how often each filter has resampled.
+        weight_variance: (batch_shape), relative variances of the mean weight, summed over resamplings and the
+            last step: :math:`\sum_k (1/\text{ESS}_k - 1/N)`.
         dead: (batch_shape), filters none of whose particles has a weight any more. Their evidence is 0, and
             their states mean nothing.
 
@@ -102,6 +104,7 @@ class ParticleFilter(SMCFilter):
         self.state["root"] = self._identity.clone()
         self.log_evidence = torch.zeros(self.batch_shape, dtype=torch.float64, device=device)
         self.resamplings = torch.zeros(self.batch_shape, dtype=torch.long, device=device)
+        self.weight_variance = torch.zeros_like(self.log_evidence)
         self.dead = torch.zeros(self.batch_shape, dtype=torch.bool, device=device)
         self.ess: list[Tensor] = []
         self.roots: list[Tensor] = []
@@ -185,6 +188,9 @@ class ParticleFilter(SMCFilter):
         ess = probs.square().sum(0).reciprocal()
         self.ess.append(ess)
         low = ess < self.ess_threshold * self.num_particles
+        variance = (1 / ess - 1 / self.num_particles).clamp(min=0)
+        counts = torch.ones_like(low) if self._keep_weights else low
+        self.weight_variance = self.weight_variance + torch.where(counts, variance, 0.0)
         self._parents = self._identity
         # Drawn at every step: a filter's numbers do not depend on when the others resample.
         uniform = self._uniform()

@@ -30,6 +30,8 @@ class Particles:
         root: (N,) + batch, the ancestor of each particle in the first generation.
         correction: batch, N / (N - 1), to the power of resamplings + 1 where these are multinomial, for
             particles that share an ancestor by chance.
+        weight_variance: batch, what the weights alone say of the variance of ``log_evidence_terms``: relative
+            variances of the mean weight, summed over resamplings.
         verdict: whether the run may be believed: ``print(particles.verdict)``.
     """
 
@@ -42,6 +44,7 @@ class Particles:
     resamplings: Tensor
     root: Tensor
     correction: Tensor
+    weight_variance: Tensor
     verdict: Verdict
 
     def __len__(self) -> int:
@@ -57,8 +60,10 @@ class Particles:
     @property
     def log_evidence_errors(self) -> Tensor:
         """Standard error of each filter's log-evidence, batch; infinite where it is not estimated."""
-        error = evidence_variance(self.log_weights, self.root, self.correction).sqrt()
-        return error.where(self.log_evidence_terms > -math.inf, math.inf)
+        variance = evidence_variance(
+            self.log_weights, self.root, self.correction, self.weight_variance
+        )
+        return variance.sqrt().where(self.log_evidence_terms > -math.inf, math.inf)
 
     @property
     def mean(self) -> Tensor:

@@ -221,7 +221,7 @@ class TwistedSMC:
         done = self.drive(self.filter(ParticleFilter, keep_others=keep_others))
         log_weights, root = done.log_weights, done.state["root"]
         x0 = self.chain.encoded(done.state["x"])
-        variance = evidence_variance(log_weights, root, done.correction)
+        variance = evidence_variance(log_weights, root, done.correction, done.weight_variance)
         error = variance.masked_fill(done.dead, math.inf).sum().sqrt()
         evidence = Estimate(
             float(done.log_evidence.sum()),
@@ -247,6 +247,7 @@ class TwistedSMC:
             resamplings=done.resamplings,
             root=root,
             correction=done.correction,
+            weight_variance=done.weight_variance,
             verdict=verdict,
         )
 
