@@ -19,6 +19,7 @@ PRIOR = "--prior prior --prior-settings='--steps 3 --batch 8 --width 8'"
 TINY = {
     "digits": "--steps 3 --batch 8 --width 8 --chain 6 --draws 2 --weighted-images 2"
     " --weighted-steps 3 --weighted-samples 2 --samples 4",
+    "distributed": "--steps 3 --batch 8 --width 8 --chain 6 --draws 2 --samples 4",
     "blur": "--steps 3 --batch 8 --width 8 --chain 6 --draws 2 --samples 2",
     "heavy_tails": "--steps 3 --points 60 --held-out 20 --batch 16 --width 8 --solver-steps 4 --chain 6"
     " --samples 200",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -15,6 +16,7 @@ from torch.utils.data import (
 )
 
 from pyro_diffusion.train.randomness import rng_state, set_rng_state
+from pyro_diffusion.train.sharing import Sharing
 from pyro_diffusion.validation import check_positive_int, check_tensor, kind_of
 
 __all__ = ["Arguments", "Batches", "batches_of", "in_order", "rows_of"]
@@ -24,7 +26,13 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Batches(Protocol):
-    """An endless sequence of a program's arguments."""
+    """An endless sequence of a program's arguments.
+
+    Attributes:
+        even: whether ranks have equally many rows in each.
+    """
+
+    even: bool
 
     def first(self) -> Arguments:
         """Some batch, which does not count."""
@@ -39,7 +47,7 @@ class Batches(Protocol):
         """Go on from there."""
 
 
-def batches_of(data: object, batch_size: int | None) -> Batches:
+def batches_of(data: object, batch_size: int | None, sharing: Sharing) -> Batches:
     """Batches of a tensor, of a tuple or dictionary of tensors, of a loader, or of nothing.
 
     Raises:
@@ -49,12 +57,14 @@ def batches_of(data: object, batch_size: int | None) -> Batches:
         if batch_size is not None:
             kind = "None" if data is None else "a DataLoader"
             raise ValueError(f"batch_size: got {batch_size} and {kind} as data, expected None")
-        return NoBatches() if data is None else LoaderBatches(data)
-    return TensorBatches(data, batch_size)
+        return NoBatches() if data is None else LoaderBatches(data, sharing)
+    return TensorBatches(data, batch_size, sharing)
 
 
 class NoBatches:
     """For programs that draw their own minibatches: no arguments."""
+
+    even = True
 
     def first(self) -> Arguments:
         """Nothing."""
@@ -73,19 +83,24 @@ class NoBatches:
 class TensorBatches:
     """Rows of tensors in random order, each once an epoch but for the last few that do not fill a batch.
 
-    The order is drawn by a generator of its own, whose seed comes from torch's global one.
+    The order is drawn by a generator of its own, whose seed comes from torch's global one. Several processes
+    have all data each, and take their batches from one order, side by side.
     """
 
-    def __init__(self, data: object, batch_size: int | None) -> None:
+    even = True
+
+    def __init__(self, data: object, batch_size: int | None, sharing: Sharing) -> None:
         self.data, self.rows = data, check_data("data", data)
-        size = self.rows if batch_size is None else check_positive_int("batch_size", batch_size)
-        if size > self.rows:
+        sharing.agree(rows=self.rows, batch_size=batch_size)
+        most = self.rows // sharing.size
+        size = most if batch_size is None else check_positive_int("batch_size", batch_size)
+        if not 0 < size <= most:
+            of = f" for each of {sharing.size} processes" if sharing.size > 1 else ""
             raise ValueError(
-                f"batch_size: got {size}, expected at most {self.rows}, the data's rows"
+                f"batch_size: got {size}, expected at most {most}, the data's rows{of}"
             )
-        self.size = size
-        seed = int(torch.randint(2**62, ()))
-        self.generator = torch.Generator().manual_seed(seed)
+        self.size, self.sharing = size, sharing
+        self.generator = torch.Generator().manual_seed(sharing.draw_seed())
         self.device = next(iter(named_parts("data", data).values())).device
         self._start()
 
@@ -102,10 +117,12 @@ class TensorBatches:
 
     def next(self) -> Arguments:
         """The next rows of the epoch, or of a new one."""
-        if self.position + self.size > self.rows:
+        together = self.size * self.sharing.size
+        if self.position + together > self.rows:
             self._start()
-        index = self.order[self.position : self.position + self.size]
-        self.position += self.size
+        start = self.position + self.size * self.sharing.rank
+        index = self.order[start : start + self.size]
+        self.position += together
         return arguments(take(self.data, index))
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,8 +143,15 @@ class LoaderBatches:
     the same order again and skips so many.
     """
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader = loader
+    even = False
+
+    def __init__(self, loader: DataLoader[Any], sharing: Sharing) -> None:
+        if sharing.size > 1 and not isinstance(loader.sampler, DistributedSampler):
+            raise ValueError(
+                f"data: got a DataLoader with a {kind_of(loader.sampler)} on {sharing.size} ranks, expected "
+                "a DistributedSampler, which gives each its share, or data as tensors"
+            )
+        self.loader, self.epoch = loader, -1
         self.iterator: Iterator[Any] | None = None
         self.generators = _generators(loader)
 
@@ -142,6 +166,9 @@ class LoaderBatches:
             "global": rng_state(),
             "own": [generator.get_state() for generator in self.generators],
         }
+        self.epoch += 1
+        if isinstance(self.loader.sampler, DistributedSampler):
+            self.loader.sampler.set_epoch(self.epoch)
         self.iterator, self.position = iter(self.loader), 0
 
     def next(self) -> Arguments:
@@ -163,17 +190,18 @@ class LoaderBatches:
             ValueError: for a loader whose order cannot be drawn again.
         """
         check_repeatable(self.loader)
-        return {"before": self.before, "position": self.position}
+        return {"before": self.before, "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Draw that epoch's order again and skip what was taken; global generators are then moved."""
         set_rng_state(state["before"]["global"])
         for generator, before in zip(self.generators, state["before"]["own"], strict=True):
             generator.set_state(before)
+        self.epoch = int(state["epoch"]) - 1
         self._start()
         assert self.iterator is not None
         for _ in range(int(state["position"])):
-            next(self.iterator)
+            next(self.iterator, None)  # shorter on more processes than there were
             self.position += 1
 
 
@@ -183,7 +211,13 @@ def check_repeatable(loader: DataLoader[Any]) -> None:
     Raises:
         ValueError: naming its dataset or sampler.
     """
-    known = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
+    known = (
+        DistributedSampler,
+        RandomSampler,
+        SequentialSampler,
+        SubsetRandomSampler,
+        WeightedRandomSampler,
+    )
     iterable = isinstance(loader.dataset, IterableDataset)
     odd = loader.dataset if iterable else loader.sampler
     if iterable or not isinstance(odd, known):

@@ -90,6 +90,7 @@ class Run:
         if self.path is None or not self.path.exists():
             return
         state = checkpoint.load(self.path, self.description)
+        trainer.sharing.agree(step=state["step"])
         if state["step"] < trainer.step:
             raise checkpoint.CheckpointError(
                 f"{self.path}: of step {state['step']}, expected one of step {trainer.step} or later"
@@ -98,6 +99,7 @@ class Run:
         self.updates.load_state_dict(state["updates"])
         trainer._history.load_state_dict(state["history"])
         trainer.step, self.logged = state["step"], state["logged"]
+        trainer.sharing.seed = state["seed"]
         self.batches.load_state_dict(state["batches"])
         set_rng_state(state["rng"])  # last: all else may draw
 
@@ -105,13 +107,16 @@ class Run:
         """Write everything that the rest of the run depends on."""
         if self.path is None:
             return
-        trainer = self.trainer
+        trainer, history = self.trainer, self.trainer.history
+        if not trainer.sharing.first:
+            return
         state = {
             "step": trainer.step,
+            "seed": trainer.sharing.seed,
             "logged": self.logged,
             "weights": self.weights.state_dict(),
             "updates": self.updates.state_dict(),
-            "history": trainer.history.state_dict(),
+            "history": history.state_dict(),
             "batches": self.batches.state_dict(),
             "rng": rng_state(),
         }
@@ -121,9 +126,13 @@ class Run:
     def reporting(self, log: str | os.PathLike[str] | None) -> Iterator[None]:
         """A bar and a log while training."""
         trainer = self.trainer
-        self.log = open_log(log, trainer.step, trainer.history.unit)
+        history, first = trainer.history, trainer.sharing.first
+        self.log = open_log(log if first else None, trainer.step, history.unit)
         self.bar = tqdm(
-            total=self.steps, initial=trainer.step, desc="training", disable=not self.progress
+            total=self.steps,
+            initial=trainer.step,
+            desc="training",
+            disable=not (self.progress and first),
         )
         try:
             yield

@@ -11,10 +11,12 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_diffusion.optim import EMA
+from pyro_diffusion.ranks import ProcessGroup
 from pyro_diffusion.train.batches import Arguments, batches_of, moved, rows_of
 from pyro_diffusion.train.history import History
 from pyro_diffusion.train.program import Program, check_program
 from pyro_diffusion.train.run import Run
+from pyro_diffusion.train.sharing import Sharing
 from pyro_diffusion.train.units import Unit
 from pyro_diffusion.train.updates import MakeOptimizer, MakeSchedule, Updates, check_updates
 from pyro_diffusion.train.validation import Validation
@@ -62,6 +64,12 @@ class Trainer:
         autocast: a dtype, such as ``torch.bfloat16``, in which networks compute (:class:`torch.autocast`);
             parameters, and the loss of this package's distributions, stay as they are.
         allow_unused: whether parameters may be without a gradient.
+        process_group: the processes that share each step, such as ``torch.distributed.group.WORLD`` (None
+            before ``init_process_group``); each has the whole data, or a loader with a
+            ``DistributedSampler``, and takes batches of its own of ``batch_size`` rows. Gradients are means
+            over all rows, by ``DistributedDataParallel``; noise is that of
+            :func:`~pyro_diffusion.processes.global_batch`; the first rank writes files and the bar. None for
+            this process alone.
 
     Attributes:
         step: steps taken.
@@ -96,7 +104,9 @@ class Trainer:
         accumulate: int = 1,
         autocast: torch.dtype | None = None,
         allow_unused: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
+        self.sharing = Sharing(process_group)
         self.program = Program(*check_program(model, guide, loss), Unit(unit))
         check_updates(optimizer, schedule, clip_norm)
         if ema is not None and check_number("ema", ema, at_least=0) >= 1:
@@ -157,7 +167,8 @@ class Trainer:
             log: a file ``*.csv`` for a table of the run, or a folder for TensorBoard if that is installed.
             log_every: steps between rows of it, each with the mean loss; on an accelerator, losses are
                 fetched no more often.
-            callback: called with the trainer after every step; training stops if it returns True.
+            callback: called with the trainer after every step, on every process; training stops if it returns
+                True, on all of them.
             progress: whether to show a bar.
 
         Raises:
@@ -167,13 +178,14 @@ class Trainer:
             CheckpointError: for the checkpoint of another run.
         """
         check_positive_int("steps", steps)
-        batches = batches_of(data, batch_size)
+        self.sharing.agree(steps=steps, validate_every=validate_every, save_every=save_every)
+        batches = batches_of(data, batch_size, self.sharing)
         first = batches.first()
         weights, updates = self._prepare(first)
         size = rows_of(*first) if any(first) else 1
         check = None
         if validation is not None:
-            check = Validation(validation, self._loss, size, self.program.device)
+            check = Validation(validation, self._loss, size, self.program.device, self.sharing)
         run = Run(
             self,
             (weights, updates, batches),
@@ -186,7 +198,10 @@ class Trainer:
             progress,
         )
         run.keep_in(
-            checkpoint, save_every, {**self._settings, "batch_size": batch_size}, description
+            checkpoint,
+            save_every,
+            {**self._settings, "batch_size": batch_size and batch_size * self.sharing.size},
+            description,
         )
         self._history.stopped = None
         run.resume()
@@ -201,7 +216,8 @@ class Trainer:
         """What happened so far."""
         if self._losses:
             start = self.step - len(self._losses)
-            found = torch.stack(self._losses).tolist()
+            losses = torch.stack(self._losses).double()
+            found = (self.sharing.total(losses) / self.sharing.size).tolist()
             self._losses.clear()
             for step, value in enumerate(found, start + 1):
                 _check_finite(value, step)
@@ -230,6 +246,8 @@ class Trainer:
         args, kwargs = batch
         with self._cast(_device_of(batch)):
             self.program.prepare(*args, **kwargs)
+        self._module = self.sharing.wrap(self.program, self._updating[-1])
+        self.sharing.seed = self.sharing.draw_seed() if self.sharing.group is not None else 0
         self._weights = Weights(self.program.parts, self._settings["ema"])  # type: ignore[arg-type]
         self._updates = Updates(self.program.trained(), *self._updating)
         return self._weights, self._updates
@@ -240,6 +258,7 @@ class Trainer:
         return torch.autocast(device.type, self.autocast)
 
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Of this process, without what it shares with others."""
         with self._cast(self.program.device):
             return self.program(*args, **kwargs)
 
@@ -249,10 +268,14 @@ class Trainer:
         device = self.program.device
         parts = [moved(batches.next(), device) for _ in range(self.accumulate)]
         rows = [rows_of(*part) if any(part) else 1 for part in parts]
-        loss = torch.zeros((), device=device)
-        for (args, kwargs), count in zip(parts, rows, strict=True):
-            share = self._loss(*args, **kwargs) * (count / sum(rows))
-            share.backward()
+        # Gradients are averaged over ranks, so that a row weighs one over the mean rows of a rank.
+        mean_rows = sum(rows) if batches.even else self.sharing.mean(sum(rows))
+        loss, first = torch.zeros((), device=device), self.step * self.accumulate
+        for i, ((args, kwargs), count) in enumerate(zip(parts, rows, strict=True)):
+            with self.sharing.part(self._module, count, first + i, last=i + 1 == len(parts)):
+                with self._cast(device):
+                    share = self._module(*args, **kwargs) * (count / mean_rows)
+                share.backward()
             loss = loss + share.detach()
         if self.step == 0:
             self._updates.check()

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from pyro_diffusion.train.batches import check_data, in_order, moved, rows_of
 from pyro_diffusion.train.randomness import common_noise
+from pyro_diffusion.train.sharing import Sharing
 from pyro_diffusion.validation import kind_of
 
 __all__ = ["Validation"]
@@ -26,6 +27,8 @@ class Validation:
         loss: of a batch's arguments, per datum or coordinate.
         batch_size: rows evaluated together.
         device: where.
+        sharing: the processes, each of which takes some of the batches; a function is called on all of them,
+            and what the first rank gets counts.
 
     Raises:
         ValueError: for data without rows.
@@ -37,8 +40,10 @@ class Validation:
         loss: Callable[..., Tensor],
         batch_size: int,
         device: torch.device,
+        sharing: Sharing,
     ) -> None:
         self.data, self.loss, self.batch_size, self.device = data, loss, batch_size, device
+        self.sharing = sharing
         if not callable(data) and not isinstance(data, DataLoader):
             check_data("validation", data)
 
@@ -57,15 +62,16 @@ class Validation:
         if not number or not math.isfinite(float(found)):
             shown = found if number else kind_of(found)
             raise ValueError(f"validation: got {shown} from it, expected a finite number")
-        return float(found)
+        return self.sharing.of_first(float(found))
 
     def _of_data(self) -> float:
         """The mean over data and passes."""
-        total, rows = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)  # of losses and of rows
         for _ in range(PASSES):
-            for batch in in_order(self.data, self.batch_size):
-                args, kwargs = moved(batch, self.device)
-                count = rows_of(args, kwargs)
-                total += count * self.loss(*args, **kwargs).double()
-                rows += count
-        return float(total / rows)
+            for number, batch in enumerate(in_order(self.data, self.batch_size)):
+                if number % self.sharing.size == self.sharing.rank:
+                    args, kwargs = moved(batch, self.device)
+                    loss = self.loss(*args, **kwargs).double()
+                    total += rows_of(args, kwargs) * torch.stack([loss, torch.ones_like(loss)])
+        loss, rows = self.sharing.total(total)
+        return float(loss / rows)
