@@ -33,6 +33,8 @@ nitpicky = True
 html_theme = "furo"
 html_title = f"pyro_diffusion {release}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["gallery.css"]
 
 # One file with everything that TeX needs, fonts too. Its menu would load parts that are not shipped.
 mathjax_path = "mathjax/tex-svg.js"

@@ -35,12 +35,31 @@ def run(page: str, shorter: dict[str, str], heading: str = "") -> dict:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/getting_started.md"])
 def test_the_programs_of_a_first_page_train_and_sample(page: str) -> None:
-    namespace = run(page, {r"range\(2000\)": "range(3)"})
+    shorter = {r"range\(2000\)": "range(3)", r"num_samples=8": "num_samples=2"}
+    namespace = run(page, shorter)
     assert namespace["samples"].shape == (500, 2)
     assert bool(torch.isfinite(namespace["samples"]).all())
     assert any(name.startswith("denoiser") for name in list(pyro.get_param_store()))
-    if page == "README.md":
-        assert namespace["posterior"].shape == (500, 2)
+    assert namespace["posterior"].shape == (500, 2)
+
+
+# Networks of two iterations guide nothing, and say so.
+@pytest.mark.filterwarnings("ignore:TwistedSMC")
+def test_our_side_of_programs_of_other_packages_runs() -> None:
+    shorter = {
+        r"\*args, iterations=1000": "*args, iterations=2",
+        r"images, iterations=1000": "images, iterations=2",
+        r"iterations=2000": "iterations=2",
+        r"num_terms=20": "num_terms=2",
+        r"steps=20\)": "steps=2)",
+        r"num_particles=16": "num_particles=2",
+        r"num_samples=500, warmup_steps=200": "num_samples=3, warmup_steps=2",
+    }
+    page = run("docs/coming_from.md", shorter)
+    assert page["samples"].shape == page["restored"].shape == (16, 1, 8, 8)
+    assert page["bound"].value.shape == (4,)
+    assert page["draws"].shape == (1000, 2) and page["x"].shape == (3, 2)
+    assert all(bool(page[name].isfinite().all()) for name in ("samples", "restored", "draws", "x"))
 
 
 def test_the_tutorial_on_conditioning_runs_and_finds_what_it_says() -> None:
