@@ -22,6 +22,7 @@ def test_links_of_a_page_lead_to_files(page: Path) -> None:
     missing = [target for target in links(page) if not (page.parent / target).exists()]
     assert not missing
     assert not re.search(r"!\[\s*\]", page.read_text()), "a picture without words for it"
+    assert not re.search(r"^(<{7}|>{7}) ", page.read_text(), re.MULTILINE), "a merge left undone"
 
 
 def test_every_picture_is_on_a_page_and_every_page_with_pictures_is_in_the_gallery() -> None:
