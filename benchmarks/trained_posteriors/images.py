@@ -1,16 +1,16 @@
 """The images of the benchmark: 8x8 digits, 28x28 glyphs of fonts, or files of the MNIST kind."""
 
 import functools
-import gzip
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
-from trained_posteriors.glyphs import glyphs
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the examples stand beside
+from examples import datasets
 
 KINDS = ("digits", "glyphs", "idx")
 
@@ -58,24 +58,21 @@ class Images:
 
 def digits() -> Images:
     """scikit-learn's: 1437 to train on, 360 to test on."""
-    images = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+    images = datasets.digits().float() / 8 - 1
     order = np.random.default_rng(0).permutation(len(images))
     return Images("digits", images[order[:1437]], images[order[1437:]])
 
 
-def idx(folder: Path) -> Images:
-    """``train-images-idx3-ubyte.gz`` and ``t10k-images-idx3-ubyte.gz`` of a folder (as MNIST has)."""
-    parts = []
-    for part in ("train", "t10k"):
-        raw = gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes())
-        magic, count, height, width = np.frombuffer(raw, ">u4", 4)
-        if magic != 2051 or height != width:
-            raise ValueError(
-                f"folder: got magic number {magic}, {height}x{width} in {folder}, expected square idx images"
-            )
-        pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(count, 1, height, width)
-        parts.append(torch.tensor(pixels, dtype=torch.float32) / 127.5 - 1)
-    return Images(folder.name, *parts)
+def bytes_of(name: str, *parts: Tensor) -> Images:
+    """Images of 256 levels, to train on and to test on.
+
+    Raises:
+        ValueError: for images that are not square.
+    """
+    for part in parts:
+        if part.shape[-1] != part.shape[-2]:
+            raise ValueError(f"{name}: got images of {tuple(part.shape[1:])}, expected square ones")
+    return Images(name, *(part.float() / 127.5 - 1 for part in parts))
 
 
 @functools.cache
@@ -84,5 +81,6 @@ def images(kind: str, folder: Path | None = None) -> Images:
     if kind == "idx":
         if folder is None:
             raise ValueError("folder: got None, expected the folder of the idx files")
-        return idx(folder)
-    return digits() if kind == "digits" else Images("glyphs", *glyphs())
+        files = [folder / f"{part}-images-idx3-ubyte.gz" for part in ("train", "t10k")]
+        return bytes_of(folder.name, *map(datasets.read, files))
+    return digits() if kind == "digits" else bytes_of("glyphs", *datasets.glyphs())
