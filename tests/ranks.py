@@ -27,6 +27,7 @@ from pyro_diffusion.distributions import (
     ProbabilityFlow,
 )
 from pyro_diffusion.dynamics import Hutchinson, ODESolver, SDESolver
+from pyro_diffusion.dynamics.trace_estimators import gaussian
 from pyro_diffusion.processes import global_batch
 from pyro_diffusion.samplers import DDIM
 from tests.small_diffusions import SMALL_DIFFUSIONS
@@ -200,19 +201,18 @@ def curve(loss: Any, process_group: Any) -> Tensor:
 
 def noises(process_group: Any) -> dict[str, Tensor]:
     """Numbers that must differ from rank to rank, though all ranks have one seed; `same` must not."""
-    x = torch.zeros(4, 3)
-    flow = ProbabilityFlow(SMALL["normal"].denoiser(), (3,), solver=ODESolver("rk4", steps=2))
     pyro.set_rng_seed(1)
-    denoiser = SMALL["normal"].denoiser()
+    x, denoiser = torch.zeros(4, 3), SMALL["normal"].denoiser()
+    flow = ProbabilityFlow(denoiser, (3,), solver=ODESolver("rk4", steps=2))
     out = {
         "chain": Diffusion(denoiser, (3,), 5).log_prob(x),
-        "probes": flow.replace(trace=Hutchinson(1)).log_prob(x),
+        "probes": flow.replace(trace=Hutchinson(1, gaussian)).log_prob(x),
         "dequantization": Dequantization()._inverse(x),
     }
     with global_batch(len(x), seed=0, process_group=process_group):
         out["chain of a step"] = Diffusion(denoiser, (3,), 5).log_prob(x)
         out["one datum of a step"] = Diffusion(denoiser, (3,), 5).log_prob(x[0])
-        out["probes of a step"] = flow.replace(trace=Hutchinson(1)).log_prob(x)
+        out["probes of a step"] = flow.replace(trace=Hutchinson(1, gaussian)).log_prob(x)
         out["dequantization of a step"] = Dequantization()._inverse(x[:, 0])
         out["site of a step"] = pyro.sample("z", dist.Normal(0.0, 1.0))
         out["draws of a step"] = SMALL["normal"](denoiser).sample((4,))
