@@ -47,6 +47,8 @@ TINY = {
     " --sweeps 4 --warmup 4 --gibbs-particles 2 --reference-particles 4 --reference-draws 4"
     " --reference-sweeps 16",
     "table": "--steps 3 --batch 8 --width 8 --terms 2 --components 1 2 --shown 2",
+    "foreign_model": "--no-diffusers --steps 3 --batch 8 --width 8 --scored 4 --knots 3 --terms 2"
+    " --chain 3 --particles 3 --images 2",
     "second_network": f"{PRIOR} --width 2 --classifier-steps 3 --steps 3 --particles 3 --draws 3"
     " --prior-draws 5 --shown 2",
 }

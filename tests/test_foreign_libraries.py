@@ -183,3 +183,33 @@ def test_denoisers_of_azula(name):
         torch.testing.assert_close(
             simulate(model, grid, x[0], DDIM()), expected, atol=1e-9, rtol=1e-7
         )
+
+
+def test_the_bound_of_their_unet_is_our_formula(diffusers):
+    """Terms of the bound on the same draw of noise, by the scheduler's means and variances."""
+    network = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+    ).eval()  # fmt: skip
+    scheduler = diffusers.DDPMScheduler(**options(variance_type="fixed_large"))
+    chain = Diffusion(from_diffusers(network, scheduler), (1, 8, 8), steps=COUNT - 1)
+    x = torch.randn(3, 1, 8, 8)
+    signal = scheduler.alphas_cumprod
+    for index in (0, 1, 20, COUNT - 1):
+        with torch.no_grad():
+            torch.manual_seed(index)
+            found = chain.bound_terms(x, index)
+            torch.manual_seed(index)
+            xt = scheduler.add_noise(x, torch.randn(x.shape), torch.tensor([index] * 3))
+            step = scheduler.step(network(xt, index).sample, index, xt)
+        if index == 0:
+            law = torch.distributions.Normal(step.pred_original_sample, (1 - signal[0]).sqrt())
+            expected = -law.log_prob(x)
+        else:
+            now, before = signal[index], signal[index - 1]
+            beta = 1 - now / before
+            least = beta * (1 - before) / (1 - now)
+            gap = before.sqrt() * beta / (1 - now) * (x - step.pred_original_sample)
+            expected = 0.5 * (least / beta - 1 - (least / beta).log() + gap.square() / beta)
+        torch.testing.assert_close(found, expected.flatten(1).sum(1), atol=1e-3, rtol=1e-4)
