@@ -399,6 +399,33 @@ def test_a_foreign_model_is_saved_whole(tmp_path):
     assert torch.equal(other.denoiser(x, 0.4).variance, model(x, 0.4).variance)
 
 
+@pytest.mark.parametrize("name", ["flow", "ve", "edm", "score_sde"])
+def test_every_family_is_saved(tmp_path, name):
+    path, model, x = tmp_path / "model.safetensors", FAMILIES[name](), torch.randn(3, 1)
+    model.network.network.weight.data.fill_(0.1)
+    checkpoint.save_model(path, model)
+    network = FAMILIES[name]().network.network
+    other = checkpoint.load_model(path, network=network)
+    assert torch.equal(other(x, 0.4).mean, model(x, 0.4).mean)
+    assert float(network.weight.detach()) == pytest.approx(0.1)
+
+
+def test_a_masked_language_model_is_saved(tmp_path):
+    path = tmp_path / "model.safetensors"
+    model = from_masked_lm(Counts(), vocabulary=5, mask_token=1, never=(4,))
+    checkpoint.save_model(path, DiffusionCTMC(model, (4,), steps=3))
+    other = checkpoint.load_model(path, network=Counts())
+    assert (other.denoiser.network.mask_token, other.denoiser.network.never) == (1, (4,))
+    assert other.sample((2,)).shape == (2, 4)
+
+
+def test_scales_without_a_name_are_no_part_of_a_file(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"^model\.process\.schedule\.scales: got method, expected .*register"
+    ):
+        checkpoint.save_model(tmp_path / "a.safetensors", from_azula(Azula(), event_dim=1))
+
+
 # --- folders
 
 

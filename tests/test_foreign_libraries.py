@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_diffusion import Diffusion
+from pyro_diffusion import Diffusion, checkpoint
 from pyro_diffusion.foreign import from_azula, from_diffusers, load_diffusers
 from pyro_diffusion.samplers import DDIM, simulate
 
@@ -213,3 +213,23 @@ def test_the_bound_of_their_unet_is_our_formula(diffusers):
             gap = before.sqrt() * beta / (1 - now) * (x - step.pred_original_sample)
             expected = 0.5 * (least / beta - 1 - (least / beta).log() + gap.square() / beta)
         torch.testing.assert_close(found, expected.flatten(1).sum(1), atol=1e-3, rtol=1e-4)
+
+
+def test_a_denoiser_of_azula_is_saved(tmp_path):
+    denoise, noise = pytest.importorskip("azula.denoise"), pytest.importorskip("azula.noise")
+    checkpoint.register(noise.VPSchedule)
+    theirs = denoise.SimpleDenoiser(Plain(), noise.VPSchedule(alpha_min=0.02))
+    model, x = from_azula(theirs, event_dim=1), torch.randn(4, 3)
+    checkpoint.save_model(tmp_path / "model.safetensors", model)
+    again = denoise.SimpleDenoiser(Plain(), noise.VPSchedule(alpha_min=0.02))
+    other = checkpoint.load_model(tmp_path / "model.safetensors", network=again)
+    assert other.process.schedule.log_snr_min == model.process.schedule.log_snr_min
+    assert torch.equal(other(x, 0.4).mean, model(x, 0.4).mean)
+
+
+class Plain(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 3)
+
+    def forward(self, x, t):
+        return super().forward(x)
