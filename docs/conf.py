@@ -64,10 +64,10 @@ nitpick_ignore_regex = [
     (
         r"py:(class|exc)",
         r"pyro_diffusion\..+\.("
-        r"\w*Coefficients|Analysis|CachedModule|Rates|ConditionalFilter|Conditioning|Filter|"
+        r"\w*Coefficients|Analysis|C|CachedModule|Rates|ConditionalFilter|Conditioning|Filter|"
         r"GaussianSDE|LinearizedDenoiser|LinearizedLikelihood|Method|NoClosedForms|Node|NoiseHead|"
         r"NoiseSource|Observations|ParticleFilter|Endpoint|PreciseModule|ScheduleLike|Solved|"
-        r"Sources|TwoEndedSchedule"
+        r"Recorded|Sources|TwoEndedSchedule"
         r")|SMCFailed",
     ),
 ]

@@ -24,7 +24,7 @@ def from_edm(
     :math:`x_t = x_0 + \sigma\epsilon`; the preconditioning is the module's own.
 
     Args:
-        network: called with x of shape (N, *event), sigma of shape (N,) and context by name.
+        network: called with x of shape ``(N, *event)``, sigma of shape ``(N,)`` and context by name.
         sigma_min: noise scale at t = 0.
         sigma_max: noise scale at t = 1.
         rho: of the schedule: uniform times are the paper's grid.

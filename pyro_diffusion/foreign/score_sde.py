@@ -30,7 +30,7 @@ def from_score_sde(
     betas: :func:`from_diffusers` with ``trained_betas``.
 
     Args:
-        network: called with x of shape (N, *event) and labels of shape (N,).
+        network: called with x of shape ``(N, *event)`` and labels of shape ``(N,)``.
         beta_min: rate of the SDE at u = 0.
         beta_max: rate at u = 1.
         scales: N, the labels of one unit of time, and one more.

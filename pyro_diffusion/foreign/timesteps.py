@@ -122,7 +122,7 @@ class TimestepNetwork(DefinedModule):
         self.network, self.time, self.heads = network, time, heads
 
     def forward(self, x: Tensor, log_snr: Tensor, **context: Tensor) -> Tensor:
-        """x of shape (N, *event), log_snr (N,) -> x's shape, or that and (2,)."""
+        """x of shape ``(N, *event)``, log_snr ``(N,)`` -> x's shape, or that and (2,)."""
         norm = self.time.norm(log_snr).reshape(-1, *(1,) * (x.dim() - 1))
         out = self.network((norm * x).to(x.dtype), self.time.timestep(log_snr), **context)
         out = getattr(out, "sample", out)
