@@ -30,8 +30,8 @@ from pyro_diffusion.estimate import Estimate
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the examples stand beside
-from examples import digits
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import digits
 
 DECODER = QuantizedDecoder(digits.LEVELS)
 

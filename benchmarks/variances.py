@@ -44,8 +44,8 @@ from pyro_diffusion.schedules import Cosine, Level, uniform
 from pyro_diffusion.schedules.optimal_grid import optimal_grids
 from pyro_diffusion.unwrapping import per_coordinate
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from examples import digits
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import digits
 
 STEPS = (10, 25, 50, 100, 200, 400, 1000)
 Grids = dict[int, Tensor]

@@ -2,6 +2,7 @@
 
 Run: python examples/digits.py
 Longer: python examples/digits.py --steps 5000 --dropout 0.4 --weight-decay 0.2 --out results/digits_longer
+Others: python examples/digits.py --images glyphs --out results/glyphs, or --images FILE, .npy or of idx
 
 Integers 0..16 are modelled as integers: the denoiser returns a posterior over the 17 levels of each pixel,
 the decoder takes them as probabilities. Training is SVI. A run that was killed goes on from its
@@ -13,10 +14,9 @@ import json
 from functools import partial
 from pathlib import Path
 
-import numpy as np
+import image_data
 import pyro
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -35,37 +35,41 @@ from pyro_diffusion import (
     samplers,
 )
 
-LEVELS, EVENT_SHAPE = 17, (1, 8, 8)
+LEVELS, EVENT_SHAPE = 17, (1, 8, 8)  # of the digits
 
 
-def load() -> dict[str, Tensor]:
-    """Integer images (n, 1, 8, 8): 1257 to train on, 180 for all choices, 360 to report."""
-    images = torch.tensor(load_digits().images, dtype=torch.long).unsqueeze(1)
-    order = np.random.default_rng(0).permutation(1797)
-    parts = {"train": order[:1257], "validation": order[1257:1437], "test": order[1437:]}
-    return {name: images[rows] for name, rows in parts.items()}
+def load(images: str = "digits", side: int = 28) -> dict[str, Tensor]:
+    """Integer images (n, 1, 8, 8): 1257 to train on, 180 for all choices, 360 to report. Or others."""
+    return image_data.load(images, side)
 
 
-def build(args: argparse.Namespace) -> LevelsDenoiser:
+def build(args: argparse.Namespace, channels: int = 1, levels: int = LEVELS) -> LevelsDenoiser:
     """A U-Net that gives a posterior over the levels of every pixel."""
     process = GaussianProcess(Cosine(log_snr_max=12.0, log_snr_min=-9.0, shift=1.25), event_dim=3)
-    network = UNet(1, width=args.width, blocks=args.blocks, outputs=LEVELS, dropout=args.dropout)
-    return LevelsDenoiser(network, process, denoisers.uniform_levels(LEVELS))
+    network = UNet(
+        channels, width=args.width, blocks=args.blocks, outputs=levels, dropout=args.dropout
+    )
+    return LevelsDenoiser(network, process, denoisers.uniform_levels(levels))
 
 
-def diffusion(denoiser: LevelsDenoiser, steps: int) -> Diffusion:
+def diffusion(
+    denoiser: LevelsDenoiser, steps: int, event_shape: tuple[int, ...] = EVENT_SHAPE
+) -> Diffusion:
     """The chain over images."""
-    return Diffusion(denoiser, EVENT_SHAPE, steps, decoder=QuantizedDecoder(LEVELS))
+    decoder = QuantizedDecoder(len(denoiser.values))
+    return Diffusion(denoiser, event_shape, steps, decoder=decoder)
 
 
 def train(args: argparse.Namespace) -> tuple[LevelsDenoiser, list[float]]:
     """Fit by SVI, or go on from the checkpoint; the denoiser has averaged weights. And the losses."""
-    denoiser = build(args)
+    data = load(args.images, args.side)
+    levels = 1 + max(int(images.max()) for images in data.values())
+    denoiser = build(args, data["train"].shape[1], levels)
 
     def model(x: Tensor) -> None:
         pyro.module("denoiser", denoiser)
         with pyro.plate("data", len(x)):
-            pyro.sample("x", diffusion(denoiser, args.chain), obs=x)
+            pyro.sample("x", diffusion(denoiser, args.chain, x.shape[1:]), obs=x)
 
     trainer = Trainer(
         model,
@@ -76,7 +80,7 @@ def train(args: argparse.Namespace) -> tuple[LevelsDenoiser, list[float]]:
     )
     args.out.mkdir(parents=True, exist_ok=True)
     history = trainer.fit(
-        load()["train"],
+        data["train"],
         steps=args.steps,
         batch_size=args.batch,
         checkpoint=args.out / "checkpoint.safetensors",
@@ -94,13 +98,15 @@ def trained(out: Path) -> LevelsDenoiser:
     return train(args)[0]
 
 
-def histogram(train: Tensor, test: Tensor) -> evaluate.LogLikelihoodEstimate:
+def histogram(train: Tensor, test: Tensor, levels: int) -> evaluate.LogLikelihoodEstimate:
     """The baseline of independent pixels: smoothed histograms, an exact likelihood."""
-    counts = torch.nn.functional.one_hot(train, LEVELS).sum(0).double()
-    pooled = counts.mean((0, 1, 2))
-    probs = (counts + LEVELS * pooled / pooled.sum() + 0.05).log()
+    pixels = torch.arange(test[0].numel())
+    cells = train.flatten(1) + levels * pixels
+    counts = cells.flatten().bincount(minlength=levels * len(pixels)).view(-1, levels).double()
+    pooled = counts.mean(0)
+    probs = (counts + levels * pooled / pooled.sum() + 0.05).log()
     probs = probs - probs.logsumexp(-1, keepdim=True)
-    value = probs.expand(*test.shape, LEVELS).gather(-1, test.unsqueeze(-1)).flatten(1).sum(1)
+    value = probs[pixels, test.flatten(1)].sum(1)
     return evaluate.LogLikelihoodEstimate(
         value, torch.zeros_like(value), "exact", 0, test[0].numel()
     )
@@ -110,11 +116,12 @@ def score(
     denoiser: LevelsDenoiser, data: dict[str, Tensor], args: argparse.Namespace
 ) -> dict[str, evaluate.LogLikelihoodEstimate]:
     """Bounds on held-out data and a baseline; importance weighting of few images on a short chain."""
-    chain, few = diffusion(denoiser, args.chain), data["test"][: args.weighted_images]
-    short = diffusion(denoiser, args.weighted_steps)
+    few = data["test"][: args.weighted_images]
+    chain = diffusion(denoiser, args.chain, few.shape[1:])
+    short = diffusion(denoiser, args.weighted_steps, few.shape[1:])
     bound = {"num_terms": args.draws, "progress": args.progress}
     return {
-        "histogram": histogram(data["train"], data["test"]),
+        "histogram": histogram(data["train"], data["test"], len(denoiser.values)),
         "validation": evaluate.log_likelihood(chain, data["validation"], **bound),
         "test": evaluate.log_likelihood(chain, data["test"], **bound),
         "test_subset": evaluate.log_likelihood(short, few, progress=args.progress),
@@ -164,9 +171,10 @@ def draw(
     args: argparse.Namespace,
 ) -> None:
     """Every figure, into the output folder."""
-    chain = diffusion(denoiser, args.chain)
+    chain = diffusion(denoiser, args.chain, data["test"].shape[1:])
+    grey = {"low": 0, "high": len(denoiser.values) - 1}
     with torch.no_grad():
-        noise = denoiser.process.prior(EVENT_SHAPE).expand((args.samples,)).sample()
+        noise = denoiser.process.prior(chain.event_shape).expand((args.samples,)).sample()
         states, record = samplers.base.recorder()
         samplers.simulate(
             denoiser, chain.times, noise, chain.sampler, progress=args.progress, callback=record
@@ -175,8 +183,8 @@ def draw(
     shown = torch.linspace(0, args.chain, 8).long()
     path = torch.stack([states[j] for j in shown])[:, :6]
     figures = {
-        "samples": plotting.sample_grid(images, low=0, high=LEVELS - 1).figure,
-        "data": plotting.sample_grid(data["test"][: args.samples], low=0, high=LEVELS - 1).figure,
+        "samples": plotting.sample_grid(images, **grey).figure,
+        "data": plotting.sample_grid(data["test"][: args.samples], **grey).figure,
         "trajectory": plotting.reverse_trajectory(path, chain.times.flip(0)[shown]),
         "bound_per_step": plotting.bound_per_step(
             result.terms.log_snr,
@@ -197,6 +205,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("results/digits"), help="output folder")
+    parser.add_argument(
+        "--images", default="digits", help="digits, glyphs, photographs, or a file, .npy or of idx"
+    )
+    parser.add_argument("--side", type=int, default=28, help="pixels of glyphs and photographs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2400, help="training steps")
     parser.add_argument("--batch", type=int, default=64)
@@ -224,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     pyro.set_rng_seed(args.seed)
     denoiser, losses = train(args)
     pyro.set_rng_seed(args.seed)
-    data = load()
+    data = load(args.images, args.side)
     results = score(denoiser, data, args)
     report(results, args)
     draw(denoiser, losses, results["test"], data, args)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -112,6 +113,16 @@ def test_same_seed_same_metrics(tmp_path):
         check(run(TWICE, folder, "--seed", "5"), folder)
     one, two = ((folder / "metrics.json").read_bytes() for folder in folders)
     assert one == two
+
+
+def test_digits_take_images_of_a_file(tmp_path):
+    """Five levels, twelve pixels wide: shapes and levels are those of the file."""
+    images = np.random.default_rng(0).integers(0, 5, (20, 12, 12), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    metrics = run("digits", tmp_path, "--images", "images.npy", "--samples", "2")
+    check(metrics, tmp_path)
+    uniform = math.log2(5)  # independent pixels, two images to report
+    assert abs(metrics["histogram"]["value"] - uniform) < 0.5
 
 
 def test_text_models_may_be_trained_apart(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the examples stand beside
-from examples import datasets
+from examples import image_data
 
 KINDS = ("digits", "glyphs", "idx")
 
@@ -58,7 +58,7 @@ class Images:
 
 def digits() -> Images:
     """scikit-learn's: 1437 to train on, 360 to test on."""
-    images = datasets.digits().float() / 8 - 1
+    images = image_data.digits().float() / 8 - 1
     order = np.random.default_rng(0).permutation(len(images))
     return Images("digits", images[order[:1437]], images[order[1437:]])
 
@@ -82,5 +82,5 @@ def images(kind: str, folder: Path | None = None) -> Images:
         if folder is None:
             raise ValueError("folder: got None, expected the folder of the idx files")
         files = [folder / f"{part}-images-idx3-ubyte.gz" for part in ("train", "t10k")]
-        return bytes_of(folder.name, *map(datasets.read, files))
-    return digits() if kind == "digits" else bytes_of("glyphs", *datasets.glyphs())
+        return bytes_of(folder.name, *map(image_data.read, files))
+    return digits() if kind == "digits" else bytes_of("glyphs", *image_data.glyphs())

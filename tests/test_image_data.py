@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples import datasets
+from examples import image_data
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 7)).astype(np.uint8)
 
@@ -33,9 +33,9 @@ def test_files_of_every_kind_have_the_same_images(tmp_path):
         idx(tmp_path / "images-idx3-ubyte.gz", PIXELS),
     ]
     for path in files:
-        assert torch.equal(datasets.read(path), expected), path
+        assert torch.equal(image_data.read(path), expected), path
     colour = np.stack([PIXELS, 255 - PIXELS, PIXELS // 2], -1)
-    found = datasets.read(npy(tmp_path / "colour.npy", colour))
+    found = image_data.read(npy(tmp_path / "colour.npy", colour))
     assert found.shape == (5, 3, 6, 7)
     assert torch.equal(found[:, 1], 255 - expected[:, 0])
 
@@ -59,41 +59,55 @@ def test_bad_arrays_are_refused_by_name(tmp_path, array, message):
     path = tmp_path / "images.npy"
     np.save(path, array, allow_pickle=True)
     with pytest.raises(ValueError, match=rf"images\.npy: {message}"):
-        datasets.read(path)
+        image_data.read(path)
 
 
 def test_bad_files_are_refused_by_name(tmp_path):
     labels = idx(tmp_path / "labels", PIXELS, bytes([0, 0, 8, 1]))
     with pytest.raises(ValueError, match=r"labels: got first bytes 00000801, expected .*00000803"):
-        datasets.read(labels)
+        image_data.read(labels)
     short = idx(tmp_path / "short", PIXELS)
     short.write_bytes(short.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"short: got 209 pixels, expected \(5, 6, 7\)"):
-        datasets.read(short)
+        image_data.read(short)
     for name in ("text.npy", "text"):
         (tmp_path / name).write_text("no images")
         with pytest.raises(ValueError, match=rf"{name}: .*expected"):
-            datasets.read(tmp_path / name)
+            image_data.read(tmp_path / name)
     with pytest.raises(FileNotFoundError):
-        datasets.read(tmp_path / "nothing.npy")
+        image_data.read(tmp_path / "nothing.npy")
 
 
 def test_parts_of_a_split_are_all_rows_once():
-    parts = datasets.split(torch.arange(1797))
+    parts = image_data.split(torch.arange(1797))
     assert {name: len(rows) for name, rows in parts.items()} == {
         "train": 1257,
         "validation": 180,
         "test": 360,
     }
     assert torch.equal(torch.cat([*parts.values()]).sort().values, torch.arange(1797))
-    assert torch.equal(parts["test"], datasets.split(torch.arange(1797))["test"])
+    assert torch.equal(parts["test"], image_data.split(torch.arange(1797))["test"])
+
+
+def test_sources_by_name_and_by_file(tmp_path):
+    digits = image_data.load()
+    assert digits["test"].shape == (360, 1, 8, 8)
+    glyphs = image_data.load("glyphs", 16)
+    train, test = image_data.glyphs(side=16)
+    assert torch.equal(torch.cat([glyphs["validation"], glyphs["train"]]), train)
+    assert torch.equal(glyphs["test"], test)
+    assert image_data.load("photographs", 40)["train"].shape[1:] == (1, 40, 40)
+    path = npy(tmp_path / "own.npy", np.concatenate([PIXELS, PIXELS]))
+    assert [len(rows) for rows in image_data.load(str(path)).values()] == [7, 1, 2]
+    with pytest.raises(ValueError, match="images: got 5, expected 10 or more"):
+        image_data.load(str(npy(tmp_path / "few.npy", PIXELS)))
 
 
 @pytest.mark.parametrize("side", [16, 28])
 def test_demonstrations_of_any_size(side):
-    train, test = datasets.glyphs(copies=1, side=side)
-    photographs = datasets.photographs(side)
-    assert len(test) == 62 * len(datasets.TEST_FACES) and len(train) % 62 == 0
+    train, test = image_data.glyphs(copies=1, side=side)
+    photographs = image_data.photographs(side)
+    assert len(test) == 62 * len(image_data.TEST_FACES) and len(train) % 62 == 0
     for images in (train, test, photographs):
         assert images.shape[1:] == (1, side, side) and images.dtype == torch.long
         assert images.min() >= 0 and 200 < images.max() <= 255
@@ -106,6 +120,6 @@ def test_demonstrations_of_any_size(side):
 
 def test_sizes_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="side: got 4, expected 8 pixels or more"):
-        datasets.glyphs(side=4)
+        image_data.glyphs(side=4)
     with pytest.raises(ValueError, match="side: got 428, expected 1 to 427 pixels"):
-        datasets.photographs(428)
+        image_data.photographs(428)

@@ -73,8 +73,26 @@ def _idx(path: Path) -> np.ndarray:
     return pixels.reshape(shape)
 
 
+def load(source: str = "digits", side: int = 28) -> dict[str, Tensor]:
+    """Images to train on, for all choices, and to report.
+
+    Args:
+        source: ``digits``, ``glyphs``, ``photographs``, or else a file that :func:`read` takes.
+        side: pixels along an edge of glyphs and photographs.
+    """
+    if source == "glyphs":  # those to report are of other fonts
+        images, test = glyphs(side=side)
+        held = len(images) // 8
+        return {"train": images[held:], "validation": images[:held], "test": test}
+    if source == "digits":
+        return split(digits())
+    return split(photographs(side) if source == "photographs" else read(Path(source)))
+
+
 def split(images: Tensor) -> dict[str, Tensor]:
     """A tenth for all choices, a fifth to report, the rest to train on; the same rows at every call."""
+    if len(images) < 10:
+        raise ValueError(f"images: got {len(images)}, expected 10 or more, to leave some out")
     order = np.random.default_rng(0).permutation(len(images))
     first, second = len(images) * 7 // 10, len(images) * 8 // 10
     parts = {"train": order[:first], "validation": order[first:second], "test": order[second:]}
