@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -21,12 +22,22 @@ from tests import ranks
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What two processes found, rank by rank."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.ranks"]
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "ranks"
+    with FileLock(f"{folder}.lock"):  # once for all of pytest's workers
+        if not folder.exists():
+            folder.mkdir()
+            run_two(folder)
+    found = [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
+    refused = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return found, refused
+
+
+def run_two(folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
-            [*command, str(rank), "2", str(folder)],
+            [sys.executable, "-m", "tests.ranks", str(rank), "2", str(folder)],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -41,9 +52,6 @@ def two(tmp_path_factory):
         for process in running:
             process.kill()
             process.wait()
-    found = [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
-    refused = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-    return found, refused
 
 
 def table(found, name):
