@@ -158,7 +158,7 @@ class Builder:
         _check_arguments(cls, built, where)
         try:
             value = cls(**built)
-        except (ValueError, TypeError, RuntimeError) as error:
+        except Exception as error:  # whatever a class makes of what a file says
             raise ValueError(f"{where}: refused by {cls.__name__}: {error}") from error
         if module:
             self._built[where] = value
