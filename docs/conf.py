@@ -58,9 +58,10 @@ copybutton_prompt_is_regexp = True
 nitpick_ignore_regex = [
     (
         r"py:(class|func|meth|attr|data|exc|obj|mod)",
-        r"(abc|enum|torch|torchsde|pyro|numpy|pandas|arviz|xarray|matplotlib|collections\.abc|pathlib|os)\..+",
+        r"(abc|contextlib|enum|torch|torchsde|pyro|numpy|pandas|arviz|xarray|matplotlib|collections\.abc|pathlib|os)\..+",
     ),
-    # Parts of annotations and bases that are not for users, and an error of Pyro's in "Raises".
+    # Parts of annotations and bases that are not for users, an error of Pyro's in "Raises", and one half of
+    # an annotation that napoleon cuts at its comma.
     (
         r"py:(class|exc)",
         r"pyro_diffusion\..+\.("
@@ -68,7 +69,7 @@ nitpick_ignore_regex = [
         r"GaussianSDE|LinearizedDenoiser|LinearizedLikelihood|Method|NoClosedForms|Node|NoiseHead|"
         r"NoiseSource|Observations|ParticleFilter|Endpoint|PreciseModule|ScheduleLike|Solved|"
         r"Recorded|Sources|TwoEndedSchedule"
-        r")|SMCFailed",
+        r")|SMCFailed|dict\[int",
     ),
 ]
 
