@@ -144,6 +144,7 @@ def refusals(folder: Path) -> dict:
             DataLoader(TensorDataset(x), batch_size=4), steps=1, progress=False
         ),
     }
+    cases["no group"] = lambda t: Trainer(t.program, optimizer=make)
     for name, case in cases.items():
         try:
             case(build(optimizer=make))

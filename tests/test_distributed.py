@@ -102,6 +102,7 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one(runs, tmp_path):
     [
         ("unequal", r"rows: got [48, 47] on ranks 0 to 1, expected the same on every rank"),
         ("too few", r"batch_size: got 48, expected at most 24, the data's rows for each of 2"),
+        ("no group", r"process_group: got None in a default group of 2 processes, expected"),
         ("steps", r"steps: got [1, 2] on ranks 0 to 1"),
         ("sampler", r"data: got a DataLoader with a SequentialSampler on 2 ranks, expected a Dist"),
     ],

@@ -1,12 +1,10 @@
 """A small U-Net trained on images, kept in a folder for later runs."""
 
-import contextlib
+from functools import partial
 from pathlib import Path
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -14,9 +12,9 @@ from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser, LearnedVariance
 from pyro_diffusion.distributions import Diffusion, Hybrid
 from pyro_diffusion.distributions.objectives import Objective
 from pyro_diffusion.nn import UNet
-from pyro_diffusion.optim import EMA, JointOptim
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine
+from pyro_diffusion.train import Trainer
 from trained_posteriors.images import Images
 
 STEPS = 64
@@ -39,40 +37,39 @@ def chain(
 
 
 def train(images: Images, objective: Objective | None, updates: int) -> GaussianDenoiser:
-    """Plain SVI with a falling learning rate; the average of the weights."""
+    """SVI with a falling learning rate; the average of the weights."""
     pyro.set_rng_seed(0)
     pyro.clear_param_store()
     denoiser, small = build(images), images.side == 8
-    batch = 128 if small else 64
 
     def model(x: Tensor) -> None:
         pyro.module("denoiser", denoiser)
         site = chain(denoiser, images.shape, objective)  # built anew: its noise is fresh
-        with pyro.plate("images", len(x)), poutine.scale(scale=1 / (images.pixels * len(x))):
+        with pyro.plate("images", len(x)):
             pyro.sample("x", site, obs=x)
 
-    optimizer = JointOptim(
-        torch.optim.AdamW,
-        {"lr": 2e-3, "weight_decay": 0.05},
-        torch.optim.lr_scheduler.CosineAnnealingLR,
-        {"T_max": updates},
-    )
-    svi = SVI(model, lambda x: None, optimizer, Trace_ELBO())
-    average = EMA(denoiser, 0.995)
-    denoiser.train()
-    losses: list[float] = []
-    for update in range(1, updates + 1):
+    trainer = Trainer(
+        model,
+        optimizer=partial(torch.optim.AdamW, lr=2e-3, weight_decay=0.05),
+        schedule=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=updates),
+        ema=0.995,
         # Half the time on a processor, for images whose training takes minutes.
-        half = contextlib.nullcontext() if small else torch.autocast("cpu", torch.bfloat16)
-        with half:
-            losses.append(svi.step(images.train[torch.randint(len(images.train), (batch,))]))
-        optimizer.step()
-        average.update()
-        if update % 100 == 0:
-            print(f"update {update}: loss {sum(losses[-100:]) / 100:.4f} nats a pixel", flush=True)
-    with average.average_parameters():
-        averaged = {name: value.clone() for name, value in denoiser.state_dict().items()}
-    denoiser.load_state_dict(averaged)
+        autocast=None if small else torch.bfloat16,
+        unit="nats/pixel",
+    )
+
+    def report(trainer: Trainer) -> None:
+        if trainer.step % 100 == 0:
+            loss = sum(trainer.history.losses[-100:]) / 100
+            print(f"update {trainer.step}: loss {loss:.4f} nats a pixel", flush=True)
+
+    trainer.fit(
+        images.train,
+        steps=updates,
+        batch_size=128 if small else 64,
+        callback=report,
+        progress=False,
+    )
     return denoiser
 
 

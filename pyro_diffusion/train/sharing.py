@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_diffusion.processes import global_batch
 from pyro_diffusion.processes.noise import fresh_seed
-from pyro_diffusion.ranks import ProcessGroup, agree, place, tell
+from pyro_diffusion.ranks import ProcessGroup, agree, default_size, place, tell
 
 __all__ = ["Sharing"]
 
@@ -27,12 +27,18 @@ class Sharing:
         seed: of the noise of all steps; one for all ranks.
 
     Raises:
-        ValueError: for anything but a group that this process is in.
+        ValueError: for anything but a group that this process is in; and for none where torch's default group
+            has several processes, which would all write the same files.
     """
 
     def __init__(self, process_group: ProcessGroup | None) -> None:
         self.group = process_group
         self.rank, self.size = place(process_group)
+        if process_group is None and default_size() > 1:
+            raise ValueError(
+                f"process_group: got None in a default group of {default_size()} processes, expected the "
+                "group that shares the run (torch.distributed.group.WORLD), or one of this process alone"
+            )
         self.seed = 0
 
     @property
