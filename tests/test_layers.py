@@ -7,17 +7,16 @@ import pyro_diffusion
 
 ROOT = Path(pyro_diffusion.__file__).parent
 LAYERS = [
-    {"validation", "precision", "unwrapping"},
+    {"validation", "precision", "unwrapping", "ranks"},
     {"estimate"},
     {"nn"},
-    {"checkpoint"},
     {"schedules"},
     {"processes"},
     {"denoisers"},
     {"samplers", "dynamics"},
     {"distributions"},
-    {"likelihoods"},
-    {"guidance"},
+    {"likelihoods", "checkpoint"},
+    {"guidance", "foreign"},
     {"infer", "optim"},
     {"evaluate", "train"},
     {"plotting"},

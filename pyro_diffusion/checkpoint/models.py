@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from pyro_diffusion.checkpoint.building import Builder, Describer
 from pyro_diffusion.checkpoint.files import CheckpointError
 from pyro_diffusion.checkpoint.saving import load, module_differences, save
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.distributions.base import DenoisedDistribution
 
 __all__ = ["load_model", "save_model"]
 
@@ -182,10 +184,6 @@ def _frozen(root: nn.Module) -> list[str]:
 
 def _check_model(model: Any) -> None:
     """Refuse anything but a denoiser, a distribution of one, or a transformed one."""
-    # which stand above this module
-    from pyro_diffusion.denoisers import Denoiser
-    from pyro_diffusion.distributions.base import DenoisedDistribution
-
     base = model
     while type(base) is TransformedDistribution:
         base = base.base_dist
