@@ -214,6 +214,20 @@ def test_tables_by_name(name):
         assert 1 - float(alphas[-1] / alphas[-2]) == pytest.approx(ends[1], rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "sigmoid"])
+def test_a_table_is_that_of_its_training_whatever_the_default_dtype(name):
+    def knots():
+        return from_diffusers(nn.Identity(), {"beta_schedule": name}).process.schedule.knots
+
+    single, default = knots(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        double = knots()
+    finally:
+        torch.set_default_dtype(default)
+    assert double.equal(single)
+
+
 # --- likelihoods
 
 

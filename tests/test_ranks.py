@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from filelock import FileLock
@@ -14,9 +16,12 @@ from torch.testing import assert_close
 
 from pyro_diffusion import evaluate
 from pyro_diffusion.distributions.bounded import _spread
-from pyro_diffusion.processes import drawing_from, global_batch
-from pyro_diffusion.processes.global_batch import BatchNoise, Shard, scoring_noise
+from pyro_diffusion.processes import draw, drawing_from, global_batch
+from pyro_diffusion.processes.global_batch import BatchNoise, Shard, current_shard, scoring_noise
+from pyro_diffusion.processes.noise import fresh_seed
 from tests import ranks
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +195,27 @@ def test_a_step_is_a_function_of_its_seed_and_number_and_leaves_the_generators_a
     assert first.equal(scores(seed=1, step=2))
     others = [first, scores(seed=1, step=3), scores(seed=2, step=2)]
     assert len(torch.cat(others).flatten().unique()) == 3 * 3 * 4
+
+
+def test_no_two_sources_of_a_step_give_the_same_numbers():
+    # Pyro's sites draw from torch's generators, `draw` from the rank's own, and each distribution has one.
+    with global_batch(4, seed=1, step=2):
+        sites = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0))
+        draws = draw(dist.Normal(torch.zeros(4), 1.0))
+        whole = [
+            scoring_noise(s, current_shard(), torch.Size((4,)), CPU)
+            for s in (fresh_seed(), fresh_seed())
+        ]
+        parts = [
+            scoring_noise(s, current_shard(), torch.Size((5,)), CPU)
+            for s in (fresh_seed(), fresh_seed())
+        ]
+        found = [sites, draws, *(noise.normal((4,), torch.zeros(())) for noise in whole + parts)]
+    assert len(torch.cat(found).unique()) == 24
+    # Those of a path that all rows of a rank share are the rank's, too; seeds of distributions are not.
+    each = [BatchNoise(5, Shard(2, start, 4)) for start in (0, 2)]
+    assert len({noise.joint_seed() for noise in each}) == 2
+    assert len({noise.fresh_seed() for noise in each}) == 1
 
 
 # --- refusals -------------------------------------------------------------------------------------------

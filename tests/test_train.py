@@ -3,6 +3,7 @@
 import csv
 import functools
 import math
+import shutil
 import sys
 import types
 
@@ -431,6 +432,30 @@ def test_a_killed_run_ends_where_it_would_have_ended(source, killed_at, tmp_path
     assert again.step == 8 and same.state_dict()["network.last.weight"].equal(
         found.state_dict()["network.last.weight"]
     )
+
+
+def test_a_trainer_goes_on_from_where_another_took_its_run(tmp_path):
+    x, path, taken = rows(), tmp_path / "run.safetensors", tmp_path / "taken.safetensors"
+
+    class Normal(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.zeros(3))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(self.loc, 1.0).to_event(1), obs=x)
+
+    def goes_on(trainer, steps, path):
+        history = fit(trainer, x, steps, batch_size=10, checkpoint=path)
+        return [*history.losses, *trainer.program.trained()[0][1].tolist()]
+
+    with pyro.settings.context(module_local_params=True):
+        first, *others = (Trainer(Normal(), optimizer=ADAM, ema=0.9) for _ in range(3))
+        goes_on(first, 2, path)
+        goes_on(others[0], 4, path)  # in a process of its own, say
+        shutil.copy(path, taken)
+        assert goes_on(first, 6, path) == goes_on(others[1], 6, taken)
 
 
 def test_checkpoints_of_other_runs_are_refused(tmp_path):

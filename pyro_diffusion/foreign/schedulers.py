@@ -207,10 +207,12 @@ def _betas(config: _Config) -> Tensor:
         config.number("beta_end", 0.02, below=1),
     )
     if name == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, count).square()
+        return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32).square()
     if name == "sigmoid":
-        return torch.sigmoid(torch.linspace(-6, 6, count)) * (end - start) + start
-    return torch.linspace(start, end, count)
+        return (
+            torch.sigmoid(torch.linspace(-6, 6, count, dtype=torch.float32)) * (end - start) + start
+        )
+    return torch.linspace(start, end, count, dtype=torch.float32)
 
 
 def _without_last_signal(betas: Tensor) -> Tensor:

@@ -108,7 +108,8 @@ def global_batch(
         raise ValueError(f"rows: got {list(counts)} on {size} ranks, expected at least one on each")
     starts = list(itertools.accumulate(counts, initial=0))
     noise = BatchNoise(keyed(seed, step), Shard(rows, starts[rank], starts[-1]))
-    with _seeded_generators(noise.own.seed), drawing_from(noise):
+    # Not by the seed of `noise.own`, whose numbers are those of a global generator of that seed.
+    with _seeded_generators(noise.own.fresh_seed()), drawing_from(noise):
         yield
 
 
@@ -132,6 +133,10 @@ class BatchNoise(NoiseSource):
     def uniform(self, shape: Shape, like: Tensor, event_dim: int = 0) -> Tensor:
         """Numbers from 0 to below 1 of this process's own; rows play no part."""
         return self.own.uniform(shape, like, event_dim)
+
+    def joint_seed(self) -> int:
+        """A seed for draws of this process's rows together: unlike those of distributions, its own."""
+        return self.own.joint_seed()
 
     def _other(
         self, distribution: TorchDistribution, base: object, sample_shape: torch.Size

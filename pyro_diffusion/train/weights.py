@@ -80,6 +80,7 @@ class Weights:
             CheckpointError, ValueError: for the weights of another program.
         """
         restore_module(self.module, state["trained"], name="weights")
+        self._trained = None  # what an earlier `finish` put aside is older
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.best = None
