@@ -7,6 +7,7 @@ import shutil
 import sys
 import types
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -15,7 +16,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
 from pyro_diffusion import (
     MLP,
@@ -29,6 +30,7 @@ from pyro_diffusion.checkpoint import CheckpointError
 from pyro_diffusion.train import Trainer
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
+SLOW = functools.partial(torch.optim.SGD, lr=0.02)
 ADAM = functools.partial(torch.optim.Adam, lr=0.02)
 
 
@@ -474,6 +476,39 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path):
         fit(Trainer(normal, optimizer=SGD), rows(), batch_size=10, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": SGD}, "optimizers.0.0.lr: got 0.02, expected 0.1"),
+        ({"T_max": 20}, "schedules.0.T_max: got 10, expected 20"),
+        ({"data": rows(59)}, "trainer.rows: got 60, expected 59"),
+        ({"data": rows().double()}, "trainer.dtype: got 'torch.float32', expected 'torch.float64'"),
+        (
+            {"data": DataLoader(rows(), batch_size=10)},
+            "trainer.data: got 'tensors', expected 'Data",
+        ),
+    ],
+)
+def test_a_run_goes_on_with_nothing_else_in_secret(tmp_path, change, message):
+    """Rates, schedules, data and dtypes, which the state of a checkpoint would otherwise overrule or meet."""
+
+    def run(optimizer=SLOW, T_max=10, data=None):
+        pyro.clear_param_store()
+        data = rows() if data is None else data
+        cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=T_max)
+        torch.set_default_dtype(torch.float32 if isinstance(data, DataLoader) else data.dtype)
+        trainer = Trainer(normal, optimizer=optimizer, schedule=cosine)
+        size = None if isinstance(data, DataLoader) else 10
+        fit(trainer, data, batch_size=size, checkpoint=tmp_path / "run.safetensors")
+
+    run()
+    try:
+        with pytest.raises(ValueError, match=message):
+            run(**change)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_an_order_that_cannot_be_repeated_is_refused_beside_a_checkpoint(tmp_path):
     class Odd(Sampler):
         def __iter__(self):
@@ -608,6 +643,14 @@ def test_parameters_that_appear_late_are_named():
         ({"save_every": 2}, "save_every: got 2 and no checkpoint"),
         ({"callback": 3}, "callback: got int"),
         ({"log_every": 0}, "log_every: got 0"),
+        ({"batch_size": "all"}, "batch_size: got 'all', expected an integer"),
+        ({"validation": rows, "validate_every": "often"}, "validate_every: got 'often'"),
+        ({"validation": DataLoader(torch.zeros(0, 3))}, "validation: got no rows"),
+        ({"checkpoint": 3}, "checkpoint: got int, expected a path"),
+        ({"checkpoint": "nowhere/a"}, "checkpoint: got 'nowhere/a', expected a file in a folder"),
+        ({"log": "nowhere/a.csv"}, "log: got 'nowhere/a.csv', expected a file in a folder"),
+        ({"checkpoint": "a", "description": "mine"}, "description: got str, expected a dict"),
+        ({"checkpoint": "a", "description": {"x": rows}}, "description: got .*, expected JSON"),
     ],
 )
 def test_bad_arguments_of_fit(arguments, message):
@@ -634,6 +677,8 @@ def test_bad_arguments_of_fit(arguments, message):
         ({"clip_norm": 0.0}, "clip_norm: got 0.0"),
         ({"accumulate": 0}, "accumulate: got 0"),
         ({"autocast": "half"}, "autocast: got 'half'"),
+        ({"autocast": torch.float64}, "autocast: got torch.float64, expected torch.bfloat16"),
+        ({"model": dist.Normal(0.0, 1.0)}, "model: got Normal"),
         (
             {"loss": pyro.infer.TraceGraph_ELBO()},
             "loss: got TraceGraph_ELBO, expected an ELBO with",
@@ -645,6 +690,96 @@ def test_bad_arguments_of_fit(arguments, message):
 def test_bad_arguments_of_the_trainer(arguments, message):
     with pytest.raises(ValueError, match=message):
         Trainer(**{"model": normal, "optimizer": SGD, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"optimizer": torch.optim.LBFGS}, "optimizer: got LBFGS"),
+        ({"optimizer": lambda p: []}, r"optimizer: got optimizers without \['loc', 'scale'\]"),
+        ({"optimizer": lambda p: SGD(p[:1])}, r"optimizer: got optimizers without \['scale'\]"),
+        ({"optimizer": lambda p: [SGD(p), SGD(p[1:])]}, r"with more than once \['scale'\]"),
+        (
+            {"optimizer": lambda p: SGD([torch.ones(1)])},
+            "optimizer: got 1 tensors that the program",
+        ),
+        (
+            {"schedule": torch.optim.lr_scheduler.ReduceLROnPlateau},
+            "schedule: got ReduceLROnPlateau",
+        ),
+        ({"schedule": lambda optimizer: None}, "schedule: got NoneType from it"),
+    ],
+)
+def test_optimizers_and_schedules_are_looked_at_before_a_step(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fit(Trainer(**{"model": normal, "optimizer": SGD, **arguments}), rows())
+
+
+def test_autocast_of_double_parameters_is_refused():
+    network = nn.Linear(3, 3).double()
+
+    def model(x):
+        pyro.module("network", network)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(network(x), 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match=r"network.weight of torch.float64, which it leaves"):
+        fit(Trainer(model, optimizer=SGD, autocast=torch.bfloat16), rows().double())
+
+
+def test_a_module_under_the_name_of_an_earlier_one_is_refused():
+    """As when a cell of a notebook is run again: Pyro's store keeps the parameters that it has."""
+
+    def trainer():
+        network = nn.Linear(3, 3)
+
+        def model(x):
+            pyro.module("network", network)
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(network(x), 1.0).to_event(1), obs=x)
+
+        return Trainer(model, optimizer=SGD)
+
+    fit(trainer(), rows())
+    with pytest.raises(ValueError, match=r"got 'network\$\$\$bias' of another module.*clear_param"):
+        fit(trainer(), rows())
+
+
+def test_what_would_be_lost_between_two_calls_is_refused():
+    trainer = Trainer(normal, optimizer=SGD)
+    fit(trainer, rows())
+    with pytest.raises(ValueError, match="steps: got 5 and a trainer that has taken 5"):
+        fit(trainer, rows())
+    with torch.no_grad():
+        pyro.param("loc").add_(1.0)
+    with pytest.raises(ValueError, match="got weights that were changed since the last call"):
+        fit(trainer, rows(), steps=6)
+
+
+def test_a_plate_of_neither_batch_nor_all_rows_is_refused():
+    def model(x):
+        loc = pyro.param("loc", torch.zeros(3))
+        with pyro.plate("data", 1000, subsample_size=7):
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x[:7])
+
+    with pytest.raises(ValueError, match=r"batches of 10 rows and plates of \{7: 1000\}"):
+        fit(Trainer(model, optimizer=SGD), rows(), batch_size=10)
+
+
+def test_a_loader_that_can_be_read_once_is_refused_when_it_ends():
+    class Once(IterableDataset):
+        rows = iter(rows(20))
+
+        def __iter__(self):
+            return self.rows
+
+    with pytest.raises(ValueError, match=r"got an empty DataLoader.*iterator that ends"):
+        fit(Trainer(normal, optimizer=SGD), DataLoader(Once(), batch_size=5))
+
+
+def test_true_of_numpy_stops_training():
+    history = fit(Trainer(normal, optimizer=SGD), rows(), callback=lambda t: np.bool_(t.step == 2))
+    assert (history.stopped, len(history.losses)) == ("callback", 2)
 
 
 def test_a_program_without_parameters_is_refused():

@@ -156,12 +156,13 @@ def _as_json(description: Mapping[str, Any]) -> dict[str, Json]:
 
 
 def _compare(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    differences = _differences(stored, expected, "")
-    if differences:
-        raise CheckpointError(f"{path}: of another model: {'; '.join(differences)}")
+    found = differences(stored, expected)
+    if found:
+        raise CheckpointError(f"{path}: of another model: {'; '.join(found)}")
 
 
-def _differences(stored: object, expected: object, where: str) -> list[str]:
+def differences(stored: object, expected: object, where: str = "") -> list[str]:
+    """What two nested mappings have otherwise, each by its keys with both values."""
     if not (isinstance(stored, Mapping) and isinstance(expected, Mapping)):
         return [] if stored == expected else [f"{where}: got {stored!r}, expected {expected!r}"]
     found = []
@@ -172,5 +173,5 @@ def _differences(stored: object, expected: object, where: str) -> list[str]:
         elif key not in stored:
             found.append(f"{inner}: got none, expected {expected[key]!r}")
         else:
-            found += _differences(stored[key], expected[key], inner)
+            found += differences(stored[key], expected[key], inner)
     return found

@@ -21,6 +21,8 @@ from pyro_diffusion.validation import check_positive_int, check_tensor, kind_of
 
 __all__ = ["Arguments", "Batches", "batches_of", "in_order", "rows_of"]
 
+EMPTY = "data: got an empty DataLoader, expected at least one batch"
+
 # Positional and keyword arguments of one run of the program.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -30,9 +32,11 @@ class Batches(Protocol):
 
     Attributes:
         even: whether ranks have equally many rows in each.
+        settings: what is drawn from; the same for a run that goes on.
     """
 
     even: bool
+    settings: dict[str, Any]
 
     def first(self) -> Arguments:
         """Some batch, which does not count."""
@@ -55,6 +59,7 @@ def batches_of(data: object, batch_size: int | None, sharing: Sharing) -> Batche
     """
     if data is None or isinstance(data, DataLoader):
         if batch_size is not None:
+            check_positive_int("batch_size", batch_size)
             kind = "None" if data is None else "a DataLoader"
             raise ValueError(f"batch_size: got {batch_size} and {kind} as data, expected None")
         return NoBatches() if data is None else LoaderBatches(data, sharing)
@@ -65,6 +70,9 @@ class NoBatches:
     """For programs that draw their own minibatches: no arguments."""
 
     even = True
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {"data": None}
 
     def first(self) -> Arguments:
         """Nothing."""
@@ -91,15 +99,18 @@ class TensorBatches:
 
     def __init__(self, data: object, batch_size: int | None, sharing: Sharing) -> None:
         self.data, self.rows = data, check_data("data", data)
+        if batch_size is not None:
+            check_positive_int("batch_size", batch_size)
         sharing.agree(rows=self.rows, batch_size=batch_size)
         most = self.rows // sharing.size
-        size = most if batch_size is None else check_positive_int("batch_size", batch_size)
+        size = most if batch_size is None else batch_size
         if not 0 < size <= most:
             of = f" for each of {sharing.size} processes" if sharing.size > 1 else ""
             raise ValueError(
                 f"batch_size: got {size}, expected at most {most}, the data's rows{of}"
             )
         self.size, self.sharing = size, sharing
+        self.settings = {"data": "tensors", "rows": self.rows, "batch_size": size * sharing.size}
         self.generator = torch.Generator().manual_seed(sharing.draw_seed())
         self.device = next(iter(named_parts("data", data).values())).device
         self._start()
@@ -154,12 +165,19 @@ class LoaderBatches:
         self.loader, self.epoch = loader, -1
         self.iterator: Iterator[Any] | None = None
         self.generators = _generators(loader)
+        data: Any = loader.dataset
+        size = loader.batch_size
+        self.settings = {
+            "data": "DataLoader",
+            "rows": len(data) if hasattr(data, "__len__") else None,
+            "batch_size": size and size * sharing.size,
+        }
 
     def first(self) -> Arguments:
         """The first of an epoch that is then forgotten."""
         for batch in self.loader:
             return arguments(_checked(batch))
-        raise ValueError("data: got an empty DataLoader, expected at least one batch")
+        raise ValueError(EMPTY)
 
     def _start(self) -> None:
         self.before = {
@@ -179,7 +197,9 @@ class LoaderBatches:
         batch = next(self.iterator, None)
         if batch is None:
             self._start()
-            batch = next(self.iterator)
+            batch = next(self.iterator, None)
+        if batch is None:
+            raise ValueError(f"{EMPTY} in every epoch; is its dataset an iterator that ends?")
         self.position += 1
         return arguments(batch)
 

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+from pyro_diffusion.validation import kind_of
+
 __all__ = ["Log", "open_log"]
 
 COLUMNS = ("step", "loss", "validation", "learning_rate", "seconds")
@@ -33,8 +35,22 @@ def open_log(path: str | os.PathLike[str] | None, step: int, unit: str) -> Log |
     """
     if path is None:
         return None
-    path = Path(path)
+    path = check_path("log", path)
     return Table(path, step) if path.suffix == ".csv" else _tensorboard(path, step, unit)
+
+
+def check_path(name: str, path: object) -> Path:
+    """A path in a folder that exists: what is written there last is not lost for want of one.
+
+    Raises:
+        ValueError: for any other.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{name}: got {kind_of(path)}, expected a path")
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"{name}: got {str(path)!r}, expected a file in a folder that exists")
+    return path
 
 
 class Table:
@@ -44,7 +60,13 @@ class Table:
         kept = []
         if step and path.exists():
             with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+                reader = csv.DictReader(file)
+                if tuple(reader.fieldnames or ()) != COLUMNS:
+                    raise ValueError(
+                        f"log: got {str(path)!r} with columns {reader.fieldnames}, expected the table of a "
+                        "training run, or no file"
+                    )
+                kept = [row for row in reader if int(row["step"]) <= step]
         self.file = path.open("w", newline="")
         self.writer = csv.DictWriter(self.file, COLUMNS, restval="")
         self.writer.writeheader()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import Distribution
 from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -93,6 +94,11 @@ class Program(nn.Module):
         self.parts.update({_name(module, names): module for module in found})
         held = {id(p) for p in self.parts.parameters()}
         alone = {n: p for n, p in sorted(run.parameters.items()) if id(p) not in held}
+        if stale := sorted(run.stale & {*alone}):
+            raise ValueError(
+                f"model: got {stale[0]!r} of another module from Pyro's store, expected that of the module "
+                "that ran; pyro.clear_param_store() before a new one takes its name"
+            )
         if alone:
             self.parts["store"] = _FromStore(alone)
             names |= {
@@ -115,6 +121,11 @@ class Program(nn.Module):
         if args or kwargs:
             rows = rows_of(args, kwargs)
             self._full_size = parts.get(rows)
+            if parts and not any(rows in sizes for sizes in run.plates.values()):
+                raise ValueError(
+                    f"data: got batches of {rows} rows and plates of {parts} (subsample: all), expected a "
+                    "plate of as many rows"
+                )
         elif len(parts) == 1:
             (self._full_size,) = parts.values()
             rows = self._full_size
@@ -136,6 +147,7 @@ class _Run(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.parameters: dict[str, Tensor] = {}
+        self.stale: set[str] = set()  # those that the store had of an earlier module of this name
         self.plates: dict[str, tuple[int, int]] = {}  # size of the subsample and of the whole
         self.observed: dict[str, float] = {}  # numbers, as many as the whole plates have
 
@@ -143,6 +155,9 @@ class _Run(Messenger):
         value = msg["value"]
         leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
         self.parameters[msg["name"]] = leaf
+        given = msg["args"][1] if len(msg["args"]) > 1 else None
+        if isinstance(given, nn.Parameter) and given is not leaf:
+            self.stale.add(msg["name"])
 
     def _pyro_post_sample(self, msg: Any) -> None:
         share = 1.0
@@ -229,7 +244,7 @@ def check_program(
     loss = pyro.infer.Trace_ELBO() if loss is None else loss
     guide = _empty if guide is None else guide
     for name, value in (("model", model), ("guide", guide)):
-        if not callable(value) or isinstance(value, type):
+        if not callable(value) or isinstance(value, type | Distribution):
             raise ValueError(f"{name}: got {kind_of(value)}, expected a Pyro program")
     if not isinstance(loss, ELBO) or not hasattr(loss, "differentiable_loss"):
         raise ValueError(

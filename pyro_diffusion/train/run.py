@@ -1,5 +1,6 @@
 """The loop of one call of ``Trainer.fit``."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from pyro_diffusion import checkpoint
 from pyro_diffusion.train.batches import Batches, LoaderBatches, check_repeatable
-from pyro_diffusion.train.logs import Log, open_log
+from pyro_diffusion.train.logs import Log, check_path, open_log
 from pyro_diffusion.train.randomness import rng_state, set_rng_state
 from pyro_diffusion.train.updates import Updates
 from pyro_diffusion.train.validation import Validation
@@ -79,8 +80,14 @@ class Run:
             if save_every is not None:
                 raise ValueError(f"save_every: got {save_every} and no checkpoint, expected None")
             return
-        self.path, self.save_every = Path(path), save_every
+        if not isinstance(description, Mapping | None):
+            raise ValueError(f"description: got {kind_of(description)}, expected a dictionary")
+        self.path, self.save_every = check_path("checkpoint", path), save_every
         self.description = {"trainer": settings, "description": dict(description or {})}
+        try:
+            json.dumps(self.description["description"], allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"description: got {description}, expected JSON: {error}") from error
         if isinstance(self.batches, LoaderBatches):
             check_repeatable(self.batches.loader)
 
@@ -95,6 +102,7 @@ class Run:
             raise checkpoint.CheckpointError(
                 f"{self.path}: of step {state['step']}, expected one of step {trainer.step} or later"
             )
+        self.updates.compare(state["updates"])  # before anything changes
         self.weights.load_state_dict(state["weights"])
         self.updates.load_state_dict(state["updates"])
         trainer._history.load_state_dict(state["history"])
@@ -156,7 +164,7 @@ class Run:
                 history.seconds += time.perf_counter() - start
                 self.report(self.validate() if due else None, losses)
                 start = time.perf_counter()
-            if self.callback is not None and self.callback(trainer) is True:
+            if self.callback is not None and _is_true(self.callback(trainer)):
                 history.stopped = history.stopped or "callback"
             ends = last or history.stopped is not None
             if ends or (self.save_every and step % self.save_every == 0):
@@ -191,3 +199,9 @@ class Run:
             rate = self.updates.learning_rate
             figures |= {"learning_rate": rate, "seconds": history.seconds}
             self.log.write(self.trainer.step, figures)
+
+
+def _is_true(found: object) -> bool:
+    """True of Python, numpy or torch; not whatever else a function may return."""
+    scalar = getattr(found, "shape", None) == () and "bool" in str(getattr(found, "dtype", ""))
+    return found is True or (scalar and bool(found))

@@ -111,8 +111,10 @@ class Trainer:
         check_updates(optimizer, schedule, clip_norm)
         if ema is not None and check_number("ema", ema, at_least=0) >= 1:
             raise ValueError(f"ema: got {ema}, expected a number in [0, 1), or None")
-        if autocast is not None and not isinstance(autocast, torch.dtype):
-            raise ValueError(f"autocast: got {autocast!r}, expected a torch dtype, or None")
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"autocast: got {autocast!r}, expected torch.bfloat16, torch.float16, or None"
+            )
         self.accumulate = check_positive_int("accumulate", accumulate)
         self.autocast = autocast
         self.step = 0
@@ -178,6 +180,13 @@ class Trainer:
             CheckpointError: for the checkpoint of another run.
         """
         check_positive_int("steps", steps)
+        for name, value in (("validate_every", validate_every), ("save_every", save_every)):
+            if value is not None:
+                check_positive_int(name, value)
+        if checkpoint is None and steps <= self.step:
+            raise ValueError(
+                f"steps: got {steps} and a trainer that has taken {self.step}, expected more, counted in all"
+            )
         self.sharing.agree(steps=steps, validate_every=validate_every, save_every=save_every)
         batches = batches_of(data, batch_size, self.sharing)
         first = batches.first()
@@ -200,7 +209,7 @@ class Trainer:
         run.keep_in(
             checkpoint,
             save_every,
-            {**self._settings, "batch_size": batch_size and batch_size * self.sharing.size},
+            {**self._settings, **batches.settings, "dtype": weights.dtype},
             description,
         )
         self._history.stopped = None
@@ -246,6 +255,12 @@ class Trainer:
         args, kwargs = batch
         with self._cast(_device_of(batch)):
             self.program.prepare(*args, **kwargs)
+        double = [name for name, p in self.program.trained() if p.dtype == torch.float64]
+        if self.autocast is not None and double:
+            raise ValueError(
+                f"autocast: got {self.autocast} and {double[0]} of torch.float64, which it leaves as it is; "
+                "expected torch.float32"
+            )
         self._module = self.sharing.wrap(self.program, self._updating[-1])
         self.sharing.seed = self.sharing.draw_seed() if self.sharing.group is not None else 0
         self._weights = Weights(self.program.parts, self._settings["ema"])  # type: ignore[arg-type]

@@ -74,4 +74,6 @@ class Validation:
                     loss = self.loss(*args, **kwargs).double()
                     total += rows_of(args, kwargs) * torch.stack([loss, torch.ones_like(loss)])
         loss, rows = self.sharing.total(total)
+        if rows == 0:
+            raise ValueError("validation: got no rows, expected at least one")
         return float(loss / rows)

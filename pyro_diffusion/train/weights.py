@@ -27,6 +27,11 @@ class Weights:
         self.best: dict[str, Tensor] | None = None
         self._trained: dict[str, Tensor] | None = None  # while others are in the module
 
+    @property
+    def dtype(self) -> str:
+        """Of all numbers, by name."""
+        return ", ".join(sorted({str(value.dtype) for value in _tensors(self.module).values()}))
+
     def update(self) -> None:
         """After a step."""
         if self.average is not None:
@@ -61,6 +66,13 @@ class Weights:
     def resume(self) -> None:
         """Training mode, and the weights that :meth:`finish` replaced."""
         if self._trained is not None:
+            left = self._usable() if self.best is None else self.best
+            changed = [n for n, v in _tensors(self.module).items() if not v.equal(left[n])]
+            if changed:
+                raise ValueError(
+                    f"model: got weights that were changed since the last call of fit ({changed[0]}), which "
+                    "would go on from those it trained; expected them as they were, or a new Trainer"
+                )
             _copy(self._trained, self.module)
             self._trained = None
         _train(self.module)
@@ -83,7 +95,7 @@ class Weights:
         self._trained = None  # what an earlier `finish` put aside is older
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.best = None
+        self._trained = self.best = None
         if state["best"] is not None:
             own = _tensors(self.module)
             self.best = {name: v.to(own[name].device) for name, v in state["best"].items()}
