@@ -21,7 +21,7 @@ from pyro_diffusion.guidance import (
 from pyro_diffusion.guidance.calibrated_covariance import CURVATURE, LENGTH, bounded
 from pyro_diffusion.guidance.calibration import DRAWS, KNOTS, calibrate, calibrated
 from pyro_diffusion.guidance.linear_estimate import LinearEstimate
-from pyro_diffusion.infer import AutoGuidance
+from pyro_diffusion.infer import AutoGuidance, TwistedSMC
 from pyro_diffusion.infer.twisted_smc import default_guidance
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.likelihoods.linearization import solve
@@ -230,6 +230,42 @@ def test_rows_do_not_depend_on_their_batch():
         assert_close(together[row], alone, rtol=1e-9, atol=1e-9)
     swapped = guided(x, times, label=1 - label).mean
     assert (swapped - together).abs().amax(-1).min() > 1e-3
+
+
+class Scalar(Denoiser):
+    """Normal data of one number each, in a way that is not known to be in closed form."""
+
+    def __init__(self):
+        super().__init__(GaussianProcess(LogLinear(8.0, -8.0), event_dim=0))
+
+    def forward(self, xt, t, **context):
+        level = self.process.level(t, xt)
+        precision = 2.0 + (level.alpha / level.sigma).square()
+        mean = (0.6 + level.alpha / level.sigma.square() * xt) / precision
+        return dist.Normal(mean, precision.rsqrt().expand(mean.shape))
+
+
+def test_data_of_one_number_each():
+    """The posterior given x_t and 2 x_0 + noise = 1; the log-evidence of a chain to 5 standard errors."""
+    denoiser, sd = Scalar(), 0.5
+    prior = Diffusion(denoiser, (), steps=40)
+
+    def model():
+        with pyro.plate("data", 3):
+            x = pyro.sample("x", prior)
+            pyro.sample("y", dist.Normal(2 * x, sd), obs=torch.ones((), dtype=F64))
+
+    observed = ProgramLikelihood(model)
+    x, t = torch.tensor([-1.0, 0.2, 3.0], dtype=F64), torch.tensor([0.2, 0.5, 0.9], dtype=F64)
+    prior_of, precision = denoiser(x, t), 4 / sd**2
+    expected = prior_of.mean + (1 - 2 * prior_of.mean) * (2 / sd**2) / (
+        prior_of.variance.reciprocal() + precision
+    )
+    assert_close(CalibratedCovariance(denoiser, observed)(x, t).mean, expected)
+    with pyro.poutine.seed(rng_seed=0):
+        found = TwistedSMC(prior, observed, num_particles=128).run().log_evidence
+    evidence = 3 * dist.Normal(0.6, (4 * 0.5 + sd**2) ** 0.5).log_prob(torch.tensor(1.0))
+    assert abs(found.value - evidence) < 5 * found.standard_error < 0.5
 
 
 def test_real_numbers_as_context_are_not_calibrated():

@@ -194,7 +194,7 @@ def _found(
 ) -> tuple[Evidence, float]:
     """The numbers of one level, and the scale of the estimate there."""
     products, squares, means = [], [], []
-    flat = directions.flatten(1).double()
+    flat = directions.reshape(len(directions), -1).double()
     for rows in _batches(len(x0), directions[0]):
         xt = draw(denoiser.process.marginal(x0[rows], level)).detach().requires_grad_()
         with torch.enable_grad():
@@ -208,8 +208,9 @@ def _found(
                 * torch.autograd.grad(mean, xt, z.expand_as(mean), retain_graph=True)[0]
                 for z in directions
             ]
-            products.append(matmul(torch.stack(images, 1).flatten(2).double(), flat.mT))
-        gap = (x0[rows] - means[-1]).flatten(1).double()
+            stacked = torch.stack(images, 1).reshape(len(xt), *flat.shape)
+            products.append(matmul(stacked.double(), flat.mT))
+        gap = (x0[rows] - means[-1]).reshape(len(xt), -1).double()
         squares.append(matmul(gap, flat.mT).square().mean(-1))
     evidence = _evidence(torch.cat(products), torch.cat(squares))
     return evidence, _scale(estimate, level, x0, torch.cat(means))
@@ -217,7 +218,7 @@ def _found(
 
 def _scale(estimate: LinearEstimate, level: Level, x0: Tensor, mean: Tensor) -> float:
     """The squared error of all states beside that of the linear estimate."""
-    error = (x0 - mean).flatten(1).double().square().sum(-1).mean()
+    error = (x0 - mean).double().square().sum() / len(x0)
     share = float(error) / float(estimate.diagonal(level, x0.shape[1:]).sum())
     return min(max(share, SCALES[0]), SCALES[1]) if share == share else SCALES[1]
 

@@ -105,7 +105,7 @@ class LinearEstimate(PreciseModule):
         found = matmul(1 / (1 / values + snr), squares.mT)
         if not self.complete:
             found = found + (1 - squares.sum(1)) / (1 / self.rest.to(snr) + snr)
-        return found.reshape(*times, *event)
+        return found.reshape((*times, *event))
 
     def _precisions(self, level: Level, event_dim: int) -> tuple[Tensor, torch.Size, bool]:
         """alpha^2/sigma^2, the shape of the times, and whether coordinates are alike: then times + (1,)."""

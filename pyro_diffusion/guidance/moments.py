@@ -191,21 +191,26 @@ def _measure(denoiser: Denoiser, times: Tensor, like: Tensor) -> Moments:
 
 def _of_draws(x0: Tensor, clocks: Tensor) -> Moments:
     """What the linear estimate needs."""
-    return Moments(LinearEstimate.of_draws(x0.flatten(1)).to(x0), x0.mean(0), clocks, ())
+    return Moments(LinearEstimate.of_draws(_flat(x0)).to(x0), x0.mean(0), clocks, ())
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Data as rows, scalars too."""
+    return x.reshape(len(x), -1)
 
 
 def _knot(
     x0: Tensor, mean: Tensor, root: Tensor, linear: Tensor, vectors: Tensor, floor: Tensor
 ) -> Knot:
     """Trust by regression along each principal component, then the errors' covariance."""
-    gap, error = ((v - linear).flatten(1) for v in (mean, x0))
+    gap, error = (_flat(v - linear) for v in (mean, x0))
     inner, outer = (v @ vectors for v in (gap, error))
     trust = _share((inner * outer).sum(0), inner.square().sum(0))
     products = (gap * error).sum() - (inner * outer).sum()
     squares = gap.square().sum() - inner.square().sum()
     weights = Along(vectors, trust, _share(products, squares))
-    best = linear.flatten(1) + weights.times(gap, 1)
-    errors = (x0.flatten(1) - best) / root.flatten(1)
+    best = _flat(linear) + weights.times(gap, 1)
+    errors = (_flat(x0) - best) / _flat(root)
     bias, scale = errors.mean(0), errors.std(0).clamp(min=LEAST_SCALE)
     found = LinearEstimate.of_draws((errors - bias) / scale).to(x0)
     correlation = Along(found.vectors, found.values, found.rest)
