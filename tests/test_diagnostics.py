@@ -12,7 +12,13 @@ from pyro.distributions import Delta
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyro_diffusion.denoisers import CategoricalDenoiser, MixtureDenoiser
+from pyro_diffusion.denoisers import (
+    CategoricalDenoiser,
+    Denoiser,
+    MixtureDenoiser,
+    analytic_variance,
+    residual_variance,
+)
 from pyro_diffusion.evaluate import (
     continuity_residual,
     sliced_wasserstein,
@@ -236,6 +242,36 @@ def test_residuals_of_images_and_float32():
 
 
 # Bad input
+
+
+class Shrunk(Denoiser):
+    """The posterior mean under standard normal data, shrunk a little."""
+
+    def __init__(self, event_dim):
+        super().__init__(GaussianProcess(LogLinear(8.0, -8.0), event_dim=event_dim))
+
+    def forward(self, xt, t, **context):
+        level = self.process.level(t, xt)
+        gain = 0.9 * level.alpha / (level.alpha.square() + level.sigma.square())
+        return Delta(gain * xt, event_dim=self.process.event_dim)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        lambda d, x: analytic_variance(d, x, knots=4).value,
+        lambda d, x: residual_variance(d, x, knots=4).value,
+        lambda d, x: continuity_residual(d, x, levels=3).value,
+        lambda d, x: vars(wasserstein_bound(d, x, num_points=4)),
+    ],
+    ids=["analytic", "residual", "continuity", "distance"],
+)
+def test_data_of_one_number_each_are_as_vectors_of_one(found):
+    x = torch.randn(20, dtype=F64)
+    torch.manual_seed(0)
+    scalars = found(Shrunk(0), x)
+    torch.manual_seed(0)
+    assert_close(scalars, found(Shrunk(1), x.unsqueeze(-1)))
 
 
 def categorical():

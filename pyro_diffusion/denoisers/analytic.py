@@ -206,7 +206,7 @@ def _estimate(
     with torch.no_grad():
         for level in map(levels.at, range(len(knots))):
             values = [
-                _on_clock(moment(x0, xt, mean, level), level).flatten(1).mean(1)
+                _on_clock(moment(x0, xt, mean, level), level).reshape(len(x0), -1).mean(1)
                 for x0, xt, mean in denoised_batches(
                     denoiser, data, level, num_samples, context, batch_size
                 )
@@ -220,7 +220,7 @@ def _estimate(
         Ability.ISOTROPIC in process.abilities
     ):  # otherwise the average may lie below a coordinate's own
         spread = spread.mean()
-    largest = _on_clock(cap(levels, spread), levels).flatten(1).mean(1)
+    largest = _on_clock(cap(levels, spread), levels).reshape(len(knots), -1).mean(1)
     clipped = torch.minimum(mean.clamp(min=0), largest)
     return EstimatedVariance(knots, clipped, torch.stack(errors)).to(data)
 

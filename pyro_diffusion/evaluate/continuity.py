@@ -136,5 +136,5 @@ def continuity_residual(
 
 def _residual(x: Tensor, gap: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """Half the derivative of cos(w . x + b) in the direction of a gap, (n, num_functions)."""
-    gradient = -torch.sin(x.flatten(1) @ w + b)
-    return 0.5 * gradient * (gap.flatten(1) @ w)
+    x, gap = (v.reshape(len(v), -1) for v in (x, gap))
+    return -0.5 * torch.sin(x @ w + b) * (gap @ w)

@@ -159,7 +159,7 @@ def wasserstein_bound(
         with torch.no_grad():
             target = data if reference is None else check_mean(reference(xt, level), data)
             gap = target - check_mean(denoiser(xt, level), data)
-        error.append(gap.flatten(1).square().sum(1).mean().sqrt())
+        error.append((gap.square().sum() / len(data)).sqrt())
         if lipschitz is None:
             constant.append(_one_sided_constant(denoiser, xt, level))
     slope = torch.stack(constant) if lipschitz is None else lipschitz(levels).expand(num_points)
@@ -186,7 +186,7 @@ def _trapezoids(values: Tensor, at: Tensor) -> Tensor:
 def _prior_distance(process: ForwardProcess, data: Tensor, end: Level) -> Tensor:
     """Bound of W2(q(x_1), p(x_1)): alpha x_0 + sigma eps beside scale eps."""
     scale = per_coordinate(process.prior(data.shape[1:], data.dtype, data.device)).scale
-    signal = end.alpha.square() * data.flatten(1).square().sum(1).mean()
+    signal = end.alpha.square() * data.square().sum() / len(data)
     return (signal + (scale - end.sigma).square().sum()).sqrt()
 
 
@@ -194,12 +194,12 @@ def _one_sided_constant(denoiser: Denoiser, xt: Tensor, level: Level) -> Tensor:
     """Largest eigenvalue of the symmetric part of the posterior mean's Jacobian over given states."""
     with torch.enable_grad():
         xt = xt.detach().requires_grad_()
-        mean = denoiser(xt, level).mean.flatten(1)
+        mean = denoiser(xt, level).mean.reshape(len(xt), -1)
         rows = [
-            torch.autograd.grad(mean[:, i].sum(), xt, retain_graph=True)[0].flatten(1)
+            torch.autograd.grad(mean[:, i].sum(), xt, retain_graph=True)[0]
             for i in range(mean.shape[1])
         ]
-    jacobian = torch.stack(rows, 1)
+    jacobian = torch.stack(rows, 1).reshape(*mean.shape, -1)
     return torch.linalg.eigvalsh(0.5 * (jacobian + jacobian.mT))[:, -1].max()
 
 
