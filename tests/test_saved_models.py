@@ -96,6 +96,8 @@ def bounded_data():
     chain = Diffusion(gaussian(), (2,), steps=3)
     parts = [
         transforms.AffineTransform(torch.ones(2), 2.0, event_dim=1),
+        transforms.LowerCholeskyAffine(torch.ones(2), 0.5 + torch.eye(2).tril()),
+        transforms.Permute(torch.tensor([1, 0])),
         transforms.SigmoidTransform(),
     ]
     return dist.TransformedDistribution(chain, parts)
@@ -329,6 +331,17 @@ class Local(Cosine):
     pass
 
 
+class Compiled(nn.Module):
+    """What torch.compile returns, as far as it matters here."""
+
+    def __init__(self):
+        super().__init__()
+        self._orig_mod = MLP(2)
+
+    def forward(self, *inputs):
+        return self._orig_mod(*inputs)
+
+
 def changed():
     model = gaussian()
     model.variance = LearnedVariance()
@@ -354,6 +367,7 @@ NOT_SAVED = [
     (lambda: VarianceDenoiser(gaussian(Unknown(2)), NPR(), Unknown(2)),
      r"^model\.network: got a Unknown beside a Unknown at model\.denoiser\.network"),
     (changed, r"^model: of another GaussianDenoiser: variance: got .*LearnedVar.*expected None.*changed"),
+    (lambda: gaussian(Compiled()), r"^model\.network: got what torch\.compile returned"),
     (lambda: spoilt(torch.nan), r"^model: got model: network\.last\.weight with 1 NaN or infinite of 8"),
     (lambda: spoilt(torch.inf), r"network\.last\.weight with 1 NaN or infinite"),
 ]  # fmt: skip
@@ -405,6 +419,13 @@ EDITS = [
     (with_class("nn.UNet"), r"network: got arguments event_size.*missing a required.*expected UNet"),
     (with_class("denoisers.unit_variance"), "got the class 'denoisers.unit_variance', expected"),
     (put("model", "version", 2), "model: got version 2, expected 1$"),
+    (put("model", "version", "1"), "model: got version '1', expected 1$"),
+    (put("model", "frozen", {"model.denoiser": "network"}), r"model\.denoiser: got 'network' as frozen"),
+    (put("model", "frozen", {"model.denoiser": ["x"]}), r"model\.denoiser: got \['x'\] as frozen"),
+    (put("model", "frozen", {}), r"model\.denoiser: got None as frozen"),
+    (put("mlp", "hidden", (2,) * 30), r"denoiser: of another .*; and \d+ more$"),
+    (put("weights", "network.last.bias", torch.ones(2).long()), r"last\.bias has torch\.int64, expected"),
+    (put("weights", "network.last.bias", torch.ones(2).bool()), r"last\.bias has torch\.bool, expected"),
     (put("model", "parts", 3), "got no model, expected a file of save_model"),
     (put("state", "model", None), "got no model, expected a file of save_model"),
     (put("mlp", "later", 1), "network: got arguments .*unexpected.*'later'.*of this version"),
@@ -436,6 +457,13 @@ def test_a_file_that_is_no_such_model_is_refused(tmp_path, edit, error):
     with pytest.raises(CheckpointError, match=error) as caught:
         load_model(path)
     assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("device", ["gpu", 3.5, "cuda:99"])
+def test_a_device_that_there_is_not_is_named(tmp_path, device):
+    save_model(tmp_path / "model.safetensors", gaussian())
+    with pytest.raises(ValueError, match=r"^device: got .*, expected one that torch has"):
+        load_model(tmp_path / "model.safetensors", device=device)
 
 
 def test_other_files_are_refused(tmp_path):

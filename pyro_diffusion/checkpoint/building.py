@@ -78,12 +78,19 @@ class Describer:
         try:
             arguments = constructor_arguments(value, cls)
         except ValueError as error:
-            raise ValueError(f"{where}: {cls.__name__}: {error}") from error
+            raise ValueError(
+                f"{where}: {cls.__name__}: {error} (or the class registered before the object was built)"
+            ) from error
         described = {k: self.describe(v, _below(where, k), root) for k, v in arguments.items()}
         return {"class": name, "arguments": described}
 
     def _leave_out(self, value: nn.Module, where: str) -> dict[str, str]:
         """A network that whoever loads the model will bring."""
+        if "_orig_mod" in value._modules:
+            raise ValueError(
+                f"{where}: got what torch.compile returned, whose weights have other names, expected the "
+                "module that it was given, or one compiled in place by its method compile()"
+            )
         if self.network is not None:
             raise ValueError(
                 f"{where}: got a {type(value).__name__} beside a {type(self.network).__name__} at "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_diffusion.checkpoint.building import Builder, Describer
 from pyro_diffusion.checkpoint.files import CheckpointError
-from pyro_diffusion.checkpoint.saving import load, module_differences, save
+from pyro_diffusion.checkpoint.saving import listed, load, module_differences, save
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions.base import DenoisedDistribution
 
@@ -94,7 +94,7 @@ def load_model(
         path: the file.
         network: for a model whose network is of a class without a name: a module like the one that was
             saved, which becomes the model's own.
-        device: where to put it; the CPU by default.
+        device: where to put it, as torch names it; the CPU by default.
 
     Returns:
         A denoiser or a distribution, as saved.
@@ -104,9 +104,11 @@ def load_model(
         CheckpointError: if the file is damaged or no model, is of another version, has a part without a
             name or arguments that its class refuses, or has tensors that are missing, too many, of another
             shape, NaN or infinite; each by its name.
+        ValueError: for a device that there is not.
     """
     if not isinstance(network, nn.Module | None):
         raise TypeError(f"network: got {type(network).__name__}, expected a module")
+    _check_device(device)
     path = Path(path)
     state = load(path)
     try:
@@ -117,10 +119,10 @@ def load_model(
 
 def _built(state: Mapping[Any, Any], network: nn.Module | None, device: Any = None) -> Any:
     match state:
-        case {"model": {"version": int(version)}} if version != VERSION:
-            raise ValueError(f"model: got version {version}, expected {VERSION}")
+        case {"model": {"version": version}} if type(version) is not int or version != VERSION:
+            raise ValueError(f"model: got version {version!r}, expected {VERSION}")
         case {
-            "model": {"parts": dict(parts), "frozen": dict(frozen)},
+            "model": {"version": _, "parts": dict(parts), "frozen": dict(frozen)},
             "weights": dict(weights),
         }:
             pass
@@ -132,8 +134,12 @@ def _built(state: Mapping[Any, Any], network: nn.Module | None, device: Any = No
         if not isinstance(left.get(where), Mapping):
             raise ValueError(f"{where}: got no weights, expected those of a {type(root).__name__}")
         _restore(root, left.pop(where), where)
-        for name, parameter in root.named_parameters():
-            parameter.requires_grad_(name not in frozen.get(where, ()))
+        still = frozen.get(where)
+        parameters = dict(root.named_parameters())
+        if not isinstance(still, list) or any(name not in parameters for name in still):
+            raise ValueError(f"{where}: got {still!r} as frozen, expected names of its parameters")
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name not in still)
         root.eval().to(device)
 
     builder = Builder(network, ready, device)
@@ -154,8 +160,14 @@ def _restore(root: nn.Module, state: Mapping[str, Any], where: str) -> None:
     problems = module_differences(root, state)
     parameters = dict(root.named_parameters())
     problems += _bad_numbers(state, parameters)
+    problems += [
+        f"{name} has {state[name].dtype}, expected {p.dtype}"
+        for name, p in parameters.items()
+        if isinstance(state.get(name), Tensor)
+        and state[name].is_floating_point() != p.is_floating_point()
+    ]
     if problems:
-        raise ValueError(f"{where}: of another {type(root).__name__}: {'; '.join(problems)}")
+        raise ValueError(f"{where}: of another {type(root).__name__}: {listed(problems)}")
     for name, tensor in (*parameters.items(), *root.named_buffers()):
         if name in state and state[name].dtype != tensor.dtype:
             tensor.data = tensor.data.to(state[name].dtype)
@@ -180,6 +192,15 @@ def _not_finite(root: nn.Module, where: str) -> list[str]:
 
 def _frozen(root: nn.Module) -> list[str]:
     return [name for name, p in root.named_parameters() if not p.requires_grad]
+
+
+def _check_device(device: Any) -> None:
+    try:
+        if device is not None and not isinstance(device, torch.device):
+            device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device: got {device!r}, expected one that torch has here") from error
 
 
 def _check_model(model: Any) -> None:

@@ -45,8 +45,8 @@ _MORE = {
 }
 _TRANSFORMS = (
     "AffineTransform ComposeTransform CorrCholeskyTransform ExpTransform IndependentTransform "
-    "LowerCholeskyTransform PowerTransform ReshapeTransform SigmoidTransform SoftmaxTransform "
-    "SoftplusTransform StickBreakingTransform TanhTransform"
+    "LowerCholeskyAffine LowerCholeskyTransform Permute PowerTransform ReshapeTransform SigmoidTransform "
+    "SoftmaxTransform SoftplusTransform StickBreakingTransform TanhTransform"
 )
 _NOISES = "Beta Cauchy Gamma Gumbel Laplace LogNormal Normal SoftLaplace StudentT Uniform"
 

@@ -122,13 +122,13 @@ def restore_module(module: nn.Module, state: Mapping[str, Any], name: str = "sta
         name: what to call the state in errors.
 
     Raises:
-        CheckpointError: naming every key that is missing, unexpected, of another shape or of a dtype
-            that does not convert, and what defines the model otherwise
+        CheckpointError: naming each key (of many the first) that is missing, unexpected, of another shape or
+            of a dtype that does not convert, and what defines the model otherwise
             (:class:`~pyro_diffusion.nn.definition.DefinedModule`); the module is then left as it was.
     """
     problems = module_differences(module, state)
     if problems:
-        raise CheckpointError(f"{name}: of another module: {'; '.join(problems)}")
+        raise CheckpointError(f"{name}: of another module: {listed(problems)}")
     module.load_state_dict(state)
 
 
@@ -146,6 +146,12 @@ def module_differences(module: nn.Module, state: Mapping[str, Any]) -> list[str]
             elif not torch.can_cast(found.dtype, value.dtype):
                 problems.append(f"{key} has {found.dtype}, expected {value.dtype}")
     return problems + definition_differences(module, state)
+
+
+def listed(problems: list[str], most: int = 20) -> str:
+    """All in one line, or the first of very many."""
+    more = [f"and {len(problems) - most} more"] * (len(problems) > most)
+    return "; ".join([*problems[:most], *more])
 
 
 def _as_json(description: Mapping[str, Any]) -> dict[str, Json]:
