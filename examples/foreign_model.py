@@ -124,7 +124,7 @@ def likelihoods(denoiser: Any, data: dict[str, Tensor], args: argparse.Namespace
     x0 = decoder.encode(data["train"], torch.float32)
     variance = denoisers.residual_variance(denoiser, x0, knots=args.knots)
     measured, test = denoisers.VarianceDenoiser(denoiser, variance), data["test"][: args.scored]
-    found = {"independent pixels": digits.histogram(data["train"], test)}
+    found = {"independent pixels": digits.histogram(data["train"], test, digits.LEVELS)}
     for steps in (999, args.chain):
         for name, model in [("as it is", denoiser), ("variance measured", measured)]:
             chain = Diffusion(model, digits.EVENT_SHAPE, steps, decoder=decoder)

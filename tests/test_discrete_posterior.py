@@ -140,7 +140,8 @@ def test_a_reading_that_ties_symbols_together(process):
         assert (abs(done.mean - mean) < 4.5 * done.mean_error).all()
         spread.append(estimate.standard_error)
     # Tilting one symbol at a time overshoots here; draws do not.
-    assert spread[0] < 0.05 and spread[1] < 0.5
+    # (Its weights undo one another from step to step, which makes its error bar a cautious one.)
+    assert spread[0] < 0.05 and spread[0] < spread[1] < 1.5
 
 
 @processes

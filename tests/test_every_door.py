@@ -25,6 +25,9 @@ FREE_OF_SCALES: dict[str, str] = {
     "likelihoods.ProgramLikelihood": "scores data; levels are asked for in its trial runs alone",
     "dynamics.KnownData": "a point mass at the data whatever the level",
     "evaluate.posterior_to_arviz": "scores draws that are given",
+    "checkpoint.save_model": "writes a file; what it holds is checked on a copy",
+    "foreign.load_diffusers": "the call returns the schedule's knots",
+    "foreign.from_azula": "the foreign denoiser takes its own scales, those of one clock",
 }
 
 

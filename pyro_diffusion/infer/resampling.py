@@ -151,8 +151,9 @@ def evidence_variance(
 
     .. math:: \sum_k \Big(\frac{1}{\text{ESS}_k} - \frac{1}{N}\Big),
 
-    which is all of it where weights say nothing about those to come, as under a good twist. Otherwise it is
-    too small, and the jackknife larger.
+    which is all of it where weights say nothing about those to come, as under a good twist. Where high
+    weights are followed by high ones it is too small, and the jackknife larger; where they undo one another,
+    as under a twist that overshoots, it is too large, and the error with it (twice in one case of symbols).
 
     Args:
         log_weights: (n,) + batch, normalized.
