@@ -132,6 +132,14 @@ def resumed_killed(folder: Path) -> dict:
     return resumed(folder, "killed")
 
 
+def stopped(folder: Path) -> dict:
+    """By what the callback says on the last rank."""
+    last = td.get_rank() == td.get_world_size() - 1
+    trainer = build(optimizer=functools.partial(torch.optim.Adam, lr=0.01))
+    history = fit(trainer, 5, callback=lambda t: last and t.step == 3)
+    return {"steps": len(history.losses), "stopped": history.stopped}
+
+
 def refusals(folder: Path) -> dict:
     """What is said on every rank."""
     make, found = functools.partial(torch.optim.SGD, lr=1.0), {}
@@ -145,9 +153,17 @@ def refusals(folder: Path) -> dict:
         ),
     }
     cases["no group"] = lambda t: Trainer(t.program, optimizer=make)
+    cases["shares"] = lambda t: t.fit(x + rank, steps=1, batch_size=4, progress=False)
+    cases["average"] = cases["rate"] = lambda t: t.fit(x, steps=1, batch_size=4, progress=False)
+    own = functools.partial(torch.optim.SGD, lr=1.0 + rank)
     for name, case in cases.items():
         try:
-            case(build(optimizer=make))
+            case(
+                build(
+                    optimizer=own if name == "rate" else make,
+                    ema=0.5 + 0.1 * rank * (name == "average"),
+                )
+            )
         except ValueError as error:
             found[name] = str(error)
     return found

@@ -46,15 +46,16 @@ def found(size: int, folder, *names: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    names = ("one_step", "curve", "loader", "resumed")
+    names = ("one_step", "curve", "loader", "resumed", "stopped")
     (one,) = found(1, folder, *names)
     return folder, one, found(2, folder, *names, "refusals")
 
 
 def test_ranks_agree(runs):
     _, _, (first, second) = runs
-    for name in ("one_step", "curve", "loader", "resumed"):
+    for name in ("one_step", "curve", "loader", "resumed", "stopped"):
         assert first[name] == second[name], name
+    assert first["stopped"] == {"steps": 3, "stopped": "callback"}
 
 
 def test_the_gradient_is_that_of_one_process_with_all_rows(runs):
@@ -104,6 +105,9 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one(runs, tmp_path):
         ("too few", r"batch_size: got 48, expected at most 24, the data's rows for each of 2"),
         ("no group", r"process_group: got None in a default group of 2 processes, expected"),
         ("steps", r"steps: got [1, 2] on ranks 0 to 1"),
+        ("shares", r"data: got other values on rank(s) [1] than on rank 0, expected the same"),
+        ("average", "ema: got 0."),
+        ("rate", "optimizers: got {'0': {'0': {'parameters': "),
         ("sampler", r"data: got a DataLoader with a SequentialSampler on 2 ranks, expected a Dist"),
     ],
 )

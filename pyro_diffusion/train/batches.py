@@ -15,12 +15,14 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from pyro_diffusion.ranks import agree_on_values
 from pyro_diffusion.train.randomness import rng_state, set_rng_state
 from pyro_diffusion.train.sharing import Sharing
 from pyro_diffusion.validation import check_positive_int, check_tensor, kind_of
 
 __all__ = ["Arguments", "Batches", "batches_of", "in_order", "rows_of"]
 
+SOME = 256
 EMPTY = "data: got an empty DataLoader, expected at least one batch"
 
 # Positional and keyword arguments of one run of the program.
@@ -102,6 +104,9 @@ class TensorBatches:
         if batch_size is not None:
             check_positive_int("batch_size", batch_size)
         sharing.agree(rows=self.rows, batch_size=batch_size)
+        # of some rows: enough to notice that each process was given a share of its own
+        some = {of: part[:SOME] for of, part in named_parts("data", data).items()}
+        agree_on_values(some, sharing.group)
         most = self.rows // sharing.size
         size = most if batch_size is None else batch_size
         if not 0 < size <= most:

@@ -164,7 +164,7 @@ class Run:
                 history.seconds += time.perf_counter() - start
                 self.report(self.validate() if due else None, losses)
                 start = time.perf_counter()
-            if self.callback is not None and _is_true(self.callback(trainer)):
+            if self.callback and trainer.sharing.any(_is_true(self.callback(trainer))):
                 history.stopped = history.stopped or "callback"
             ends = last or history.stopped is not None
             if ends or (self.save_every and step % self.save_every == 0):

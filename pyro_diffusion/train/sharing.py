@@ -1,6 +1,7 @@
 """The processes that share a training run: who has which rows, and what they tell each other."""
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -53,6 +54,25 @@ class Sharing:
             ValueError: on all of them, naming the first that differs.
         """
         agree(self.group, **{k: -1 if v is None else int(v) for k, v in numbers.items()})
+
+    def agree_on(self, settings: Mapping[str, Any]) -> None:
+        """The same for words and mappings.
+
+        Raises:
+            ValueError: naming the first that differs, and what this rank has.
+        """
+        told = [zlib.crc32(repr(value).encode()) for value in settings.values()]
+        everyone = tell(told, self.group)
+        for number, (name, value) in enumerate(settings.items()):
+            if len({numbers[number] for numbers in everyone}) > 1:
+                raise ValueError(
+                    f"{name}: got {value} on rank {self.rank} and others elsewhere, expected the same on "
+                    "every rank"
+                )
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true on any rank."""
+        return any(number for (number,) in tell([int(value)], self.group))
 
     def draw_seed(self) -> int:
         """From the global generator of the first rank, for all ranks."""

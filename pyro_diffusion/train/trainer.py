@@ -170,7 +170,7 @@ class Trainer:
             log_every: steps between rows of it, each with the mean loss; on an accelerator, losses are
                 fetched no more often.
             callback: called with the trainer after every step, on every process; training stops if it returns
-                True, on all of them.
+                True on any.
             progress: whether to show a bar.
 
         Raises:
@@ -188,9 +188,19 @@ class Trainer:
                 f"steps: got {steps} and a trainer that has taken {self.step}, expected more, counted in all"
             )
         self.sharing.agree(steps=steps, validate_every=validate_every, save_every=save_every)
+        self.sharing.agree_on(
+            {
+                **self._settings,
+                "patience": patience,
+                "validation": validation is not None,
+                "callback": callback is not None,
+                "checkpoint": checkpoint is not None,
+            }
+        )
         batches = batches_of(data, batch_size, self.sharing)
         first = batches.first()
         weights, updates = self._prepare(first)
+        self.sharing.agree_on(updates.settings)
         size = rows_of(*first) if any(first) else 1
         check = None
         if validation is not None:
