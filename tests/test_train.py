@@ -766,6 +766,19 @@ def test_a_plate_of_neither_batch_nor_all_rows_is_refused():
         fit(Trainer(model, optimizer=SGD), rows(), batch_size=10)
 
 
+def test_two_plates_with_subsamples_of_one_size_are_refused():
+    def model(x):
+        scale = pyro.param("scale", torch.ones(40))
+        rows = pyro.plate("data", 60, subsample=torch.arange(20), dim=-2)
+        columns = pyro.plate("features", 40, subsample=torch.arange(20), dim=-1)
+        with rows, columns as j:
+            pyro.sample("x", dist.Normal(0.0, scale[j].exp()), obs=x)
+
+    trainer = Trainer(model, optimizer=ADAM)
+    with pytest.raises(ValueError, match=r"data: got batches of 20 rows .*\[40, 60\] in all"):
+        trainer.fit(torch.randn(60, 20), steps=1, batch_size=20, progress=False)
+
+
 def test_a_loader_that_can_be_read_once_is_refused_when_it_ends():
     class Once(IterableDataset):
         rows = iter(rows(20))

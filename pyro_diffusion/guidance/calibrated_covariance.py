@@ -43,8 +43,9 @@ class CalibratedCovariance(GaussianConditioning):
     backward pass: of all directions the derivative is right first in those that data vary in. Where it is
     not, it shows: a datum whose curvature :math:`z^T (\sigma^2/\alpha) J z` along
     :math:`z = B^T S^{-1} r` is not within a factor of 5 of :math:`z^T V z` is shifted by :math:`V z`, and no
-    shift is longer than three times that. The posterior's variance is that of the denoiser less what
-    observations explain under V.
+    shift is longer than three times that. Such a shift may pass the observations, as the posterior mean
+    given x_t does not; cut where it does, chains drew worse posteriors of images. The posterior's variance
+    is that of the denoiser less what observations explain under V.
 
     The first evaluation makes this calibration, of about 13 000 evaluations of the denoiser for a datum: as
     many as 200 draws of 64 steps. It is kept until the denoiser's parameters change (a

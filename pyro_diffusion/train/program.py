@@ -120,6 +120,12 @@ class Program(nn.Module):
         parts = {size: full for size, full in run.plates.values() if full > size}
         if args or kwargs:
             rows = rows_of(args, kwargs)
+            wholes = {full for size, full in run.plates.values() if size == rows and full > size}
+            if len(wholes) > 1:
+                raise ValueError(
+                    f"data: got batches of {rows} rows and plates with subsamples of as many, of "
+                    f"{sorted(wholes)} in all, expected batches whose size tells which plate is theirs"
+                )
             self._full_size = parts.get(rows)
             if parts and not any(rows in sizes for sizes in run.plates.values()):
                 raise ValueError(
