@@ -16,10 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 
-UNSIGNED_BYTES, IMAGES = (
-    8,
-    3,
-)  # of an idx file's magic number: the type, and the number of dimensions
+# of an idx file's magic number: the type, and the number of dimensions
+UNSIGNED_BYTES, IMAGES = 8, 3
 SYMBOLS = ("LastResortHE-Regular", "cmex10", "cmsy10")  # fonts without letters in their places
 CHARACTERS = string.ascii_letters + string.digits
 TEST_FACES = ("cmss10", "DejaVuSans-Oblique", "DejaVuSerif-BoldItalic", "STIXGeneral")
@@ -47,6 +45,8 @@ def read(path: Path) -> Tensor:
         raise ValueError(
             f"{path}: got values {images.min()} ... {images.max()}, expected integers 0 ... 255"
         )
+    if images.min() == images.max():
+        raise ValueError(f"{path}: got {images.max()} in every pixel, expected images that differ")
     return torch.from_numpy(images.astype(np.int64)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -81,7 +81,12 @@ def split(
     if not bool((scale > 0).all()):
         constant = [name for name, each in zip(names, scale, strict=True) if not each > 0]
         raise ValueError(f"data: got constant columns {constant}, expected columns that vary")
-    factor = torch.linalg.cholesky(train.mT.cov()) if whiten else scale.diag()
+    factor, failed = torch.linalg.cholesky_ex(train.mT.cov()) if whiten else (scale.diag(), 0)
+    if failed:
+        raise ValueError(
+            f"data: got a column that those before it determine ({names[int(failed) - 1]}), or fewer rows "
+            "than columns, expected a covariance that can be inverted, or --no-whiten"
+        )
     return Table(names, train, validation, test, scale, LowerCholeskyAffine(train.mean(0), factor))
 
 
@@ -91,7 +96,20 @@ def load(path: Path | None, whiten: bool) -> Table:
         data = load_breast_cancer()
         frame = pd.DataFrame(data.data[:, :10], columns=data.feature_names[:10])
     else:
-        frame = pd.read_csv(path).select_dtypes("number").dropna()
+        whole = pd.read_csv(path)
+        columns = whole.select_dtypes("number")
+        frame = columns.dropna()
+        if left := [str(name) for name in whole.columns if name not in columns]:
+            print(f"{path}: without the columns {', '.join(left)}, which are no numbers")
+        if len(frame) < len(whole):
+            print(
+                f"{path}: without {len(whole) - len(frame)} of {len(whole)} rows, which miss a number"
+            )
+        if len(frame) < 20 or frame.shape[1] == 0:
+            raise ValueError(
+                f"{path}: got {len(frame)} rows of {frame.shape[1]} numeric columns without missing numbers, "
+                "expected 20 rows or more"
+            )
     names = [str(name).removeprefix("mean ") for name in frame.columns]
     return split(torch.tensor(frame.to_numpy(np.float64)), names, whiten=whiten)
 

@@ -47,6 +47,7 @@ def test_files_of_every_kind_have_the_same_images(tmp_path):
         (PIXELS.astype(np.int64) - 300, r"got values -300 \.\.\. -4\d, expected integers 0"),
         (PIXELS.astype(np.int64) + 1, r"got values \d+ \.\.\. 256, expected integers 0"),
         (PIXELS[0], r"got shape \(6, 7\), expected \(n, height, width\) or"),
+        (np.zeros((5, 6, 7), np.uint8), r"got 0 in every pixel, expected images that differ"),
         (PIXELS[:0], r"got shape \(0, 6, 7, 1\), expected"),
         (
             np.zeros((2, 3, 4, 5), np.uint8),
