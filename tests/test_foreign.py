@@ -491,7 +491,9 @@ def test_a_folder(tmp_path, nested):
             load_diffusers(tmp_path, network=Conv())
 
 
-@pytest.mark.parametrize("name", ["a.bin", "unet/b.pt", "deep/er/c.ckpt", "d.pkl", "e.pth"])
+@pytest.mark.parametrize(
+    "name", ["a.bin", "unet/b.pt", "deep/er/c.ckpt", "d.pkl", "e.pth", "F.BIN"]
+)
 def test_a_folder_with_a_pickle_is_refused(tmp_path, name):
     folder(tmp_path)
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from pyro_diffusion.checkpoint import CheckpointError
-from pyro_diffusion.checkpoint.saving import module_differences
+from pyro_diffusion.checkpoint.saving import listed, module_differences
 
 __all__ = ["check_folder", "load_weights", "read_json"]
 
@@ -25,8 +25,12 @@ def check_folder(folder: Path) -> None:
         CheckpointError: naming the pickles.
     """
     if not folder.is_dir():
-        raise NotADirectoryError(20, "no such folder, expected one of a model", str(folder))
-    found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in _PICKLES)
+        raise NotADirectoryError(
+            20, "no such folder, expected one of a model (nothing is downloaded)", str(folder)
+        )
+    found = sorted(
+        str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in _PICKLES
+    )
     if found:
         raise CheckpointError(
             f"{folder}: got {', '.join(found[:5])}, expected no pickles, which run code when loaded; "
@@ -66,9 +70,7 @@ def load_weights(folder: Path, network: nn.Module) -> None:
     bad = [k for k, v in state.items() if v.is_floating_point() and not bool(v.isfinite().all())]
     problems += [f"{key} has NaN or infinite numbers" for key in bad]
     if problems:
-        raise CheckpointError(
-            f"{folder}: of another {type(network).__name__}: {'; '.join(problems)}"
-        )
+        raise CheckpointError(f"{folder}: of another {type(network).__name__}: {listed(problems)}")
     network.load_state_dict(state)
 
 
@@ -84,9 +86,9 @@ def _files(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(set(names.values()))]
     found = sorted(folder.glob("*.safetensors"))
     if len(found) != 1:
-        listed = ", ".join(p.name for p in found) or "none"
+        names_found = ", ".join(p.name for p in found) or "none"
         raise CheckpointError(
-            f"{folder}: got {listed}, expected one file of safetensors, or an index of them"
+            f"{folder}: got {names_found}, expected one file of safetensors, or an index of them"
         )
     return found
 
