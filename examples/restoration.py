@@ -11,7 +11,6 @@ Run: python examples/restoration.py
 """
 
 import argparse
-import functools
 import json
 import math
 from collections.abc import Callable
@@ -35,17 +34,9 @@ from pyro_diffusion import (
     infer,
     plotting,
 )
-from pyro_diffusion.guidance import DataCovariance
 
 HIGH = digits.LEVELS - 1
 Operator = Callable[[Tensor], Tensor]
-
-
-def by_covariance(images: Tensor) -> Callable[..., DataCovariance]:
-    """Guidance by the covariance of images like these, integers (n, 1, 8, 8)."""
-    scaled = images.flatten(1).float() / 8 - 1
-    covariance = scaled.mT.cov() + 1e-3 * torch.eye(scaled.shape[1])
-    return functools.partial(DataCovariance, covariance=covariance)
 
 
 def prior(args: argparse.Namespace) -> LevelsDenoiser:
@@ -89,17 +80,13 @@ def program(diffusion: Diffusion, operator: Operator, sd: float) -> Callable[[Te
 
 
 def restore(
-    diffusion: Diffusion,
-    operator: Operator,
-    y: Tensor,
-    guidance: Callable[..., Any],
-    args: argparse.Namespace,
+    diffusion: Diffusion, operator: Operator, y: Tensor, args: argparse.Namespace
 ) -> tuple[infer.Particles, Tensor]:
     """Particles of the posterior, and draws of guidance alone."""
     model = program(diffusion, operator, args.sd)
     likelihood = ProgramLikelihood(model, (y,))
-    smc = TwistedSMC(diffusion, likelihood, guidance, args.particles, progress=args.progress)
-    guide = AutoGuidance(model, guidance)
+    smc = TwistedSMC(diffusion, likelihood, num_particles=args.particles, progress=args.progress)
+    guide = AutoGuidance(model)
     guided = Predictive(model, guide=guide, num_samples=args.draws, parallel=True)(y)["x"]
     return smc.run(), guided
 
@@ -201,7 +188,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=4, help="test images in each task")
     parser.add_argument("--sd", type=float, default=3.0, help="of the noise, in grey levels")
     parser.add_argument("--steps", type=int, default=40, help="steps of the chain")
-    parser.add_argument("--particles", type=int, default=64)
+    parser.add_argument("--particles", type=int, default=256)
     parser.add_argument("--draws", type=int, default=32, help="draws of guidance alone")
     parser.add_argument("--shown", type=int, default=6, help="posterior draws in the pictures")
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
@@ -215,16 +202,16 @@ def main(argv: list[str] | None = None) -> None:
     pyro.set_rng_seed(args.seed)
     data, keep = digits.load(), visible_half()
     x, mean = data["test"][: args.images], data["train"].double().mean(0)
-    guidance = by_covariance(data["train"])
     tasks = {
         "inpainting": (inpainting(), keep, ~keep),
         "deblurring": (blurring(), None, torch.ones_like(keep)),
     }
+    readings = {name: operator(x.float()) for name, (operator, _, _) in tasks.items()}
+    readings = {name: y + args.sd * torch.randn_like(y) for name, y in readings.items()}
     metrics = {}
     for name, (operator, seen, rows) in tasks.items():
-        y = operator(x.float())
-        y = y + args.sd * torch.randn_like(y)
-        particles, guided = restore(diffusion, operator, y, guidance, args)
+        y = readings[name]
+        particles, guided = restore(diffusion, operator, y, args)
         metrics[name] = report(name, particles, guided, x, rows, mean)
         figure = draw(particles, y, x, seen, args.shown)
         figure.savefig(args.out / f"{name}.png", dpi=150, bbox_inches="tight")
