@@ -21,11 +21,10 @@ import digits
 import pyro
 import pyro.distributions as dist
 import torch
-from restoration import HIGH, by_covariance, coverage, panels, prior, rmse
+from restoration import HIGH, coverage, panels, prior, rmse
 from torch import Tensor
 
-from pyro_diffusion import Diffusion, ProgramLikelihood, TwistedSMC, denoisers
-from pyro_diffusion.guidance import GuidedDenoiser
+from pyro_diffusion import Diffusion, ProgramLikelihood, TwistedSMC
 from pyro_diffusion.infer import Particles
 
 ALL = torch.ones(digits.EVENT_SHAPE, dtype=torch.bool)
@@ -47,15 +46,11 @@ def program(diffusion: Diffusion, args: argparse.Namespace) -> Callable[[Tensor]
     return model
 
 
-def infer(diffusion: Diffusion, y: Tensor, train: Tensor, args: argparse.Namespace) -> Particles:
+def infer(diffusion: Diffusion, y: Tensor, args: argparse.Namespace) -> Particles:
     """Particles of the posterior, guided by deviance residuals and weighed by the Poisson likelihood."""
-    conditioning = by_covariance(train)
-
-    def guidance(denoiser: denoisers.Denoiser, likelihood: ProgramLikelihood) -> GuidedDenoiser:
-        return conditioning(denoiser, likelihood.with_residuals("deviance"))
-
     likelihood = ProgramLikelihood(program(diffusion, args), (y,))
-    return TwistedSMC(diffusion, likelihood, guidance, args.particles, progress=args.progress).run()
+    smc = TwistedSMC(diffusion, likelihood, num_particles=args.particles, progress=args.progress)
+    return smc.run()
 
 
 def independent(train: Tensor, y: Tensor, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
@@ -135,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     data = digits.load()
     x = data["test"][: args.images]
     y = torch.poisson(rate(x, args))
-    particles = infer(diffusion, y, data["train"], args)
+    particles = infer(diffusion, y, args)
     metrics = report(particles, x, y, data["train"], args)
     draws = particles.sample((args.shown,)).transpose(0, 1).flatten(0, 1)
     figure = panels(

@@ -22,7 +22,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
-from restoration import HIGH, by_covariance, inpainting, reading, visible_half
+from restoration import HIGH, inpainting, reading, visible_half
 from torch import Tensor
 
 from pyro_diffusion import LevelsDenoiser, ProgramLikelihood, TwistedSMC, plotting
@@ -46,12 +46,13 @@ def program(denoiser: LevelsDenoiser, y: Tensor, args: argparse.Namespace) -> Ca
 
 
 def evidences(
-    denoiser: LevelsDenoiser, y: Tensor, train: Tensor, args: argparse.Namespace
+    denoiser: LevelsDenoiser, y: Tensor, args: argparse.Namespace
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log p(y | class), standard errors and least effective sample sizes, each (classes, images)."""
     likelihood = ProgramLikelihood(program(denoiser, y, args))
-    guidance = by_covariance(train)
-    smc = TwistedSMC(likelihood.prior, likelihood, guidance, args.particles, progress=args.progress)
+    smc = TwistedSMC(
+        likelihood.prior, likelihood, num_particles=args.particles, progress=args.progress
+    )
     values, variances, least = [], [], []
     for _ in range(args.runs):
         done = smc.run()
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     x = data["test"][: args.images]
     y = SEEN(x.float())
     y = y + args.sd * torch.randn_like(y)
-    log_z, error, ess = evidences(denoiser, y, data["train"], args)
+    log_z, error, ess = evidences(denoiser, y, args)
     metrics = report(log_z, error, ess, normal(data["train"], y, args), label)
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
     figure = draw(log_z, error, y, x, label)

@@ -28,7 +28,7 @@ from pyro.infer import MCMC, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from pyro.ops.stats import effective_sample_size
 from pyro.optim import Adam
-from restoration import HIGH, blurring, by_covariance, panels, prior
+from restoration import HIGH, blurring, panels, prior
 from torch import Tensor
 from tqdm import trange
 
@@ -53,9 +53,7 @@ def program(diffusion: Diffusion) -> Callable[[Tensor], None]:
     return model
 
 
-def on_a_grid(
-    diffusion: Diffusion, y: Tensor, guidance: Callable[..., Any], args: Any
-) -> tuple[Tensor, infer.Particles]:
+def on_a_grid(diffusion: Diffusion, y: Tensor, args: Any) -> tuple[Tensor, infer.Particles]:
     """Scales, and particles of p(x | y, s) for each of them: a plate with a filter for every scale."""
     scales = torch.linspace(math.log(0.5), math.log(8.0), args.grid).exp()
 
@@ -66,7 +64,7 @@ def on_a_grid(
             pyro.sample("y", reading, obs=y.expand(len(scales), -1))
 
     likelihood = ProgramLikelihood(model)
-    smc = TwistedSMC(diffusion, likelihood, guidance, args.particles, progress=args.progress)
+    smc = TwistedSMC(diffusion, likelihood, num_particles=args.particles, progress=args.progress)
     return scales, smc.run()
 
 
@@ -87,14 +85,12 @@ def quadrature(scales: Tensor, particles: infer.Particles) -> dict[str, Any]:
     return {**{k: float(v) for k, v in found.items()}, "weights": weights, "image": image}
 
 
-def by_svi(
-    diffusion: Diffusion, y: Tensor, guidance: Callable[..., Any], args: Any
-) -> dict[str, Any]:
+def by_svi(diffusion: Diffusion, y: Tensor, args: Any) -> dict[str, Any]:
     """The normal approximation of log s that maximizes a true ELBO; averages over the last half."""
     model = program(diffusion)
     guide = AutoGuideList(model)
     guide.append(AutoNormal(poutine.block(model, hide=["x"]), init_scale=0.2))
-    guide.append(AutoTwistedSMC(model, guidance, args.guide_particles))
+    guide.append(AutoTwistedSMC(model, num_particles=args.guide_particles))
     svi = SVI(model, guide, Adam({"lr": args.lr}), Trace_ELBO())
     tail, losses = [], []
     for _ in trange(args.svi_steps, desc="SVI", disable=not args.progress):
@@ -113,12 +109,10 @@ def by_svi(
     }
 
 
-def by_gibbs(
-    diffusion: Diffusion, y: Tensor, guidance: Callable[..., Any], args: Any
-) -> dict[str, Any]:
+def by_gibbs(diffusion: Diffusion, y: Tensor, args: Any) -> dict[str, Any]:
     """Draws of the joint posterior by particle Gibbs."""
     kernel = infer.ParticleGibbs(
-        program(diffusion), guidance=guidance, num_particles=args.gibbs_particles, others_steps=2
+        program(diffusion), num_particles=args.gibbs_particles, others_steps=2
     )
     mcmc = MCMC(kernel, args.sweeps, args.warmup, disable_progbar=not args.progress)
     mcmc.run(y)
@@ -213,16 +207,16 @@ def main(argv: list[str] | None = None) -> None:
     diffusion = digits.diffusion(prior(args), args.steps)
     pyro.set_rng_seed(args.seed)
     data = digits.load()
-    x, guidance = data["test"][args.image], by_covariance(data["train"])
+    x = data["test"][args.image]
     y = observe(x)
     y = y + args.sd * torch.randn_like(y)
-    scales, particles = on_a_grid(diffusion, y, guidance, args)
+    scales, particles = on_a_grid(diffusion, y, args)
     found = {"quadrature": quadrature(scales, particles)}
     log_z, at = particles.log_evidence_terms.double(), scales.log().double()
     joint = log_z + dist.Normal(*PRIOR).log_prob(at)
     found["quadrature"]["log_evidence"] = float(joint.logsumexp(0) + at.diff().mean().log())
-    found["SVI"] = by_svi(diffusion, y, guidance, args)
-    found["particle Gibbs"] = by_gibbs(diffusion, y, guidance, args)
+    found["SVI"] = by_svi(diffusion, y, args)
+    found["particle Gibbs"] = by_gibbs(diffusion, y, args)
     metrics = report(found, x, args)
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
     draw(found, scales, args.sd).savefig(args.out / "noise_scale.png", dpi=150)
