@@ -141,7 +141,7 @@ class CalibratedCovariance(GaussianConditioning):
         )
 
         def shift(part: Part) -> Tensor:
-            if part.trusted is True or part.calibration is None:
+            if part.trusted is True:
                 return solved.image
             if part.trusted is False:
                 return followed
