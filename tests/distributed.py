@@ -22,6 +22,7 @@ from pyro_diffusion import (
     LearnedVariance,
     Trainer,
 )
+from pyro_diffusion.train import sharing
 
 ROWS = 48
 
@@ -76,17 +77,24 @@ def curve(folder: Path) -> dict:
 
 
 def loader(folder: Path) -> dict:
-    """One epoch is one step of all rows of a program without noise."""
+    """One epoch is one step of all rows of a program without noise; ranks have unequally many."""
 
     def model(x):
         loc = pyro.param("loc", torch.zeros(2))
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
 
+    def without_some(rows):
+        kept = [x for x, index in rows if index >= 13]
+        counts.append(len(kept))
+        return torch.stack(kept)
+
+    counts: list[int] = []
     pyro.clear_param_store()
-    dataset = TensorDataset(data())
-    # Halves of 24 rows in batches of 16 and 8, or 48 in batches of 16.
-    batches = DataLoader(dataset, batch_size=16, sampler=DistributedSampler(dataset))
+    dataset = TensorDataset(data(), torch.arange(ROWS))
+    # Halves of 24 rows in batches of 16 and 8, or 48 in batches of 16, and of each what is kept.
+    sampler = DistributedSampler(dataset)
+    batches = DataLoader(dataset, batch_size=16, sampler=sampler, collate_fn=without_some)
     make = functools.partial(torch.optim.SGD, lr=1.0)
     trainer = Trainer(
         model,
@@ -96,7 +104,27 @@ def loader(folder: Path) -> dict:
         process_group=td.group.WORLD,
     )
     trainer.fit(batches, steps=1, progress=False)
-    return {"loc": weights(trainer)}
+    mine = torch.tensor(sum(counts[-len(batches) :]))
+    everyone = [torch.zeros_like(mine) for _ in range(td.get_world_size())]
+    td.all_gather(everyone, mine)
+    return {"loc": weights(trainer), "rows": torch.stack(everyone).tolist()}
+
+
+def numbers(folder: Path) -> dict:
+    """Of the noise of each batch: those of one step have noise of their own."""
+    found, whole = [], sharing.global_batch
+
+    def noted(rows, *, seed, step, process_group):
+        found.append(step)
+        return whole(rows, seed=seed, step=step, process_group=process_group)
+
+    sharing.global_batch = noted
+    try:
+        make = functools.partial(torch.optim.SGD, lr=0.0)
+        fit(build(optimizer=make, accumulate=2), 3)
+    finally:
+        sharing.global_batch = whole
+    return {"steps": found}
 
 
 def resumed(folder: Path, name: str = "", stop: int | None = None) -> dict:

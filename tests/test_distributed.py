@@ -46,15 +46,16 @@ def found(size: int, folder, *names: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    names = ("one_step", "curve", "loader", "resumed", "stopped")
+    names = ("one_step", "curve", "loader", "numbers", "resumed", "stopped")
     (one,) = found(1, folder, *names)
     return folder, one, found(2, folder, *names, "refusals")
 
 
 def test_ranks_agree(runs):
     _, _, (first, second) = runs
-    for name in ("one_step", "curve", "loader", "resumed", "stopped"):
+    for name in ("one_step", "curve", "loader", "numbers", "resumed", "stopped"):
         assert first[name] == second[name], name
+    assert first["numbers"] == {"steps": [0, 1, 2, 3, 4, 5]}
     assert first["stopped"] == {"steps": 3, "stopped": "callback"}
 
 
@@ -66,6 +67,8 @@ def test_the_gradient_is_that_of_one_process_with_all_rows(runs):
 
 def test_batches_of_a_loader_weigh_by_their_rows(runs):
     _, one, (two, _) = runs
+    first, second = two["loader"]["rows"]
+    assert first != second and [first + second] == one["loader"]["rows"] == [35]
     torch.testing.assert_close(two["loader"]["loc"], one["loader"]["loc"], rtol=1e-6, atol=1e-6)
 
 
