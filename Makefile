@@ -68,12 +68,13 @@ $(CORE): $(SOURCES) | $(BIN)/python
 $(DEV): $(CORE)
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) \
 	    -e '.[examples,tests,docs]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps azula==0.11.1
 	@touch $@
 
-# Two peers by themselves: of what they require, their samplers need nothing that is not here.
+# azula above and this by themselves: of what they require, their samplers need nothing that is not here.
 $(PEERS): $(DEV)
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[benchmarks]'
-	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps azula==0.11.1 k-diffusion==0.1.1
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps k-diffusion==0.1.1
 	@touch $@
 
 install: $(DEV)

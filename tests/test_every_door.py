@@ -27,6 +27,7 @@ FREE_OF_SCALES: dict[str, str] = {
     "evaluate.posterior_to_arviz": "scores draws that are given",
     "checkpoint.save_model": "writes a file; what it holds is checked on a copy",
     "foreign.load_diffusers": "the call returns the schedule's knots",
+    "foreign.save_diffusers": "writes the schedule",
     "foreign.from_azula": "the foreign denoiser takes its own scales, those of one clock",
 }
 

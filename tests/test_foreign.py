@@ -619,6 +619,8 @@ def test_integers_and_samplers():
 def test_the_programs_of_the_page_run(monkeypatch):
     model = from_diffusers(Conv(), TABLE)
     monkeypatch.setattr("pyro_diffusion.foreign.load_diffusers", lambda folder: model)
+    saved = {}
+    monkeypatch.setattr("pyro_diffusion.foreign.save_diffusers", saved.__setitem__)
     source = "\n".join(programs("docs/foreign_models.md"))
     source = source.replace("28", "4").replace("14", "2").replace("steps=999", "steps=3")
     assert source.count("steps=100") == 1 and source.count("range(8)") == 1
@@ -633,3 +635,4 @@ def test_the_programs_of_the_page_run(monkeypatch):
     assert namespace["samples"].shape == (16, 1, 4, 4)
     assert namespace["bound"].value.isfinite().all() and namespace["density"].isfinite().all()
     assert namespace["posterior"][0].shape == (1, 4, 4)
+    assert saved == {"ddpm-digits-tuned": model}

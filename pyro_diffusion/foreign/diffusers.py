@@ -45,7 +45,7 @@ def from_diffusers(
     fixed_small, fixed_large     a point mass, ``unit_variance``
     learned_range                a variance with the same reverse steps (``LearnedRange``)
     clip_sample                  ``GaussianDenoiser(clip=)``
-    zero terminal SNR            the last level at :math:`\bar\alpha = 2^{-24}`; refused for epsilon
+    zero terminal SNR            a last :math:`\bar\alpha` of at most :math:`2^{-24}`; refused for epsilon
     flow matching                ``Rectified`` from sigma = 1/T to 1 - 1/T
     EDM schedulers               ``EDMPreconditioning`` under ``EDM``
     score SDE (VE)               ``Score`` under ``VarianceExploding``

@@ -49,7 +49,7 @@ PREDICTIONS: dict[str, Parameterization] = {
     "sample": Data(),
     "v_prediction": V(),
 }
-# In place of an alpha-bar of zero, as their Euler schedulers have it.
+# In place of an alpha-bar of zero, as their Euler schedulers have it, or less if the level before is near.
 LEAST_SIGNAL = 2.0**-24
 
 
@@ -170,8 +170,8 @@ def _table(config: _Config, clips: bool) -> Meaning:
             )
         betas = _without_last_signal(betas)
     alphas = (1 - betas).cumprod(0).double()
-    if zero:
-        alphas = alphas.clamp(min=LEAST_SIGNAL)
+    if zero:  # below the level before, whatever that is: the table decreases
+        alphas[-1] = (alphas[-2] / 4).clamp(max=LEAST_SIGNAL)
     schedule = TabulatedBetas(1 - alphas / torch.cat([torch.ones(1).double(), alphas[:-1]]))
     return Meaning(
         schedule,

@@ -641,6 +641,13 @@ class Foreign(torch.nn.Module):
         return 1.01 - t, 0.01 + t
 
 
+class Saving(Foreign):
+    def save_pretrained(self, folder: Path, safe_serialization: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        save_file({}, folder / "weights.safetensors")
+
+
 class ForeignPosterior(Foreign):
     def forward(self, x: torch.Tensor, t: torch.Tensor | None = None) -> Any:
         return dist.Normal(0.1 * x, 1.0)
@@ -658,6 +665,10 @@ def foreign_calls() -> list[Call]:
             return function(**given, **arguments)(data(), 0.5).mean
 
         return call
+
+    def saved(denoiser: Any) -> Any:
+        foreign.save_diffusers(folder / "back", denoiser)
+        return foreign.load_diffusers(folder / "back", network=Foreign()).process.schedule.knots
 
     tokens = torch.zeros(2, 3, dtype=torch.int64)
     edm = {"sigma_min": 0.01, "sigma_max": 20.0, "rho": 7.0, "event_dim": 1}
@@ -677,6 +688,11 @@ def foreign_calls() -> list[Call]:
             "foreign.load_diffusers",
             lambda folder: foreign.load_diffusers(folder, network=Foreign()).process.schedule.knots,
             of({"folder": str(folder)}),
+        ),
+        Call(
+            "foreign.save_diffusers",
+            saved,
+            of({"denoiser": foreign.from_diffusers(Saving(), config, event_dim=1)}),
         ),
         Call(
             "foreign.from_azula",
