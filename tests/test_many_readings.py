@@ -177,3 +177,17 @@ def test_other_covariances_are_not_stopped_early(method):
     size = (exact - prior).norm()
     assert (found - exact).norm() < 0.3 * (eight - exact).norm()
     assert (found - exact).norm() < 0.2 * size
+
+
+@pytest.mark.parametrize(
+    ("method", "most"), [(MMPS, 32), (PiGDM, 64), (DiffPIR, 64)], ids=["MMPS", "PiGDM", "DiffPIR"]
+)
+def test_how_many_readings_are_solved_directly(method, most):
+    """A product through the denoiser is a backward pass, so fewer are made there."""
+    denoiser, read = reading()
+    xt = torch.randn(2, SIZE, dtype=F64)
+    for size, direct in ((most, True), (most + 1, False)):
+        fewer = Reading(read.matrix[:size], read.y[:size], 0.05)
+        guided = method(denoiser, fewer.likelihood(denoiser))
+        at, _ = guided._linearized(xt, EARLY, {})
+        assert (guided.solver_at(at) == "direct") == direct

@@ -28,7 +28,9 @@ KRYLOV: dict[str, Callable[..., Any]] = {
     "cg": functools.partial(conjugate_gradients, least=1 - SLACK),
     "gmres": gmres,
 }
-MOST_DIRECT = 64  # residuals in a row up to which S is formed by default
+# Residuals in a row up to which S is formed by default: one product each. Eight products of GMRES through a
+# trained network left the posterior of 64 readings what it was, at half the time.
+MOST_DIRECT, MOST_DIRECT_THROUGH = 64, 32
 # Iterations of a Krylov solver by default, and the residual that conjugate gradients may leave, in standard
 # deviations of the noise: products through the denoiser cost a backward pass each, others next to nothing.
 THROUGH, BESIDE = (8, 0.005), (128, 0.001)
@@ -95,8 +97,8 @@ class GaussianConditioning(GuidedDenoiser):
         denoiser: posterior p(x_0 | x_t) of the prior, under a process with Tweedie's formula.
         likelihood: a :class:`~pyro_diffusion.likelihoods.Likelihood` with residuals: Normal sites have
             them, other distributions deviance residuals.
-        solver: ``"direct"``, ``"cg"`` or ``"gmres"``; by default direct up to 64 residuals in a row, else
-            gmres where V goes through the denoiser and cg where it does not.
+        solver: ``"direct"``, ``"cg"`` or ``"gmres"``; by default, where V goes through the denoiser, direct
+            up to 32 residuals in a row, else gmres; where it does not, direct up to 64, else cg.
         iterations: of a Krylov solver, so many; None for the rule above.
         full_gradient: whether the shift follows the whole log-twist (always direct, linearized once).
         relinearizations: of observations that are not linear, 0 for none.
@@ -146,9 +148,12 @@ class GaussianConditioning(GuidedDenoiser):
 
     def solver_at(self, at: LinearizedDenoiser) -> str:
         """The solver asked for, or that of so many residuals and such a V."""
-        if self.solver is not None or at.size <= MOST_DIRECT:
-            return self.solver or "direct"
-        return "gmres" if self.multiplies_by_jacobian(at) else "cg"
+        if self.solver is not None:
+            return self.solver
+        through = self.multiplies_by_jacobian(at)
+        if at.size <= (MOST_DIRECT_THROUGH if through else MOST_DIRECT):
+            return "direct"
+        return "gmres" if through else "cg"
 
     def variances(self, at: LinearizedDenoiser, level: Level) -> Tensor | None:
         """About the diagonal of V, data space or what broadcasts to it; None where it is not known.
