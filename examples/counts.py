@@ -116,7 +116,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peak", type=float, default=4.0, help="photons of the brightest grey")
     parser.add_argument("--background", type=float, default=0.3, help="photons of a black pixel")
     parser.add_argument("--steps", type=int, default=40, help="steps of the chain")
-    parser.add_argument("--particles", type=int, default=64)
+    parser.add_argument("--particles", type=int, default=256)
     parser.add_argument("--shown", type=int, default=6, help="posterior draws in the picture")
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(argv)
