@@ -1,7 +1,8 @@
-"""Blurring diffusion of 8x8 digits beside plain noise: bits per pixel of equal networks.
+"""Blurring diffusion of images beside plain noise: bits per pixel of equal networks.
 
 Run: python examples/blur.py
 Longer: python examples/blur.py --steps 4000 --out results/blur_longer
+Others: python examples/blur.py --images glyphs --out results/blur_glyphs, or --images FILE, .npy or of idx
 
 Two forward processes destroy the same integer images: white noise alone, and blur with noise. Network,
 training and scoring are the same lines for both.
@@ -12,9 +13,9 @@ import json
 import time
 from pathlib import Path
 
+import image_data
 import pyro
 import torch
-from digits import EVENT_SHAPE, LEVELS, load
 from matplotlib.figure import Figure
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
@@ -33,34 +34,35 @@ from pyro_diffusion.processes import (
     drawing_from,
 )
 
-DECODER = BasisDecoder(Basis.dct(EVENT_SHAPE), QuantizedDecoder(LEVELS))
 
-
-def processes(blur: float) -> dict[str, SpectralGaussian]:
+def processes(basis: Basis, blur: float) -> dict[str, SpectralGaussian]:
     """Both; without a shift, white noise is white in every basis: this is GaussianProcess."""
     schedule = Cosine(log_snr_max=7.0, log_snr_min=-9.0)
     return {
-        "noise": SpectralGaussian(schedule, DECODER.basis),
-        "blur": Blurring(schedule, DECODER.basis, sigma_max=blur),
+        "noise": SpectralGaussian(schedule, basis),
+        "blur": Blurring(schedule, basis, sigma_max=blur),
     }
 
 
-def chain(denoiser: SpectralDenoiser, args: argparse.Namespace) -> Diffusion:
+def chain(denoiser: SpectralDenoiser, decoder: BasisDecoder, args: argparse.Namespace) -> Diffusion:
     """The distribution of integer images."""
-    return Diffusion(denoiser, EVENT_SHAPE, args.chain, decoder=DECODER)
+    return Diffusion(denoiser, decoder.basis.event_shape, args.chain, decoder=decoder)
 
 
-def fit(process: SpectralGaussian, train: Tensor, args: argparse.Namespace) -> SpectralDenoiser:
+def fit(
+    process: SpectralGaussian, decoder: BasisDecoder, train: Tensor, args: argparse.Namespace
+) -> SpectralDenoiser:
     """Plain SVI; returns the denoiser with averaged weights."""
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
-    denoiser = SpectralDenoiser(UNet(1, width=args.width, dropout=args.dropout), process)
+    network = UNet(train.shape[1], width=args.width, dropout=args.dropout)
+    denoiser = SpectralDenoiser(network, process)
     ema = EMA(denoiser, args.ema)
 
     def model(x: Tensor) -> None:
         pyro.module("denoiser", denoiser)
         with pyro.plate("data", len(x)), poutine.scale(scale=1 / x.numel()):
-            pyro.sample("x", chain(denoiser, args), obs=x)
+            pyro.sample("x", chain(denoiser, decoder, args), obs=x)
 
     optimizer = optim.JointOptim(
         torch.optim.AdamW,
@@ -81,9 +83,11 @@ def fit(process: SpectralGaussian, train: Tensor, args: argparse.Namespace) -> S
     return denoiser
 
 
-def path(name: str, process: SpectralGaussian, image: Tensor, times: Tensor) -> dict[str, Tensor]:
+def path(
+    name: str, process: SpectralGaussian, decoder: BasisDecoder, image: Tensor, times: Tensor
+) -> dict[str, Tensor]:
     """The image on its way to noise, in pixels, and its mean; the same draw of noise at all times."""
-    u0, states, means = DECODER.encode(image, torch.float32), [], []
+    u0, states, means = decoder.encode(image, torch.float32), [], []
     for t in times:
         marginal = process.marginal(u0, t)
         with drawing_from(SeededNoise(0)):
@@ -113,6 +117,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("results/blur"), help="output folder")
+    parser.add_argument(
+        "--images", default="digits", help="digits, glyphs, photographs, or a file, .npy or of idx"
+    )
+    parser.add_argument("--side", type=int, default=28, help="pixels of glyphs and photographs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=600, help="training steps of each model")
     parser.add_argument("--batch", type=int, default=64)
@@ -134,21 +142,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    data, metrics = load(), {}
+    data, metrics = image_data.load(args.images, args.side), {}
+    levels = 1 + max(int(images.max()) for images in data.values())
+    decoder = BasisDecoder(Basis.dct(data["train"].shape[1:]), QuantizedDecoder(levels))
     models, images, paths = {}, {}, {}
     times = torch.linspace(0, 1, 9)
-    for name, process in processes(args.blur).items():
+    for name, process in processes(decoder.basis, args.blur).items():
         began = time.perf_counter()
-        denoiser = fit(process, data["train"], args)
+        denoiser = fit(process, decoder, data["train"], args)
         seconds = time.perf_counter() - began
         pyro.set_rng_seed(args.seed)
+        diffusion = chain(denoiser, decoder, args)
         models[name] = evaluate.log_likelihood(
-            chain(denoiser, args), data["test"], num_terms=args.draws, progress=args.progress
+            diffusion, data["test"], num_terms=args.draws, progress=args.progress
         )
         figure = models[name].bits_per_dim
         metrics[name] = {**vars(figure), "seconds": seconds}
-        images[name] = chain(denoiser, args).sample((args.samples,))
-        paths |= path(name, process, data["test"][0], times)
+        images[name] = diffusion.sample((args.samples,))
+        paths |= path(name, process, decoder, data["test"][0], times)
         print(
             f"{name:<10} {figure.value:.4f} +- {figure.standard_error:.4f} bits/pixel ({figure.kind}), "
             f"trained in {seconds:.0f} s"

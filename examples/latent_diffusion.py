@@ -1,7 +1,7 @@
-"""A latent diffusion model of digits, trained end to end by plain Trace_ELBO.
+"""A latent diffusion model of images, trained end to end by plain Trace_ELBO.
 
     z ~ Diffusion(...)                 where a variational autoencoder has Normal(0, 1)
-    x ~ Categorical(decoder(z))        17 grey levels for each of 64 pixels
+    x ~ Categorical(decoder(z))        a level of each pixel: 17 of 64, for the digits
     q(z | x) = Normal(encoder(x))
 
 `Diffusion.log_prob` is an unbiased estimate of a lower bound of log p(z), so the ELBO with it is an unbiased
@@ -9,6 +9,7 @@ estimate of a lower bound of log p(x): nothing else changes. The same autoencode
 equal budget, stands beside it.
 
 Run: python examples/latent_diffusion.py
+Others: python examples/latent_diffusion.py --images glyphs --side 16, or --images FILE, .npy or of idx
 """
 
 import argparse
@@ -17,13 +18,12 @@ import math
 from functools import partial
 from pathlib import Path
 
-import numpy as np
+import image_data
 import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
 from pyro import poutine
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from pyro_diffusion import (
@@ -38,16 +38,6 @@ from pyro_diffusion import (
     plotting,
 )
 
-LEVELS, PIXELS = 17, 64
-
-
-def load() -> dict[str, Tensor]:
-    """Integer images (n, 64): 1257 to train on, 180 for all choices, 360 to report."""
-    images = torch.tensor(load_digits().data, dtype=torch.long)
-    order = np.random.default_rng(0).permutation(1797)
-    parts = {"train": order[:1257], "validation": order[1257:1437], "test": order[1437:]}
-    return {name: images[rows] for name, rows in parts.items()}
-
 
 def perceptron(inputs: int, width: int, outputs: int, dropout: float) -> nn.Sequential:
     """Two hidden layers."""
@@ -59,13 +49,13 @@ def perceptron(inputs: int, width: int, outputs: int, dropout: float) -> nn.Sequ
 
 
 class LatentModel(nn.Module):
-    """Model and guide; ``prior`` says what z is drawn from."""
+    """Model and guide of images of so many pixels and levels; ``prior`` says what z is drawn from."""
 
-    def __init__(self, prior: str, args: argparse.Namespace) -> None:
+    def __init__(self, prior: str, pixels: int, levels: int, args: argparse.Namespace) -> None:
         super().__init__()
-        self.latent, self.chain = args.latent, args.chain
-        self.encoder = perceptron(PIXELS, args.width, 2 * args.latent, args.dropout)
-        self.decoder = perceptron(args.latent, args.width, PIXELS * LEVELS, args.dropout)
+        self.latent, self.chain, self.levels = args.latent, args.chain, levels
+        self.encoder = perceptron(pixels, args.width, 2 * args.latent, args.dropout)
+        self.decoder = perceptron(args.latent, args.width, pixels * levels, args.dropout)
         self.denoiser = None
         if prior == "diffusion":
             network = MLP(args.latent, hidden=(args.prior_width,) * 3, outputs=2)
@@ -88,11 +78,11 @@ class LatentModel(nn.Module):
 
     def likelihood(self, z: Tensor) -> dist.Categorical:
         """p(x | z) of every pixel."""
-        return dist.Categorical(logits=self.decoder(z).unflatten(-1, (PIXELS, LEVELS)))
+        return dist.Categorical(logits=self.decoder(z).unflatten(-1, (-1, self.levels)))
 
     def guide(self, x: Tensor) -> None:
         """q(z | x)."""
-        loc, log_scale = self.encoder(x / 8 - 1).chunk(2, -1)
+        loc, log_scale = self.encoder(2 * x / (self.levels - 1) - 1).chunk(2, -1)
         with pyro.plate("images", len(x)):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
@@ -117,14 +107,17 @@ def elbo(latent: LatentModel, x: Tensor, draws: int) -> evaluate.LogLikelihoodEs
         values.append(p.nodes["x"]["log_prob"] + log_prior - q.nodes["z"]["log_prob"])
     each = torch.stack(values).double()
     error = each.std(0) / math.sqrt(draws)
-    return evaluate.LogLikelihoodEstimate(each.mean(0), error, "lower bound", evaluations, PIXELS)
+    return evaluate.LogLikelihoodEstimate(
+        each.mean(0), error, "lower bound", evaluations, x.shape[-1]
+    )
 
 
 def train(
-    prior: str, data: dict[str, Tensor], args: argparse.Namespace
+    prior: str, data: dict[str, Tensor], levels: int, args: argparse.Namespace
 ) -> tuple[LatentModel, list[float]]:
     """Fit by SVI; of the averaged weights, keep those that are best on validation."""
-    latent, draws = LatentModel(prior, args), max(2, args.draws // 8)
+    latent = LatentModel(prior, data["train"].shape[1], levels, args)
+    draws = max(2, args.draws // 8)
     trainer = Trainer(
         latent.model,
         latent.guide,
@@ -149,14 +142,14 @@ def train(
 def mean_images(latent: LatentModel, count: int) -> Tensor:
     """E[x | z] of fresh z: the pixels' own noise would hide what z has to say."""
     z = latent.prior().expand((count,)).sample()
-    return latent.likelihood(z).probs @ torch.arange(LEVELS, dtype=z.dtype)
+    return latent.likelihood(z).probs @ torch.arange(latent.levels, dtype=z.dtype)
 
 
-def draw(panels: dict[str, Tensor]) -> Figure:
+def draw(panels: dict[str, Tensor], shape: torch.Size, levels: int) -> Figure:
     """Grids of images side by side."""
     figure = Figure(figsize=(3.4 * len(panels), 3.7), layout="constrained")
     for ax, (title, images) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        plotting.sample_grid(images.view(-1, 8, 8), low=0, high=LEVELS - 1, ax=ax)
+        plotting.sample_grid(images.view(-1, *shape), low=0, high=levels - 1, ax=ax)
         ax.set_title(title)
     return figure
 
@@ -172,7 +165,7 @@ def report(results: dict[str, evaluate.LogLikelihoodEstimate]) -> dict[str, dict
     metrics: dict = {prior: vars(result.bits_per_dim) for prior, result in results.items()}
     if len(results) == 2:
         gain = results["diffusion"].value - results["normal"].value
-        bits = gain / (PIXELS * math.log(2))
+        bits = gain / (results["normal"].dimensions * math.log(2))
         error = float(bits.std()) / math.sqrt(len(bits))
         print(f"{'normal - diffusion':<22} {float(bits.mean()):>8.4f} {error:>8.4f}   paired")
         metrics["normal - diffusion"] = {"value": float(bits.mean()), "standard_error": error}
@@ -187,6 +180,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     out = Path("results/latent_diffusion")
     parser.add_argument("--prior", choices=("both", "normal", "diffusion"), default="both")
     parser.add_argument("--out", type=Path, default=out, help="output folder")
+    parser.add_argument(
+        "--images", default="digits", help="digits, glyphs, photographs, or a file, .npy or of idx"
+    )
+    parser.add_argument("--side", type=int, default=28, help="pixels of glyphs and photographs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1500, help="training steps for each prior")
     parser.add_argument("--batch", type=int, default=128)
@@ -207,16 +204,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    data, results = load(), {}
+    images, results = image_data.load(args.images, args.side), {}
+    shape, levels = images["test"].shape[1:], 1 + max(int(part.max()) for part in images.values())
+    data = {name: part.flatten(1) for name, part in images.items()}
     panels = {"test data": data["test"][: args.samples]}
     for prior in ("normal", "diffusion") if args.prior == "both" else (args.prior,):
         pyro.clear_param_store()
         pyro.set_rng_seed(args.seed)
-        latent, losses = train(prior, data, args)
+        latent, losses = train(prior, data, levels, args)
         results[prior] = elbo(latent, data["test"], args.draws)
         panels[f"{prior} prior"] = mean_images(latent, args.samples)
         plotting.loss_curve(losses, unit="bits/dim").figure.savefig(args.out / f"loss_{prior}.png")
-    draw(panels).savefig(args.out / "samples.png", dpi=120)
+    draw(panels, shape, levels).savefig(args.out / "samples.png", dpi=120)
     metrics = report(results)
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
     print(f"figures and metrics.json are in {args.out}")

@@ -8,11 +8,13 @@ what comes out is a posterior: means, standard deviations, draws and the evidenc
 prior has never seen. Beside twisted SMC stands guidance alone, which nothing corrects.
 
 Run: python examples/restoration.py
+Others: --prior results/glyphs --prior-settings="--images glyphs" --sd 30, what digits.py was trained with
 """
 
 import argparse
 import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,33 +41,43 @@ HIGH = digits.LEVELS - 1
 Operator = Callable[[Tensor], Tensor]
 
 
+def settings(args: argparse.Namespace) -> argparse.Namespace:
+    """Those of digits.py that the prior has."""
+    return digits.parse(
+        ["--no-progress", "--out", str(args.prior), *shlex.split(args.prior_settings)]
+    )
+
+
 def prior(args: argparse.Namespace) -> LevelsDenoiser:
     """The averaged network of digits.py: from its checkpoint, or trained now."""
-    settings = ["--no-progress", "--out", str(args.prior), *args.prior_settings.split()]
-    given = digits.parse(settings)
+    given = settings(args)
     pyro.set_rng_seed(given.seed)
     return digits.train(given)[0].requires_grad_(False)
 
 
-def visible_half() -> Tensor:
+def visible_half(shape: tuple[int, ...] = digits.EVENT_SHAPE) -> Tensor:
     """Which pixels are seen: the upper half."""
-    keep = torch.zeros(digits.EVENT_SHAPE, dtype=torch.bool)
-    keep[:, :4] = True
+    keep = torch.zeros(shape, dtype=torch.bool)
+    keep[:, : shape[1] // 2] = True
     return keep
 
 
-def inpainting() -> Operator:
+def inpainting(shape: tuple[int, ...] = digits.EVENT_SHAPE) -> Operator:
     """A leaves the seen pixels."""
-    keep = visible_half()
+    keep = visible_half(shape)
     return lambda x: x[..., keep]
 
 
-def blurring(width: float = 1.0) -> Operator:
+def blurring(width: float = 1.0, shape: tuple[int, ...] = digits.EVENT_SHAPE) -> Operator:
     """A convolves with a Gaussian of so many pixels."""
-    at = torch.arange(8.0)
-    rows = (-0.5 * ((at - at.unsqueeze(-1)) / width).square()).exp()
-    rows = rows / rows.sum(-1, keepdim=True)
-    return lambda x: (rows @ x @ rows.mT).flatten(-3)
+
+    def matrix(side: int) -> Tensor:
+        at = torch.arange(float(side))
+        rows = (-0.5 * ((at - at.unsqueeze(-1)) / width).square()).exp()
+        return rows / rows.sum(-1, keepdim=True)
+
+    down, across = matrix(shape[1]), matrix(shape[2])
+    return lambda x: (down @ x @ across.mT).flatten(-3)
 
 
 def program(diffusion: Diffusion, operator: Operator, sd: float) -> Callable[[Tensor], None]:
@@ -150,27 +162,32 @@ def panels(columns: dict[str, tuple[Tensor, int, float]]) -> Figure:
     return figure
 
 
-def reading(y: Tensor, keep: Tensor | None) -> Tensor:
-    """Readings as pictures (n, 3, 8, 8), what is hidden in blue."""
+def reading(
+    y: Tensor,
+    keep: Tensor | None,
+    shape: tuple[int, ...] = digits.EVENT_SHAPE,
+    high: float = HIGH,
+) -> Tensor:
+    """Readings as pictures (n, 3, height, width), what is hidden in blue."""
     if keep is None:
-        return y.view(-1, 1, 8, 8).expand(-1, 3, -1, -1)
-    image = HIGH * torch.tensor([0.3, 0.45, 0.7]).view(3, 1, 1).repeat(len(y), 1, 8, 8)
-    image[:, :, keep[0]] = y.unsqueeze(1)
+        return y.view(-1, *shape).expand(-1, 3, -1, -1)
+    image = high * torch.tensor([0.3, 0.45, 0.7]).view(3, 1, 1).repeat(len(y), 1, *shape[1:])
+    image[:, :, keep[0]] = y.view(len(y), shape[0], -1)
     return image
 
 
 def draw(
-    particles: infer.Particles, y: Tensor, x: Tensor, keep: Tensor | None, shown: int
+    particles: infer.Particles, y: Tensor, x: Tensor, keep: Tensor | None, high: int, shown: int
 ) -> Figure:
     """Truth, readings, posterior mean and standard deviation, and draws."""
     draws = particles.sample((shown,)).transpose(0, 1).flatten(0, 1)
     return panels(
         {
-            "truth": (x, 1, HIGH),
-            "reading": (reading(y, keep), 1, HIGH),
-            "mean": (particles.mean, 1, HIGH),
-            "sd (white: 8)": (particles.variance.sqrt(), 1, 8.0),
-            "draws of the posterior": (draws, shown, HIGH),
+            "truth": (x, 1, high),
+            "reading": (reading(y, keep, x.shape[1:], high), 1, high),
+            "mean": (particles.mean, 1, high),
+            f"sd (white: {high / 2:g})": (particles.variance.sqrt(), 1, high / 2),
+            "draws of the posterior": (draws, shown, high),
         }
     )
 
@@ -198,13 +215,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    diffusion = digits.diffusion(prior(args), args.steps)
+    given, denoiser = settings(args), prior(args)
+    data, high = digits.load(given.images, given.side), len(denoiser.values) - 1
+    shape = data["test"].shape[1:]
+    diffusion, keep = digits.diffusion(denoiser, args.steps, shape), visible_half(shape)
     pyro.set_rng_seed(args.seed)
-    data, keep = digits.load(), visible_half()
     x, mean = data["test"][: args.images], data["train"].double().mean(0)
     tasks = {
-        "inpainting": (inpainting(), keep, ~keep),
-        "deblurring": (blurring(), None, torch.ones_like(keep)),
+        "inpainting": (inpainting(shape), keep, ~keep),
+        "deblurring": (blurring(shape=shape), None, torch.ones_like(keep)),
     }
     readings = {name: operator(x.float()) for name, (operator, _, _) in tasks.items()}
     readings = {name: y + args.sd * torch.randn_like(y) for name, y in readings.items()}
@@ -213,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         y = readings[name]
         particles, guided = restore(diffusion, operator, y, args)
         metrics[name] = report(name, particles, guided, x, rows, mean)
-        figure = draw(particles, y, x, seen, args.shown)
+        figure = draw(particles, y, x, seen, high, args.shown)
         figure.savefig(args.out / f"{name}.png", dpi=150, bbox_inches="tight")
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
     print(f"\nfigures and metrics.json are in {args.out}")

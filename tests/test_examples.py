@@ -1,11 +1,13 @@
 """Every script of examples/ runs, with tiny arguments, without a warning."""
 
+import importlib
 import json
 import math
 import os
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +125,23 @@ def test_digits_take_images_of_a_file(tmp_path):
     check(metrics, tmp_path)
     uniform = math.log2(5)  # independent pixels, two images to report
     assert abs(metrics["histogram"]["value"] - uniform) < 0.5
+
+
+@pytest.mark.parametrize("name", ["blur", "latent_diffusion", "restoration"])
+def test_examples_take_images_of_a_file(name, tmp_path, monkeypatch):
+    """The same of three more, of other width and height: in this process, as that is quicker."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    shape = (20, 12, 8)
+    np.save("images.npy", np.random.default_rng(0).integers(0, 5, shape, dtype=np.uint8))
+    pick = ["--images", "images.npy"]
+    if name == "restoration":  # the images are its prior's
+        pick = [f"--prior-settings=--steps 3 --batch 8 --width 8 {' '.join(pick)}"]
+    arguments = [*shlex.split(TINY[name]), *pick, "--no-progress", "--out", "out"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TwistedSMC")  # so few particles
+        importlib.import_module(name).main(arguments)
+    check(json.loads(Path("out/metrics.json").read_text()), Path("out"))
 
 
 def test_text_models_may_be_trained_apart(tmp_path):
