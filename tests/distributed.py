@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.distributed as td
+from pyro.infer.autoguide import AutoNormal, init_to_sample
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from pyro_diffusion import (
@@ -168,6 +169,23 @@ def stopped(folder: Path) -> dict:
     return {"steps": len(history.losses), "stopped": history.stopped}
 
 
+def lazy(folder: Path) -> dict:
+    """A guide whose parameters are drawn when it is first run, by each rank for itself."""
+
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    pyro.clear_param_store()
+    pyro.set_rng_seed(7 + 100 * td.get_rank())
+    guide = AutoNormal(model, init_loc_fn=init_to_sample)
+    make = functools.partial(torch.optim.SGD, lr=1e-3)
+    trainer = Trainer(model, guide, optimizer=make, process_group=td.group.WORLD)
+    fit(trainer, 3)
+    return {"weights": weights(trainer)}
+
+
 def refusals(folder: Path) -> dict:
     """What is said on every rank."""
     make, found = functools.partial(torch.optim.SGD, lr=1.0), {}
@@ -181,6 +199,11 @@ def refusals(folder: Path) -> dict:
         ),
     }
     cases["no group"] = lambda t: Trainer(t.program, optimizer=make)
+    cases["none"] = lambda t: t.fit(x[: ROWS * (1 - rank)], steps=1, progress=False)
+    some = TensorDataset(x[: ROWS * (1 - rank)])
+    cases["empty loader"] = lambda t: t.fit(
+        DataLoader(some, batch_size=4, sampler=DistributedSampler(some)), steps=1, progress=False
+    )
     cases["shares"] = lambda t: t.fit(x + rank, steps=1, batch_size=4, progress=False)
     cases["average"] = cases["rate"] = lambda t: t.fit(x, steps=1, batch_size=4, progress=False)
     own = functools.partial(torch.optim.SGD, lr=1.0 + rank)

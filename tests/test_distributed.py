@@ -46,14 +46,14 @@ def found(size: int, folder, *names: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    names = ("one_step", "curve", "loader", "numbers", "resumed", "stopped")
+    names = ("one_step", "curve", "loader", "numbers", "resumed", "stopped", "lazy")
     (one,) = found(1, folder, *names)
     return folder, one, found(2, folder, *names, "refusals")
 
 
 def test_ranks_agree(runs):
     _, _, (first, second) = runs
-    for name in ("one_step", "curve", "loader", "numbers", "resumed", "stopped"):
+    for name in ("one_step", "curve", "loader", "numbers", "resumed", "stopped", "lazy"):
         assert first[name] == second[name], name
     assert first["numbers"] == {"steps": [0, 1, 2, 3, 4, 5]}
     assert first["stopped"] == {"steps": 3, "stopped": "callback"}
@@ -106,6 +106,8 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one(runs, tmp_path):
     [
         ("unequal", r"rows: got [48, 47] on ranks 0 to 1, expected the same on every rank"),
         ("too few", r"batch_size: got 48, expected at most 24, the data's rows for each of 2"),
+        ("none", r"rows: got [48, 0] on ranks 0 to 1, expected the same on every rank"),
+        ("empty loader", "got an empty DataLoader, expected at least one batch on every rank"),
         ("no group", r"process_group: got None in a default group of 2 processes, expected"),
         ("steps", r"steps: got [1, 2] on ranks 0 to 1"),
         ("shares", r"data: got other values on rank(s) [1] than on rank 0, expected the same"),

@@ -100,10 +100,17 @@ class TensorBatches:
     even = True
 
     def __init__(self, data: object, batch_size: int | None, sharing: Sharing) -> None:
-        self.data, self.rows = data, check_data("data", data)
         if batch_size is not None:
             check_positive_int("batch_size", batch_size)
+        self.data, self.rows, refusal = data, 0, None
+        try:
+            self.rows = check_data("data", data)
+        except ValueError as error:
+            refusal = error
+        # told before it is raised, or others would wait for a rank without data
         sharing.agree(rows=self.rows, batch_size=batch_size)
+        if refusal is not None:
+            raise refusal
         # of some rows: enough to notice that each process was given a share of its own
         some = {of: part[:SOME] for of, part in named_parts("data", data).items()}
         agree_on_values(some, sharing.group)
@@ -167,7 +174,7 @@ class LoaderBatches:
                 f"data: got a DataLoader with a {kind_of(loader.sampler)} on {sharing.size} ranks, expected "
                 "a DistributedSampler, which gives each its share, or data as tensors"
             )
-        self.loader, self.epoch = loader, -1
+        self.loader, self.epoch, self.sharing = loader, -1, sharing
         self.iterator: Iterator[Any] | None = None
         self.generators = _generators(loader)
         data: Any = loader.dataset
@@ -180,9 +187,10 @@ class LoaderBatches:
 
     def first(self) -> Arguments:
         """The first of an epoch that is then forgotten."""
-        for batch in self.loader:
-            return arguments(_checked(batch))
-        raise ValueError(EMPTY)
+        batch = next(iter(self.loader), None)
+        if self.sharing.any(batch is None):
+            raise ValueError(EMPTY + " on every rank" * (self.sharing.size > 1))
+        return arguments(_checked(batch))
 
     def _start(self) -> None:
         self.before = {
