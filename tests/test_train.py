@@ -538,6 +538,20 @@ def test_the_callback_sees_every_step_and_may_stop():
     assert seen == [(1, 1), (2, 2), (3, 3)] and history.stopped == "callback"
 
 
+def test_there_is_a_validation_after_the_step_that_a_callback_stopped_at():
+    """Weights since the validation before are not lost."""
+    figures = iter([3.0, 2.0, 1.0])
+    checked = {"validation": lambda: next(figures), "validate_every": 2, "patience": 1}
+    trainer = Trainer(normal, optimizer=SGD, ema=None)
+    history = fit(trainer, rows(), 10, callback=lambda t: t.step == 3, **checked)
+    assert history.validations == {2: 3.0, 3: 2.0}
+    assert (history.best_step, history.stopped) == (3, "callback")
+    figures = iter([4.0])  # no second one where there was one already
+    history = fit(trainer, rows(), 10, callback=lambda t: t.step == 4, **checked)
+    assert history.validations == {2: 3.0, 3: 2.0, 4: 4.0}
+    assert (history.best_step, history.stopped) == (3, "patience")
+
+
 def test_the_table_has_means_of_losses(tmp_path):
     path = tmp_path / "log.csv"
     validated = {"validation": rows(), "validate_every": 5}

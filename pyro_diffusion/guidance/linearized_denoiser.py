@@ -81,7 +81,7 @@ class LinearizedDenoiser(LinearizedLikelihood):
         """J^T v: data space to itself, through the denoiser."""
         return self._vjp(self._mean, self._xt, v)
 
-    def moved(self, whitened: Callable[[Tensor], Whitened], x0: Tensor) -> Self:
+    def linearized_at(self, whitened: Callable[[Tensor], Whitened], x0: Tensor) -> Self:
         r"""The same denoiser with a likelihood linearized at x_0, detached.
 
         The residual is that of the tangent at :math:`\hat x_0`, :math:`r(x_0) + B (x_0 - \hat x_0)`.

@@ -127,7 +127,7 @@ def relinearized(
     solved = first
     if variance is not None:
         function = averaged(whitened, variance, event_dim)
-        solved = _chosen(at, curved, solver(at.moved(function, at.mean)), first)
+        solved = _chosen(at, curved, solver(at.linearized_at(function, at.mean)), first)
         passes -= 1
     energy = _energy(at, whitened, solved)
     for _ in range(passes):
@@ -136,7 +136,7 @@ def relinearized(
             function = averaged(whitened, variance, event_dim)
         else:
             function = whitened
-        ahead = solver(at.moved(function, at.mean + solved.image))
+        ahead = solver(at.linearized_at(function, at.mean + solved.image))
         there = _energy(at, whitened, ahead)
         lower = curved & (there < energy)
         solved = _chosen(at, lower, ahead, solved)

@@ -20,7 +20,7 @@ from pyro_diffusion.train.randomness import rng_state, set_rng_state
 from pyro_diffusion.train.sharing import Sharing
 from pyro_diffusion.validation import check_positive_int, check_tensor, kind_of
 
-__all__ = ["Arguments", "Batches", "batches_of", "in_order", "rows_of"]
+__all__ = ["Arguments", "Batches", "batches_of", "in_order", "rows_of", "to_device"]
 
 SOME = 256
 EMPTY = "data: got an empty DataLoader, expected at least one batch"
@@ -226,7 +226,7 @@ class LoaderBatches:
         return {"before": self.before, "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Draw that epoch's order again and skip what was taken; global generators are then moved."""
+        """Draw that epoch's order again and skip what was taken; global generators go on, too."""
         set_rng_state(state["before"]["global"])
         for generator, before in zip(self.generators, state["before"]["own"], strict=True):
             generator.set_state(before)
@@ -334,7 +334,7 @@ def rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     raise ValueError("data: got batches without a tensor, expected at least one with rows")
 
 
-def moved(batch: Arguments, device: torch.device) -> Arguments:
+def to_device(batch: Arguments, device: torch.device) -> Arguments:
     """The same on a device."""
     args, kwargs = batch
 

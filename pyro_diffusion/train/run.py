@@ -165,7 +165,12 @@ class Run:
                 self.report(self.validate() if due else None, losses)
                 start = time.perf_counter()
             if self.callback and trainer.sharing.any(_is_true(self.callback(trainer))):
-                history.stopped = history.stopped or "callback"
+                stopped = history.stopped or "callback"
+                if self.validation is not None and not due:  # this is the last step after all
+                    history.seconds += time.perf_counter() - start
+                    self.report(self.validate(), trainer.history.losses)
+                    start = time.perf_counter()
+                history.stopped = stopped
             ends = last or history.stopped is not None
             if ends or (self.save_every and step % self.save_every == 0):
                 history.seconds += time.perf_counter() - start

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_diffusion.optim import EMA
 from pyro_diffusion.ranks import ProcessGroup
-from pyro_diffusion.train.batches import Arguments, batches_of, moved, rows_of
+from pyro_diffusion.train.batches import Arguments, batches_of, rows_of, to_device
 from pyro_diffusion.train.history import History
 from pyro_diffusion.train.program import Program, check_program
 from pyro_diffusion.train.run import Run
@@ -160,7 +160,7 @@ class Trainer:
                 function without arguments that returns a number, lower being better. Either runs with the
                 averaged weights, in evaluation mode, without gradients and from the same seed each time.
             validate_every: steps between validations, a twentieth of ``steps`` by default; there is one after
-                the last step.
+                the last step, also if ``callback`` made it the last.
             patience: validations without a new best one after which training stops.
             checkpoint: a file ``*.safetensors``. If it exists, training goes on from it, and ends bit for bit
                 where it would have ended; it is written every ``save_every`` steps and after the last.
@@ -188,15 +188,7 @@ class Trainer:
                 f"steps: got {steps} and a trainer that has taken {self.step}, expected more, counted in all"
             )
         self.sharing.agree(steps=steps, validate_every=validate_every, save_every=save_every)
-        self.sharing.agree_on(
-            {
-                **self._settings,
-                "patience": patience,
-                "validation": validation is not None,
-                "callback": callback is not None,
-                "checkpoint": checkpoint is not None,
-            }
-        )
+        self._agree(patience, validation=validation, callback=callback, checkpoint=checkpoint)
         batches = batches_of(data, batch_size, self.sharing)
         first = batches.first()
         weights, updates = self._prepare(first)
@@ -205,23 +197,12 @@ class Trainer:
         check = None
         if validation is not None:
             check = Validation(validation, self._loss, size, self.program.device, self.sharing)
+        state = (weights, updates, batches)
         run = Run(
-            self,
-            (weights, updates, batches),
-            steps,
-            check,
-            validate_every,
-            patience,
-            callback,
-            log_every,
-            progress,
+            self, state, steps, check, validate_every, patience, callback, log_every, progress
         )
-        run.keep_in(
-            checkpoint,
-            save_every,
-            {**self._settings, **batches.settings, "dtype": weights.dtype},
-            description,
-        )
+        settings = {**self._settings, **batches.settings, "dtype": weights.dtype}
+        run.keep_in(checkpoint, save_every, settings, description)
         self._history.stopped = None
         run.resume()
         weights.resume()
@@ -258,6 +239,11 @@ class Trainer:
             raise ValueError("averaged: got a trainer before its first step, expected one after")
         return self._weights.usable()
 
+    def _agree(self, patience: int | None, **given: object) -> None:
+        """Refuse ranks with other settings, or of which some were given what others were not."""
+        found = {name: value is not None for name, value in given.items()}
+        self.sharing.agree_on({**self._settings, "patience": patience, **found})
+
     def _prepare(self, batch: Arguments) -> tuple[Weights, Updates]:
         """Before the first step: find what there is to train."""
         if self._weights is not None and self._updates is not None:
@@ -291,7 +277,7 @@ class Trainer:
         """One step."""
         assert self._updates is not None and self._weights is not None
         device = self.program.device
-        parts = [moved(batches.next(), device) for _ in range(self.accumulate)]
+        parts = [to_device(batches.next(), device) for _ in range(self.accumulate)]
         rows = [rows_of(*part) if any(part) else 1 for part in parts]
         # Gradients are averaged over ranks, so that a row weighs one over the mean rows of a rank.
         mean_rows = sum(rows) if batches.even else self.sharing.mean(sum(rows))

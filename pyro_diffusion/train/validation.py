@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pyro_diffusion.train.batches import check_data, in_order, moved, rows_of
+from pyro_diffusion.train.batches import check_data, in_order, rows_of, to_device
 from pyro_diffusion.train.randomness import common_noise
 from pyro_diffusion.train.sharing import Sharing
 from pyro_diffusion.validation import kind_of
@@ -70,7 +70,7 @@ class Validation:
         for _ in range(PASSES):
             for number, batch in enumerate(in_order(self.data, self.batch_size)):
                 if number % self.sharing.size == self.sharing.rank:
-                    args, kwargs = moved(batch, self.device)
+                    args, kwargs = to_device(batch, self.device)
                     loss = self.loss(*args, **kwargs).double()
                     total += rows_of(args, kwargs) * torch.stack([loss, torch.ones_like(loss)])
         loss, rows = self.sharing.total(total)

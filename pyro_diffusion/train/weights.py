@@ -92,10 +92,9 @@ class Weights:
             CheckpointError, ValueError: for the weights of another program.
         """
         restore_module(self.module, state["trained"], name="weights")
-        self._trained = None  # what an earlier `finish` put aside is older
+        self._trained = self.best = None  # what an earlier `finish` put aside is older
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self._trained = self.best = None
         if state["best"] is not None:
             own = _tensors(self.module)
             self.best = {name: v.to(own[name].device) for name, v in state["best"].items()}
