@@ -3,18 +3,22 @@
 A window of the text is one datum. The forward process masks characters one by one until none is left, a
 bidirectional transformer restores them, and the continuous-time bound of held-out windows, in bits per
 character, stands beside two kinds of models of the same windows: counts of n-grams, smoothed by Kneser and
-Ney's method, and autoregression by the same transformer, causal, trained for as many steps of the same size.
-An importance-weighted bound of the same diffusion, on some of the windows, shows how much is the bound's.
+Ney's method, and autoregression by the same transformer, causal, trained for as many steps of the same size
+(on a GPU, fewer: it knows the text by heart before). Of both, the weights that were best on the validation
+part are kept. An importance-weighted bound of the same diffusion, on some of the windows, shows how much is
+the bound's.
 
-The text is two chapters of Alice's Adventures in Wonderland (data/alice.txt), or any file.
+The text is two chapters of Alice's Adventures in Wonderland (data/alice.txt), or any file. A GPU is used if
+there is one (--device).
 
-Run: python examples/text.py [--text FILE]
+Run: python examples/text.py [--text FILE] [--minutes MINUTES]
 """
 
 import argparse
 import gzip
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -42,17 +46,20 @@ from pyro_diffusion.nn import Transformer
 from pyro_diffusion.train.history import History
 
 MODELS = ("diffusion", "autoregressive")
-LARGE = 200_000  # characters from which on the second of each pair is the default
+LARGE = 200_000  # characters from which on a text is large
+# defaults: of a small text, of a large one, of a large one on a GPU
 SIZES = {
-    "steps": (2500, 2400),
-    "batch": (32, 32),
-    "length": (64, 128),
-    "width": (128, 256),
-    "depth": (3, 4),
-    "dropout": (0.05, 0.0),
-    "causal_dropout": (0.3, 0.1),
-    "held_out": (0.1, 0.05),
-    "weighted_windows": (64, 16),
+    "steps": (2500, 2400, 6000),
+    "causal_steps": (2500, 2400, 2000),
+    "batch": (32, 32, 256),
+    "length": (64, 128, 256),
+    "width": (128, 256, 384),
+    "depth": (3, 4, 6),
+    "heads": (4, 4, 6),
+    "dropout": (0.05, 0.0, 0.1),
+    "causal_dropout": (0.3, 0.1, 0.3),
+    "held_out": (0.1, 0.05, 0.05),
+    "weighted_windows": (64, 16, 64),
 }
 
 
@@ -99,12 +106,13 @@ def network(text: Text, args: argparse.Namespace, causal: bool) -> Transformer:
         length=args.length,
         width=args.width,
         depth=args.depth,
+        heads=args.heads,
         dropout=args.causal_dropout if causal else args.dropout,
         outputs=text.states,
         relative=True,
         noise_level=False,
         causal=causal,
-    )
+    ).to(args.device)
 
 
 def distribution(
@@ -121,7 +129,7 @@ def distribution(
 
 def half(args: argparse.Namespace) -> AbstractContextManager[Any]:
     """Matrix products in bfloat16; the loss and the bound are in single precision all the same."""
-    return torch.autocast("cpu", torch.bfloat16) if args.half else nullcontext()
+    return torch.autocast(args.device.type, torch.bfloat16) if args.half else nullcontext()
 
 
 def optimizers(module: Transformer) -> list[torch.optim.Optimizer]:
@@ -140,11 +148,13 @@ def optimizers(module: Transformer) -> list[torch.optim.Optimizer]:
     return found
 
 
-def schedule(steps: int, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-    """A linear start and a cosine's end."""
+def schedule(
+    over: Callable[[int], float], optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """A linear start and a cosine's end, by the share of the training that is over at a step."""
 
     def factor(step: int) -> float:
-        return min((step + 1) / 50, 0.03 + 0.97 * math.cos(0.5 * math.pi * step / steps) ** 2)
+        return min((step + 1) / 50, 0.03 + 0.97 * math.cos(0.5 * math.pi * over(step)) ** 2)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -160,21 +170,28 @@ def train(
         with pyro.plate("windows", len(x)):
             pyro.sample("x", make(), obs=x)  # a fresh one, and so is its noise
 
+    steps = args.causal_steps if module.causal else args.steps
+    start = time.monotonic()
+
+    def over(step: int) -> float:
+        return min(max(step / steps, (time.monotonic() - start) / (60 * args.minutes)), 1)
+
     trainer = Trainer(
         model,
         optimizer=lambda _: optimizers(module),
-        schedule=partial(schedule, args.steps),
+        schedule=partial(schedule, over),
         ema=0.998,
         clip_norm=1.0,
         autocast=torch.bfloat16 if args.half else None,
         unit="bits/char",
     )
     return trainer.fit(
-        text.training.unfold(0, args.length, 1),
-        steps=args.steps,
+        text.training.to(args.device).unfold(0, args.length, 1),
+        steps=steps,
         batch_size=args.batch,
         validation=lambda: score(make(), text.validation, 8, args).bits_per_dim.value,
-        validate_every=max(args.steps // args.checks, 1),
+        validate_every=max(steps // args.checks, 1),
+        callback=lambda trainer: over(trainer.step) >= 1,
         progress=args.progress,
     )
 
@@ -183,10 +200,12 @@ def score(
     model: TorchDistribution, windows: Tensor, draws: int, args: argparse.Namespace
 ) -> evaluate.LogLikelihoodEstimate:
     """Log-likelihoods of windows: a bound of the diffusion, exact of autoregression."""
+    windows, batch = windows.to(args.device), 64 if args.device.type == "cpu" else 256
     with torch.no_grad(), half(args):
         if isinstance(model, DiffusionCTMC):
-            return evaluate.log_likelihood(model, windows, num_terms=draws, batch_size=64)
-        return exact(torch.cat([model.log_prob(rows) for rows in windows.split(64)]), args.length)
+            return evaluate.log_likelihood(model, windows, num_terms=draws, batch_size=batch)
+        log_p = torch.cat([model.log_prob(rows) for rows in windows.split(batch)])
+        return exact(log_p.cpu(), args.length)
 
 
 def exact(log_p: Tensor, length: int) -> evaluate.LogLikelihoodEstimate:
@@ -204,7 +223,7 @@ def weighted(
     A chain of few steps unmasks a few characters at once, which loosens the bound a little.
     """
     chain = Diffusion(diffusion.denoiser, (args.length,), args.weighted_steps)
-    some = windows[subset(len(windows), args.weighted_windows)]
+    some = windows[subset(len(windows), args.weighted_windows)].to(args.device)
     with half(args):
         return evaluate.importance_weighted(
             chain, some, num_samples=args.weighted_samples, progress=args.progress
@@ -230,7 +249,7 @@ def infill(diffusion: DiffusionCTMC, windows: Tensor, steps: int) -> Tensor:
 def passage(diffusion: DiffusionCTMC, text: Text, args: argparse.Namespace) -> str:
     """A sampled window, continued by half a window at a time."""
     half = args.length // 2
-    masks = torch.full((1, args.length), text.mask)
+    masks = torch.full((1, args.length), text.mask, device=args.device)
     found = infill(diffusion, masks, args.sample_steps)[0]
     while len(found) < args.characters:
         window = torch.cat([found[-half:], masks[0, half:]]).unsqueeze(0)
@@ -274,11 +293,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, default=MODELS, help="which to train"
     )
-    for name, (small, large) in SIZES.items():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=torch.device, default=device)
+    limit = "training of a model ends then, if not before; the learning rate follows"
+    parser.add_argument("--minutes", type=float, default=math.inf, help=limit)
+    for name, (small, large, gpu) in SIZES.items():
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             type=type(small),
-            help=f"{small}, or {large} for {LARGE} characters and more",
+            help=f"{small}, or {large} for {LARGE} characters and more, {gpu} for these on a GPU",
         )
     parser.add_argument("--checks", type=int, default=12, help="validations during training")
     parser.add_argument("--draws", type=int, default=128, help="times evaluated per test window")
@@ -312,7 +335,7 @@ def show(
     gap = args.gap[: args.length]
     known = torch.tensor([c != "_" for c in gap])
     window[0, : len(gap)][known] = text.encode(gap)[known]
-    filled = text.decode(infill(chain, window, args.sample_steps)[0])
+    filled = text.decode(infill(chain, window.to(args.device), args.sample_steps)[0])
     sample = passage(chain, text, args)
     print(f"\na gap filled in:\n{gap}\n{filled}\n\na sampled passage:\n{sample}\n")
     (args.out / "samples.txt").write_text(f"{gap}\n{filled}\n\n{sample}\n", encoding="utf-8")
@@ -322,9 +345,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     raw = load(args.text)
+    size = 0 if len(raw) < LARGE else 1 if args.device.type == "cpu" else 2
+    args.causal_steps = args.causal_steps or args.steps
     for name, choices in SIZES.items():
         if getattr(args, name) is None:
-            setattr(args, name, choices[len(raw) >= LARGE])
+            setattr(args, name, choices[size])
     text = Text(raw, args.held_out, args.length)
     print(f"{len(raw)} characters, {text.states} symbols, {text.unknown} replaced; {vars(args)}")
     rows: dict[str, evaluate.LogLikelihoodEstimate] = {}
@@ -340,8 +365,8 @@ def main(argv: list[str] | None = None) -> None:
             rows["diffusion, weighted"] = weighted(chain, text.test, args)
         weights = sum(p.numel() for p in module.parameters())
         print(
-            f"{name}: {weights} weights, {args.steps} steps in {histories[name].seconds:.0f} s; "
-            f"{rows[name].bits_per_dim}"
+            f"{name}: {weights} weights, {len(histories[name].losses)} steps in "
+            f"{histories[name].seconds:.0f} s, best at {histories[name].best_step}; {rows[name].bits_per_dim}"
         )
     for order in range(2, 7):
         log_p = kneser_ney(text.training, text.test, order, text.states)
@@ -349,6 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     metrics = report(rows)
     for name, history in histories.items():
         metrics[name]["training_seconds"] = history.seconds
+        metrics[name]["training_steps"] = len(history.losses)
     if chain is not None:
         show(chain, text, rows, args)
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")

@@ -1,10 +1,13 @@
 """A small transformer for sequences of symbols."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyro_diffusion.validation import check_number, check_operand, check_positive_int
 
@@ -23,6 +26,13 @@ def _attention(
     logits = (query * query.shape[-1] ** -0.5) @ key.mT
     weights = (logits if bias is None else logits + bias.to(logits.dtype)).softmax(-1)
     return F.dropout(weights, rate, rate > 0) @ value
+
+
+def _kernels(bias: Tensor | None) -> AbstractContextManager[Any]:
+    """On a GPU, those of torch that differentiate a bias of the logits; cuDNN's, its first choice, does not."""
+    if bias is None or bias.device.type == "cpu":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 class Block(nn.Module):
@@ -186,8 +196,9 @@ class Transformer(DefinedModule):
         hidden = F.embedding(x.long(), self.symbols)
         hidden = self.dropout(hidden if self.relative else hidden + self.positions)
         bias = self._bias()
-        for block in self.blocks:
-            hidden = block(hidden, condition, bias)
+        with _kernels(bias):
+            for block in self.blocks:
+                hidden = block(hidden, condition, bias)
         logits = self.last(self.norm(hidden))
         return logits.squeeze(-1) if self.outputs == 1 else logits
 
