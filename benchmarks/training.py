@@ -1,15 +1,17 @@
 """Free of overhead: SVI with a Diffusion site, its sampler and the Trainer, beside loops by hand.
 
-Run: python benchmarks/training.py
+Run: python benchmarks/training.py [--device cuda] [--parts training compiled]
 
 The bare loops are what one would write by hand for the same network, batch and bound: the schedule inlined,
 the divergences of the chain as one formula, torch's own fused AdamW. Both sides run in turns of a few steps
-in one process; the figure is the median over turns of the ratio of their seconds.
+in one process; the figure is the median over turns of the ratio of their seconds. On a GPU networks, images
+and batches are larger, clocks are read when the device is done, and the memory that a step needs is shown.
 """
 
 import argparse
 import copy
 import functools
+import itertools
 import math
 import statistics
 import time
@@ -50,7 +52,7 @@ def bare_point_mass(network: nn.Module) -> Callable[[Tensor], Tensor]:
     """Minus the bound of DDPM with v-prediction on vectors, mean over the batch."""
 
     def loss(x: Tensor) -> Tensor:
-        place, j = strata(len(x))
+        place, j = strata(x)
         late, early = log_snr(j / STEPS)[:, None], log_snr((j - 1).clamp(min=0) / STEPS)[:, None]
         alpha, sigma = torch.sigmoid(late).sqrt(), torch.sigmoid(-late).sqrt()
         xt = alpha * x + sigma * torch.randn_like(x)
@@ -65,11 +67,10 @@ def bare_point_mass(network: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def bare_levels(network: nn.Module) -> Callable[[Tensor], Tensor]:
     """Minus the bound of the digits example, mean over the batch."""
-    values = uniform_levels(LEVELS)
 
     def loss(x: Tensor) -> Tensor:
-        x0 = x / 8 - 1
-        place, j = strata(len(x))
+        x0, values = x / 8 - 1, uniform_levels(LEVELS).to(x.device)
+        place, j = strata(x)
         late = log_snr(j / STEPS)[:, None, None, None]
         early = log_snr((j - 1).clamp(min=0) / STEPS)[:, None, None, None]
         alpha, sigma = torch.sigmoid(late).sqrt(), torch.sigmoid(-late).sqrt()
@@ -92,9 +93,10 @@ def bare_levels(network: nn.Module) -> Callable[[Tensor], Tensor]:
     return loss
 
 
-def strata(count: int) -> tuple[Tensor, Tensor]:
-    """Low-discrepancy positions, and the terms of the bound that they fall on."""
-    place = (torch.rand(()) + torch.arange(count) / count) % 1
+def strata(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Low-discrepancy positions of a batch, and the terms of the bound that they fall on."""
+    count, device = len(x), x.device
+    place = (torch.rand((), device=device) + torch.arange(count, device=device) / count) % 1
     return place, ((place - SHARE) / (1 - SHARE) * STEPS).floor().clamp(-1, STEPS - 1) + 1
 
 
@@ -138,9 +140,11 @@ def bare_step(
     return step
 
 
-def bare_sampler(read: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | float]]) -> Callable:
+def bare_sampler(
+    read: Callable[[Tensor, int], tuple[Tensor, Tensor | float]], device: torch.device
+) -> Callable:
     """Ancestral sampling by hand, coefficients tabulated."""
-    level = log_snr(torch.linspace(0, 1, STEPS + 1))
+    level = log_snr(torch.linspace(0, 1, STEPS + 1, device=device))
     alpha, sigma = torch.sigmoid(level).sqrt(), torch.sigmoid(-level).sqrt()
     fresh = -torch.expm1(level[1:] - level[:-1])
     keep = sigma[:-1].square() / sigma[1:].square() * alpha[1:] / alpha[:-1]
@@ -157,18 +161,37 @@ def bare_sampler(read: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | float]]
     return sample
 
 
-def compare(ours: Callable, bare: Callable, argument: object, steps: int, turns: int) -> None:
+def seconds(device: torch.device) -> float:
+    """The time when the device is done with all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def compare(
+    ours: Callable, bare: Callable, argument: object, steps: int, turns: int, device: torch.device
+) -> None:
     """Seconds of each side in turns; print both and the median of their ratios."""
     sides: list[list[float]] = [[], []]
     for turn in range(turns + 1):
         for side, run in enumerate((ours, bare) if turn % 2 else (bare, ours)):
-            start = time.perf_counter()
+            start = seconds(device)
             for _ in range(steps):
                 run(argument)
             which = side if turn % 2 else 1 - side
             if turn:  # the first turn warms up
-                sides[which].append((time.perf_counter() - start) / steps)
+                sides[which].append((seconds(device) - start) / steps)
     show(sides)
+
+
+def memory(run: Callable, argument: object, device: torch.device) -> str:
+    """What a step needs above what is held between steps, at its peak."""
+    if device.type != "cuda":
+        return ""
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_allocated(device)
+    run(argument)
+    return f"{(torch.cuda.max_memory_allocated(device) - held) / 2**20:.0f}"
 
 
 def show(sides: list[list[float]]) -> None:
@@ -178,31 +201,67 @@ def show(sides: list[list[float]]) -> None:
     print(f"{mine:>10.2f} {theirs:>10.2f} {ratio:>7.3f}", end="")
 
 
-def mlp() -> tuple[nn.Module, Denoiser, Tensor]:
-    network = MLP(64, hidden=(1024, 1024, 1024))
-    denoiser = GaussianDenoiser(network, GaussianProcess(cosine()))
-    return network, denoiser, torch.randn(512, 64)
+def mlp(device: torch.device) -> tuple[str, nn.Module, Denoiser, Tensor]:
+    """Its name, a network, the denoiser and a batch."""
+    width, batch = (1024, 512) if device.type == "cpu" else (4096, 4096)
+    network = MLP(64, hidden=(width, width, width)).to(device)
+    denoiser = GaussianDenoiser(network, GaussianProcess(cosine())).to(device)
+    return (
+        f"MLP 3 x {width}, batch {batch}",
+        network,
+        denoiser,
+        torch.randn(batch, 64, device=device),
+    )
 
 
-def unet() -> tuple[nn.Module, Denoiser, Tensor]:
-    network = UNet(1, outputs=LEVELS, dropout=0.2)
+def unet(device: torch.device) -> tuple[str, nn.Module, Denoiser, Tensor]:
+    """The same for images: those of the digits example, or of 28 by 28 pixels."""
+    size, batch, wide = (
+        (8, 64, {"width": 32}) if device.type == "cpu" else (28, 256, {"width": 64, "blocks": 2})
+    )
+    network = UNet(1, outputs=LEVELS, dropout=0.2, **wide).to(device)
     process = GaussianProcess(cosine(), event_dim=3)
-    denoiser = LevelsDenoiser(network, process, uniform_levels(LEVELS))
-    return network, denoiser, torch.randint(LEVELS, (64, 1, 8, 8))
+    denoiser = LevelsDenoiser(network, process, uniform_levels(LEVELS)).to(device)
+    name = f"U-Net, {size} x {size}, batch {batch}"
+    return name, network, denoiser, torch.randint(LEVELS, (batch, 1, size, size), device=device)
 
 
-def training(turns: int) -> None:
-    print(f"\n{'ms per training step':<40} {'SVI':>10} {'bare':>10} {'ratio':>7}  wanted")
-    network, denoiser, x = mlp()
-    print(f"{'MLP 3 x 1024, batch 512':<40}", end=" ")
-    ours, bare = svi_step(denoiser, NormalDecoder(), 1e-4), bare_point_mass(network)
-    compare(ours, bare_step(network, bare, 1e-4), x, 10, turns)
-    print("  <= 1.05")
-    network, denoiser, x = unet()
-    print(f"{'digits: U-Net, batch 64':<40}", end=" ")
-    ours, bare = svi_step(denoiser, QuantizedDecoder(LEVELS), 1e-4), bare_levels(network)
-    compare(ours, bare_step(network, bare, 1e-4), x, 10, turns)
-    print("  <= 1.10")
+SETTINGS = (
+    (mlp, NormalDecoder(), bare_point_mass, "<= 1.05"),
+    (unet, QuantizedDecoder(LEVELS), bare_levels, "<= 1.10"),
+)
+
+
+def training(turns: int, device: torch.device) -> None:
+    """SVI beside a loop by hand."""
+    head = f"{'ms per training step':<40} {'SVI':>10} {'bare':>10} {'ratio':>7}  wanted"
+    print(f"\n{head}{'' if device.type == 'cpu' else '   MiB a step: SVI, bare'}")
+    for make, decoder, bare_loss, wanted in SETTINGS:
+        name, network, denoiser, x = make(device)
+        print(f"{name:<40}", end=" ", flush=True)
+        ours = svi_step(denoiser, decoder, 1e-4)
+        bare = bare_step(network, bare_loss(network), 1e-4)
+        compare(ours, bare, x, 10, turns, device)
+        needs = ", ".join(memory(run, x, device) for run in (ours, bare))
+        print(f"  {wanted if device.type == 'cpu' else '<= 1.10'}   {needs.strip(', ')}")
+
+
+def compiled(turns: int, device: torch.device) -> None:
+    """SVI whose network is compiled, beside the same network as it is."""
+    print(
+        f"\n{'ms per SVI step':<40} {'compiled':>10} {'as it is':>10} {'ratio':>7}  first step, s"
+    )
+    for make, decoder, _, _ in SETTINGS:
+        name, _, denoiser, x = make(device)
+        other = copy.deepcopy(denoiser)
+        print(f"{name:<40}", end=" ", flush=True)
+        plain = svi_step(other, decoder, 1e-4)
+        denoiser.network.compile()  # in place: its parameters keep their names
+        ours, start = svi_step(denoiser, decoder, 1e-4), seconds(device)
+        ours(x)
+        first = seconds(device) - start
+        compare(ours, plain, x, 10, turns, device)
+        print(f"  {first:.1f}")
 
 
 def by_hand(denoiser: Denoiser, decoder: Decoder, data: Tensor, batch: int) -> Callable[[], None]:
@@ -217,21 +276,16 @@ def by_hand(denoiser: Denoiser, decoder: Decoder, data: Tensor, batch: int) -> C
     return loop
 
 
-def looping(turns: int) -> None:
+def looping(turns: int, device: torch.device) -> None:
     """Trainer.fit, which stops after every ten steps to let the loop by hand take as many."""
     print(
         f"\n{'ms per step of a training loop':<40} {'Trainer':>10} {'by hand':>10} {'ratio':>7}  wanted"
     )
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    group = dist.group.WORLD
-    for name, make, decoder, batch, shared in (
-        ("MLP 3 x 1024, batch 512", mlp, NormalDecoder(), 512, None),
-        ("digits: U-Net, batch 64", unet, QuantizedDecoder(LEVELS), 64, None),
-        ("MLP, under DDP of one process", mlp, NormalDecoder(), 512, group),
-        ("U-Net, under DDP of one process", unet, QuantizedDecoder(LEVELS), 64, group),
-    ):
-        _, denoiser, x = make()
-        data = torch.cat([x] * 4)
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    for shared, (make, decoder, _, _) in itertools.product((None, dist.group.WORLD), SETTINGS):
+        name, _, denoiser, x = make(device)
+        data, batch = torch.cat([x] * 4), len(x)
         other = by_hand(copy.deepcopy(denoiser), decoder, data, batch)
 
         def model(x: Tensor, denoiser: Denoiser = denoiser, decoder: Decoder = decoder) -> None:
@@ -240,7 +294,7 @@ def looping(turns: int) -> None:
                 pyro.sample("x", Diffusion(denoiser, x.shape[1:], STEPS, decoder=decoder), obs=x)
 
         sides: list[list[float]] = [[], []]
-        clock = [time.perf_counter()]
+        clock = [seconds(device)]
 
         def turn(
             trainer: Trainer,
@@ -249,15 +303,15 @@ def looping(turns: int) -> None:
             clock: list[float] = clock,
         ) -> None:
             if trainer.step % 10 == 0:
-                clock.append(time.perf_counter())
+                clock.append(seconds(device))
                 for _ in range(10):
                     other()
-                clock.append(time.perf_counter())
+                clock.append(seconds(device))
                 if trainer.step > 10:  # the first turn warms up
                     sides[0].append((clock[-2] - clock[-3]) / 10)
                     sides[1].append((clock[-1] - clock[-2]) / 10)
 
-        print(f"{name:<40}", end=" ", flush=True)
+        print(f"{name + ', DDP' * (shared is not None):<40}", end=" ", flush=True)
         optimizer = functools.partial(torch.optim.AdamW, lr=1e-4, fused=True)
         trainer = Trainer(model, optimizer=optimizer, process_group=shared)
         trainer.fit(data, steps=10 * turns + 10, batch_size=batch, callback=turn, progress=False)
@@ -266,26 +320,28 @@ def looping(turns: int) -> None:
     dist.destroy_process_group()
 
 
-def sampling(turns: int) -> None:
+def sampling(turns: int, device: torch.device) -> None:
+    """The sampler beside a loop by hand."""
     print(
         f"\n{'ms per 1000 sampling steps':<40} {'Diffusion':>10} {'bare':>10} {'ratio':>7}  wanted"
     )
-    level = log_snr(torch.linspace(0, 1, STEPS + 1))
+    level = log_snr(torch.linspace(0, 1, STEPS + 1, device=device))
     alpha, sigma = torch.sigmoid(level).sqrt(), torch.sigmoid(-level).sqrt()
 
-    network, denoiser, _ = mlp()
+    name, network, denoiser, _ = mlp(device)
     denoiser.eval()
 
     def read_v(x: Tensor, j: int) -> tuple[Tensor, float]:
         return alpha[j] * x - sigma[j] * network(x, level[j].expand(len(x))), 0.0
 
     for count in (64, 512):
-        print(f"{f'MLP 3 x 1024, {count} samples':<40}", end=" ")
+        shown = f"{name.partition(',')[0]}, {count} samples"
+        print(f"{shown:<40}", end=" ", flush=True)
         run_pair(denoiser, read_v, (count, 64), turns)
 
-    network, denoiser, _ = unet()
+    name, network, denoiser, x = unet(device)
     denoiser.eval()
-    values = uniform_levels(LEVELS)
+    values = denoiser.values
 
     def read_levels(x: Tensor, j: int) -> tuple[Tensor, Tensor]:
         evidence = (x[..., None] - alpha[j] * values) / sigma[j]
@@ -294,30 +350,42 @@ def sampling(turns: int) -> None:
         mean = probs @ values
         return mean, (probs * (values - mean[..., None]).square()).sum(-1)
 
-    print(f"{'digits: U-Net, 16 samples':<40}", end=" ")
-    run_pair(denoiser, read_levels, (16, 1, 8, 8), turns)
+    shown = f"{name.rpartition(',')[0]}, 16 samples"
+    print(f"{shown:<40}", end=" ", flush=True)
+    run_pair(denoiser, read_levels, (16, *x.shape[1:]), turns)
 
 
 def run_pair(denoiser: Denoiser, read: Callable, shape: tuple[int, ...], turns: int) -> None:
     decoder = QuantizedDecoder(LEVELS) if isinstance(denoiser, LevelsDenoiser) else None
-    law = Diffusion(denoiser, shape[1:], STEPS, decoder=decoder)
-    bare = bare_sampler(read)
+    diffusion = Diffusion(denoiser, shape[1:], STEPS, decoder=decoder)
+    device = diffusion.device
+    bare = bare_sampler(read, device)
     compare(
-        lambda n: law.sample((n,)), lambda n: bare(torch.randn(n, *shape[1:])), shape[0], 1, turns
+        lambda n: diffusion.sample((n,)),
+        lambda n: bare(torch.randn(n, *shape[1:], device=device)),
+        *(shape[0], 1, turns, device),
     )
     print("  <= 1.05")
 
 
+PARTS = {"training": training, "looping": looping, "sampling": sampling, "compiled": compiled}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--turns", type=int, default=15, help="turns of each side when training")
     parser.add_argument("--sampling-turns", type=int, default=5)
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=("training", "looping", "sampling")
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
-    print(f"{torch.get_num_threads()} threads")
-    training(args.turns)
-    looping(args.turns)
-    sampling(args.sampling_turns)
+    on = args.device
+    card = torch.cuda.get_device_name(on) if on.type == "cuda" else ""
+    print(f"{torch.get_num_threads()} threads {card}, torch {torch.__version__}")
+    for name in args.parts:
+        PARTS[name](args.sampling_turns if name == "sampling" else args.turns, on)
 
 
 if __name__ == "__main__":
