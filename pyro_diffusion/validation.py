@@ -228,7 +228,7 @@ def check_integers(name: str, value: Tensor, levels: int) -> None:
         check_finite(name, value)
         if not bool((value == value.round()).all()):
             raise ValueError(f"{name}: got fractional numbers, expected integers")
-    low, high = int(value.min()), int(value.max())
+    low, high = (int(end) for end in torch.stack(value.aminmax()).tolist())  # one wait for a device
     if low < 0 or high >= levels:
         raise ValueError(
             f"{name}: got integers from {low} to {high}, expected integers in [0, {levels - 1}]"

@@ -28,6 +28,8 @@ from pyro_diffusion import (
 )
 from pyro_diffusion.checkpoint import CheckpointError
 from pyro_diffusion.train import Trainer
+from pyro_diffusion.train.program import Program
+from pyro_diffusion.train.units import Unit
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 SLOW = functools.partial(torch.optim.SGD, lr=0.02)
@@ -521,6 +523,30 @@ def test_an_order_that_cannot_be_repeated_is_refused_beside_a_checkpoint(tmp_pat
     fit(Trainer(normal, optimizer=SGD), loader)
     with pytest.raises(ValueError, match="checkpoint: got a DataLoader with a Odd, whose order"):
         fit(Trainer(normal, optimizer=SGD), loader, checkpoint=tmp_path / "a.safetensors")
+
+
+def test_the_first_batch_goes_to_where_the_parameters_are():
+    """A plain function tells only when it runs; data on the host serve parameters on a device."""
+    seen = []
+
+    class Called(Trace_ELBO):
+        def differentiable_loss(self, model, guide, *args):
+            return model(*args)
+
+    def model(x):
+        loc = pyro.param("loc", torch.zeros(2, device="meta"))
+        seen.append(x.device.type)
+        if x.device != loc.device:
+            raise ValueError("two devices")
+        if len(x) > 5:
+            raise ValueError("too many")
+
+    program = Program(model, lambda x: None, Called(), Unit("nats/datum"))
+    program.prepare(torch.zeros(3, 2))
+    assert seen == ["cpu", "meta"] and program.device.type == "meta"
+    with pytest.raises(ValueError, match="too many") as caught:
+        program.prepare(torch.zeros(6, 2))
+    assert seen[2:] == ["cpu", "meta"] and len(caught.value.__notes__) == 1
 
 
 # --- callbacks and logs -------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def _attention(
 
 
 def _kernels(bias: Tensor | None) -> AbstractContextManager[Any]:
-    """On a GPU, those of torch that differentiate a bias of the logits; cuDNN's, its first choice, does not."""
+    """On a GPU, kernels that differentiate a bias of the logits; cuDNN's, torch's first choice, do not."""
     if bias is None or bias.device.type == "cpu":
         return nullcontext()
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

@@ -12,7 +12,7 @@ from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_diffusion.train.batches import rows_of
+from pyro_diffusion.train.batches import Arguments, rows_of, to_device
 from pyro_diffusion.train.units import Unit
 from pyro_diffusion.validation import kind_of
 
@@ -75,17 +75,30 @@ class Program(nn.Module):
         Raises:
             ValueError: if that is nothing, or the unit has no meaning for what the program observes.
         """
-        run = _Run()
+        run, there = _Run(), None
         called: list[nn.Module] = []
         try:
             with run, _recording(called):
                 self._elbo(*self._callables, *args, **kwargs)
         except Exception as error:
-            parts: list[tuple[object, Any]] = [*enumerate(args), *kwargs.items()]
-            shapes = {name: tuple(part.shape) for name, part in parts if hasattr(part, "shape")}
-            error.add_note(f"data: got batches of shapes {shapes}, expected arguments of the model")
-            raise
+            owned = [p for m in _owners(*self._callables).values() for p in m.parameters()]
+            there = _elsewhere([*owned, *run.parameters.values()], (args, kwargs))
+            if there is None:
+                parts: list[tuple[object, Any]] = [*enumerate(args), *kwargs.items()]
+                shapes = {name: tuple(part.shape) for name, part in parts if hasattr(part, "shape")}
+                error.add_note(
+                    f"data: got batches of shapes {shapes}, expected arguments of the model"
+                )
+                raise
+        if there is not None:
+            args, kwargs = to_device((args, kwargs), there)
+            self.prepare(*args, **kwargs)
+            return
         self._measure(run, args, kwargs)
+        self._collect(run, called)
+
+    def _collect(self, run: "_Run", called: list[nn.Module]) -> None:
+        """Find what a run used: modules and parameters."""
         owners = _owners(*self._callables)
         self.parts.update(owners)
         own = {id(p) for m in owners.values() for p in m.parameters()}
@@ -207,6 +220,13 @@ def _recording(called: list[nn.Module]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _elsewhere(parameters: list[Tensor], batch: Arguments) -> torch.device | None:
+    """The device of the parameters that a run has met, if that is another than the batch's."""
+    devices = {p.device for p in parameters}
+    own = {part.device for part in (*batch[0], *batch[1].values()) if isinstance(part, Tensor)}
+    return devices.pop() if len(devices) == 1 and own and own != devices else None
 
 
 def _owners(model: Callable[..., Any], guide: Callable[..., Any]) -> dict[str, nn.Module]:
