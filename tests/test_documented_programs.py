@@ -199,3 +199,8 @@ def test_the_page_on_tables_runs() -> None:
     assert page["history"].best_step and len(page["table"]) == 2
     scores = [page[name].value for name in ("density", "bound", "mixture")]
     assert all(score.shape == (100,) and score.isfinite().all() for score in scores)
+
+
+def test_the_page_on_categoricals_by_noise_runs() -> None:
+    page = run("docs/argmax.md", {})
+    assert page["y"].shape == (1000, 4) and bool(page["mu"].grad.isfinite().all())

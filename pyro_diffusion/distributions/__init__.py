@@ -1,6 +1,7 @@
 """Diffusion models as Pyro distributions, and the densities at their data end."""
 
 from pyro_diffusion.distributions import kl as _kl  # noqa: F401 (registers divergences)
+from pyro_diffusion.distributions.argmax import ArgmaxCategorical, RelaxedArgmaxCategorical
 from pyro_diffusion.distributions.basis_decoder import BasisDecoder
 from pyro_diffusion.distributions.ctmc import DiffusionCTMC
 from pyro_diffusion.distributions.decoders import (
@@ -27,6 +28,7 @@ from pyro_diffusion.distributions.regressions import (
 from pyro_diffusion.distributions.sde import DiffusionSDE
 
 __all__ = [
+    "ArgmaxCategorical",
     "BasisDecoder",
     "Bound",
     "CategoricalDecoder",
@@ -43,6 +45,7 @@ __all__ = [
     "ProbabilityFlow",
     "QuantizedDecoder",
     "RedDiff",
+    "RelaxedArgmaxCategorical",
     "Simple",
     "Weighted",
 ]

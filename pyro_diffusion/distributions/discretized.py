@@ -16,7 +16,7 @@ from pyro_diffusion.validation import (
     check_tensor,
 )
 
-__all__ = ["DiscretizedNormal"]
+__all__ = ["DiscretizedNormal", "log_ndtr"]
 
 
 class DiscretizedNormal(NoClosedForms, TorchDistribution):
@@ -131,9 +131,9 @@ class DiscretizedNormal(NoClosedForms, TorchDistribution):
         top, bottom = value >= self.levels - 1, value <= 0
         open_far = torch.where(upper, top, bottom)
         open_near = torch.where(upper, bottom, top)
-        log_near = _log_ndtr(near).masked_fill(open_near, 0.0)
+        log_near = log_ndtr(near).masked_fill(open_near, 0.0)
         # Rounding must not make an edge of a very narrow bin cross the other.
-        log_ratio = (_log_ndtr(far) - log_near).clamp(max=-torch.finfo(far.dtype).eps)
+        log_ratio = (log_ndtr(far) - log_near).clamp(max=-torch.finfo(far.dtype).eps)
         inner = torch.log(-torch.expm1(log_ratio.masked_fill(open_far, -1.0)))
         return log_near + inner.masked_fill(open_far, 0.0)
 
@@ -157,6 +157,7 @@ class _LogCdf(torch.autograd.Function):
         return grads[0] * math.sqrt(2 / math.pi) / torch.special.erfcx(-math.sqrt(0.5) * x)
 
 
-def _log_ndtr(x: Tensor) -> Tensor:
+def log_ndtr(x: Tensor) -> Tensor:
+    """Log of the normal cdf, with an accurate gradient in both tails."""
     out: Tensor = _LogCdf.apply(x)
     return out

@@ -150,6 +150,11 @@ def used(law: Any, value: torch.Tensor | None = None) -> Any:
     return law.log_prob(data() if value is None else value), law.sample((2,))
 
 
+def drawn_and_scored(law: Any) -> Any:
+    x = law.sample()
+    return x, law.log_prob(x)
+
+
 def used_decoder(decoder: Any) -> Any:
     posterior = dist.Normal(torch.zeros(2, 3), 0.1).to_event(1)
     law = decoder(posterior, LEVEL, PROCESS)
@@ -246,10 +251,6 @@ def process_calls() -> list[Call]:
 
     def moments(law: Any) -> Any:
         return law.mean, law.variance, law.sample()
-
-    def drawn_and_scored(law: Any) -> Any:
-        x = law.sample()
-        return x, law.log_prob(x)
 
     def chances(law: Any) -> Any:
         return law.sample()
@@ -885,6 +886,18 @@ def distribution_calls() -> list[Call]:
                 symbols(), (3,), 3, decoder=distributions.CategoricalDecoder(**a)
             ).log_prob(integers),
             of({"states": 4}),
+        ),
+        *(
+            Call(
+                f"distributions.{kind.__name__}",
+                lambda kind=kind, noise=noise, **a: drawn_and_scored(kind(noise=noise, **a)),
+                of({"utilities": data(2), **more}),
+            )
+            for kind, more in (
+                (distributions.ArgmaxCategorical, {}),
+                (distributions.RelaxedArgmaxCategorical, {"temperature": torch.tensor(0.5)}),
+            )
+            for noise in (dist.Normal(0.0, 1.0), dist.Gumbel(0.0, 1.0), dist.Exponential(1.0))
         ),
         Call(
             "distributions.Dequantization",

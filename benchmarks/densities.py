@@ -1,0 +1,36 @@
+"""Small densities and discrete distributions beside diffusions: figures of the pages on each.
+
+Run: python benchmarks/densities.py [--only PART ...] [--scale SHARE]
+
+Parts are the modules of ``density_parts``. Each prints a table and a verdict; the command fails if any is not
+as wanted. ``--scale`` below 1 shortens trainings and draws for a trial, whose verdicts then mean nothing.
+"""
+
+import argparse
+import importlib
+import sys
+import time
+
+import torch
+
+PARTS = ("categoricals",)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--scale", type=float, default=1.0, help="share of steps and draws")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    fine = []
+    for name in args.only:
+        start = time.perf_counter()
+        torch.manual_seed(0)
+        print(f"\n== {name}")
+        fine.append(importlib.import_module(f"density_parts.{name}").main(args.scale))
+        print(f"as wanted: {fine[-1]} ({time.perf_counter() - start:.0f} s)")
+    sys.exit(0 if all(fine) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Parts of ``benchmarks/densities.py``: modules with a ``main(scale)`` that prints a table and judges it."""
