@@ -56,7 +56,7 @@ SIZES = {
     "width": (128, 256, 384),
     "depth": (3, 4, 6),
     "heads": (4, 4, 6),
-    "dropout": (0.05, 0.0, 0.1),
+    "dropout": (0.05, 0.0, 0.2),
     "causal_dropout": (0.3, 0.1, 0.3),
     "held_out": (0.1, 0.05, 0.05),
     "weighted_windows": (64, 16, 64),
@@ -123,7 +123,7 @@ def distribution(
         return partial(Autoregressive, module, args.length, text.mask)
     # alpha(t) = 1 - t is the probability that a character is not masked yet
     process = Absorbing(schedules.Rectified.full(), text.states)
-    denoiser = CategoricalDenoiser(module, process)
+    denoiser = CategoricalDenoiser(module, process).to(args.device)
     return partial(DiffusionCTMC, denoiser, (args.length,), args.sample_steps)
 
 
@@ -375,6 +375,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, history in histories.items():
         metrics[name]["training_seconds"] = history.seconds
         metrics[name]["training_steps"] = len(history.losses)
+        metrics[name]["validations"] = history.validations
     if chain is not None:
         show(chain, text, rows, args)
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
