@@ -42,6 +42,7 @@ from pyro_diffusion.distributions import (
 )
 from pyro_diffusion.nn import (
     MLP,
+    ConditionalMLP,
     DiT,
     LabelContext,
     SetTransformer,
@@ -169,6 +170,7 @@ DEFINITIONS = [
     (CategoricalDecoder(5), {"states": 5}),
     (Transformer(4, 3, width=8, depth=1, heads=2), {"heads": 2, "states": 4, "length": 3}),
     (MLP(3, (4,), frequencies=(1, 2)), {"event_size": 3, "frequencies": [1.0, 2.0], "norm": False}),
+    (ConditionalMLP(3, 2, width=4), {"event_size": 3, "context_size": 2, "depth": 3}),
     (UNet(1, width=8, levels=(1, 2)), {"levels": [1, 2], "attention": [1]}),
     (DiT(1, patch=2, width=8, depth=1, heads=2), {"patch": 2, "heads": 2, "channels": 1}),
     (

@@ -8,6 +8,7 @@ from pyro_diffusion.evaluate.comparison import compare
 from pyro_diffusion.evaluate.continuity import continuity_residual
 from pyro_diffusion.evaluate.draws import draw_samples
 from pyro_diffusion.evaluate.importance import importance_weighted, log_weights
+from pyro_diffusion.evaluate.importance_posterior import importance_posterior
 from pyro_diffusion.evaluate.inference_data import to_arviz, to_elpd
 from pyro_diffusion.evaluate.ode import flow_log_likelihood
 from pyro_diffusion.evaluate.posterior_data import posterior_to_arviz
@@ -22,6 +23,7 @@ __all__ = [
     "continuity_residual",
     "draw_samples",
     "flow_log_likelihood",
+    "importance_posterior",
     "importance_weighted",
     "log_likelihood",
     "log_weights",

@@ -1,5 +1,6 @@
-"""Diffusions inside Pyro's inference: the chain as model and guide."""
+"""Diffusions inside Pyro's inference: the chain as model and guide, posteriors of any program."""
 
+from pyro_diffusion.infer.auto_amortized import AutoAmortized
 from pyro_diffusion.infer.autoguide import AutoGuidance, AutoTwistedSMC
 from pyro_diffusion.infer.ddpm import DDPM
 from pyro_diffusion.infer.particle_gibbs import ParticleGibbs
@@ -9,6 +10,7 @@ from pyro_diffusion.unreliable import UnreliableWarning
 
 __all__ = [
     "DDPM",
+    "AutoAmortized",
     "AutoGuidance",
     "AutoTwistedSMC",
     "ChainReparam",

@@ -5,6 +5,7 @@ A network is called as ``network(x, log_snr, **context)`` with ``x`` of shape ``
 returns ``x.shape`` when its attribute ``outputs`` is 1, else ``x.shape + (outputs,)``.
 """
 
+from .conditional_mlp import ConditionalMLP
 from .context import LabelContext, TensorContext
 from .mlp import MLP
 from .tokens import DiT, SetTransformer
@@ -13,6 +14,7 @@ from .unet import UNet
 
 __all__ = [
     "MLP",
+    "ConditionalMLP",
     "DiT",
     "LabelContext",
     "SetTransformer",

@@ -1,9 +1,10 @@
 """The loop around a Pyro program: minibatches, averages, validation, checkpoints.
 
 Stock ``SVI`` trains every model of this package as well; :class:`~pyro_diffusion.train.Trainer` is what one
-writes around it, once.
+writes around it, once; :func:`~pyro_diffusion.train.fit_amortized` is a recipe on top of it.
 """
 
+from pyro_diffusion.train.amortized import fit_amortized
 from pyro_diffusion.train.trainer import Trainer
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "fit_amortized"]

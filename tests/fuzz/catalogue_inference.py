@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from pyro_diffusion import (
     checkpoint,
+    denoisers,
     evaluate,
     foreign,
     guidance,
@@ -21,6 +22,7 @@ from pyro_diffusion import (
     likelihoods,
     optim,
     plotting,
+    processes,
     samplers,
     schedules,
     train,
@@ -226,6 +228,7 @@ def infer_calls() -> list[Call]:
             of({"num_particles": 4, "site": "x", "ess_threshold": 0.5}),
             weight=0.5,
         ),
+        *amortized_calls_of(y),
         Call(
             "infer.AutoPosterior.quantiles",
             functools.partial(quantiles, guide),
@@ -282,6 +285,80 @@ def infer_calls() -> list[Call]:
     ]
 
 
+def simulator(x: Any = None) -> None:
+    """A program that simulates."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+def amortized() -> infer.AutoAmortized:
+    """A guide with scales, not trained."""
+    small = functools.partial(networks.ConditionalMLP, width=8, depth=1)
+    guide = infer.AutoAmortized(
+        simulator,
+        observed=["x"],
+        denoiser=lambda *sizes: denoisers.GaussianDenoiser(
+            small(*sizes), processes.GaussianProcess(schedules.Cosine())
+        ),
+        solver=ODESolver("rk4", steps=2),
+        vectorized=True,
+    )
+    guide.simulate(30)
+    return guide
+
+
+def amortized_calls_of(y: Any) -> list[Call]:
+    del y
+    guide = amortized()
+    point = torch.tensor([0.5, -0.5])
+    table = guide.simulate(4)
+    score = lambda **a: pyro.infer.Trace_ELBO().loss(guide.training_model, _empty, **a)  # noqa: E731
+
+    def built(**arguments: Any) -> Any:
+        return infer.AutoAmortized(simulator, **arguments).simulate(30)
+
+    return [
+        Call(
+            "infer.AutoAmortized",
+            built,
+            of({"observed": ["x"], "latents": ["z"], "vectorized": True, "summary": None}),
+            weight=0.5,
+        ),
+        Call("infer.AutoAmortized.forward", guide, lambda: {"x": point.clone()}, weight=0.5),
+        Call("infer.AutoAmortized.simulate", guide.simulate, of({"num_samples": 3})),
+        Call(
+            "infer.AutoAmortized.accept",
+            lambda **a: guide.accept(a),
+            lambda: {name: value.clone() for name, value in table.items()},
+        ),
+        Call(
+            "infer.AutoAmortized.training_model",
+            score,
+            lambda: {name: value.clone() for name, value in table.items()},
+        ),
+        Call(
+            "infer.AutoAmortized.log_prob",
+            lambda z, x: guide.log_prob({"z": z}, x),
+            lambda: {"z": torch.zeros(3, 2), "x": point.clone()},
+            weight=0.5,
+        ),
+        Call(
+            "infer.AutoAmortized.quantiles",
+            functools.partial(quantiles_of, guide, point),
+            of({"quantiles": [0.1, 0.9], "num_samples": 3}),
+            weight=0.5,
+        ),
+    ]
+
+
+def quantiles_of(guide: Any, x: Any, **arguments: Any) -> Any:
+    return guide.quantiles(arguments.pop("quantiles"), x, **arguments)
+
+
+def _empty(**_: Any) -> None:
+    """The guide of a model without latents."""
+
+
 def evaluate_calls() -> list[Call]:
     flow = ProbabilityFlow(gaussian(), (3,), solver=ODESolver("rk4", steps=2))
     sde = DiffusionSDE(gaussian(), (3,), solver=SDESolver(steps=2))
@@ -321,6 +398,13 @@ def evaluate_calls() -> list[Call]:
             "evaluate.log_likelihood.context",
             functools.partial(score, conditioned),
             lambda: {"data": data(), "context": rows(), "batch_size": 3},
+        ),
+        Call(
+            "evaluate.importance_posterior",
+            functools.partial(evaluate.importance_posterior, simulator, amortized()),
+            lambda: {"x": torch.ones(2), "num_samples": 3},
+            True,
+            weight=0.5,
         ),
         Call(
             "evaluate.importance_weighted",
@@ -474,6 +558,23 @@ def network_calls() -> list[Call]:
     points = networks.SetTransformer(3, width=8, depth=1, heads=2).eval()
     words = networks.Transformer(4, 3, width=8, depth=1, heads=2).eval()
     return [
+        Call(
+            "nn.ConditionalMLP",
+            lambda **a: networks.ConditionalMLP(**a)(
+                torch.ones(2, a["event_size"]), torch.zeros(2), torch.ones(2, a["context_size"])
+            ),
+            of(
+                {
+                    **{"event_size": 3, "context_size": 2, "width": 8, "depth": 2},
+                    **{"dropout": 0.0, "frequencies": (1.0, 2.0)},
+                }
+            ),
+        ),
+        Call(
+            "nn.ConditionalMLP.forward",
+            networks.ConditionalMLP(3, 2, width=8, depth=1),
+            lambda: {"x": torch.ones(2, 3), "log_snr": torch.zeros(2), "y": torch.ones(2, 2)},
+        ),
         Call(
             "nn.MLP",
             mlp,
@@ -725,7 +826,21 @@ def training_calls() -> list[Call]:
 
     run = {"steps": 3, "batch_size": 2, "validate_every": 2, "patience": 2, "log_every": 2}
     rows = torch.ones(6, 3)
-    return [Call("train.Trainer", fitted, of({**setup, **run}))]
+    table = amortized().simulate(10)
+    return [
+        Call("train.Trainer", fitted, of({**setup, **run})),
+        Call(
+            "train.fit_amortized",
+            lambda **a: train.fit_amortized(amortized(), table, progress=False, **a).losses,
+            of(
+                {
+                    **{"steps": 2, "batch_size": 4, "lr": 1e-3, "weight_decay": 0.01},
+                    **{"held_out": 0.2, "patience": 2},
+                }
+            ),
+            weight=0.3,
+        ),
+    ]
 
 
 def plotting_calls() -> list[Call]:

@@ -10,6 +10,7 @@ import torch
 
 from pyro_diffusion.nn import (
     MLP,
+    ConditionalMLP,
     DiT,
     LabelContext,
     SetTransformer,
@@ -569,3 +570,26 @@ def test_transformer_without_a_noise_level():
     assert not any("modulation" in name for name in network.state_dict())
     with pytest.raises(ValueError, match="context: got y, expected no context"):
         network(x, torch.zeros(3), y=torch.zeros(3, 2))
+
+
+def test_conditional_mlp():
+    """Zeros when fresh; rows apart; each input counts; bad shapes are named."""
+    network = ConditionalMLP(2, 3, width=8, depth=2, frequencies=(1.0, 2.0))
+    x, level, y = torch.randn(4, 2), torch.randn(4), torch.randn(4, 3)
+    assert not network(x, level, y).any()
+    awaken(network)
+    out = network(x, level, y)
+    assert out.shape == (4, 2)
+    assert torch.allclose(network(x[1:2], level[1:2], y[1:2]), out[1:2], atol=1e-6)
+    assert not torch.allclose(network(-x, level, y), out)
+    assert not torch.allclose(network(x, -level, y), out)
+    assert not torch.allclose(network(x, level, -y), out)
+    for wrong, message in (
+        ((x[:, :1], level, y), r"x: got shape \(4, 1\), expected \(N, 2\)"),
+        ((x, level, y[:, :1]), r"y: got shape \(4, 1\), expected \(N, 3\)"),
+        ((x, level[:3], y), "x, log_snr, y: got 4, "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            network(*wrong)
+    with pytest.raises(ValueError, match="context_size: got 0"):
+        ConditionalMLP(2, 0)

@@ -1,0 +1,255 @@
+"""An AutoGuide that answers for any data: a conditional diffusion, trained on a program's own simulations."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from pyro_diffusion.distributions.callers import callers
+from pyro_diffusion.distributions.objectives import Objective
+from pyro_diffusion.dynamics import ODESolver
+from pyro_diffusion.dynamics.ode_solver import check_ode_solver
+from pyro_diffusion.infer.conditional_posterior import (
+    FlowPosterior,
+    MakeDenoiser,
+    default_denoiser,
+)
+from pyro_diffusion.infer.simulated_latents import SimulatedLatents, Values
+from pyro_diffusion.unreliable import warn_unreliable
+from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
+
+__all__ = ["AutoAmortized"]
+
+
+class AutoAmortized(SimulatedLatents):
+    r"""Posterior of a program's latents given any data, learned from the program's own simulations.
+
+    The guide is :math:`q(\theta | x)`, a conditional diffusion over the program's continuous latents, each
+    through ``biject_to`` its support, together in one vector and standardized, given a summary of the
+    observed sites. Training maximizes a lower bound of :math:`E_{p(\theta, x)} \log q(\theta | x)`, whose
+    maximum is the posterior: simulated latents are *observed*, distributed as the guide has it
+    (:meth:`training_model`; Pyro's ``CSIS`` has the same objective). No likelihood is evaluated, so the
+    program may be any simulator::
+
+        guide = AutoAmortized(model, observed=["x"])
+        svi = SVI(guide.training_model, lambda **simulations: None, Adam({"lr": 1e-3}), Trace_ELBO())
+        for _ in range(2000):
+            svi.step(**guide.simulate(256))
+        draws = Predictive(model, guide=guide, num_samples=1000, parallel=True)(x_o)
+
+    :func:`~pyro_diffusion.train.fit_amortized` trains on a fixed number of simulations, with validation.
+
+    Draws are those of the probability flow (constants for autograd); their density, for ``Importance`` and
+    ELBOs under ``torch.no_grad()``, is exact for the flow up to the solver's tolerance, so that importance
+    weights are proper where the program has a likelihood. No draw is outside the support. What the draws are
+    worth is decided by simulations and training: they are *approximate*, and
+    :func:`~pyro_diffusion.evaluate.sbc` checks them.
+
+    **Data.** The guide takes the arguments of the model and finds the data by running it. Observations of
+    further batch dimensions on the left, ``(100,) + shape``, have their posteriors in one call: every latent
+    gets the same, left of the dimensions of the model's plates. Inside Pyro's inference, put model and guide
+    in a ``pyro.plate`` for them. Data unlike all that was simulated (see ``simulate``) raise an
+    ``UnreliableWarning``.
+
+    **Nuisance latents** need no posterior: name the ``latents`` of interest, and the others are integrated
+    out.
+
+    Args:
+        model: a Pyro program: latents, and observed sites that are sampled where they are not given.
+        summary: a module called with the standardized values of every observed site, each (N,) + its shape,
+            that returns (N, features); None for the values themselves in one vector. Values of a positive
+            support are taken by their logarithms.
+        observed: names of the observed sites; those that are observed when the model is run with the
+            arguments of the first call, if None.
+        latents: names of the latents of interest; all that are not observed, if None.
+        denoiser: a function of the sizes of latents and summary that returns a denoiser whose network takes
+            the summary as context ``y``; by default a
+            :class:`~pyro_diffusion.nn.ConditionalMLP` of three blocks of 128.
+        objective: of training; the evidence lower bound by default.
+        solver: of the probability flow; dopri5 with tolerances of 1e-4 by default.
+        vectorized: whether simulations may be one run of the program inside one more plate; found out by a
+            trial if None, and else they are run one by one.
+
+    Attributes:
+        dropped: simulations that were not finite, of all so far.
+
+    Raises:
+        ValueError: naming the argument, what it was and what was expected.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x=None):
+        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        ...     with pyro.plate("data", 5):
+        ...         pyro.sample("x", dist.Normal(0.0, scale), obs=x)
+        >>> guide = AutoAmortized(model, observed=["x"])
+        >>> simulations = guide.simulate(500)
+        >>> simulations["scale"].shape, simulations["x"].shape
+        (torch.Size([500]), torch.Size([500, 5]))
+        >>> bool((guide(torch.randn(5))["scale"] > 0).all())
+        True
+
+    References:
+        Le, Baydin & Wood, arXiv 1610.09900 (the objective, and programs as simulators); Geffner, Papamakarios
+        & Mnih, arXiv 2209.14249, and Sharrock et al., arXiv 2210.04872 (conditional diffusions).
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        summary: nn.Module | None = None,
+        *,
+        observed: Collection[str] | None = None,
+        latents: Collection[str] | None = None,
+        denoiser: MakeDenoiser | None = None,
+        objective: Objective | None = None,
+        solver: ODESolver | None = None,
+        vectorized: bool | None = None,
+    ) -> None:
+        if objective is not None and not isinstance(objective, Objective):
+            raise ValueError(f"objective: got {type(objective).__name__}, expected an Objective")
+        make = denoiser or default_denoiser
+        super().__init__(model, summary, make, observed, latents, vectorized)
+        self._objective = objective
+        tolerant = ODESolver("dopri5", rtol=1e-4, atol=1e-4)
+        self._solver = tolerant if solver is None else check_ode_solver(solver)
+
+    def training_model(self, **simulations: Tensor) -> None:
+        """A program that observes simulated latents as the guide distributes them, given simulated data.
+
+        For ``SVI`` and :class:`~pyro_diffusion.train.Trainer` with an empty guide and any ELBO that takes an
+        estimated density (``Trace_ELBO()``). Its loss is that of the standardized, unconstrained latents.
+
+        Args:
+            simulations: (N,) + shape of each latent and each observed site, of :meth:`simulate`.
+
+        Raises:
+            ValueError: before the first simulations, and for other sites or shapes.
+        """
+        posterior, simulator = self._ready("training_model"), self._simulator
+        if simulator is None:
+            raise ValueError(
+                "training_model: got a guide that has not seen its model, expected simulate or accept first"
+            )
+        values = self._checked(simulations, simulator)
+        for name, value in values.items():
+            if value.device.type == "cpu":  # elsewhere a look at values would cost a wait
+                check_finite(f"simulations[{name!r}]", value)
+        rows = len(next(iter(values.values())))
+        latents = posterior.latents(self._pack(values, torch.Size([rows])))
+        data = [values[name] for name in simulator.observed]
+        pyro.module(f"{self._pyro_name}.posterior", posterior)
+        context = posterior.context(data, torch.Size([rows]))
+        with pyro.plate("simulations", rows):
+            pyro.sample("latents", posterior.diffusion(context, self._objective), obs=latents)
+
+    # The guide.
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowPosterior:
+        """The posterior of the packed, unconstrained latents given the data in the model's arguments.
+
+        Raises:
+            ValueError: before the first simulations; for data that are missing, NaN or of another shape; and
+                inside an ELBO that takes gradients, which would not be those of the posterior.
+        """
+        posterior = self._ready("guide")
+        if (
+            torch.is_grad_enabled()
+            and _in_elbo()
+            and any(p.requires_grad for p in self.parameters())
+        ):
+            raise ValueError(
+                "guide: got an AutoAmortized to train as the guide of its simulator by an ELBO, which would "
+                "fit one data set and not the posterior given any; expected its own training model, "
+                "Trace_ELBO()(guide.training_model, empty_guide)(**guide.simulate(n)) or "
+                "SVI(guide.training_model, ...), and torch.no_grad() to evaluate an ELBO"
+            )
+        data, batch = self._data(args, kwargs)
+        distances = posterior.familiar.distance(posterior.rows(data, batch))
+        beyond = distances > posterior.familiar.limit
+        if bool(beyond.any()):
+            which = f"{int(beyond.sum())} of {beyond.numel()} observations" if batch else "data"
+            warn_unreliable(
+                f"data: got {which} at a Mahalanobis distance of {float(distances.max()):.3g} from the "
+                f"mean of the simulations, beyond {float(posterior.familiar.limit):.3g}, which a simulation "
+                f"exceeds with a probability of {float(posterior.familiar.rate):.1g} at most: the posterior "
+                "is extrapolated there"
+            )
+        assert self._simulator is not None
+        context = posterior.context(data, batch)
+        nesting = (1,) * self._simulator.nesting if batch else ()
+        return posterior.flow(context.reshape(*batch, *nesting, -1), self._solver)
+
+    def log_prob(self, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Log-density of the posterior at values of all latents, in their own space (nats).
+
+        Exact for the flow up to the solver's tolerance; differentiable in the values.
+
+        Args:
+            latents: sample + batch of the observations + shape of each latent.
+            args: the model's, with data.
+            kwargs: likewise.
+
+        Returns:
+            sample + batch of the observations.
+
+        Raises:
+            ValueError: for missing latents, values outside the support, and as :meth:`get_posterior`.
+        """
+        posterior = self.get_posterior(*args, **kwargs)
+        assert self._simulator is not None
+        sites = self._simulator.latents
+        missing = [name for name in sites if name not in latents]
+        if missing:
+            raise ValueError(f"latents: got no value of {missing}, expected all of {list(sites)}")
+        batches = set()
+        for name, site in sites.items():
+            shape = check_tensor(f"latents[{name!r}]", latents[name]).shape
+            split = len(shape) - len(site.shape)
+            batches.add(shape[: max(split, 0)])
+            if split < 0 or shape[split:] != site.shape or len(batches) > 1:
+                raise ValueError(
+                    f"latents[{name!r}]: got shape {tuple(shape)}, expected batch dimensions, alike for all "
+                    f"latents, and {tuple(site.shape)}"
+                )
+        batch = batches.pop()
+        packed = self._pack(latents, batch)
+        check_finite("latents (unconstrained)", packed)
+        # the posteriors of several observations leave room for the model's plates
+        plates = (1,) * self._simulator.nesting if posterior.batch_shape else ()
+        out = posterior.log_prob(packed.reshape(*batch, *plates, packed.shape[-1])).reshape(batch)
+        for name, value, free in self._unconstrained(latents):
+            transform = biject_to(self.prototype_trace.nodes[name]["fn"].support)
+            log_det = transform.inv.log_abs_det_jacobian(value, free)
+            # of an event, a plate, or neither
+            own = log_det.flatten(len(batch)).sum(-1) if log_det.dim() > len(batch) else log_det
+            out = out + own
+        return out
+
+    def median(self, *args: Any, num_samples: int = 1000, **kwargs: Any) -> Values:
+        """Median of every coordinate over ``num_samples`` draws; see :meth:`quantiles`."""
+        found = self.quantiles([0.5], *args, num_samples=num_samples, **kwargs)
+        return {name: value.squeeze(0) for name, value in found.items()}
+
+    @torch.no_grad()
+    def quantiles(
+        self, quantiles: list[float], *args: Any, num_samples: int = 1000, **kwargs: Any
+    ) -> Values:
+        """Quantiles of every coordinate over ``num_samples`` draws, each (quantiles,) + the site's shape."""
+        check_positive_int("num_samples", num_samples)
+        if not all(0 <= q <= 1 for q in quantiles):
+            raise ValueError(f"quantiles: got {quantiles}, expected numbers in [0, 1]")
+        posterior = self.get_posterior(*args, **kwargs)
+        found = {}
+        for site, free in self._unpack_latent(posterior.sample((num_samples,))):
+            value = biject_to(site["fn"].support)(free)
+            at = torch.tensor(quantiles, dtype=value.dtype, device=value.device)
+            found[site["name"]] = value.quantile(at, dim=0)
+        return found
+
+
+def _in_elbo() -> bool:
+    return any(name.startswith("pyro.infer") and "elbo" in name for name, _ in callers())

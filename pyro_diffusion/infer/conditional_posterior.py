@@ -1,0 +1,149 @@
+"""A conditional diffusion as a posterior of a vector of latents given data."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pyro.distributions import TransformedDistribution
+from pyro.distributions.transforms import AffineTransform
+from torch import Tensor, nn
+
+from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser
+from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
+from pyro_diffusion.distributions.objectives import Objective
+from pyro_diffusion.dynamics import ODESolver
+from pyro_diffusion.infer.standardized import Familiar, Standardized
+from pyro_diffusion.nn import ConditionalMLP
+from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.schedules import LogLinear, focused_log_snr
+
+__all__ = ["ConditionalPosterior", "default_denoiser"]
+
+STEPS = 1000
+CONTEXT = "y"
+
+MakeDenoiser = Callable[[int, int], Denoiser]
+
+
+def default_denoiser(latent_size: int, features: int) -> Denoiser:
+    """A perceptron on latents and summary, under log-SNRs from 12 to -8."""
+    network = ConditionalMLP(latent_size, features)
+    return GaussianDenoiser(network, GaussianProcess(LogLinear(12.0, -8.0)))
+
+
+class ConditionalPosterior(nn.Module):
+    """What is learned: scales of latents and data, the summary, and the denoiser given it.
+
+    Args:
+        latent_size: length of the vector of unconstrained latents.
+        observed: the shape of each observed site, and whether its logarithm is taken.
+        summary: a module from standardized data to vectors; None for the data themselves.
+        make_denoiser: a function of the sizes of latents and summary.
+
+    Raises:
+        ValueError: for a summary or a denoiser of another kind.
+    """
+
+    count: Tensor
+
+    def __init__(
+        self,
+        latent_size: int,
+        observed: Sequence[tuple[torch.Size, bool]],
+        summary: nn.Module | None,
+        make_denoiser: MakeDenoiser,
+    ) -> None:
+        super().__init__()
+        self.latents = Standardized((latent_size,))
+        self.observed = nn.ModuleList(Standardized(*each) for each in observed)
+        size = sum(shape.numel() for shape, _ in observed)
+        self.familiar = Familiar(size)
+        self.summary = summary
+        if summary is not None:
+            zeros = [each.loc.new_zeros((2, *each.loc.shape)) for each in self._sites]
+            with torch.no_grad():
+                size = _check_summary(summary(*zeros), 2).shape[1]
+        self.denoiser = make_denoiser(latent_size, size)
+        if not isinstance(self.denoiser, Denoiser):
+            raise ValueError(
+                f"denoiser: got a function that returned {type(self.denoiser).__name__}, expected a Denoiser"
+            )
+        # simulations that the scales were taken from
+        self.register_buffer("count", torch.tensor(0))
+
+    @property
+    def _sites(self) -> list[Standardized]:
+        return list(self.observed)  # type: ignore[arg-type]
+
+    @property
+    def latent_size(self) -> int:
+        """Length of the vector of unconstrained latents."""
+        return self.latents.loc.numel()
+
+    def fit_scales(self, latents: Tensor, data: Sequence[Tensor]) -> None:
+        """Take all scales from simulations: (n, latent size), and (n,) + the shape of each observed site."""
+        self.latents.fit(latents)
+        for site, x in zip(self._sites, data, strict=True):
+            site.fit(x)
+        self.familiar.fit(self.rows(data, latents.shape[:1]))
+        self.count.fill_(len(latents))
+
+    def standardized(self, data: Sequence[Tensor]) -> list[Tensor]:
+        """Data on the scale of the simulations."""
+        return [site(x) for site, x in zip(self._sites, data, strict=True)]
+
+    def rows(self, data: Sequence[Tensor], batch: torch.Size) -> Tensor:
+        """Standardized data as vectors, batch + (size,)."""
+        return torch.cat([x.reshape(*batch, -1) for x in self.standardized(data)], -1)
+
+    def context(self, data: Sequence[Tensor], batch: torch.Size) -> Tensor:
+        """The summary of data, batch + (features,)."""
+        if self.summary is None:
+            return self.rows(data, batch)
+        flat = [
+            x.reshape(-1, *site.loc.shape)
+            for x, site in zip(self.standardized(data), self._sites, strict=True)
+        ]
+        return _check_summary(self.summary(*flat), len(flat[0])).reshape(*batch, -1)
+
+    def diffusion(self, context: Tensor, objective: Objective | None) -> Diffusion:
+        """How standardized latents are distributed; simulated ones are observed under it."""
+        schedule = getattr(self.denoiser.process, "schedule", None)
+        times = None
+        if schedule is not None and torch.tensor(schedule.log_snr_max).isfinite():
+            times = focused_log_snr(schedule, STEPS, centre=3.0, width=4.0)
+        return Diffusion(
+            self.denoiser,
+            (self.latent_size,),
+            STEPS,
+            times=times,
+            objective=objective,
+            context={CONTEXT: context},
+        )
+
+    def flow(self, context: Tensor, solver: ODESolver) -> "FlowPosterior":
+        """The posterior of unconstrained latents, by the probability flow."""
+        flow = ProbabilityFlow(
+            self.denoiser, (self.latent_size,), solver=solver, context={CONTEXT: context}
+        )
+        scale = AffineTransform(self.latents.loc, self.latents.scale, event_dim=1)
+        return FlowPosterior(flow, [scale])
+
+
+def _check_summary(out: Any, count: int) -> Tensor:
+    if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != count:
+        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"summary: got {shape} for {count} data, expected ({count}, features)")
+    return out
+
+
+class FlowPosterior(TransformedDistribution):
+    """A flow whose draws are constants for autograd, and whose density follows only the value's graph."""
+
+    has_rsample: ClassVar[bool] = False
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density in nats, batch shape."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and value.requires_grad):
+            out: Tensor = super().log_prob(value)
+        return out

@@ -1,0 +1,251 @@
+"""What a guide that learns from simulations does with its program: find sites, simulate, check, pack."""
+
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.initialization import init_to_sample
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from pyro_diffusion.infer.conditional_posterior import ConditionalPosterior, MakeDenoiser
+from pyro_diffusion.infer.simulations import Simulator, find_sites, observations, simulate
+from pyro_diffusion.likelihoods.run import isolated
+from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
+
+__all__ = ["SimulatedLatents", "Values"]
+
+LEAST = 20  # simulations that scales may be taken from
+Values = dict[str, Tensor]
+
+
+class SimulatedLatents(AutoContinuous):
+    """Base of :class:`~pyro_diffusion.infer.AutoAmortized`: its simulations, and the data that it is given.
+
+    Args:
+        model: the program.
+        summary: of the data.
+        make_denoiser: of the sizes of latents and summary.
+        observed: names of the observed sites, if given.
+        latents: names of the latents of interest, if given.
+        vectorized: whether simulations are one run in a plate, if given.
+
+    Attributes:
+        dropped: simulations that were not finite, of all so far.
+    """
+
+    prototype_trace: Any
+    _unconstrained_shapes: dict[str, torch.Size]
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        summary: nn.Module | None,
+        make_denoiser: MakeDenoiser,
+        observed: Collection[str] | None,
+        latents: Collection[str] | None,
+        vectorized: bool | None,
+    ) -> None:
+        if not callable(model):
+            raise ValueError(f"model: got {type(model).__name__}, expected a Pyro program")
+        if summary is not None and not isinstance(summary, nn.Module):
+            raise ValueError(f"summary: got {type(summary).__name__}, expected a module")
+        shown: set[str] = set()  # the latents, once they are known
+        super().__init__(poutine.block(model, hide_fn=lambda m: _hidden(m, shown)), init_to_sample)
+        # In tuples, so that none becomes a submodule before it is built into one.
+        self._program, self._shown = (model,), (shown,)
+        self._parts = (summary, make_denoiser)
+        self._names, self._vectorized = (latents, observed), vectorized
+        self._simulator: Simulator | None = None
+        self.dropped = 0
+
+    def simulate(self, num_samples: int, *args: Any, **kwargs: Any) -> Values:
+        """Joint draws of latents and observed sites from the program: what the guide learns from.
+
+        The first call, with at least 20 valid draws, sets the scales of latents and data, and the limit on
+        the Mahalanobis distance of data beyond which the guide warns: a simulation exceeds it with a
+        probability of at most 1/1000 (one in n/2, with fewer than n = 2000 draws).
+
+        Args:
+            num_samples: number of simulations.
+            args: the model's; data among them only tell which sites are observed.
+            kwargs: likewise.
+
+        Returns:
+            (n,) + the shape of each site by name, without simulations that are not finite, which are counted
+            in a warning. Leaving them out changes no posterior given finite data.
+
+        Raises:
+            ValueError: for a program without observed sites or without latents, with discrete latents,
+                latents of varying number, shape or support, or factors; for a plate that subsamples; if no
+                simulation is finite.
+        """
+        check_positive_int("num_samples", num_samples)
+        simulator = self._prepare(args, kwargs)
+        return self._valid(simulate(simulator, num_samples, args, kwargs))
+
+    def accept(self, simulations: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Values:
+        """Simulations made elsewhere, checked and without invalid ones, as :meth:`simulate` returns them.
+
+        Args:
+            simulations: (n,) + shape of each latent and each observed site.
+            args: the model's.
+            kwargs: likewise.
+
+        Raises:
+            ValueError: as :meth:`simulate`, and for missing sites or other shapes.
+        """
+        simulator = self._prepare(args, kwargs)
+        return self._valid(self._checked(simulations, simulator))
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        latents, observed = self._names
+        state = pyro.util.get_rng_state()  # so that a first call draws what a later one would
+        self._simulator = find_sites(
+            self._program[0], args, kwargs, latents, observed, self._vectorized
+        )
+        self._shown[0].clear()
+        self._shown[0].update(self._simulator.latents)
+        with isolated():
+            super()._setup_prototype(*args, **kwargs)
+        pyro.util.set_rng_state(state)
+
+    def _prepare(self, args: Any, kwargs: Any) -> Simulator:
+        """Look at the program, once, and build what is learned if no state was loaded."""
+        if self._simulator is None:
+            self._setup_prototype(*args, **kwargs)
+        simulator = self._simulator
+        assert simulator is not None
+        shapes = [(site.shape, site.positive) for site in simulator.observed.values()]
+        if "posterior" not in self._modules:
+            self.posterior = ConditionalPosterior(self.latent_dim, shapes, *self._parts)
+        own: Any = self._modules["posterior"]
+        found = (own.latent_size, [(s.loc.shape, bool(s.log)) for s in own._sites])
+        if found != (self.latent_dim, shapes):
+            self._simulator = None
+            raise ValueError(
+                f"model: got {self.latent_dim} unconstrained latents and data of shapes "
+                f"{[tuple(s) for s, _ in shapes]}, expected {found[0]} and "
+                f"{[tuple(s) for s, _ in found[1]]}, those of the state that was loaded"
+            )
+        return simulator
+
+    def _ready(self, name: str) -> ConditionalPosterior:
+        posterior: Any = self._modules.get("posterior")
+        if posterior is None or not int(posterior.count):
+            raise ValueError(
+                f"{name}: got a guide without simulations, expected guide.simulate(n) or "
+                "guide.accept(simulations) and training first, or a state to load"
+            )
+        return posterior
+
+    def _checked(self, simulations: Mapping[str, Tensor], simulator: Simulator) -> Values:
+        """The values of all sites, of one number of rows."""
+        sites = {**simulator.latents, **simulator.observed}
+        missing = [name for name in sites if name not in simulations]
+        if missing:
+            raise ValueError(
+                f"simulations: got no values of {missing}, expected all of {list(sites)}"
+            )
+        values = {name: check_tensor(name, torch.as_tensor(simulations[name])) for name in sites}
+        rows = {v.shape[0] if v.dim() else None for v in values.values()}
+        wrong = [n for n, v in values.items() if len(rows) > 1 or v.shape[1:] != sites[n].shape]
+        if wrong or None in rows or 0 in rows:
+            got = {n: tuple(v.shape) for n, v in values.items()}
+            expected = {n: ("n", *site.shape) for n, site in sites.items()}
+            raise ValueError(f"simulations: got shapes {got}, expected {expected}")
+        return values
+
+    def _valid(self, values: Values) -> Values:
+        """Without rows that are not finite; the first time, take the scales from the others."""
+        assert self._simulator is not None
+        posterior: Any = self._modules["posterior"]
+        rows = len(next(iter(values.values())))
+        latents = self._pack(values, torch.Size([rows]))
+        data = [values[name] for name in self._simulator.observed]
+        real = [
+            site._real(x).reshape(rows, -1) for site, x in zip(posterior._sites, data, strict=True)
+        ]
+        valid = torch.cat([latents, *real], -1).isfinite().all(-1)
+        dropped = rows - int(valid.sum())
+        if dropped:
+            self.dropped += dropped
+            if dropped == rows:
+                raise ValueError(
+                    f"simulations: got {rows} simulations none of which is finite, expected some that are"
+                )
+            warnings.warn(
+                f"simulations: {dropped} of {rows} were NaN, infinite or at the edge of their support, and "
+                "were dropped",
+                stacklevel=3,
+            )
+            values = {name: value[valid] for name, value in values.items()}
+        if not int(posterior.count):
+            if rows - dropped < LEAST:
+                raise ValueError(
+                    f"simulations: got {rows - dropped} valid ones, expected at least {LEAST} the first "
+                    "time, to take the scales of latents and data from"
+                )
+            posterior.fit_scales(latents[valid], [x[valid] for x in data])
+        return values
+
+    def _data(self, args: Any, kwargs: Any) -> tuple[list[Tensor], torch.Size]:
+        """The observed values, checked, and the batch shape of the observations."""
+        simulator, posterior = self._prepare(args, kwargs), self._ready("guide")
+        found, batch = [], torch.Size()
+        for scale, (name, value) in zip(
+            posterior._sites, observations(simulator, args, kwargs).items(), strict=True
+        ):
+            shape = simulator.observed[name].shape
+            check_tensor(f"site {name!r}", value)
+            lead = value.dim() - len(shape)
+            if lead < 0 or value.shape[lead:] != shape:
+                raise ValueError(
+                    f"site {name!r}: got data of shape {tuple(value.shape)}, expected {tuple(shape)}, as "
+                    "simulated, or further batch dimensions on its left"
+                )
+            check_finite(f"site {name!r}", scale._real(value))
+            found.append(value)
+            batch = torch.broadcast_shapes(batch, value.shape[:lead])
+        return [
+            x.expand(batch + site.shape)
+            for x, site in zip(found, simulator.observed.values(), strict=True)
+        ], batch
+
+    def _unconstrained(self, values: Mapping[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
+        """Name, value and unconstrained value of every latent."""
+        found = []
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            transform = biject_to(site["fn"].support)
+            value = torch.as_tensor(values[name])
+            found.append((name, value, transform.inv(value)))
+        return found
+
+    def _pack(self, values: Mapping[str, Tensor], batch: torch.Size) -> Tensor:
+        """Unconstrained latents in one vector, batch + (latent size,)."""
+        frees = [free for _, _, free in self._unconstrained(values)]
+        parts = [x.reshape(*batch, x.shape[len(batch) :].numel()) for x in frees]
+        return torch.cat(parts, -1)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # A fresh guide is built from the shapes of what it loads.
+        if "posterior" not in self._modules and f"{prefix}posterior.latents.loc" in state_dict:
+            own = f"{prefix}posterior."
+            count = 0
+            while f"{own}observed.{count}.loc" in state_dict:
+                count += 1
+            sites = [f"{own}observed.{i}." for i in range(count)]
+            shapes = [(state_dict[f"{s}loc"].shape, bool(state_dict[f"{s}log"])) for s in sites]
+            size = state_dict[f"{own}latents.loc"].numel()
+            self.posterior = ConditionalPosterior(size, shapes, *self._parts)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _hidden(msg: Any, shown: set[str]) -> bool:
+    """What the guide's prototype does not see: nuisance latents, and observed sites without data."""
+    sample = msg["type"] == "sample" and type(msg["fn"]).__name__ != "_Subsample"
+    return bool(sample and not msg["is_observed"] and msg["name"] not in shown)

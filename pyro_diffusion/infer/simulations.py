@@ -1,0 +1,267 @@
+"""A program as a simulator: its latents, its observed sites, and joint draws of both."""
+
+import warnings
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Delta
+from pyro.infer import Predictive
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+from pyro_diffusion.likelihoods.run import Message, check_fixed_rows, isolated
+
+__all__ = ["SimulatedSite", "Simulator", "find_sites", "observations", "simulate"]
+
+TRIALS = 3
+Values = dict[str, Tensor]
+
+
+class SimulatedSite(NamedTuple):
+    """A site of a simulator.
+
+    Attributes:
+        shape: of one value, its plates and its event.
+        positive: whether its values are positive reals.
+    """
+
+    shape: torch.Size
+    positive: bool
+
+
+class Simulator(NamedTuple):
+    """A program and what is known of it.
+
+    Attributes:
+        program: the Pyro program.
+        latents: names of the latents in the order of the program, and their sites.
+        observed: likewise of the observed sites.
+        nesting: how many dimensions plates take, from the right.
+        vectorized: whether many simulations may be one run inside one more plate.
+    """
+
+    program: Callable[..., Any]
+    latents: dict[str, SimulatedSite]
+    observed: dict[str, SimulatedSite]
+    nesting: int
+    vectorized: bool
+
+
+class _WholeData(Messenger):
+    """Refuses plates that draw their rows."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        check_fixed_rows(msg)
+
+
+def _traced(program: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A trace of one run, as if nothing were around it."""
+    with isolated(), torch.no_grad(), _WholeData():
+        return poutine.trace(poutine.block(program, hide_types=["param"])).get_trace(
+            *args, **kwargs
+        )
+
+
+def _sites(trace: Any) -> dict[str, Message]:
+    """Sample sites, without those of plates and of `pyro.deterministic`."""
+    return {
+        name: node
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample"
+        and not site_is_subsample(node)
+        and not node["infer"].get("_deterministic")
+    }
+
+
+def find_sites(
+    program: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    latents: Collection[str] | None,
+    observed: Collection[str] | None,
+    vectorized: bool | None,
+) -> Simulator:
+    """Run the program a few times and tell its latents from its observed sites.
+
+    Raises:
+        ValueError: as ``AutoAmortized.simulate`` says.
+    """
+    data = _sites(_traced(program, args, kwargs))
+    factors = [n for n, node in data.items() if type(node["fn"]).__name__ == "Unit"]
+    if factors:
+        raise ValueError(
+            f"model: got pyro.factor sites {factors}, which say nothing of how data arise; expected a "
+            "pyro.sample site for every observation"
+        )
+    names = [n for n, node in data.items() if node["is_observed"]]
+    if observed is not None:
+        names = _known("observed", observed, data)
+    if not names:
+        raise ValueError(
+            "observed: got a model without observed sites when run with these arguments (its sites: "
+            f"{list(data)}), expected their names, AutoAmortized(model, observed=[...]), or data in the "
+            "arguments"
+        )
+    hidden = [n for n in data if n not in names]
+    if latents is not None:
+        hidden = _known("latents", latents, data)
+    if not hidden or set(hidden) & set(names):
+        raise ValueError(f"latents: got {hidden}, expected sites other than the observed {names}")
+    runs = [_traced(poutine.uncondition(program), args, kwargs) for _ in range(TRIALS)]
+    sites = [_sites(run) for run in runs]
+    for name in (*hidden, *names):
+        _check_same(name, [each.get(name) for each in sites], name in hidden)
+    frames = [f for node in sites[0].values() for f in node["cond_indep_stack"]]
+    nesting = max([-f.dim for f in frames if f.dim is not None], default=0)
+    if vectorized is None:
+        vectorized = _is_vectorizable(program, args, kwargs, runs, nesting)
+    found = {n: _simulated_site(sites[0][n]) for n in (*hidden, *names)}
+    return Simulator(
+        program,
+        {n: found[n] for n in hidden},
+        {n: found[n] for n in names},
+        nesting,
+        vectorized,
+    )
+
+
+def _known(argument: str, names: Collection[str], sites: dict[str, Message]) -> list[str]:
+    """The names in the order of the program."""
+    if isinstance(names, str) or not all(name in sites for name in names):
+        raise ValueError(f"{argument}: got {names!r}, expected names of sites out of {list(sites)}")
+    return [name for name in sites if name in names]
+
+
+def _check_same(name: str, nodes: list[Message | None], latent: bool) -> None:
+    """Refuse a site that is not in every run, or is another there; a latent that is discrete."""
+    if any(node is None for node in nodes):
+        raise ValueError(f"site {name!r}: got it in some runs only, expected it in every run")
+    present: list[Message] = [node for node in nodes if node is not None]
+    first = present[0]
+    shapes = {tuple(node["value"].shape) for node in present}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"site {name!r}: got shapes {sorted(shapes)}, expected one shape in every run"
+        )
+    if not latent:
+        return
+    support = first["fn"].support
+    if support.is_discrete:
+        raise ValueError(
+            f"site {name!r}: got a discrete latent ({type(first['fn']).__name__}), expected continuous ones "
+            "(name those of interest, latents=[...]; the others are then integrated out)"
+        )
+    at = torch.zeros_like(biject_to(support).inv(first["value"]))
+    ends = [biject_to(node["fn"].support)(at) for node in present]
+    if not all(torch.equal(ends[0], end) for end in ends):
+        raise ValueError(
+            f"site {name!r}: got a support that differs from run to run, expected a fixed one (sample on a "
+            "fixed support and compute the value from it)"
+        )
+
+
+def _simulated_site(node: Message) -> SimulatedSite:
+    support = node["fn"].support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    bounds = constraints.greater_than | constraints.greater_than_eq
+    positive = isinstance(support, bounds) and not bool(torch.as_tensor(support.lower_bound).any())
+    return SimulatedSite(node["value"].shape, positive)
+
+
+def _is_vectorizable(
+    program: Callable[..., Any], args: Any, kwargs: Any, runs: list[Any], nesting: int
+) -> bool:
+    """Whether the runs, repeated side by side in one more plate, score as they do one by one."""
+    single = [_sites(run) for run in runs]
+    lead = (TRIALS,) + (1,) * nesting
+    data = {}
+    for name in (n for n in single[0] if all(n in each for each in single)):
+        missing = nesting - len(single[0][name]["fn"].batch_shape)
+        values = [each[name]["value"] for each in single]
+        if missing < 0 or any(value.shape != values[0].shape for value in values):
+            return False
+        data[name] = torch.stack(values).reshape((TRIALS,) + (1,) * missing + values[0].shape)
+
+    def vectorized(*args: Any, **kwargs: Any) -> None:
+        with pyro.plate("_num_simulations", TRIALS, dim=-nesting - 1):
+            poutine.uncondition(program)(*args, **kwargs)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            joint = _traced(poutine.condition(vectorized, data), args, kwargs)
+            together = _sites(joint)
+            for name in data:
+                score = _score(together[name])
+                score = (
+                    score.expand(torch.broadcast_shapes(score.shape, lead))
+                    .reshape(TRIALS, -1)
+                    .sum(1)
+                )
+                alone = torch.stack([_score(each[name]).sum() for each in single])
+                if not torch.allclose(score, alone, rtol=1e-4, atol=1e-4, equal_nan=True):
+                    return False
+    except Exception:  # whatever a program that knows nothing of plates may raise
+        return False
+    return True
+
+
+def _score(node: Message) -> Tensor:
+    """Log-density of a site's value; of a point mass, the point."""
+    fn = node["fn"]
+    base = fn
+    while hasattr(base, "base_dist"):
+        base = base.base_dist
+    if not isinstance(base, Delta):
+        out: Tensor = fn.log_prob(node["value"])
+        return out
+    point: Tensor = base.v.double()
+    event = tuple(range(point.dim() - fn.event_dim, point.dim()))
+    return point.sum(event) if event else point
+
+
+def simulate(simulator: Simulator, num_samples: int, args: Any, kwargs: Any) -> Values:
+    """Joint draws of latents and observed sites, (num_samples,) + the shape of each.
+
+    Raises:
+        ValueError: if a site is missing or of another shape in some run.
+    """
+    sites = {**simulator.latents, **simulator.observed}
+    predictive = Predictive(
+        poutine.uncondition(simulator.program),
+        num_samples=num_samples,
+        return_sites=tuple(sites),
+        parallel=simulator.vectorized,
+    )
+    try:
+        with isolated(), torch.no_grad():
+            drawn = predictive(*args, **kwargs)
+            return {n: drawn[n].reshape(num_samples, *site.shape) for n, site in sites.items()}
+    except (KeyError, RuntimeError) as error:
+        error.add_note(
+            f"model: expected the sites {list(sites)} in every run, each of one shape"
+            + (", and one run in a plate of many (or vectorized=False)" * simulator.vectorized)
+        )
+        raise
+
+
+def observations(simulator: Simulator, args: Any, kwargs: Any) -> Values:
+    """The data in the program's arguments.
+
+    Raises:
+        ValueError: if an observed site has none.
+    """
+    nodes = _traced(simulator.program, args, kwargs).nodes
+    without = [n for n in simulator.observed if n not in nodes or not nodes[n]["is_observed"]]
+    if without:
+        raise ValueError(
+            f"site {without[0]!r}: got no data, expected arguments of the model that hold them "
+            "(`obs=` in the model)"
+        )
+    return {name: torch.as_tensor(nodes[name]["value"]) for name in simulator.observed}
