@@ -8,34 +8,39 @@ inference is right: for the chain's own draws that needs no other reference. The
     SBC         p-value of the statistic sum_b (n_b - n/10)^2 over ten bins of ranks, of linear functionals
                 drawn once (and the image's brightness): one rank an image, chi^2 of 9 degrees
     CRPS        a pixel, from 99 draws; the difference to the same guidance alone, paired by image
-    log Z       standard deviation over --repeats runs, the printed error beside it (root mean squares over
-                images), and the share of runs that print an error
     ancestors   least and median number of distinct ancestors among the first generation
-    s           seconds an image
+    log Z       standard deviation over --repeats further runs on the first --repeat-images, the printed
+                error beside it (root mean squares over images), and the share of runs that print an error
+    s           seconds an image, without these further runs
+
+With --reference N in their place, over all images: how far two runs of N particles are from one another,
+which go by different guidance, and how far --repeats runs of --particles are from the first of them: means
+in posterior standard deviations and logarithms of standard deviations, root mean squares over pixels.
 
     python benchmarks/chain_posterior.py --problems "half missing, 0.05" --images 20 --particles 64 512
+    python benchmarks/chain_posterior.py --repeat-images 20 --at-once 65536 --device cuda
+    python benchmarks/chain_posterior.py --problems "half missing, 0.05" --images 3 --reference 20000
 """
 
 import argparse
 import math
 import time
-import warnings
 from pathlib import Path
 
 import pyro
 import torch
 from torch import Tensor
 from trained_posteriors.images import digits
-from trained_posteriors.methods import guided
+from trained_posteriors.methods import by_residuals, guided
 from trained_posteriors.prior import OBJECTIVES, chain, trained
 from trained_posteriors.problems import Problem, problems
+from trained_posteriors.runs import Found, Runner
 
 from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.guidance import CalibratedCovariance
 from pyro_diffusion.guidance.base import GuidedDenoiser
 from pyro_diffusion.guidance.chain_moments import ChainMoments
-from pyro_diffusion.infer import TwistedSMC
-from pyro_diffusion.likelihoods import Likelihood, ProgramLikelihood
-from pyro_diffusion.unreliable import UnreliableWarning
+from pyro_diffusion.likelihoods import Likelihood
 
 DRAWS, BINS, PROJECTIONS = 99, 10, 8
 
@@ -53,14 +58,14 @@ def crps(draws: Tensor, truth: Tensor) -> Tensor:
     """Per image, unbiased in the number of draws."""
     flat, x, count = draws.flatten(2), truth.flatten(1), len(draws)
     ordered = flat.sort(0).values
-    weights = 2 * torch.arange(1, count + 1) - count - 1.0
+    weights = 2 * torch.arange(1, count + 1, device=flat.device) - count - 1.0
     spread = (weights[:, None, None] * ordered).sum(0) / (count * (count - 1))
     return ((flat - x).abs().mean(0) - spread).mean(-1)
 
 
 def calibration(draws: Tensor, truth: Tensor) -> tuple[float, float, float]:
     """Coverage with its error by image, and the p-value of ranks of linear functionals."""
-    flat, x = draws.flatten(2), truth.flatten(1)
+    flat, x = draws.flatten(2).cpu(), truth.flatten(1).cpu()
     # Ties have a random place.
     noise = torch.rand(flat.shape)
     rank = ((flat < x) | ((flat == x) & (noise < 0.5))).sum(0)
@@ -80,32 +85,76 @@ def calibration(draws: Tensor, truth: Tensor) -> tuple[float, float, float]:
     return float(inside.mean()), float(inside.std()) / math.sqrt(len(inside)), least
 
 
-def particles(
-    problem: Problem, denoiser: Denoiser, y: Tensor, count: int, repeats: int
-) -> tuple[Tensor, dict[str, float]]:
-    """Weighted draws of independent runs, taken in turn, and what the runs say of their evidence."""
-    prior = chain(denoiser, problem.images.shape)
-    smc = TwistedSMC(prior, ProgramLikelihood(problem.program(prior, y)), num_particles=count)
-    values, errors, ancestors, draws = [], [], [], []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnreliableWarning)
-        for _ in range(repeats):
-            run = smc.run()
-            values.append(run.log_evidence_terms)
-            errors.append(run.log_evidence_errors)
-            ancestors.append(run.ancestors[-1])
-            draws.append(run.sample((DRAWS,)))
-    z, error = torch.stack(values), torch.stack(errors)
-    known = error.isfinite()
-    roots = torch.stack(ancestors).double()
-    said = {
-        "sd": float(z.var(0).mean().sqrt()) if repeats > 1 else math.nan,
-        "error": float(error[known].square().mean().sqrt()),
-        "known": float(known.double().mean()),
-        "least": float(roots.min()),
-        "median": float(roots.median()),
-    }
-    return draws[0], said
+def particles(runner: Runner, y: Tensor, count: int) -> tuple[Tensor, str]:
+    """Weighted draws, and how many ancestors they have."""
+    parts = runner.parts(y, count)
+    roots = torch.cat([part.ancestors[-1] for part in parts]).double()
+    said = f"ancestors {float(roots.min()):3.0f} {float(roots.median()):4.0f}"
+    return torch.cat([part.sample((DRAWS,)) for part in parts], 1), said
+
+
+def unweighted(problem: Problem, denoiser: Denoiser, y: Tensor, at_once: int) -> Tensor:
+    """Draws of the guidance alone."""
+    with torch.no_grad():
+        parts = y.split(max(at_once // DRAWS, 1))
+        return torch.cat([guided(alone, problem, denoiser, some, DRAWS) for some in parts], 1)
+
+
+def report(problem: Problem, denoiser: Denoiser, truth: Tensor, args: argparse.Namespace) -> None:
+    """The rows of a problem, each when it is known."""
+    y, reference = problem.observe(truth), None
+    for count in (0, *args.particles):
+        runner, said = Runner(problem, denoiser, args.at_once), ""
+        start = time.perf_counter()
+        if count == 0:
+            pyro.set_rng_seed(0)
+            draws = unweighted(problem, denoiser, y, args.at_once)
+        else:
+            draws, said = particles(runner, y, count)
+        inside, error, p = calibration(draws, truth)  # waits for the device
+        seconds = (time.perf_counter() - start) / len(truth)
+        score = crps(draws, truth)
+        reference = score if reference is None else reference
+        gap = score - reference
+        if count and args.repeats > 1:
+            said += "  " + runner.evidence(y[: args.repeat_images], count, args.repeats)
+        print(
+            f"  {'guidance alone' if count == 0 else f'{count} particles':15} coverage {inside:.3f} +- "
+            f"{error:.3f}  SBC p {p:.3f}  CRPS {float(score.mean()):.4f} "
+            f"({float(gap.mean()):+.4f} +- {float(gap.std()) / math.sqrt(len(gap)):.4f})"
+            f"  {seconds:.2f} s  {said}",
+            flush=True,
+        )
+
+
+def distances(name: str, found: Found, reference: Found) -> str:
+    """A row, of means and standard deviations from those of the reference (1, n) + SHAPE."""
+    away, ratio = (found.mean - reference.mean) / reference.sd, (found.sd / reference.sd).log()
+    rows = [f"{float(part.square().mean().sqrt()):.3f}" for part in away.unbind(1)]
+    return (
+        f"  {name:40} means {float(away.square().mean().sqrt()):.3f} sd (by image {', '.join(rows)}), "
+        f"log of sds {float(ratio.square().mean().sqrt()):.3f}, on average {float(ratio.mean()):+.3f}, "
+        f"least effective ancestors {float(found.effective_ancestors.min()):.1f}"
+    )
+
+
+def refer(problem: Problem, denoiser: Denoiser, truth: Tensor, args: argparse.Namespace) -> None:
+    """The rows of a problem beside a long run."""
+    y = problem.observe(truth)
+    runner = Runner(problem, denoiser, args.at_once, seed=1000)
+    reference = runner.moments(y, args.reference)
+    other = Runner(problem, denoiser, args.at_once, 2000, by_residuals(CalibratedCovariance))
+    least = float(reference.effective_ancestors.min())
+    print(
+        f"  {args.reference} particles, least effective ancestors {least:.1f}; from these",
+        flush=True,
+    )
+    for name, by in (("once more", runner), ("under other guidance", other)):
+        found = by.moments(y, args.reference)
+        print(distances(f"{args.reference} {name}", found, reference), flush=True)
+    for count in args.particles:
+        found = runner.moments(y, count, args.repeats)
+        print(distances(f"{count} particles", found, reference), flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -118,15 +167,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--problems", nargs="*", default=linear, choices=known)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--particles", nargs="*", type=int, default=[64, 512])
-    parser.add_argument("--repeats", type=int, default=10, help="runs, for the evidence")
+    parser.add_argument("--repeats", type=int, default=10, help="further runs")
+    parser.add_argument("--repeat-images", type=int, default=200, help="that they are made on")
+    parser.add_argument("--reference", type=int, help="particles of the long runs")
     parser.add_argument(
         "--at-once", type=int, default=4096, help="particles of all images together"
     )
     parser.add_argument("--objective", choices=OBJECTIVES, default="bound", help="of the training")
     parser.add_argument("--updates", type=int, default=2000, help="of the training")
     parser.add_argument("--cache", type=Path, default=Path("results/trained_posterior"))
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     args = parser.parse_args()
-    args.data = data
+    args.data = data.to(args.device)
     return args
 
 
@@ -136,47 +188,11 @@ def main() -> None:
     denoiser = trained(args.data, args.cache, args.objective, args.updates)
     pyro.set_rng_seed(1)
     truth = chain(denoiser, args.data.shape).sample((args.images,))
-    print(f"{args.images} images of the chain, {args.repeats} runs each")
+    print(f"{args.images} images of the chain")
     for key in args.problems:
-        problem = problems(args.data)[key]
-        y, reference = problem.observe(truth), None
-        print(key)
-        for count in (0, *args.particles):
-            start, said, parts, notes = time.perf_counter(), "", [], []
-            size = max(args.at_once // max(count, DRAWS), 1)
-            for some in y.split(size):
-                pyro.set_rng_seed(len(parts))
-                if count == 0:
-                    with torch.no_grad():
-                        parts.append(guided(alone, problem, denoiser, some, DRAWS))
-                    continue
-                draws, note = particles(problem, denoiser, some, count, args.repeats)
-                parts.append(draws)
-                notes.append((len(some), note))
-            seconds = (time.perf_counter() - start) / args.images
-            draws = torch.cat(parts, 1)
-            score, (inside, error, p) = crps(draws, truth), calibration(draws, truth)
-            gap = score - (score if reference is None else reference)
-            reference = score if reference is None else reference
-            if notes:
-                root = {
-                    name: math.sqrt(sum(n * note[name] ** 2 for n, note in notes) / args.images)
-                    for name in ("sd", "error")
-                }
-                known = sum(n * note["known"] for n, note in notes) / args.images
-                least = min(note["least"] for _, note in notes)
-                median = sorted(note["median"] for _, note in notes)[len(notes) // 2]
-                said = (
-                    f"log Z sd {root['sd']:5.2f} printed {root['error']:5.2f} ({100 * known:3.0f} %) "
-                    f"ancestors {least:3.0f} {median:4.0f}"
-                )
-            print(
-                f"  {'guidance alone' if count == 0 else f'{count} particles':15} coverage {inside:.3f} +- "
-                f"{error:.3f}  SBC p {p:.3f}  CRPS {float(score.mean()):.4f} "
-                f"({float(gap.mean()):+.4f} +- {float(gap.std()) / math.sqrt(len(gap)):.4f})  {said}"
-                f"  {seconds:.1f} s",
-                flush=True,
-            )
+        print(key, flush=True)
+        rows = report if args.reference is None else refer
+        rows(problems(args.data)[key], denoiser, truth, args)
 
 
 if __name__ == "__main__":

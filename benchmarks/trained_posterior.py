@@ -10,8 +10,8 @@ per problem and method, over test images that the network has not seen:
     coverage   share of pixels within the central ranks of the draws; nominal in the head line
     chi^2      squared standardized residual of a draw, per observation; 1 at the truth
     diverged   share of draws that are not finite or leave the grey levels by far
-    s          processor seconds a draw, one thread, draws of all images together
-    MiB        most memory that the process held
+    s          processor seconds a draw, one thread, draws of all images together; on a GPU by the clock
+    MiB        most memory that the process held; on a GPU, that tensors held there
 
 "calibration" is what the default makes once for a network: it is not in the seconds below it.
 Below stand posteriors without a network: "linear-Gaussian" of normal data, and "kernel", the exact posterior
@@ -22,6 +22,7 @@ of normals around the training images, near what can be known. azula runs if it 
     python benchmarks/trained_posterior.py --problems "blur, 0.05" --methods default MMPS --images 5 --draws 8
     python benchmarks/trained_posterior.py --images-of glyphs --objective hybrid --quick
     python benchmarks/trained_posterior.py --data DIR --objective hybrid --quick  # MNIST's idx files in DIR
+    python benchmarks/trained_posterior.py --data DIR --objective hybrid --device cuda
 """
 
 import argparse
@@ -77,9 +78,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="5 images, 8 draws, few methods")
     parser.add_argument("--cache", type=Path, default=Path("results/trained_posterior"))
     parser.add_argument("--pictures", type=Path, help="folder for pictures of the draws")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     args = parser.parse_args()
     kind = args.images_of if args.data is None else "idx"
-    args.data = images(kind, args.data)
+    args.data = images(kind, args.data).to(args.device)
     for name, known in (("problems", problems(args.data)), ("methods", methods(args.data))):
         chosen = getattr(args, name) or list(known)
         if not set(chosen) <= set(known):
@@ -94,7 +96,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     torch.set_num_threads(1)
-    denoiser = trained(args.data, args.cache, args.objective, args.updates)
+    with used(args.device) as cost:
+        denoiser = trained(args.data, args.cache, args.objective, args.updates)
+    print(f"network, trained or loaded: {cost.seconds:.1f} s, {cost.memory:.0f} MiB")
     truth, available = args.data.test[: args.images], methods(args.data)
     order = sorted(args.methods, key=lambda name: name != args.reference)  # it comes first
     print(
@@ -102,7 +106,7 @@ def main() -> None:
         f"nominal coverage {central_ranks(args.draws)[1]:.3f}"
     )
     if "default" in order:
-        with used() as cost:
+        with used(args.device) as cost:
             calibration(denoiser, args.data)
         print(f"calibration {cost.seconds:.1f} s, {cost.memory:.0f} MiB")
     print(
@@ -120,7 +124,7 @@ def main() -> None:
             if problem.sd is None and name.startswith("azula MMPS"):
                 continue
             pyro.set_rng_seed(0)
-            with torch.no_grad(), used() as cost:
+            with torch.no_grad(), used(args.device) as cost:
                 draws = available[name](problem, denoiser, y, args.draws)
             scores = score(problem, draws, truth, y)
             reference = scores if name == args.reference else reference

@@ -14,8 +14,6 @@ from pyro_diffusion.denoisers import GaussianDenoiser
 from trained_posteriors.prior import STEPS
 from trained_posteriors.problems import Problem
 
-OPTIONS: dict[str, Any] = {"steps": STEPS, "silent": True}
-
 
 class SameLevels(Schedule):
     """The prior's own noise levels."""
@@ -42,6 +40,11 @@ class SameNetwork(Denoiser):
         return DiracPosterior(mean=mean.reshape(x_t.shape))
 
 
+def options(problem: Problem) -> dict[str, Any]:
+    """Of every sampler."""
+    return {"steps": STEPS, "silent": True, "device": problem.images.train.device}
+
+
 def operator(problem: Problem, x: Tensor) -> Tensor:
     """The forward operator on vectors."""
     return problem.operator(x.unflatten(-1, problem.images.shape))
@@ -55,7 +58,7 @@ def sample(sampler: Any, problem: Problem, rows: int) -> Tensor:
 def mmps(problem: Problem, denoiser: GaussianDenoiser, y: Tensor, count: int) -> Tensor:
     """One iteration, azula's default."""
     assert problem.sd is not None
-    noise = functools.partial(torch.mul, torch.tensor(problem.sd**2))
+    noise = functools.partial(torch.mul, y.new_tensor(problem.sd**2))
     rows = y.repeat(count, 1)
     guided = MMPSDenoiser(
         SameNetwork(denoiser, problem.images.shape),
@@ -63,7 +66,7 @@ def mmps(problem: Problem, denoiser: GaussianDenoiser, y: Tensor, count: int) ->
         functools.partial(operator, problem),
         noise,
     )
-    return sample(DDPMSampler(guided, **OPTIONS), problem, len(rows)).reshape(
+    return sample(DDPMSampler(guided, **options(problem)), problem, len(rows)).reshape(
         count, len(y), *problem.images.shape
     )
 
@@ -81,7 +84,7 @@ def pgdm(
         functools.partial(operator, problem),
         lambda v: v @ inverse.T,
         eta=eta,
-        **OPTIONS,
+        **options(problem),
     )
     return sample(sampler, problem, len(rows)).reshape(count, len(y), *problem.images.shape)
 
@@ -94,7 +97,7 @@ def dps(problem: Problem, denoiser: GaussianDenoiser, y: Tensor, count: int) -> 
             SameNetwork(denoiser, problem.images.shape),
             row[None],
             functools.partial(operator, problem),
-            **OPTIONS,
+            **options(problem),
         )
         drawn.append(sample(sampler, problem, 1))
     return torch.cat(drawn).reshape(count, len(y), *problem.images.shape)

@@ -44,6 +44,10 @@ class Images:
         """Pixels of an image."""
         return self.side**2
 
+    def to(self, device: torch.device | str) -> "Images":
+        """The same images on a device."""
+        return Images(self.name, self.train.to(device), self.test.to(device))
+
     @functools.cached_property
     def mean(self) -> Tensor:
         """Of the images to train on, (pixels,), float64."""
@@ -52,8 +56,8 @@ class Images:
     @functools.cached_property
     def covariance(self) -> Tensor:
         """Of the images to train on, (pixels, pixels), float64; positive where pixels are constant too."""
-        jitter = 1e-4 * torch.eye(self.pixels, dtype=torch.float64)
-        return self.train.flatten(1).double().T.cov() + jitter
+        found = self.train.flatten(1).double().T.cov()
+        return found + 1e-4 * torch.eye(self.pixels).to(found)
 
 
 def digits() -> Images:

@@ -37,7 +37,8 @@ def divergence_allowed() -> Iterator[None]:
 
 def calibration(denoiser: Denoiser, images: Images) -> None:
     """What the default finds out of a denoiser, once."""
-    calibrated(denoiser, torch.zeros(images.shape), {}, weight_sums(denoiser))
+    like = images.train.new_zeros(images.shape)
+    calibrated(denoiser, like, {}, weight_sums(denoiser))
 
 
 def by_residuals(guidance: Guidance) -> Guidance:

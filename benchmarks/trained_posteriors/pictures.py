@@ -14,17 +14,18 @@ class Pictures:
 
     def __init__(self, problem: Problem, truth: Tensor, y: Tensor) -> None:
         self.problem = problem
-        self.rows: list[tuple[str, Tensor]] = [("truth", truth)]
+        self.rows: list[tuple[str, Tensor]] = [("truth", truth.cpu())]
         if problem.matrix is not None:
             seen = y @ torch.linalg.pinv(problem.matrix).T  # noise where the operator says nothing
             if problem.matrix.shape[0] == problem.images.pixels:
                 seen = y
             known = problem.matrix.abs().sum(0) > 0
             seen = torch.where(known, seen, torch.nan).reshape(truth.shape)
-            self.rows.append(("observed", seen))
+            self.rows.append(("observed", seen.cpu()))
 
     def add(self, name: str, draws: Tensor) -> None:
         """A method's mean and its first two draws (count, n, 1, side, side)."""
+        draws = draws.cpu()
         self.rows.append((f"{name}, mean", draws.mean(0)))
         self.rows += [("a draw", draw) for draw in draws[:2]]
 

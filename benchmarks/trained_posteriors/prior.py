@@ -40,7 +40,7 @@ def train(images: Images, objective: Objective | None, updates: int) -> Gaussian
     """SVI with a falling learning rate; the average of the weights."""
     pyro.set_rng_seed(0)
     pyro.clear_param_store()
-    denoiser, small = build(images), images.side == 8
+    denoiser, small = build(images).to(images.train.device), images.side == 8
 
     def model(x: Tensor) -> None:
         pyro.module("denoiser", denoiser)
@@ -81,4 +81,4 @@ def trained(images: Images, cache: Path, objective: str, updates: int) -> Gaussi
         save_file(train(images, OBJECTIVES[objective], updates).state_dict(), path)
     denoiser = build(images)
     denoiser.load_state_dict(load_file(path))
-    return denoiser.requires_grad_(False).eval()
+    return denoiser.to(images.train.device).requires_grad_(False).eval()

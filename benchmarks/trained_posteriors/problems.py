@@ -49,7 +49,8 @@ class Problem:
         """Observations of images, the same at every call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.noise(self.operator(images)).sample()
+            # Drawn on the processor: the same on every device.
+            return self.noise(self.operator(images).cpu()).sample().to(images.device)
 
     def misfit(self, x: Tensor, y: Tensor) -> Tensor:
         """Squared standardized residuals, averaged over the observations of each image: 1 at the truth."""
@@ -98,9 +99,11 @@ def problems(images: Images) -> dict[str, Problem]:
     found, pixels = {}, images.pixels
     generator = torch.Generator().manual_seed(1)
     magnitudes = torch.randn(pixels // 2, pixels, generator=generator) / images.side
+    magnitudes = magnitudes.to(images.train.device)
     for sd in (0.05, 0.3):
         noise = functools.partial(dist.Normal, scale=sd)
         for name, matrix in matrices(images.side).items():
+            matrix = matrix.to(images.train.device)
             operator = functools.partial(linear, matrix)
             found[f"{name}, {sd:g}"] = Problem(name, images, operator, noise, sd, matrix)
         found[f"clipping, {sd:g}"] = Problem("clipping", images, clipping, noise, sd)

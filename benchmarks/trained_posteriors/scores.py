@@ -47,7 +47,7 @@ def score(problem: Problem, draws: Tensor, truth: Tensor, y: Tensor) -> Scores:
     flat = torch.nan_to_num(flat, 0.0, OUTSIDE, -OUTSIDE).clamp(-OUTSIDE, OUTSIDE)
     psnr = 10 * torch.log10(4 / (flat.mean(0) - x).square().mean(-1))
     ordered = flat.sort(0).values
-    weights = 2 * torch.arange(1, count + 1) - count - 1.0
+    weights = 2 * torch.arange(1, count + 1, device=flat.device) - count - 1.0
     spread = (weights[:, None, None] * ordered).sum(0) / (count * (count - 1))
     crps = ((flat - x).abs().mean(0) - spread).mean(-1)
     out, _ = central_ranks(count)
