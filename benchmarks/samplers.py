@@ -1,6 +1,8 @@
 """Few-step samplers: error against evaluations beside diffusers and azula, and measured orders.
 
 Run: python benchmarks/samplers.py
+     python benchmarks/samplers.py --trained  # the network of examples/digits.py, trained now if need be
+     python benchmarks/samplers.py --trained results/images/model.safetensors  # that of examples/images.py
 
 Data is a mixture of 25 normals whose exact posterior replaces the network, so every error is the sampler's.
 It is the root-mean-square distance per coordinate from the exact end of the probability flow (a walk of 600
@@ -309,10 +311,23 @@ def orders() -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1000, help="trajectories")
+    parser.add_argument(
+        "--trained",
+        nargs="?",
+        const="digits",
+        metavar="FILE",
+        help="compare on a trained network instead: that of a file of save_model, or the digits'",
+    )
+    parser.add_argument("--device", default="cpu", help="of the trained network")
     parser.add_argument("--dimensions", type=int, nargs="*", default=[2, 16])
     parser.add_argument("--seed", type=int, default=0, help="of the mixture's means")
     parser.add_argument("--variance", type=float, default=0.05, help="of its components")
     args = parser.parse_args()
+    if args.trained:
+        from trained_network import compare
+
+        with torch.no_grad():
+            sys.exit(not compare(args.trained, args.count, args.device, OURS, worse))
     global SEED, VARIANCE
     SEED, VARIANCE = args.seed, args.variance
     torch.set_num_threads(1)

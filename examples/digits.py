@@ -206,7 +206,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("results/digits"), help="output folder")
     parser.add_argument(
-        "--images", default="digits", help="digits, glyphs, photographs, or a file, .npy or of idx"
+        "--images",
+        default="digits",
+        help="digits, glyphs, photographs, a file, .npy or of idx, or a folder as MNIST's",
     )
     parser.add_argument("--side", type=int, default=28, help="pixels of glyphs and photographs")
     parser.add_argument("--seed", type=int, default=0)

@@ -77,7 +77,8 @@ def load(source: str = "digits", side: int = 28) -> dict[str, Tensor]:
     """Images to train on, for all choices, and to report.
 
     Args:
-        source: ``digits``, ``glyphs``, ``photographs``, or else a file that :func:`read` takes.
+        source: ``digits``, ``glyphs``, ``photographs``, or else a file that :func:`read` takes, or a
+            folder with images to train on and to report, under the names that MNIST's have.
         side: pixels along an edge of glyphs and photographs.
     """
     if source == "glyphs":  # those to report are of other fonts
@@ -86,7 +87,35 @@ def load(source: str = "digits", side: int = 28) -> dict[str, Tensor]:
         return {"train": images[held:], "validation": images[:held], "test": test}
     if source == "digits":
         return split(digits())
-    return split(photographs(side) if source == "photographs" else read(Path(source)))
+    if source == "photographs":
+        return split(photographs(side))
+    path = Path(source)
+    return folder(path) if path.is_dir() else split(read(path))
+
+
+def folder(path: Path) -> dict[str, Tensor]:
+    """Images of a folder with files ``train-images-idx3-ubyte`` and ``t10k-images-idx3-ubyte``, perhaps .gz.
+
+    The last tenth of those to train on, at most 1000, is for all choices.
+
+    Raises:
+        ValueError: if one of them is missing, or is no file of images.
+    """
+    parts = {}
+    for part in ("train", "t10k"):
+        found = sorted(path.glob(f"{part}-images*idx3-ubyte*"))
+        if not found:
+            raise ValueError(
+                f"{path}: got no file {part}-images-idx3-ubyte, expected it or its .gz"
+            )
+        parts[part] = read(found[0])
+    images = parts["train"]
+    held = min(1000, len(images) // 10)
+    return {
+        "train": images[: len(images) - held],
+        "validation": images[len(images) - held :],
+        "test": parts["t10k"],
+    }
 
 
 def split(images: Tensor) -> dict[str, Tensor]:

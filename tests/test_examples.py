@@ -22,6 +22,9 @@ PRIOR = "--prior prior --prior-settings='--steps 3 --batch 8 --width 8'"
 TINY = {
     "digits": "--steps 3 --batch 8 --width 8 --chain 6 --draws 2 --weighted-images 2"
     " --weighted-steps 3 --weighted-samples 2 --samples 4",
+    "images": "--steps 3 --batch 4 --width 8 --levels 1 1 --features 4 --test-images 2 --draws 2 --samples 2"
+    " --sample-steps 2",
+    "binary_images": "--steps 3 --batch 8 --width 8 --test-images 4 --draws 2 --samples 2 --baseline-steps 3",
     "distributed": "--steps 3 --batch 8 --width 8 --chain 6 --draws 2 --samples 4",
     "blur": "--steps 3 --batch 8 --width 8 --chain 6 --draws 2 --samples 2",
     "heavy_tails": "--steps 3 --points 60 --held-out 20 --batch 16 --width 8 --solver-steps 4 --chain 6"
@@ -142,6 +145,48 @@ def test_examples_take_images_of_a_file(name, tmp_path, monkeypatch):
         warnings.filterwarnings("ignore", "TwistedSMC")  # so few particles
         importlib.import_module(name).main(arguments)
     check(json.loads(Path("out/metrics.json").read_text()), Path("out"))
+
+
+def test_binary_images_of_a_file_are_bits_or_packed_bits(tmp_path, monkeypatch):
+    """Either way the same images; anything else is refused by the name of the file."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import binary_images
+
+    bits = np.random.default_rng(0).integers(0, 2, (9, 16), dtype=np.uint8)
+    parts = {"train": bits[:5], "valid": bits[5:7], "test": bits[7:]}
+    np.savez(tmp_path / "plain.npz", **parts)
+    np.savez(tmp_path / "packed.npz", **{k: np.packbits(v, axis=1) for k, v in parts.items()})
+    for name in ("plain", "packed"):
+        found = binary_images.read(tmp_path / f"{name}.npz")
+        images = torch.cat([found[part] for part in ("train", "validation", "test")])
+        assert torch.equal(images, torch.from_numpy(bits.astype(np.int64)).view(-1, 1, 4, 4)), name
+    np.savez(tmp_path / "flat.npz", **{k: v[:, :15] for k, v in parts.items()})
+    with pytest.raises(ValueError, match=r"flat.npz: got train of shape \(5, 15\)"):
+        binary_images.read(tmp_path / "flat.npz")
+    np.savez(tmp_path / "short.npz", train=bits)
+    with pytest.raises(ValueError, match=r"short.npz: got no array \['test', 'valid'\]"):
+        binary_images.read(tmp_path / "short.npz")
+
+
+def test_rates_fall_to_zero_with_the_minutes_or_the_steps(monkeypatch):
+    """Whichever are over first; and training stops."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import timed_training
+
+    now = [100.0]
+    monkeypatch.setattr(timed_training.time, "monotonic", lambda: now[0])
+    clock = timed_training.Clock(minutes=1.0, steps=4000)
+    assert not clock.over(1)
+    now[0] += 100
+    assert not clock.over(2)  # starts it
+    assert clock.rate(99) == pytest.approx(0.5, rel=0.01)
+    now[0] += 30
+    assert clock.rate(1000) == pytest.approx(0.5)
+    assert clock.rate(3000) == pytest.approx(np.cos(3 * np.pi / 8) ** 2)
+    assert not clock.over(5)
+    now[0] += 31
+    assert clock.rate(1000) == pytest.approx(0, abs=1e-12)
+    assert clock.over(5)
 
 
 def test_text_models_may_be_trained_apart(tmp_path):

@@ -124,3 +124,16 @@ def test_sizes_that_cannot_be_are_refused():
         image_data.glyphs(side=4)
     with pytest.raises(ValueError, match="side: got 428, expected 1 to 427 pixels"):
         image_data.photographs(428)
+
+
+def test_a_folder_of_the_mnist_kind_has_its_own_test_images(tmp_path):
+    """The last tenth of those to train on is kept for choices; what is missing is named."""
+    pixels = np.random.default_rng(1).integers(0, 256, (25, 4, 4)).astype(np.uint8)
+    idx(tmp_path / "train-images-idx3-ubyte.gz", pixels[:20])
+    with pytest.raises(ValueError, match="got no file t10k-images-idx3-ubyte, expected it"):
+        image_data.load(str(tmp_path))
+    idx(tmp_path / "t10k-images-idx3-ubyte", pixels[20:])
+    expected = torch.from_numpy(pixels.astype(np.int64)).unsqueeze(1)
+    found = image_data.load(str(tmp_path))
+    for name, rows in {"train": (0, 18), "validation": (18, 20), "test": (20, 25)}.items():
+        assert torch.equal(found[name], expected[slice(*rows)]), name
