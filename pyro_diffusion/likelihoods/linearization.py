@@ -149,20 +149,19 @@ def solve(gap: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     slack = SLACK + gap.shape[-1] * torch.finfo(gap.dtype).eps * gap.detach().abs().amax((-1, -2))
     raised = system.detach() - (1 - slack)[..., None, None] * eye
     bad = (torch.linalg.cholesky_ex(raised).info != 0) | ~torch.isfinite(slack)
+    factor, info = torch.linalg.cholesky_ex(system)
     # More readings than are uncertain, and sharp ones: by rounding S may not even be positive.
-    bad = bad | (torch.linalg.cholesky_ex(system.detach()).info != 0)
+    bad = bad | (info != 0)
     some_bad = bool(bad.any())
     if some_bad:
-        raised, certain = _clamped(system.detach())
-        system = torch.where(bad[..., None, None], raised, system)
-    factor = torch.linalg.cholesky_ex(system).L
+        raised, certain = (torch.zeros_like(raised) for _ in range(2))
+        raised[bad], certain[bad] = _clamped(system.detach()[bad])
+        factor = torch.linalg.cholesky_ex(torch.where(bad[..., None, None], raised, system)).L
     half = torch.linalg.solve_triangular(factor, r.unsqueeze(-1).double(), upper=False)
     u = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
     if some_bad:
         # S is 1 there.
-        u = u - torch.where(
-            bad[..., None], matmul(certain, r.unsqueeze(-1).double()).squeeze(-1), 0.0
-        )
+        u = u - matmul(certain, r.unsqueeze(-1).double()).squeeze(-1)
     log_root = factor.diagonal(dim1=-1, dim2=-2).log().sum(-1)
     return u.to(r), (-0.5 * half.square().sum((-1, -2)) - log_root).to(r)
 
