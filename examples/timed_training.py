@@ -90,9 +90,6 @@ def fit(
     def schedule(optimizer: Optimizer) -> LambdaLR:
         return LambdaLR(optimizer, clock.rate)
 
-    if args.device != "cpu":  # the layout that its convolutions are written for
-        network.to(memory_format=torch.channels_last)
-
     def after_step(trainer: Trainer) -> bool:
         if (
             args.compile and trainer.step == 1

@@ -123,6 +123,17 @@ def check_number(
     return number
 
 
+def check_each_size(name: str, sizes: object) -> tuple[int, ...]:
+    """Refuse anything but a tuple or list of whole numbers >= 1, each on its own.
+
+    Raises:
+        ValueError: for other objects and sizes below 1.
+    """
+    if isinstance(sizes, tuple | list):
+        return tuple(size for n in sizes for size in check_sizes(name, (n,)))
+    raise ValueError(f"{name}: got {sizes!r}, expected a tuple of sizes >= 1")
+
+
 def check_sizes(name: str, shape: object) -> torch.Size:
     """Refuse anything but the sizes of a tensor that has elements.
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pyro_diffusion.validation import (
+    check_each_size,
     check_event_shape,
     check_finite,
     check_number,
@@ -120,3 +121,11 @@ def test_no_count_is_endless():
         ValueError, match=r"^draws: got 100000000000000000000, expected an integer <="
     ):
         check_positive_int("draws", 10**20)
+
+
+def test_widths_are_asked_for_each_on_its_own():
+    """Three layers of 4096 are no tensor of 4096^3 elements."""
+    assert check_each_size("hidden", [4096] * 3) == (4096,) * 3
+    for wrong in (3, (2, 0), (True,), (2.0,), "ab"):
+        with pytest.raises(ValueError, match="^hidden: got .*, expected a tuple of sizes >= 1"):
+            check_each_size("hidden", wrong)

@@ -6,7 +6,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from pyro_diffusion.validation import check_number, check_operand, check_positive_int, check_sizes
+from pyro_diffusion.validation import (
+    check_each_size,
+    check_number,
+    check_operand,
+    check_positive_int,
+)
 
 from .context import Conditioning
 from .definition import DefinedModule
@@ -75,7 +80,7 @@ class MLP(DefinedModule):
         check_positive_int("event_size", event_size)
         check_positive_int("outputs", outputs)
         check_positive_int("embedding", embedding, at_least=2)
-        if not check_sizes("hidden", hidden):
+        if not check_each_size("hidden", hidden):
             raise ValueError(f"hidden: got {hidden}, expected at least one positive width")
         check_number("dropout", dropout, at_least=0, at_most=1)
         self.event_size = event_size

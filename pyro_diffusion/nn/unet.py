@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_diffusion.validation import check_number, check_positive_int, check_sizes
+from pyro_diffusion.validation import check_each_size, check_number, check_positive_int
 
 from .context import Conditioning
 from .definition import DefinedModule
@@ -146,7 +146,7 @@ class UNet(DefinedModule):
         for name, size in sizes.items():
             check_positive_int(name, size)
         check_number("dropout", dropout, at_least=0, at_most=1)
-        if not check_sizes("levels", levels):
+        if not check_each_size("levels", levels):
             raise ValueError(f"levels: got {levels}, expected at least one positive multiple")
         attending = _attending(attention, len(levels))
         self.channels, self.width, self.outputs = channels, width, outputs
