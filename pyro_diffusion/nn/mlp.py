@@ -39,9 +39,10 @@ class MLP(DefinedModule):
             embeddings are added to that of the noise level.
         dropout: probability of zeroing a hidden unit, in training mode only.
         embedding: width of :math:`c`.
-        frequencies: of the sines and cosines of every coordinate, in radians per unit of x. Densities of few
-            dimensions with detail finer than the data's standard deviation want them: 1, 2, 4, 8, 16, say.
-        norm: whether N is a layer norm (without weights of its own).
+        frequencies: of the sines and cosines of every coordinate, in radians per unit of x. Densities with
+            detail finer than the data's standard deviation, as tables have, want (1, 2, 4, 8, 16) and
+            ``norm``; from few rows of a smooth density they learn by heart, so there are none by default.
+        norm: whether N is a layer norm (without weights of its own), which saves steps with ``frequencies``.
         residual: whether :math:`V_i` is a linear map, so that the layers whose widths agree are residual
             blocks of two linear maps each.
 
