@@ -127,5 +127,5 @@ def test_widths_are_asked_for_each_on_its_own():
     """Three layers of 4096 are no tensor of 4096^3 elements."""
     assert check_each_size("hidden", [4096] * 3) == (4096,) * 3
     for wrong in (3, (2, 0), (True,), (2.0,), "ab"):
-        with pytest.raises(ValueError, match="^hidden: got .*, expected a tuple of sizes >= 1"):
+        with pytest.raises(ValueError, match=r"^hidden: got .*, expected a tuple of sizes >= 1"):
             check_each_size("hidden", wrong)
