@@ -13,7 +13,7 @@ import time
 
 import torch
 
-PARTS = ("categoricals",)
+PARTS = ("categoricals", "fourier")
 
 
 def main() -> None:

@@ -204,3 +204,8 @@ def test_the_page_on_tables_runs() -> None:
 def test_the_page_on_categoricals_by_noise_runs() -> None:
     page = run("docs/argmax.md", {})
     assert page["y"].shape == (1000, 4) and bool(page["mu"].grad.isfinite().all())
+
+
+def test_the_page_on_fourier_densities_runs() -> None:
+    page = run("docs/fourier.md", {r"range\(300\)": "range(3)"})
+    assert page["x"].shape == (1000,) and bool(page["samples"].isfinite().all())

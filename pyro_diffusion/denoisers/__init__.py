@@ -8,6 +8,7 @@ from pyro_diffusion.denoisers.analytic import (
 from pyro_diffusion.denoisers.base import Denoiser, NetworkDenoiser
 from pyro_diffusion.denoisers.discrete import CategoricalDenoiser, LevelsDenoiser, uniform_levels
 from pyro_diffusion.denoisers.exact import MixtureDenoiser, TableDenoiser
+from pyro_diffusion.denoisers.fourier import FourierDenoiser
 from pyro_diffusion.denoisers.gaussian import GaussianDenoiser
 from pyro_diffusion.denoisers.insertions import InsertionDenoiser, StringTableDenoiser
 from pyro_diffusion.denoisers.parameterizations import (
@@ -37,6 +38,7 @@ __all__ = [
     "Denoiser",
     "EDMPreconditioning",
     "EstimatedVariance",
+    "FourierDenoiser",
     "GaussianDenoiser",
     "InsertionDenoiser",
     "LearnedVariance",

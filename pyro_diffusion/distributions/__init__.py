@@ -1,5 +1,6 @@
 """Diffusion models as Pyro distributions, and the densities at their data end."""
 
+from pyro_diffusion.denoisers.fourier_density import FourierDensity
 from pyro_diffusion.distributions import kl as _kl  # noqa: F401 (registers divergences)
 from pyro_diffusion.distributions.argmax import ArgmaxCategorical, RelaxedArgmaxCategorical
 from pyro_diffusion.distributions.basis_decoder import BasisDecoder
@@ -38,6 +39,7 @@ __all__ = [
     "DiffusionCTMC",
     "DiffusionSDE",
     "FlowMatching",
+    "FourierDensity",
     "Hybrid",
     "MomentRegression",
     "NormalDecoder",

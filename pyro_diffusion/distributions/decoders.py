@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_diffusion.denoisers.discrete import Quantized
+from pyro_diffusion.denoisers.fourier_density import FourierDensity
 from pyro_diffusion.distributions.discretized import DiscretizedNormal
 from pyro_diffusion.nn.definition import DefinedModule
 from pyro_diffusion.precision import PreciseModule
@@ -90,10 +91,10 @@ class Decoder(DefinedModule, PreciseModule):
 
 
 class NormalDecoder(Decoder):
-    r"""Continuous data: the posterior at t_0 itself.
+    r"""Continuous data: the posterior at t_0 itself, or a normal of its mean and variance.
 
-    A point mass is widened by the evidence: the process's noise at the scale :math:`\sigma/\alpha` around
-    :math:`\hat x_0`, such as :math:`\mathcal N(\hat x_0, \sigma^2/\alpha^2)`.
+    A Fourier density is used as it is. A point mass is widened by the evidence: the process's noise at the
+    scale :math:`\sigma/\alpha` around it, such as :math:`\mathcal N(\hat x_0, \sigma^2/\alpha^2)`.
     """
 
     keeps_x0 = True
@@ -117,21 +118,28 @@ class NormalDecoder(Decoder):
     def forward(
         self, posterior: TorchDistribution, t: Level, process: ForwardProcess
     ) -> TorchDistribution:
-        """A normal of the posterior's mean and variance, or the evidence of a point mass."""
+        """A normal of the posterior's mean and variance, the evidence of a point mass, a Fourier density."""
+        if isinstance(per_coordinate(posterior), FourierDensity):
+            return posterior
         mean, scale = _loc_scale(posterior, t)
         if isinstance(per_coordinate(posterior), Delta):
             return process.noised(mean, scale)
         return Normal(mean, scale, validate_args=False).to_event(process.event_dim)
 
     def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:
-        """Location and scale of every coordinate, and what else a normal or Student-t distribution has."""
-        own, base = normal_tensors(kernel), per_coordinate(kernel)
+        """Location and scale of every coordinate, and what else such a distribution has."""
+        if isinstance(base := per_coordinate(kernel), FourierDensity):
+            return {name: getattr(base, name) for name in ("coefficients", "loc", "scale")}
+        own = normal_tensors(kernel)
         if isinstance(base, DiagonalStudentT):
             own["df"] = torch.full_like(base.loc, base.df)
         return own
 
     def kernel_from(self, tensors: Mapping[str, Tensor], event_dim: int) -> TorchDistribution:
-        """The normal (or Student-t) distribution of them."""
+        """The normal, Student-t or Fourier distribution of them."""
+        if "coefficients" in tensors:
+            a, loc, scale = (tensors[name] for name in ("coefficients", "loc", "scale"))
+            return FourierDensity(a, loc, scale, validate_args=False).to_event(event_dim)
         if "df" in tensors:
             df = float(tensors["df"].flatten()[0])
             return DiagonalStudentT(df, tensors["loc"], tensors["scale"], event_dim)

@@ -562,6 +562,11 @@ def denoiser_calls() -> list[Call]:
         ),
         Call("denoisers.LevelsDenoiser.forward", lambda **a: normal(levels(**a)), of(gauss)),
         Call(
+            "denoisers.FourierDenoiser",
+            functools.partial(built, denoisers.FourierDenoiser),
+            of({"network": network(8), "process": PROCESS, "degree": 3, "scale": 2.0}),
+        ),
+        Call(
             "denoisers.CategoricalDenoiser",
             lambda **a: denoisers.CategoricalDenoiser(**a)(**states).sample(),
             of({"network": network(4), "process": MASKING}),
@@ -886,6 +891,16 @@ def distribution_calls() -> list[Call]:
                 symbols(), (3,), 3, decoder=distributions.CategoricalDecoder(**a)
             ).log_prob(integers),
             of({"states": 4}),
+        ),
+        *(
+            Call(
+                "distributions.FourierDensity",
+                lambda **a: drawn_and_scored(distributions.FourierDensity(**a)),
+                of(
+                    {"coefficients": torch.ones(4, 2), "loc": 0.5, "scale": scale, "domain": domain}
+                ),
+            )
+            for domain, scale in (("line", 1.0), ("interval", torch.tensor(2.0)), ("circle", 3.0))
         ),
         *(
             Call(
