@@ -45,11 +45,12 @@ def test_the_programs_of_a_first_page_train_and_sample(page: str) -> None:
 
 # Networks of two iterations guide nothing, and say so.
 @pytest.mark.filterwarnings("ignore:TwistedSMC")
+@pytest.mark.filterwarnings("ignore:data")
 def test_our_side_of_programs_of_other_packages_runs() -> None:
     shorter = {
         r"\*args, iterations=1000": "*args, iterations=2",
         r"images, iterations=1000": "images, iterations=2",
-        r"iterations=2000": "iterations=2",
+        r"steps=2000": "steps=2, progress=False",
         r"num_terms=20": "num_terms=2",
         r"steps=20\)": "steps=2)",
         r"num_particles=16": "num_particles=2",
@@ -92,6 +93,25 @@ def test_the_page_on_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert page["samples"].shape == (500, 2) and len(page["pictures"]) == 1
     assert list(page["history"].validations) == [2, 4, 5, 6]
     assert {path.name for path in tmp_path.iterdir()} == {"circle.safetensors", "circle.csv"}
+
+
+@pytest.mark.filterwarnings("ignore:importance weights")  # of a network of four steps
+@pytest.mark.filterwarnings("ignore:data")
+def test_the_page_on_simulators_runs() -> None:
+    shorter = {
+        r"simulate\(10_000\)": "simulate(100)",
+        r"steps=4000": "steps=4",
+        r"range\(20\)": "range(2)",
+        r"simulate\(256\)": "simulate(8)",
+        r"num_samples=1000, parallel": "num_samples=20, parallel",
+        r"num_samples=50": "num_samples=2",
+        r"steps=1000": "steps=4",
+    }
+    page = run("docs/simulators.md", shorter)
+    assert page["draws"].shape == (20, 2)
+    assert page["draws"].abs().max() <= 1
+    assert page["draws_of_many"].shape == (2, 100, 2)
+    assert page["corrected"].log_evidence.value.isfinite()
 
 
 def test_the_page_on_conditioning_runs() -> None:

@@ -1,5 +1,6 @@
 """A guide's draws, corrected by the model: importance weights, evidence, and whether to believe them."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer.importance import vectorized_importance_weights
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -59,6 +61,18 @@ class WeightedDraws:
         )
 
 
+class _FromPrior(Messenger):
+    """Leaves out the densities of latents that are drawn from the model itself."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names:
+            msg["mask"] = False
+
+
 @torch.no_grad()
 def importance_posterior(
     model: Callable[..., Any],
@@ -73,7 +87,8 @@ def importance_posterior(
     ``vectorized_importance_weights``. Their mean is an unbiased estimate of p(x); averages under them are
     consistent in ``num_samples`` for the *exact* posterior, if the guide has a density where the model has
     one. The guide's density must be one and no bound: that of an
-    :class:`~pyro_diffusion.infer.AutoAmortized` is. Model and guide must run in a plate of all draws.
+    :class:`~pyro_diffusion.infer.AutoAmortized` is. Latents that the guide leaves out are drawn from their
+    prior and weigh nothing. Model and guide must run in a plate of all draws.
 
     Args:
         model: the program, with a likelihood: observed sites whose densities can be evaluated.
@@ -113,14 +128,18 @@ def importance_posterior(
         if node["type"] == "sample" and not site_is_subsample(node)
     }
     frames = [f.dim for node in sites.values() for f in node["cond_indep_stack"] if f.dim]
-    log_weights, trace, _ = vectorized_importance_weights(
-        model,
-        guide,
-        *args,
-        num_samples=num_samples,
-        max_plate_nesting=-min(frames, default=0),
-        **kwargs,
-    )
+    proposed = poutine.trace(poutine.block(guide, hide_types=["param"])).get_trace(*args, **kwargs)
+    left_out = {n for n, node in sites.items() if not node["is_observed"]} - {*proposed.nodes}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found vars in model but not guide", UserWarning)
+        log_weights, trace, _ = vectorized_importance_weights(
+            _FromPrior(left_out)(model),
+            guide,
+            *args,
+            num_samples=num_samples,
+            max_plate_nesting=-min(frames, default=0),
+            **kwargs,
+        )
     log_weights = log_weights.detach().double().cpu()
     observed = sum(
         torch.as_tensor(node["value"]).numel()

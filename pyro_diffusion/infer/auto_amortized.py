@@ -124,7 +124,7 @@ class AutoAmortized(SimulatedLatents):
         estimated density (``Trace_ELBO()``). Its loss is that of the standardized, unconstrained latents.
 
         Args:
-            simulations: (N,) + shape of each latent and each observed site, of :meth:`simulate`.
+            simulations: (N,) + shape of each latent and each observed site, of ``simulate``.
 
         Raises:
             ValueError: before the first simulations, and for other sites or shapes.
