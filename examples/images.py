@@ -67,7 +67,7 @@ def load(args: argparse.Namespace) -> dict[str, Tensor]:
     """Images to train on, for all choices, and the first of those to report."""
     data = image_data.load(str(args.data or "glyphs"))
     data["test"] = data["test"][: args.test_images]
-    data["validation"] = data["validation"][: args.test_images]
+    data["validation"] = data["validation"][: args.validation_images]
     return data
 
 
@@ -157,7 +157,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=1, help="blocks a level of the U-Net")
     parser.add_argument("--features", type=int, default=32, help="numbers for each pixel")
     parser.add_argument("--test-images", type=int, default=1000)
-    parser.add_argument("--draws", type=int, default=64, help="times evaluated per image")
+    parser.add_argument("--validation-images", type=int, default=200)
+    parser.add_argument("--draws", type=int, default=32, help="times evaluated per image")
     parser.add_argument("--score-batch", type=int, default=100, help="images scored together")
     parser.add_argument("--samples", type=int, default=64, help="images to draw")
     parser.add_argument("--sample-steps", type=int, default=250)

@@ -22,8 +22,8 @@ PRIOR = "--prior prior --prior-settings='--steps 3 --batch 8 --width 8'"
 TINY = {
     "digits": "--steps 3 --batch 8 --width 8 --chain 6 --draws 2 --weighted-images 2"
     " --weighted-steps 3 --weighted-samples 2 --samples 4",
-    "images": "--steps 3 --batch 4 --width 8 --levels 1 1 --features 4 --test-images 2 --draws 2 --samples 2"
-    " --sample-steps 2",
+    "images": "--steps 3 --batch 4 --width 8 --levels 1 1 --features 4 --test-images 2 --validation-images 2"
+    " --draws 2 --samples 2 --sample-steps 2",
     "binary_images": "--steps 3 --batch 8 --width 8 --test-images 4 --draws 2 --samples 2 --baseline-steps 3",
     "distributed": "--steps 3 --batch 8 --width 8 --chain 6 --draws 2 --samples 4",
     "blur": "--steps 3 --batch 8 --width 8 --chain 6 --draws 2 --samples 2",
