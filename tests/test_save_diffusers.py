@@ -173,6 +173,9 @@ def test_what_diffusers_has_no_place_for(tmp_path):
         def save_pretrained(self, folder, **options):
             raise AssertionError("nothing is to be written")
 
+    class Other(GaussianProcess):
+        pass
+
     config = {"num_train_timesteps": COUNT, "clip_sample": False}
     model, ours = from_diffusers(Saved(), config), GaussianProcess(Cosine())
     cases = {
@@ -182,6 +185,7 @@ def test_what_diffusers_has_no_place_for(tmp_path):
         "network Identity without save_pretrained": from_diffusers(nn.Identity(), config),
         "got the variance": VarianceDenoiser(model, lambda level: level.sigma),
         "got Cosine": GaussianDenoiser(model.network, ours, Noise()),
+        "got a process Other": GaussianDenoiser(model.network, Other(Cosine()), Noise()),
         "on the time Sigma": from_edm(Saved()),
         "on the time FlowTime": GaussianDenoiser(
             from_diffusers(Saved(), {"_class_name": "FlowMatchEulerDiscreteScheduler"}).network,

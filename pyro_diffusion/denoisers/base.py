@@ -39,8 +39,8 @@ class Denoiser(DefinedModule, PreciseModule):
     Attributes:
         point_mass: whether its posterior is known to be a point mass, a mean without a variance.
         guided: whether something else than training changes it, so that sampling may leave what it knows.
-        exact: whether its mean is :math:`E[x_0|x_t]` in closed form, and so its derivative a covariance. Set
-            it in a class of your own: guidance then does not check the derivative.
+        is_exact: whether its mean is :math:`E[x_0|x_t]` in closed form, and so its derivative a covariance.
+            Set it in a class of your own: guidance then does not check the derivative.
 
     Example:
         The exact posterior of standard normal data,

@@ -30,6 +30,7 @@ from pyro_diffusion.foreign.timesteps import (
     TableTime,
     TimestepNetwork,
 )
+from pyro_diffusion.processes import ForwardProcess, GaussianProcess
 from pyro_diffusion.schedules import EDM, Schedule, TabulatedBetas
 
 __all__ = ["save_diffusers"]
@@ -102,7 +103,7 @@ def _parts(denoiser: Denoiser) -> tuple[GaussianDenoiser, bool]:
 
 def _config(denoiser: GaussianDenoiser, large: bool) -> dict[str, Any]:
     """The configuration of a scheduler under which reading gives this denoiser."""
-    time, schedule = denoiser.network.time, denoiser.process.schedule
+    time, schedule = denoiser.network.time, _schedule(denoiser.process)
     parameterization = denoiser.parameterization
     config: dict[str, Any] = {}
     if isinstance(time, TableTime) and isinstance(schedule, TabulatedBetas):
@@ -139,6 +140,16 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def _schedule(process: ForwardProcess) -> Schedule:
+    """The part of a process that a folder has a place for: all of it but the event's dimensions."""
+    if type(process) is not GaussianProcess:
+        raise ValueError(
+            f"denoiser: got a process {type(process).__name__}, expected a GaussianProcess itself"
+        )
+    parts: dict[str, Any] = dict(process.named_children())
+    return parts["schedule"]
+
+
 def _table(schedule: TabulatedBetas) -> dict[str, Any]:
     """Its betas, in single precision as schedulers have them."""
     signal = torch.sigmoid(schedule.knots)
@@ -159,10 +170,10 @@ def _reads_as(config: dict[str, Any], denoiser: GaussianDenoiser, large: bool) -
         found = meaning_of(config)
     except ValueError:
         return False
-    times = torch.linspace(0, 1, 65, dtype=torch.float64)
-    levels = found.schedule.log_snr(times), denoiser.process.schedule.log_snr(times)
+    times, schedule = torch.linspace(0, 1, 65, dtype=torch.float64), _schedule(denoiser.process)
+    levels = found.schedule.log_snr(times), schedule.log_snr(times)
     return (
-        type(found.schedule) is type(denoiser.process.schedule)
+        type(found.schedule) is type(schedule)
         and torch.allclose(levels[0], levels[1].to(levels[0]), rtol=0, atol=0.01)
         and found.parameterization == denoiser.parameterization
         and type(found.variance) is type(denoiser.variance)
