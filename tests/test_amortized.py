@@ -177,8 +177,11 @@ def test_svi_and_the_trainer_train_the_same_network():
     trainer = Trainer(guide.training_model, optimizer=functools.partial(torch.optim.SGD, lr=1e-3))
     trainer.fit(guide.simulate(50), steps=2, batch_size=20, progress=False)
     assert all(not torch.equal(before[name], p) for name, p in guide.named_parameters())
-    elbo = Trace_ELBO()(guide.training_model, lambda **_: None)
-    elbo(**guide.simulate(50)).backward()
+    with pyro.settings.context(module_local_params=True):
+        guide = untrained(conjugate)
+        elbo = Trace_ELBO()(guide.training_model, lambda **_: None)
+        elbo(**guide.simulate(50)).backward()
+        assert all(p.grad is not None for p in guide.parameters())
 
 
 def test_a_module_summarizes():

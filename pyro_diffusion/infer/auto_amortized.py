@@ -121,7 +121,9 @@ class AutoAmortized(SimulatedLatents):
         """A program that observes simulated latents as the guide distributes them, given simulated data.
 
         For ``SVI`` and :class:`~pyro_diffusion.train.Trainer` with an empty guide and any ELBO that takes an
-        estimated density (``Trace_ELBO()``). Its loss is that of the standardized, unconstrained latents.
+        estimated density (``Trace_ELBO()``). Its loss is that of the standardized, unconstrained latents. In
+        a loop of your own over ``Trace_ELBO()(guide.training_model, empty_guide)``, give the optimizer
+        ``guide.parameters()``: that module, made of a method, does not list them.
 
         Args:
             simulations: (N,) + shape of each latent and each observed site, of ``simulate``.

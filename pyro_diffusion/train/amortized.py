@@ -39,7 +39,7 @@ def fit_amortized(
     Args:
         guide: whose :meth:`~pyro_diffusion.infer.AutoAmortized.training_model` is trained.
         simulations: of ``guide.simulate`` or ``guide.accept``.
-        steps: of the optimizer; 40 times the square root of the number of simulations, within 1000 and
+        steps: of the optimizer; 80 times the square root of the number of simulations, within 1000 and
             20,000, if None.
         batch_size: simulations of one step; all if there are fewer.
         lr: learning rate at its height.
@@ -76,7 +76,7 @@ def fit_amortized(
     if kept < 1:
         raise ValueError(f"simulations: got {rows} rows, expected some to train on and to hold out")
     count = check_positive_int(
-        "steps", min(max(round(40 * math.sqrt(rows)), 1000), 20_000) if steps is None else steps
+        "steps", min(max(round(80 * math.sqrt(rows)), 1000), 20_000) if steps is None else steps
     )
 
     def rate(step: int) -> float:
