@@ -13,7 +13,7 @@ import time
 
 import torch
 
-PARTS = ("categoricals", "fourier")
+PARTS = ("categoricals", "fourier", "amos")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""Beside ``pyro.optim``: one optimizer for all parameters, and averages of a module's weights."""
+"""Beside ``pyro.optim``: one optimizer for all parameters, Amos, and averages of a module's weights."""
 
+from .amos import Amos
 from .ema import EMA
 from .joint import JointOptim
 
-__all__ = ["EMA", "JointOptim"]
+__all__ = ["EMA", "Amos", "JointOptim"]

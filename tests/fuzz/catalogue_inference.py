@@ -690,6 +690,12 @@ def file_calls() -> list[Call]:
         optim.JointOptim(torch.optim.Adam, **arguments)([weights])
         return weights
 
+    def amos(**arguments: Any) -> Any:
+        weights = torch.nn.Parameter(torch.ones(2))
+        weights.sum().backward()
+        optim.Amos([weights], **arguments).step()
+        return weights
+
     good = optim.EMA(Tiny((3,))).state_dict()
     return [
         Call(
@@ -722,6 +728,7 @@ def file_calls() -> list[Call]:
             lambda **arguments: checkpoint.load_model(**arguments)(data(), 0.5).mean,
             of({"path": str(folder / "model.safetensors"), "network": Tiny((3,), 2)}),
         ),
+        Call("optim.Amos", amos, of({"lr": 0.1, "beta": 0.999, "scale": 0.5, "eps": 1e-18})),
         Call("optim.EMA", average, of({"decay": 0.9, "warmup": True})),
         Call(
             "optim.EMA.load_state_dict",
