@@ -28,6 +28,7 @@ FREE_OF_SCALES: dict[str, str] = {
     "checkpoint.save_model": "writes a file; what it holds is checked on a copy",
     "foreign.load_diffusers": "the call returns the schedule's knots",
     "foreign.save_diffusers": "writes the schedule",
+    "infer.AutoAmortized": "simulates, which no noise touches",
     "foreign.from_azula": "the foreign denoiser takes its own scales, those of one clock",
 }
 

@@ -1,5 +1,6 @@
 """A conditional diffusion as a posterior of a vector of latents given data."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -15,11 +16,11 @@ from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.infer.standardized import Familiar, Standardized
 from pyro_diffusion.nn import ConditionalMLP
 from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.schedules import LogLinear, focused_log_snr
+from pyro_diffusion.schedules import LogLinear
 
 __all__ = ["ConditionalPosterior", "default_denoiser"]
 
-STEPS = 1000
+STEPS, CENTRE, WIDTH = 1000, 3.0, 4.0  # of the chain in training: log-SNRs
 CONTEXT = "y"
 
 MakeDenoiser = Callable[[int, int], Denoiser]
@@ -108,15 +109,10 @@ class ConditionalPosterior(nn.Module):
 
     def diffusion(self, context: Tensor, objective: Objective | None) -> Diffusion:
         """How standardized latents are distributed; simulated ones are observed under it."""
-        schedule = getattr(self.denoiser.process, "schedule", None)
-        times = None
-        if schedule is not None and torch.tensor(schedule.log_snr_max).isfinite():
-            times = focused_log_snr(schedule, STEPS, centre=3.0, width=4.0)
         return Diffusion(
             self.denoiser,
             (self.latent_size,),
-            STEPS,
-            times=times,
+            times=_focused_times(self.denoiser.process),
             objective=objective,
             context={CONTEXT: context},
         )
@@ -128,6 +124,15 @@ class ConditionalPosterior(nn.Module):
         )
         scale = AffineTransform(self.latents.loc, self.latents.scale, event_dim=1)
         return FlowPosterior(flow, [scale])
+
+
+def _focused_times(process: Any) -> Tensor:
+    """Steps even in the process's clock within about `WIDTH` of `CENTRE`, and growing beyond it."""
+    high, low = (math.asinh((end - CENTRE) / WIDTH) for end in process.finite_clock_ends())
+    place = torch.linspace(high, low, STEPS + 1, dtype=torch.float64)
+    times: Tensor = process.level_of_clock(CENTRE + WIDTH * torch.sinh(place)).t.flatten()
+    times[0], times[-1] = 0.0, 1.0
+    return times.to(torch.get_default_dtype())
 
 
 def _check_summary(out: Any, count: int) -> Tensor:

@@ -287,7 +287,7 @@ def infer_calls() -> list[Call]:
 
 def simulator(x: Any = None) -> None:
     """A program that simulates."""
-    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
     pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
 
@@ -310,7 +310,7 @@ def amortized() -> infer.AutoAmortized:
 def amortized_calls_of(y: Any) -> list[Call]:
     del y
     guide = amortized()
-    point = torch.tensor([0.5, -0.5])
+    point = torch.tensor([0.5, -0.5, 0.0])
     table = guide.simulate(4)
     score = lambda **a: pyro.infer.Trace_ELBO().loss(guide.training_model, _empty, **a)  # noqa: E731
 
@@ -339,7 +339,7 @@ def amortized_calls_of(y: Any) -> list[Call]:
         Call(
             "infer.AutoAmortized.log_prob",
             lambda z, x: guide.log_prob({"z": z}, x),
-            lambda: {"z": torch.zeros(3, 2), "x": point.clone()},
+            lambda: {"z": torch.zeros(2, 3), "x": point.clone()},
             weight=0.5,
         ),
         Call(
@@ -402,7 +402,7 @@ def evaluate_calls() -> list[Call]:
         Call(
             "evaluate.importance_posterior",
             functools.partial(evaluate.importance_posterior, simulator, amortized()),
-            lambda: {"x": torch.ones(2), "num_samples": 3},
+            lambda: {"x": torch.ones(3), "num_samples": 3},
             True,
             weight=0.5,
         ),
