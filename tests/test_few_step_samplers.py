@@ -412,10 +412,27 @@ def test_infinite_ends_are_refused():
         AdamsMoulton().coefficients(denoiser.process, start, end)
 
 
+def test_long_steps_are_corrected_less():
+    """In full up to .7 in half log-SNR, half at 1.2, from 1.7 on not at all; UniPC always, as published."""
+
+    class Always(AdamsMoulton):
+        corrected = None
+
+    half = torch.tensor([0.0, 0.3, 1.0, 2.2, 3.9, 6.0, 6.5], dtype=F64)  # its steps .3 to 2.1
+    process = GaussianProcess(LogLinear(13.0, 0.0))
+    times = (1 - half / 6.5).flip(0)
+    levels = [process.level(part) for part in (times[:-1], times[1:])]
+    steps = 0.5 * (levels[0].log_snr - levels[1].log_snr)
+    found, full = (s.coefficients(process, *levels).correction for s in (AdamsMoulton(), Always()))
+    share = ((1.7 - steps) / 1.0).clamp(0, 1)[1:]  # a step's correction is made by the one after
+    assert share.min() == 0 and share.max() == 1 and ((share > 0) & (share < 1)).any()
+    assert_close(found[:-1], share.unsqueeze(-1) * full[:-1])
+    unipc = UniPC(3).coefficients(process, *levels).correction
+    assert (unipc[:-1].abs().amax((-1, -2)) > 0).all()
+
+
 def test_repr():
-    assert (
-        repr(AdamsMoulton()) == "AdamsMoulton(order=4, eta=0, EDMPreconditioning(sigma_data=0.5))"
-    )
+    assert repr(AdamsMoulton()) == "AdamsMoulton(order=4, eta=0, V())"
     assert repr(UniPC(2)) == "UniPC(predictor_order=2)"
     assert repr(DPMSolverPP(1.0)) == "DPMSolverPP(eta=1)"
     assert repr(Heun(2.0)) == "Heun(churn=2, noise=1)"

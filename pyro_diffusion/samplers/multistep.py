@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_diffusion.denoisers import Data, EDMPreconditioning, Parameterization
+from pyro_diffusion.denoisers import Data, Parameterization, V
 from pyro_diffusion.processes import Ability, ForwardProcess
 from pyro_diffusion.processes.linear import BridgeCoefficients
 from pyro_diffusion.samplers.ancestral import DDIM
@@ -204,6 +204,9 @@ class AdamsMoulton(AdamsBashforth):
     The prediction is :class:`AdamsBashforth` of one order less. The output F where it ends serves twice: for
     the next step, and to correct this one by the polynomial through one value more. Hence one network
     evaluation a step. The last step is not corrected, which would take one more; it extrapolates linearly.
+    Steps of up to 0.7 in half log-SNR are corrected in full, longer ones less, those of 1.7 not at all: there
+    the polynomial is no guide, and under trained networks the correction of a long step did harm (digits,
+    five evaluations: error 0.37, without it 0.15).
 
     With its defaults this is the package's choice for few steps, on the grid
     :func:`~pyro_diffusion.schedules.focused_log_snr`; see the guide on choosing a sampler. At ``eta=0``
@@ -213,8 +216,8 @@ class AdamsMoulton(AdamsBashforth):
     Args:
         order: number of values that the correction uses, 2 to 4.
         eta: fraction of the bridge's standard deviation that is fresh noise, in [0, 1].
-        extrapolate: what F is; by default ``EDMPreconditioning()``, exact for centred normal data
-            of standard deviation 0.5, and ``Data()`` when noise is drawn.
+        extrapolate: what F is; by default ``V()``, exact for centred normal data of standard deviation 1,
+            and ``Data()`` when noise is drawn.
 
     Raises:
         ValueError: as :class:`AdamsBashforth`, with orders from 2.
@@ -225,14 +228,24 @@ class AdamsMoulton(AdamsBashforth):
 
     corrects = True
     values_at_last = 2
+    # Steps in half log-SNR: up to which in full, from which not at all.
+    corrected: tuple[float, float] | None = (0.7, 1.7)
 
     def __init__(
         self, order: int = 4, eta: float = 0.0, extrapolate: Parameterization | None = None
     ) -> None:
         check_positive_int("order", order, at_least=2)
         if extrapolate is None:
-            extrapolate = EDMPreconditioning() if eta == 0 else Data()
+            extrapolate = V() if eta == 0 else Data()
         super().__init__(order, eta, extrapolate)
+
+    def _tables(self, late: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        state, weights, correction = super()._tables(late, h)
+        if self.corrected is not None:
+            full, none = self.corrected
+            share = ((none - h.abs()) / (none - full)).clamp(0, 1)
+            correction = share.unsqueeze(-1) * correction
+        return state, weights, correction
 
 
 class UniPC(AdamsMoulton):
@@ -254,6 +267,7 @@ class UniPC(AdamsMoulton):
 
     middle = True
     values_at_last = 4
+    corrected = None  # every step in full, as published
 
     def __init__(self, predictor_order: int = 3) -> None:
         if check_positive_int("predictor_order", predictor_order) > 3:
