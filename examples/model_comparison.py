@@ -125,14 +125,18 @@ def draw(log_z: Tensor, error: Tensor, y: Tensor, x: Tensor, label: Tensor) -> F
         colours = ["tab:orange" if c == label[i] else "tab:blue" for c in range(CLASSES)]
         height = log_z[:, i] - log_z[:, i].max()
         for c in range(CLASSES):
-            bar = 2 * float(error[c, i])
-            right.errorbar(c, float(height[c]), bar, fmt="o", ms=4, color=colours[c], capsize=2)
+            bar, known = 2 * float(error[c, i]), bool(error[c, i].isfinite())
+            style = {} if known else {"mfc": "white"}
+            right.errorbar(
+                c, float(height[c]), bar, fmt="o", ms=4, color=colours[c], capsize=2, **style
+            )
         right.set_ylim(-25, 3)
         right.set_xticks(range(CLASSES), range(CLASSES) if i == count - 1 else [])
         right.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_title("truth", fontsize=9)
     axes[0, 1].set_title("reading", fontsize=9)
-    axes[0, 2].set_title("log p(y | class) below the best (orange: true class)", fontsize=9)
+    title = "log p(y | class) below the best (orange: true class; hollow: no error estimated)"
+    axes[0, 2].set_title(title, fontsize=9)
     axes[-1, 2].set_xlabel("class")
     return figure
 
