@@ -136,7 +136,7 @@ def peer_sweep(sampling: Any, d: int, x: Tensor, end: float, seeds: range) -> Sw
     def model(x: Tensor, sigma: Tensor) -> Tensor:
         sigma = sigma.unsqueeze(-1)
         log_snr = -2 * sigma.log()
-        return denoiser(x, Level(log_snr, log_snr, torch.ones_like(sigma), sigma)).mean
+        return denoiser(x, Level(log_snr, log_snr, log_snr, torch.ones_like(sigma), sigma)).mean
 
     def run(tolerance: float, seed: int) -> tuple[Tensor, int]:
         torch.manual_seed(seed)  # the same probe at every tolerance

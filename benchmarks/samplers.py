@@ -75,7 +75,8 @@ class Posterior(nn.Module):
         from azula.denoise import DiracPosterior
 
         alpha, sigma = self.schedule(t)
-        level = Level(t, 2 * torch.log(alpha / sigma), alpha, sigma)
+        log_snr = 2 * torch.log(alpha / sigma)
+        level = Level(t, log_snr, log_snr, alpha, sigma)
         return DiracPosterior(self.inner(x, level).mean)
 
 
