@@ -16,6 +16,7 @@ from pyro.distributions import (
     HalfNormal,
     LogNormal,
     Normal,
+    ProjectedNormal,
     Uniform,
 )
 from pyro.infer import SVI, Importance, Predictive, Trace_ELBO
@@ -322,14 +323,18 @@ def test_simulations_are_run_at_once_only_if_that_is_the_same():
         a = pyro.sample("a", Normal(torch.zeros(3), 1.0).to_event(1))
         pyro.sample("x", Delta(a.exp().sum(-1)), obs=x)
 
+    def rare(x=None):  # no branch of three runs, but one of three hundred side by side
+        a = pyro.sample("a", Normal(0.0, 1.0))
+        pyro.sample("x", Normal(a if a.abs().max() < 2.5 else 0 * a, 0.1), obs=x)
+
     found = {}
-    for model in (branch, mixed, right):
+    for model in (branch, mixed, rare, right):
         guide = AutoAmortized(model, observed=["x"], denoiser=small)
         simulations = guide.simulate(300)
         found[model.__name__] = guide._simulator.vectorized
         if model is mixed:  # as simulated one by one: variance 1/3 + 1 (5 standard errors: 3e-7)
             assert abs(simulations["x"].var() / (4 / 3) - 1) < 5 * math.sqrt(2 / 300)
-    assert found == {"branch": False, "mixed": False, "right": True}
+    assert found == {"branch": False, "mixed": False, "rare": False, "right": True}
 
 
 def test_among_other_guides():
@@ -416,6 +421,40 @@ def test_unlike_data_are_told_at_the_stated_rate():
         guide(MANY)
 
 
+def test_discrete_data_at_the_limit_are_not_unlike():
+    """More than 1 of 8 simulations is at the largest distance, one by one or together."""
+
+    def coins(x=None):
+        a = pyro.sample("a", Normal(0.0, 1.0))
+        pyro.sample("x", Bernoulli(logits=a.unsqueeze(-1).expand(*a.shape, 3)).to_event(1), obs=x)
+
+    guide = AutoAmortized(coins, observed=["x"], denoiser=small)
+    for seed in range(5):
+        pyro.set_rng_seed(seed)
+        x = guide.simulate(1000)["x"]
+        guide.posterior.familiar.fit(guide.posterior.rows([x], x.shape[:1]))
+        corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for corner in corners:
+                guide.get_posterior(corner)
+            guide.get_posterior(corners)
+
+
+def test_values_that_single_precision_does_not_tell_apart_are_refused():
+    def clock(x=None, start=1.6e9, spread=1.0):
+        a = pyro.sample("a", Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        pyro.sample("x", Delta(start + spread * a), obs=x)
+
+    guide = AutoAmortized(clock, observed=["x"], denoiser=small)
+    with pytest.raises(ValueError, match="site 'x': got values that vary by less than torch"):
+        guide.simulate(50)
+    guide = AutoAmortized(clock, observed=["x"], denoiser=small)
+    guide.simulate(50, start=100.0)
+    AutoAmortized(clock, observed=["x"], denoiser=small).simulate(50, start=0.1, spread=1e-16)
+    AutoAmortized(clock, observed=["x"], denoiser=small).simulate(50, spread=0.0)
+
+
 def test_invalid_simulations_are_dropped():
     def model(x=None, bad=0.0):
         mean = pyro.sample("mean", Normal(0.0, 1.0))
@@ -446,7 +485,7 @@ def test_bad_data():
     with pytest.raises(ValueError, match="latents: got no value of"):
         guide.log_prob({}, X)
     guide = untrained(many_supports)
-    with pytest.raises(ValueError, match="site 'x'"):
+    with pytest.raises(ValueError, match="site 'x': got -1 as least value, expected positive"):
         guide(-torch.ones(3, 2))
 
 
@@ -479,7 +518,28 @@ def test_bad_programs():
             a = pyro.sample("a", Normal(0.0, 1.0))
             pyro.sample("x", Normal(a, 1.0), obs=x)
 
+    def masked(x=None):
+        a = pyro.sample("a", Normal(0.0, 1.0))
+        with poutine.mask(mask=torch.tensor([True, False])), pyro.plate("data", 2):
+            pyro.sample("x", Normal(a, 1.0), obs=x)
+
+    def scaled(x=None):
+        a = pyro.sample("a", Normal(0.0, 1.0))
+        with poutine.scale(scale=0.5):
+            pyro.sample("x", Normal(a, 1.0), obs=x)
+
+    def computed(x=None):
+        pyro.deterministic("x", pyro.sample("a", Normal(0.0, 1.0)))
+
+    def on_a_sphere(x=None):
+        a = pyro.sample("a", ProjectedNormal(torch.ones(2)))
+        pyro.sample("x", Normal(a[..., 0], 1.0), obs=x)
+
     for model, names, message in (
+        (masked, ["x"], r"model: got a mask or scale at \['x'\]"),
+        (scaled, ["x"], r"model: got a mask or scale at \['x'\]"),
+        (computed, ["x"], r"observed: got \['x'\], which the model computes"),
+        (on_a_sphere, ["x"], r"site 'a': got a support \(.*Sphere.*\) that no transform"),
         (nothing, None, "observed: got a model without observed sites"),
         (nothing, ["x"], "observed: got .* expected names of sites"),
         (nothing, ["a"], "latents: got"),
@@ -493,6 +553,15 @@ def test_bad_programs():
             AutoAmortized(model, observed=names).simulate(50)
 
 
+def test_fixed_rows_of_a_plate_are_no_scale():
+    def rows(x=None):
+        a = pyro.sample("a", Normal(0.0, 1.0))
+        with pyro.plate("data", 10, subsample=torch.arange(5)):
+            pyro.sample("x", Normal(a, 1.0), obs=x)
+
+    assert AutoAmortized(rows, observed=["x"]).simulate(50)["x"].shape == (50, 5)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="model: got int"):
         AutoAmortized(3)
@@ -502,6 +571,10 @@ def test_bad_arguments():
         AutoAmortized(conjugate, objective="bound")
     with pytest.raises(ValueError, match="denoiser: got a function that returned Linear"):
         AutoAmortized(conjugate, observed=["x"], denoiser=nn.Linear).simulate(50)
+    with pytest.raises(ValueError, match="denoiser: got GaussianDenoiser, expected a function"):
+        AutoAmortized(conjugate, denoiser=small(2, 2))
+    with pytest.raises(ValueError, match="vectorized: got 'yes'"):
+        AutoAmortized(conjugate, vectorized="yes")
     guide = AutoAmortized(conjugate, observed=["x"], denoiser=small)
     with pytest.raises(ValueError, match="guide without simulations"):
         guide(X)
@@ -516,6 +589,15 @@ def test_bad_arguments():
         guide.training_model(mean=simulations["mean"], x=simulations["x"][:, :1])
     with pytest.raises(ValueError, match="guide: got AutoNormal"):
         fit_amortized(AutoNormal(conjugate), simulations)
+    for wrong in (
+        [simulations],
+        {"mean": simulations["mean"].numpy()},
+        {"mean": torch.tensor(0.0)},
+    ):
+        with pytest.raises(
+            ValueError, match=r"simulations: got (list|dict), expected a dictionary"
+        ):
+            fit_amortized(guide, wrong)
     with pytest.raises(ValueError, match="held_out: got 1"):
         fit_amortized(guide, simulations, held_out=1)
     with pytest.raises(ValueError, match="rows"):

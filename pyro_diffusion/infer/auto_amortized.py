@@ -51,8 +51,8 @@ class AutoAmortized(SimulatedLatents):
     **Data.** The guide takes the arguments of the model and finds the data by running it. Observations of
     further batch dimensions on the left, ``(100,) + shape``, have their posteriors in one call: every latent
     gets the same, left of the dimensions of the model's plates. Inside Pyro's inference, put model and guide
-    in a ``pyro.plate`` for them. Data unlike all that was simulated (see ``simulate``) raise an
-    ``UnreliableWarning``.
+    in a ``pyro.plate`` for them. Arguments other than data are those of the simulations. Data unlike all that
+    was simulated (see ``simulate``) raise an ``UnreliableWarning``.
 
     **Nuisance latents** need no posterior: name the ``latents`` of interest, and the others are integrated
     out.
@@ -111,7 +111,7 @@ class AutoAmortized(SimulatedLatents):
     ) -> None:
         if objective is not None and not isinstance(objective, Objective):
             raise ValueError(f"objective: got {type(objective).__name__}, expected an Objective")
-        make = denoiser or default_denoiser
+        make = default_denoiser if denoiser is None else denoiser
         super().__init__(model, summary, make, observed, latents, vectorized)
         self._objective = objective
         tolerant = ODESolver("dopri5", rtol=1e-4, atol=1e-4)

@@ -54,6 +54,13 @@ class SimulatedLatents(AutoContinuous):
             raise ValueError(f"model: got {type(model).__name__}, expected a Pyro program")
         if summary is not None and not isinstance(summary, nn.Module):
             raise ValueError(f"summary: got {type(summary).__name__}, expected a module")
+        if not callable(make_denoiser) or isinstance(make_denoiser, nn.Module):
+            raise ValueError(
+                f"denoiser: got {type(make_denoiser).__name__}, expected a function of the sizes of latents "
+                "and summary that returns one"
+            )
+        if vectorized not in (None, True, False):
+            raise ValueError(f"vectorized: got {vectorized!r}, expected True, False or None")
         shown: set[str] = set()  # the latents, once they are known
         super().__init__(poutine.block(model, hide_fn=lambda m: _hidden(m, shown)), init_to_sample)
         # In tuples, so that none becomes a submodule before it is built into one.
@@ -77,12 +84,14 @@ class SimulatedLatents(AutoContinuous):
 
         Returns:
             (n,) + the shape of each site by name, without simulations that are not finite, which are counted
-            in a warning. Leaving them out changes no posterior given finite data.
+            in a warning. Leaving out those of infinite data changes no posterior given finite data; latents
+            at the edge of their support are left out, too.
 
         Raises:
             ValueError: for a program without observed sites or without latents, with discrete latents,
-                latents of varying number, shape or support, or factors; for a plate that subsamples; if no
-                simulation is finite.
+                latents of varying number, shape or support, or of one that has no transform; for factors,
+                masks and scales; for a plate that subsamples; if no simulation is finite; for values that
+                single precision does not tell apart.
         """
         check_positive_int("num_samples", num_samples)
         simulator = self._prepare(args, kwargs)
@@ -190,6 +199,15 @@ class SimulatedLatents(AutoContinuous):
                     f"simulations: got {rows - dropped} valid ones, expected at least {LEAST} the first "
                     "time, to take the scales of latents and data from"
                 )
+            parts = {"latents (unconstrained)": (posterior.latents, latents)}
+            names = [f"site {name!r}" for name in self._simulator.observed]
+            parts.update(zip(names, zip(posterior._sites, data, strict=True), strict=True))
+            for name, (scale, x) in parts.items():
+                if bool(scale.loses(x[valid]).any()):
+                    raise ValueError(
+                        f"{name}: got values that vary by less than {scale.loc.dtype} tells apart, about "
+                        f"{float(x[valid].double().abs().max()):.6g}, expected ones less a number near them"
+                    )
             posterior.fit_scales(latents[valid], [x[valid] for x in data])
         return values
 
@@ -208,7 +226,12 @@ class SimulatedLatents(AutoContinuous):
                     f"site {name!r}: got data of shape {tuple(value.shape)}, expected {tuple(shape)}, as "
                     "simulated, or further batch dimensions on its left"
                 )
-            check_finite(f"site {name!r}", scale._real(value))
+            check_finite(f"site {name!r}", value)
+            if not bool(scale._real(value).isfinite().all()):
+                raise ValueError(
+                    f"site {name!r}: got {float(value.min()):.6g} as least value, expected positive ones, as "
+                    "its distribution has them"
+                )
             found.append(value)
             batch = torch.broadcast_shapes(batch, value.shape[:lead])
         return [

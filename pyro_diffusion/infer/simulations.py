@@ -1,5 +1,6 @@
 """A program as a simulator: its latents, its observed sites, and joint draws of both."""
 
+import math
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_diffusion.likelihoods.run import Message, check_fixed_rows, isolated
 
@@ -59,6 +61,16 @@ class _WholeData(Messenger):
         check_fixed_rows(msg)
 
 
+class _Reads(TorchDispatchMode):
+    """Notices whether a number leaves a tensor: by `if`, `float`, `item`."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found |= func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
 def _traced(program: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A trace of one run, as if nothing were around it."""
     with isolated(), torch.no_grad(), _WholeData():
@@ -91,16 +103,23 @@ def find_sites(
     Raises:
         ValueError: as ``AutoAmortized.simulate`` says.
     """
-    data = _sites(_traced(program, args, kwargs))
+    trace = _traced(program, args, kwargs)
+    data = _sites(trace)
     factors = [n for n, node in data.items() if type(node["fn"]).__name__ == "Unit"]
     if factors:
         raise ValueError(
             f"model: got pyro.factor sites {factors}, which say nothing of how data arise; expected a "
             "pyro.sample site for every observation"
         )
+    reweighted = [n for n, node in data.items() if _is_reweighted(node)]
+    if reweighted:
+        raise ValueError(
+            f"model: got a mask or scale at {reweighted}, which say nothing of how data arise; expected "
+            "sites without"
+        )
     names = [n for n, node in data.items() if node["is_observed"]]
     if observed is not None:
-        names = _known("observed", observed, data)
+        names = _known("observed", observed, data, trace)
     if not names:
         raise ValueError(
             "observed: got a model without observed sites when run with these arguments (its sites: "
@@ -109,7 +128,7 @@ def find_sites(
         )
     hidden = [n for n in data if n not in names]
     if latents is not None:
-        hidden = _known("latents", latents, data)
+        hidden = _known("latents", latents, data, trace)
     if not hidden or set(hidden) & set(names):
         raise ValueError(f"latents: got {hidden}, expected sites other than the observed {names}")
     runs = [_traced(poutine.uncondition(program), args, kwargs) for _ in range(TRIALS)]
@@ -130,8 +149,26 @@ def find_sites(
     )
 
 
-def _known(argument: str, names: Collection[str], sites: dict[str, Message]) -> list[str]:
+def _is_reweighted(node: Message) -> bool:
+    """Whether its density counts for more or less than once, other than in a plate of some rows."""
+    of_rows = math.prod(
+        (f.full_size or f.size) / f.size for f in node["cond_indep_stack"] if f.size
+    )
+    scale = torch.as_tensor(node["scale"], dtype=torch.float64)
+    masked = node["mask"] is not None and not bool(torch.as_tensor(node["mask"]).all())
+    return masked or not torch.allclose(scale, torch.full_like(scale, of_rows))
+
+
+def _known(
+    argument: str, names: Collection[str], sites: dict[str, Message], trace: Any
+) -> list[str]:
     """The names in the order of the program."""
+    computed = [n for n in names if n in trace.nodes and n not in sites]
+    if computed and not isinstance(names, str):
+        raise ValueError(
+            f"{argument}: got {computed}, which the model computes, expected sites that it draws; "
+            "pyro.sample(name, Delta(value), obs=...) lets a computed value be observed"
+        )
     if isinstance(names, str) or not all(name in sites for name in names):
         raise ValueError(f"{argument}: got {names!r}, expected names of sites out of {list(sites)}")
     return [name for name in sites if name in names]
@@ -156,7 +193,13 @@ def _check_same(name: str, nodes: list[Message | None], latent: bool) -> None:
             f"site {name!r}: got a discrete latent ({type(first['fn']).__name__}), expected continuous ones "
             "(name those of interest, latents=[...]; the others are then integrated out)"
         )
-    at = torch.zeros_like(biject_to(support).inv(first["value"]))
+    try:
+        at = torch.zeros_like(biject_to(support).inv(first["value"]))
+    except NotImplementedError:
+        raise ValueError(
+            f"site {name!r}: got a support ({support}) that no transform of torch maps to real numbers, "
+            "expected another parametrization, or latents=[...] without it"
+        ) from None
     ends = [biject_to(node["fn"].support)(at) for node in present]
     if not all(torch.equal(ends[0], end) for end in ends):
         raise ValueError(
@@ -177,7 +220,11 @@ def _simulated_site(node: Message) -> SimulatedSite:
 def _is_vectorizable(
     program: Callable[..., Any], args: Any, kwargs: Any, runs: list[Any], nesting: int
 ) -> bool:
-    """Whether the runs, repeated side by side in one more plate, score as they do one by one."""
+    """Whether the runs, repeated side by side in one more plate, score as they do one by one.
+
+    A program that reads a number may branch on it. A branch that is rare in three runs is sure in a thousand
+    of them side by side, so that a read is enough.
+    """
     single = [_sites(run) for run in runs]
     lead = (TRIALS,) + (1,) * nesting
     data = {}
@@ -195,7 +242,10 @@ def _is_vectorizable(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            joint = _traced(poutine.condition(vectorized, data), args, kwargs)
+            with pyro.validation_enabled(False), _Reads() as reads:  # validation reads, too
+                joint = _traced(poutine.condition(vectorized, data), args, kwargs)
+            if reads.found:
+                return False
             together = _sites(joint)
             for name in data:
                 score = _score(together[name])

@@ -12,6 +12,7 @@ __all__ = ["Familiar", "Standardized"]
 RATE = 1e-3
 # Of variables of unit variance: what varies less than this is taken to vary so much.
 RIDGE = 1e-4
+ROUNDING = 1e-4  # of distances
 MOST = 1000  # coordinates up to which correlations are looked at
 
 
@@ -39,6 +40,16 @@ class Standardized(nn.Module):
         scale = u.std(0)
         self.loc.copy_(u.mean(0))
         self.scale.copy_(torch.where(scale > 0, scale, 1.0))
+
+    def loses(self, x: Tensor) -> Tensor:
+        """Which coordinates of values vary by less than the buffers' precision, and would be lost."""
+        exact, kept = x.double(), x.to(self.loc).double()
+        if bool(self.log):
+            exact, kept = exact.log(), kept.log()
+        scale = exact.std(0)
+        # what varies by no more than the rounding of doubles is constant
+        varies = scale > 1e-12 * exact.abs().amax(0)
+        return varies & ((exact - kept).abs().amax(0) > 0.01 * scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardized values."""
@@ -90,7 +101,8 @@ class Familiar(nn.Module):
         self.whitening.copy_(whitening)
         distances = self.distance(second.to(self.loc)).sort().values
         rank = min(math.ceil((1 - RATE) * (len(second) + 1)), len(second))
-        self.limit.copy_(distances[rank - 1])
+        # A datum at the limit, as discrete ones often are, is not beyond it by rounding.
+        self.limit.copy_(distances[rank - 1] * (1 + ROUNDING) + ROUNDING)
         self.rate.fill_((len(second) + 1 - rank) / (len(second) + 1))
 
     def distance(self, rows: Tensor) -> Tensor:

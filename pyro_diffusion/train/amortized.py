@@ -66,6 +66,13 @@ def fit_amortized(
     """
     if not isinstance(guide, AutoAmortized):
         raise ValueError(f"guide: got {type(guide).__name__}, expected an AutoAmortized")
+    if not isinstance(simulations, Mapping) or not all(
+        isinstance(value, Tensor) and value.dim() for value in simulations.values()
+    ):
+        raise ValueError(
+            f"simulations: got {type(simulations).__name__}, expected a dictionary of tensors, (n,) + the "
+            "shape of each site, as guide.simulate and guide.accept return it"
+        )
     if not 0 < check_number("held_out", held_out, above=0) < 1:
         raise ValueError(f"held_out: got {held_out}, expected a share in (0, 1)")
     check_positive_int("batch_size", batch_size)
