@@ -1,11 +1,12 @@
 """Draws of any guide, corrected by the model: against a conjugate posterior."""
 
 import math
+import warnings
 
 import pyro
 import pytest
 import torch
-from pyro.distributions import HalfNormal, Normal
+from pyro.distributions import Delta, HalfNormal, Normal
 
 from pyro_diffusion.evaluate import importance_posterior
 from pyro_diffusion.infer import UnreliableWarning
@@ -61,3 +62,53 @@ def test_bad_arguments():
         pyro.validation_enabled(False),
     ):
         importance_posterior(model, blind, X * math.nan, num_samples=10)
+
+
+def test_a_program_that_is_another_in_a_plate_is_told():
+    """Its mean is over all draws there; weights would be constant, the evidence off by a third of a nat."""
+
+    def mixed(x):
+        z = pyro.sample("z", Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("x", Normal(z.mean(), 1.0), obs=x)
+
+    def prior(x):
+        pyro.sample("z", Normal(torch.zeros(3), 1.0).to_event(1))
+
+    with pytest.warns(UnreliableWarning, match=r"model: got a log-density of .* by itself"):
+        importance_posterior(mixed, prior, torch.tensor(2.0), num_samples=100)
+
+
+def test_weights_that_are_all_alike_are_believed():
+    def exact(x):
+        pyro.sample("z", Normal(0.0, 1.0))
+
+    def empty(x):
+        exact(x)
+        pyro.sample("x", Normal(0.0, 1.0), obs=x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = importance_posterior(empty, exact, torch.tensor(0.5), num_samples=100)
+    assert float(found.log_evidence.ess) == pytest.approx(100)
+
+
+def test_programs_without_a_likelihood():
+    def simulator(x=None):
+        z = pyro.sample("z", Normal(0.0, 1.0))
+        pyro.sample("x", Delta(z), obs=x)
+
+    def part(x):
+        z = pyro.sample("z", Normal(0.0, 1.0))
+        with pyro.plate("data", 10, subsample_size=3) as index:
+            pyro.sample("x", Normal(z, 1.0), obs=x[index])
+
+    def prior(x=None):
+        pyro.sample("z", Normal(0.0, 1.0))
+
+    for model, args, message in (
+        (simulator, (torch.tensor(0.5),), r"site 'x': got a density of 0 \(.*Delta"),
+        (simulator, (), r"model: got no observed site .* \['z', 'x'\]"),
+        (part, (torch.zeros(10),), "plate 'data': got a subsample of 3 of 10"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            importance_posterior(model, prior, *args, num_samples=50)

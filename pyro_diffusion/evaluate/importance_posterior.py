@@ -1,5 +1,6 @@
 """A guide's draws, corrected by the model: importance weights, evidence, and whether to believe them."""
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,18 +9,22 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer.importance import vectorized_importance_weights
+from pyro.infer.util import plate_log_prob_sum
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_diffusion.estimate import LogLikelihoodEstimate
 from pyro_diffusion.evaluate.importance import from_log_weights
+from pyro_diffusion.infer.simulations import WholeData
 from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["WeightedDraws", "importance_posterior"]
 
 HIGHEST_KHAT = 0.7
+TRIALS = 3
+ALIKE = 1e-3  # nats
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,33 @@ class _FromPrior(Messenger):
             msg["mask"] = False
 
 
+def _check_possible(trace: Any) -> None:
+    """Refuse a site that rules out every draw, as the point mass of a simulator without a likelihood does."""
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and bool((node["log_prob"] == -math.inf).all()):
+            raise ValueError(
+                f"site {name!r}: got a density of 0 ({type(node['fn']).__name__}) at every draw, expected a "
+                "model whose likelihood can be evaluated, and draws within its support"
+            )
+
+
+def _check_alone(
+    model: Callable[..., Any], draws: dict[str, Tensor], together: Tensor, args: Any, kwargs: Any
+) -> None:
+    """Warn if the first draws have other densities by themselves than in the plate of all."""
+    for i, expected in enumerate(together[:TRIALS].tolist()):
+        one = poutine.condition(model, data={name: value[i] for name, value in draws.items()})
+        tracer = poutine.trace(poutine.block(one, hide_types=["param"]))
+        alone = float(tracer.get_trace(*args, **kwargs).log_prob_sum())
+        if not math.isclose(alone, expected, rel_tol=1e-4, abs_tol=1e-2):
+            warn_unreliable(
+                f"model: got a log-density of {expected:.6g} for a draw in a plate of all, and {alone:.6g} "
+                "for it by itself: the weights are wrong, unless the model estimates its density; expected "
+                "a program whose dimensions left of an event are batches (sums over [-1], not over all)"
+            )
+            return
+
+
 @torch.no_grad()
 def importance_posterior(
     model: Callable[..., Any],
@@ -98,11 +130,12 @@ def importance_posterior(
         kwargs: of both.
 
     Returns:
-        Draws, weights and log evidence. Above a k-hat of 0.7 an ``UnreliableWarning`` says not to believe
-        them.
+        Draws, weights and log evidence. An ``UnreliableWarning`` says not to believe them above a k-hat of
+        0.7, and where a draw has another density by itself than in the plate of all.
 
     Raises:
-        ValueError: for fewer than two draws, or weights that are NaN.
+        ValueError: for fewer than two draws, weights that are NaN or all zero, a model without observed
+            sites, and plates that draw a subsample.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -121,18 +154,24 @@ def importance_posterior(
     """
     check_positive_int("num_samples", num_samples, at_least=2)
     tracer = poutine.trace(poutine.block(model, hide_types=["param"]))
-    nodes: Any = tracer.get_trace(*args, **kwargs).nodes
+    with WholeData():
+        nodes: Any = tracer.get_trace(*args, **kwargs).nodes
     sites = {
         name: node
         for name, node in nodes.items()
         if node["type"] == "sample" and not site_is_subsample(node)
     }
+    if not any(node["is_observed"] for node in sites.values()):
+        raise ValueError(
+            f"model: got no observed site when run with these arguments (its sites: {list(sites)}), "
+            "expected data in the arguments"
+        )
     frames = [f.dim for node in sites.values() for f in node["cond_indep_stack"] if f.dim]
     proposed = poutine.trace(poutine.block(guide, hide_types=["param"])).get_trace(*args, **kwargs)
     left_out = {n for n, node in sites.items() if not node["is_observed"]} - {*proposed.nodes}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found vars in model but not guide", UserWarning)
-        log_weights, trace, _ = vectorized_importance_weights(
+        log_weights, trace, guide_trace = vectorized_importance_weights(
             _FromPrior(left_out)(model),
             guide,
             *args,
@@ -140,6 +179,7 @@ def importance_posterior(
             max_plate_nesting=-min(frames, default=0),
             **kwargs,
         )
+    _check_possible(trace)
     log_weights = log_weights.detach().double().cpu()
     observed = sum(
         torch.as_tensor(node["value"]).numel()
@@ -153,9 +193,13 @@ def importance_posterior(
             value, shape = trace.nodes[name]["value"], (num_samples, *node["value"].shape)
             whole = value.numel() == torch.Size(shape).numel()
             draws[name] = (value.reshape(shape) if whole else value.expand(shape)).detach()
+    together = plate_log_prob_sum(trace, guide_trace.plate_to_symbol["num_particles_vectorized"])
+    _check_alone(_FromPrior(left_out)(model), draws, together, args, kwargs)
     found = WeightedDraws(draws, log_weights, estimate)
     assert estimate.khat is not None
-    if not float(estimate.khat) <= HIGHEST_KHAT:
+    # weights that are all alike have no tail to fit, and need none
+    alike = float(log_weights.max() - log_weights.min()) < ALIKE
+    if not float(estimate.khat) <= HIGHEST_KHAT and not alike:
         warn_unreliable(
             f"importance weights: got {found}; above a k-hat of {HIGHEST_KHAT} neither draws nor evidence "
             "are to be believed: train the guide longer or on more simulations, or draw more"

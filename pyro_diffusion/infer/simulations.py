@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_diffusion.likelihoods.run import Message, check_fixed_rows, isolated
 
-__all__ = ["SimulatedSite", "Simulator", "find_sites", "observations", "simulate"]
+__all__ = ["SimulatedSite", "Simulator", "WholeData", "find_sites", "observations", "simulate"]
 
 TRIALS = 3
 Values = dict[str, Tensor]
@@ -54,7 +54,7 @@ class Simulator(NamedTuple):
     vectorized: bool
 
 
-class _WholeData(Messenger):
+class WholeData(Messenger):
     """Refuses plates that draw their rows."""
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -73,7 +73,7 @@ class _Reads(TorchDispatchMode):
 
 def _traced(program: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A trace of one run, as if nothing were around it."""
-    with isolated(), torch.no_grad(), _WholeData():
+    with isolated(), torch.no_grad(), WholeData():
         return poutine.trace(poutine.block(program, hide_types=["param"])).get_trace(
             *args, **kwargs
         )
