@@ -126,6 +126,23 @@ def test_small_probabilities_have_all_their_digits():
     assert float(uniform) == pytest.approx(21 * math.log(0.01) - math.log(21), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_normal_far_behind(dtype):
+    """Where the curvature is lost in rounding: log Phi(-d / sqrt 2), slope d / 2; beyond squares, finite."""
+    gaps = torch.tensor([1e3, 1e4, 1e5, 1e9], dtype=dtype)
+    pair = torch.stack([torch.zeros_like(gaps), -gaps], -1).requires_grad_()
+    chance = chances("normal", pair).logits[:, 1]
+    close(
+        chance, torch.special.log_ndtr(-gaps.double() / math.sqrt(2)).to(dtype), rtol=1e-6, atol=0
+    )
+    (slope,) = torch.autograd.grad(chance.sum(), pair)
+    close(slope[:, 1], gaps / 2, rtol=1e-4, atol=0)
+    extreme = chances("normal", torch.tensor([3e38, -3e38, 0.0], dtype=dtype).requires_grad_())
+    assert extreme.probs.tolist() == [1, 0, 0]
+    (slope,) = torch.autograd.grad(extreme.entropy(), extreme.utilities)
+    assert slope.isfinite().all()
+
+
 @every
 def test_gradients_in_utilities_and_scale(name):
     def logits(utilities, scale):

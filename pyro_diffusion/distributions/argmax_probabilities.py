@@ -21,6 +21,8 @@ __all__ = ["LOG_PROBABILITIES", "gauss_legendre"]
 EXPONENTIAL_NODES, UNIFORM_NODES, NORMAL_NODES = 64, 48, 64
 # What of the normal's integrand is negligible: exp(-37) of its largest value, below double precision.
 NORMAL_DROP = 37.0
+# Where the curvature of -log Phi is 1, to 1 / FAR^2.
+FAR = 50.0
 
 
 @functools.cache
@@ -85,11 +87,15 @@ def normal(utilities: Tensor) -> Tensor:
     so that each probability has full relative accuracy, however small.
     """
     u = utilities - utilities.amax(-1, keepdim=True)
+    u = u.clamp(min=-(torch.finfo(u.dtype).max ** 0.4))  # of which sums of squares are finite
     s, weight = gauss_legendre(NORMAL_NODES, u)
     with torch.no_grad():  # where the nodes are does not matter to the integral
         start, width = _range(u)
         z = start.unsqueeze(-1) + width.unsqueeze(-1) * s
-    return (_log_integrand(z, u) + weight.log()).logsumexp(-1) + width.log()
+    terms = _log_integrand(z, u) + weight.log()
+    # Its gradient has the weights exp(term - sum), which need a sum near zero.
+    most = terms.detach().amax(-1, keepdim=True)
+    return (terms - most).logsumexp(-1) + most.squeeze(-1) + width.log()
 
 
 def _log_integrand(z: Tensor, u: Tensor) -> Tensor:
@@ -123,7 +129,9 @@ def _modes(u: Tensor) -> Tensor:
         gap = z.unsqueeze(-1) - u.unsqueeze(-2)
         ratio = math.sqrt(2 / math.pi) / torch.special.erfcx(-math.sqrt(0.5) * gap)
         slope = (others * ratio).sum(-1) - (z - u)
-        curvature = (others * ratio * (gap + ratio)).sum(-1) + 1
+        # Far below, gap + ratio is rounding, and the product close to its bound of 1.
+        bend = torch.where(gap < -FAR, 1.0, ratio * (gap + ratio))
+        curvature = (others * bend).sum(-1) + 1
         z = z + slope / curvature
     return z
 
