@@ -64,6 +64,17 @@ def test_later_steps_are_the_published_recursion():
     assert float(state["b"]) == pytest.approx(b) and b > 1
 
 
+def test_without_memory_every_gradient_has_length_one():
+    """beta = 0: v is the gradient's own mean square, so a step is that of its sign, whatever its size."""
+    found, _ = steps_of([0.0], [[7.0], [-0.01]], lr=0.1, scale=0.5, beta=0.0)
+    assert float(found[0]) == pytest.approx(-0.05)
+    d, gamma = (
+        1 / (1 + 0.25 * math.sqrt(0.05) * 0.01),
+        0.01 / math.sqrt(1 + 0.25 * math.sqrt(0.1) * 0.01),
+    )
+    assert float(found[1]) == pytest.approx(-0.05 * (1 - d * gamma / 2) + d * 0.05)
+
+
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))

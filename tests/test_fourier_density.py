@@ -180,6 +180,24 @@ def test_length_and_phase_of_the_coefficients_change_nothing():
     close(other.variance, law.variance)
 
 
+@pytest.mark.parametrize("length", [1e-30, 1e30])
+def test_coefficients_whose_squares_are_no_numbers(length):
+    law = density("line", dtype=torch.float32)
+    other = FourierDensity(law.coefficients * length, LOC, SCALE)
+    x = torch.linspace(-3, 3, 7)
+    for name in ("log_prob", "cdf"):
+        close(getattr(other, name)(x), getattr(law, name)(x))
+    close(other.variance, law.variance)
+
+
+def test_a_zero_of_the_series_is_finite():
+    """1 + e^{-i pi u} is zero at both ends."""
+    a = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)
+    for end in (-1.0, 1.0):
+        low = FourierDensity(a, domain="interval").log_prob(torch.tensor(end))
+        assert low.isfinite() and low < -25
+
+
 def test_a_smooth_prior_in_a_program_smooths():
     """A maximum a posteriori fit: more rate, less roughness, and the penalty is the factor's."""
     data = dist.Normal(0.0, 1.0).sample((200,))
