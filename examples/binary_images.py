@@ -13,6 +13,7 @@ on those before it (a fully visible sigmoid belief network).
 import argparse
 import json
 import math
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -65,6 +66,10 @@ def read(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"--data: got {path}, which is no NumPy archive (.npz), expected one of train, valid and test"
+        )
     with np.load(path, allow_pickle=False) as archive:
         if missing := {"train", "valid", "test"} - {*archive}:
             raise ValueError(

@@ -90,6 +90,10 @@ def load(source: str = "digits", side: int = 28) -> dict[str, Tensor]:
     if source == "photographs":
         return split(photographs(side))
     path = Path(source)
+    if not path.exists():
+        raise ValueError(
+            f"images: got {source!r}, expected glyphs, digits, photographs, or a file or folder that exists"
+        )
     return folder(path) if path.is_dir() else split(read(path))
 
 

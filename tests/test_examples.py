@@ -166,6 +166,10 @@ def test_binary_images_of_a_file_are_bits_or_packed_bits(tmp_path, monkeypatch):
     np.savez(tmp_path / "short.npz", train=bits)
     with pytest.raises(ValueError, match=r"short.npz: got no array \['test', 'valid'\]"):
         binary_images.read(tmp_path / "short.npz")
+    np.save(tmp_path / "plain.npy", np.zeros((3, 4)))
+    for name in ("plain.npy", "none.npz", "."):
+        with pytest.raises(ValueError, match=r"--data: got .* no NumPy archive"):
+            binary_images.read(tmp_path / name)
 
 
 def test_rates_fall_to_zero_with_the_minutes_or_the_steps(monkeypatch):

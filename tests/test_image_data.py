@@ -100,6 +100,10 @@ def test_sources_by_name_and_by_file(tmp_path):
     assert image_data.load("photographs", 40)["train"].shape[1:] == (1, 40, 40)
     path = npy(tmp_path / "own.npy", np.concatenate([PIXELS, PIXELS]))
     assert [len(rows) for rows in image_data.load(str(path)).values()] == [7, 1, 2]
+    with pytest.raises(
+        ValueError, match="images: got 'digit', expected glyphs, digits, photographs"
+    ):
+        image_data.load("digit")
     with pytest.raises(ValueError, match="images: got 5, expected 10 or more"):
         image_data.load(str(npy(tmp_path / "few.npy", PIXELS)))
 
