@@ -1,4 +1,4 @@
-"""The picture of the page on simulators: its first program is run, then drawn below exact posteriors.
+"""The picture of the page on simulators: its first program is run, then drawn over exact posteriors.
 
 Run: python docs/pictures/two_moons.py [--out FILE]
 """
@@ -16,8 +16,7 @@ from torch import Tensor
 DOCS = Path(__file__).parent.parent
 OBSERVATIONS = torch.tensor([[-0.2, 0.1], [-0.6, -0.4], [0.15, 0.5]])
 DRAWS = 1500
-MARGIN, SIDES = 0.15, torch.tensor([-1.0, 1.0])
-BLUE, BLACK = "#1f6f9f", "#333333"
+BLUE, GREY = "#1f6f9f", "#b8b8b8"
 
 
 def exact_posterior(x: Tensor, num_samples: int) -> Tensor:
@@ -46,24 +45,14 @@ def main() -> None:
     out = parser.parse_args().out
     guide = run_page()["guide"]
     draws = guide(OBSERVATIONS.expand(DRAWS, 3, 2))["theta"]
-    figure, axes = plt.subplots(
-        2, 3, figsize=(9, 6.2), sharex="col", sharey="col", layout="constrained"
-    )
-    for column, x, theta in zip(axes.T, OBSERVATIONS, draws.unbind(1), strict=True):
-        exact = exact_posterior(x, DRAWS)
-        for ax, points, name, color in zip(
-            column, (exact, theta), ("exact", "guide"), (BLACK, BLUE), strict=True
-        ):
-            ax.scatter(*points.T, s=2, color=color, linewidths=0)
-            ax.set(title=f"{name}, x = ({x[0]:.2f}, {x[1]:.2f})", aspect="equal", box_aspect=1)
-        centre = (exact.amin(0) + exact.amax(0)) / 2
-        half = float((exact.amax(0) - exact.amin(0)).max()) / 2 + MARGIN
-        ax.set(xlim=centre[0] + half * SIDES, ylim=centre[1] + half * SIDES, xlabel=r"$\theta_1$")
-        print(
-            x.tolist(), "guide's draws in view:", int(((theta - centre).abs() < half).all(-1).sum())
-        )
-    for ax in axes[:, 0]:
-        ax.set_ylabel(r"$\theta_2$")
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), sharey=True, layout="constrained")
+    for ax, x, theta in zip(axes, OBSERVATIONS, draws.unbind(1), strict=True):
+        ax.scatter(*exact_posterior(x, DRAWS).T, s=14, color=GREY, label="exact")
+        ax.scatter(*theta.T, s=1, color=BLUE, label="guide")
+        ax.set(title=f"x = ({x[0]:.2f}, {x[1]:.2f})", xlabel=r"$\theta_1$", aspect="equal")
+        ax.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05))
+    axes[0].set_ylabel(r"$\theta_2$")
+    axes[0].legend(loc="lower left", fontsize=8, frameon=False, markerscale=4)
     figure.savefig(out, dpi=130)
 
 
