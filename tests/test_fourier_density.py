@@ -285,6 +285,22 @@ def test_the_posterior_is_at_the_scale_of_the_noise():
     assert law.event_shape == (2,) and denoiser(xt.double(), t.double()).mean.dtype == F64
 
 
+def test_the_posterior_is_that_of_one_plus_the_outputs():
+    network, seen = Fixed(torch.randn(2, 8)), []
+    network.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    xt, t = torch.randn(5, 2), torch.tensor(0.2)
+    level, one = PROCESS.level(t, xt), torch.zeros(4, 2)
+    one[0, 0], total = 1, torch.hypot(level.alpha, level.sigma)
+    law = FourierDensity(
+        network.outputs.unflatten(-1, (4, 2)) + one,
+        level.alpha * xt / total.square(),
+        2 * level.sigma / total,
+    )
+    found = FourierDenoiser(network, PROCESS, degree=3)(xt, t)
+    close(found.log_prob(xt), law.log_prob(xt).sum(-1))
+    close(seen[0], xt / total)
+
+
 def test_the_decoder_is_the_posterior_itself():
     denoiser = FourierDenoiser(Fixed(torch.randn(2, 8)), PROCESS, degree=3)
     xt, level = torch.randn(5, 2), PROCESS.level(torch.zeros(5))
