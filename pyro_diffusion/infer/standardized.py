@@ -86,7 +86,8 @@ class Familiar(nn.Module):
 
     def fit(self, rows: Tensor) -> None:
         """Take moments and limit of standardized simulations, (n, size)."""
-        first, second = rows.double().tensor_split(2)
+        rows = rows.double()
+        first, second = rows[::2], rows[1::2]  # a table may be sorted
         centred = first - first.mean(0)
         if self.whitening.dim() == 1:
             whitening = (centred.square().mean(0) + RIDGE).rsqrt()
