@@ -18,7 +18,7 @@ from pyro_diffusion.denoisers import FourierDenoiser
 from pyro_diffusion.distributions import Diffusion, FourierDensity, NormalDecoder
 from pyro_diffusion.nn import MLP
 from pyro_diffusion.processes import Absorbing, GaussianProcess
-from pyro_diffusion.schedules import Cosine, Rectified
+from pyro_diffusion.schedules import Cosine, Rectified, VarianceExploding
 
 F64 = torch.float64
 LOC, SCALE = 0.3, 1.7
@@ -358,3 +358,22 @@ def test_denoisers_that_are_refused():
         FourierDenoiser(MLP(2), PROCESS, scale=0)
     with pytest.raises(ValueError, match=r"^network: got an output of shape \(5, 2\)"):
         FourierDenoiser(MLP(2), PROCESS)(torch.zeros(5, 2), torch.tensor(0.5))
+
+
+def test_a_denoiser_scales_by_the_total_where_variance_explodes():
+    """Input x_t / total, location that of standard normal data, scale b times their standard deviation."""
+    given = []
+
+    class Zeros(nn.Module):
+        def forward(self, x, log_snr):
+            given.append(x)
+            return x.new_zeros(*x.shape, 6)
+
+    process = GaussianProcess(VarianceExploding(0.1, 30.0))
+    xt, t = torch.randn(7, 2, dtype=F64) * 4, torch.tensor(0.6, dtype=F64)
+    level = process.level(t)
+    total = 1 + level.sigma.square()
+    density = FourierDenoiser(Zeros(), process, degree=2, scale=1.5)(xt, t).base_dist
+    close(given[0], xt / total.sqrt())
+    close(density.loc, xt / total)
+    close(density.scale, (1.5 * level.sigma / total.sqrt()).expand_as(xt))
