@@ -27,7 +27,7 @@ class ArgmaxCategorical(Categorical):
     chances faster than by softmax. The integral is exact to rounding: the softmax in closed form; for the
     exponential a polynomial on one interval, for the uniform on each of K, both by Gauss-Legendre nodes that
     are exact for it; for the normal by 64 nodes on the range of each category's own integrand. Its cost is
-    O(K) a category under Gumbel and exponential noise, O(K^2) under others.
+    O(K) a category (under normal noise 64 numbers for every pair), O(K^2) under uniform noise.
 
     It is a :class:`pyro.distributions.Categorical` of these probabilities, so it enumerates, and any method
     that takes categorical posteriors takes it. ``ArgmaxCategorical(f, noise).logits`` makes a network of
