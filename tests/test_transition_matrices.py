@@ -247,3 +247,11 @@ BAD = {
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("width", [0.1, 0.02, 1e-30, 1e-300])
+def test_narrow_jumps_are_to_neighbours(width):
+    process = DiscretizedGaussian(Rectified.full(), states=4, width=width)
+    steps = process.generator - torch.diag(process.generator.diagonal())
+    neighbours = torch.diag(torch.ones(3), 1) + torch.diag(torch.ones(3), -1)
+    assert_close(steps / steps.max(), neighbours.to(steps))

@@ -133,8 +133,9 @@ class DiscretizedGaussian(TransitionMatrix):
         self_width = check_number("width", width, above=0)
         place = torch.arange(states, dtype=torch.float64)
         gap = (place[:, None] - place).abs()
-        # Relative to a jump to a neighbour: narrow kernels do not underflow.
-        rates = torch.exp(-0.5 * (gap.square() - 1) / self_width**2)
+        # Relative to a jump to a neighbour: narrow kernels do not underflow. The diagonal is set apart.
+        excess = (gap.square() - 1).clamp(min=0)
+        rates = torch.exp(-0.5 * excess / self_width / self_width)
         generator = _with_diagonal(rates)
         slowest = -torch.linalg.eigvalsh(generator)[-2]
         super().__init__(schedule, states, generator / slowest, event_dim)
