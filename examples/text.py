@@ -18,7 +18,6 @@ import argparse
 import gzip
 import json
 import math
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +29,7 @@ import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from text_baselines import Autoregressive, kneser_ney
+from timed_training import Clock
 from torch import Tensor
 
 from pyro_diffusion import (
@@ -171,15 +171,11 @@ def train(
             pyro.sample("x", make(), obs=x)  # a fresh one, and so is its noise
 
     steps = args.causal_steps if module.causal else args.steps
-    start = time.monotonic()
-
-    def over(step: int) -> float:
-        return min(max(step / steps, (time.monotonic() - start) / (60 * args.minutes)), 1)
-
+    clock = Clock(args.minutes, steps)
     trainer = Trainer(
         model,
         optimizer=lambda _: optimizers(module),
-        schedule=partial(schedule, over),
+        schedule=partial(schedule, clock.share),
         ema=0.998,
         clip_norm=1.0,
         autocast=torch.bfloat16 if args.half else None,
@@ -191,7 +187,7 @@ def train(
         batch_size=args.batch,
         validation=lambda: score(make(), text.validation, 8, args).bits_per_dim.value,
         validate_every=max(steps // args.checks, 1),
-        callback=lambda trainer: over(trainer.step) >= 1,
+        callback=lambda trainer: clock.over(trainer.step),
         progress=args.progress,
     )
 

@@ -65,10 +65,13 @@ class Clock:
         """Seconds since the second step."""
         return 0.0 if self.start is None else time.monotonic() - self.start
 
+    def share(self, step: int) -> float:
+        """The share of the run that is over at a step."""
+        return min(max(self.elapsed / self.seconds, step / self.steps), 1.0)
+
     def rate(self, step: int) -> float:
         """What the learning rate is multiplied by."""
-        done = min(max(self.elapsed / self.seconds, step / self.steps), 1.0)
-        return min(1.0, (step + 1) / WARM_UP) * math.cos(math.pi / 2 * done) ** 2
+        return min(1.0, (step + 1) / WARM_UP) * math.cos(math.pi / 2 * self.share(step)) ** 2
 
     def over(self, step: int) -> bool:
         """Whether time is up, after a step."""

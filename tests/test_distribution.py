@@ -136,7 +136,8 @@ def test_the_wheel_says_what_it_is(wheel):
     assert found["Version"] == __version__
     assert found["Requires-Python"] == PROJECT["requires-python"]
     assert found["License-Expression"] == "Apache-2.0"
-    assert found.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    readme = found.get_payload(decode=True).decode()
+    assert readme.strip() == (ROOT / "README.md").read_text().strip()
 
 
 def test_every_import_of_the_package_is_a_requirement():

@@ -78,6 +78,24 @@ class _FromPrior(Messenger):
             msg["mask"] = False
 
 
+def _sites(model: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    """The sites of one run, some of them observed."""
+    tracer = poutine.trace(poutine.block(model, hide_types=["param"]))
+    with WholeData():
+        nodes: Any = tracer.get_trace(*args, **kwargs).nodes
+    sites = {
+        name: node
+        for name, node in nodes.items()
+        if node["type"] == "sample" and not site_is_subsample(node)
+    }
+    if not any(node["is_observed"] for node in sites.values()):
+        raise ValueError(
+            f"model: got no observed site when run with these arguments (its sites: {list(sites)}), "
+            "expected data in the arguments"
+        )
+    return sites
+
+
 def _check_possible(trace: Any) -> None:
     """Refuse a site that rules out every draw, as the point mass of a simulator without a likelihood does."""
     for name, node in trace.nodes.items():
@@ -153,19 +171,7 @@ def importance_posterior(
         Vehtari et al., Pareto smoothed importance sampling, JMLR 25(72), 2024 (k-hat).
     """
     check_positive_int("num_samples", num_samples, at_least=2)
-    tracer = poutine.trace(poutine.block(model, hide_types=["param"]))
-    with WholeData():
-        nodes: Any = tracer.get_trace(*args, **kwargs).nodes
-    sites = {
-        name: node
-        for name, node in nodes.items()
-        if node["type"] == "sample" and not site_is_subsample(node)
-    }
-    if not any(node["is_observed"] for node in sites.values()):
-        raise ValueError(
-            f"model: got no observed site when run with these arguments (its sites: {list(sites)}), "
-            "expected data in the arguments"
-        )
+    sites = _sites(model, args, kwargs)
     frames = [f.dim for node in sites.values() for f in node["cond_indep_stack"] if f.dim]
     proposed = poutine.trace(poutine.block(guide, hide_types=["param"])).get_trace(*args, **kwargs)
     left_out = {n for n, node in sites.items() if not node["is_observed"]} - {*proposed.nodes}

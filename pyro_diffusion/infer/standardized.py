@@ -7,13 +7,18 @@ from torch import Tensor, nn
 
 from pyro_diffusion.validation import Shape
 
-__all__ = ["Familiar", "Standardized"]
+__all__ = ["Familiar", "Standardized", "shuffled"]
 
 RATE = 1e-3
 # Of variables of unit variance: what varies less than this is taken to vary so much.
 RIDGE = 1e-4
 ROUNDING = 1e-4  # of distances
 MOST = 1000  # coordinates up to which correlations are looked at
+
+
+def shuffled(count: int) -> Tensor:
+    """Rows in an order that is always the same: a table may be sorted, or repeat itself in steps."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 class Standardized(nn.Module):
@@ -63,9 +68,9 @@ class Standardized(nn.Module):
 class Familiar(nn.Module):
     r"""Whether data look like simulated ones, by their Mahalanobis distance.
 
-    Mean and covariance are those of half the simulations; the limit is an order statistic of the distances of
-    the others. So a new simulation is beyond it with a probability of at most ``rate``, whatever the data's
-    distribution (conformal prediction). Beyond :data:`MOST` coordinates correlations are left out.
+    Mean and covariance are those of a random half of the simulations; the limit is an order statistic of the
+    distances of the others. So a new simulation is beyond it with a probability of at most ``rate``, whatever
+    the data's distribution (conformal prediction). Beyond :data:`MOST` coordinates correlations are left out.
 
     Args:
         size: number of coordinates.
@@ -86,8 +91,7 @@ class Familiar(nn.Module):
 
     def fit(self, rows: Tensor) -> None:
         """Take moments and limit of standardized simulations, (n, size)."""
-        rows = rows.double()
-        first, second = rows[::2], rows[1::2]  # a table may be sorted
+        first, second = rows.double()[shuffled(len(rows))].tensor_split(2)
         centred = first - first.mean(0)
         if self.whitening.dim() == 1:
             whitening = (centred.square().mean(0) + RIDGE).rsqrt()

@@ -21,7 +21,7 @@ def typical_scale(parameter: Tensor) -> float:
 
 
 class Amos(torch.optim.Optimizer):
-    r"""Adam with two numbers of state a tensor, and a decay towards the scale that weights should have.
+    r"""Adam with three numbers of state a tensor, and a decay towards the scale that weights should have.
 
     For every tensor :math:`\theta` of target scale :math:`\eta`, with gradient g and rate :math:`\xi`,
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.infer import AutoAmortized
+from pyro_diffusion.infer.standardized import shuffled
 from pyro_diffusion.train.history import History
 from pyro_diffusion.train.trainer import Trainer
 from pyro_diffusion.validation import check_number, check_positive_int
@@ -44,7 +45,7 @@ def fit_amortized(
         batch_size: simulations of one step; all if there are fewer.
         lr: learning rate at its height.
         weight_decay: of AdamW.
-        held_out: share of the simulations, the last ones, that is not trained on, in (0, 1).
+        held_out: share of the simulations, at random, that is not trained on, in (0, 1).
         patience: validations (of twenty) without a new best one after which training stops.
         options: of :meth:`Trainer.fit`: ``checkpoint``, ``log``, ``progress``, ...
 
@@ -78,7 +79,10 @@ def fit_amortized(
     check_positive_int("batch_size", batch_size)
     check_number("lr", lr, above=0, at_most=1)
     check_number("weight_decay", weight_decay, at_least=0, at_most=100)
-    rows = min((len(value) for value in simulations.values()), default=0)
+    lengths = {name: len(value) for name, value in simulations.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"simulations: got {lengths} rows, expected as many of every site")
+    rows = min(lengths.values(), default=0)
     kept = rows - math.ceil(held_out * rows)
     if kept < 1:
         raise ValueError(f"simulations: got {rows} rows, expected some to train on and to hold out")
@@ -98,11 +102,14 @@ def fit_amortized(
         clip_norm=5.0,
         ema=0.999 if count >= 2000 else 1 - 2 / max(count, 4),
     )
+    order = shuffled(rows)
     return trainer.fit(
-        {name: value[:kept] for name, value in simulations.items()},
+        {name: value[order[:kept].to(value.device)] for name, value in simulations.items()},
         steps=count,
         batch_size=min(batch_size, kept),
-        validation={name: value[kept:] for name, value in simulations.items()},
+        validation={
+            name: value[order[kept:].to(value.device)] for name, value in simulations.items()
+        },
         patience=patience,
         **options,
     )
