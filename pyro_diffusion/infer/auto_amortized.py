@@ -6,7 +6,6 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
 from pyro_diffusion.distributions.callers import callers
 from pyro_diffusion.distributions.objectives import Objective
@@ -17,9 +16,10 @@ from pyro_diffusion.infer.conditional_posterior import (
     MakeDenoiser,
     default_denoiser,
 )
+from pyro_diffusion.infer.packed import packed_log_prob, packed_quantiles
 from pyro_diffusion.infer.simulated_latents import SimulatedLatents, Values
 from pyro_diffusion.unreliable import warn_unreliable
-from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
+from pyro_diffusion.validation import check_finite, check_positive_int
 
 __all__ = ["AutoAmortized"]
 
@@ -203,54 +203,21 @@ class AutoAmortized(SimulatedLatents):
         """
         posterior = self.get_posterior(*args, **kwargs)
         assert self._simulator is not None
-        sites = self._simulator.latents
-        missing = [name for name in sites if name not in latents]
-        if missing:
-            raise ValueError(f"latents: got no value of {missing}, expected all of {list(sites)}")
-        batches = set()
-        for name, site in sites.items():
-            shape = check_tensor(f"latents[{name!r}]", latents[name]).shape
-            split = len(shape) - len(site.shape)
-            batches.add(shape[: max(split, 0)])
-            if split < 0 or shape[split:] != site.shape or len(batches) > 1:
-                raise ValueError(
-                    f"latents[{name!r}]: got shape {tuple(shape)}, expected batch dimensions, alike for all "
-                    f"latents, and {tuple(site.shape)}"
-                )
-        batch = batches.pop()
-        packed = self._pack(latents, batch)
-        check_finite("latents (unconstrained)", packed)
-        # the posteriors of several observations leave room for the model's plates
-        plates = (1,) * self._simulator.nesting if posterior.batch_shape else ()
-        out = posterior.log_prob(packed.reshape(*batch, *plates, packed.shape[-1])).reshape(batch)
-        for name, value, free in self._unconstrained(latents):
-            transform = biject_to(self.prototype_trace.nodes[name]["fn"].support)
-            log_det = transform.inv.log_abs_det_jacobian(value, free)
-            # of an event, a plate, or neither
-            own = log_det.flatten(len(batch)).sum(-1) if log_det.dim() > len(batch) else log_det
-            out = out + own
-        return out
+        sites, nesting = self._simulator.latents, self._simulator.nesting
+        return packed_log_prob(self, posterior, latents, sites, nesting)
 
     def median(self, *args: Any, num_samples: int = 1000, **kwargs: Any) -> Values:
         """Median of every coordinate over ``num_samples`` draws; see :meth:`quantiles`."""
         found = self.quantiles([0.5], *args, num_samples=num_samples, **kwargs)
         return {name: value.squeeze(0) for name, value in found.items()}
 
-    @torch.no_grad()
     def quantiles(
         self, quantiles: list[float], *args: Any, num_samples: int = 1000, **kwargs: Any
     ) -> Values:
         """Quantiles of every coordinate over ``num_samples`` draws, each (quantiles,) + the site's shape."""
         check_positive_int("num_samples", num_samples)
-        if not all(0 <= q <= 1 for q in quantiles):
-            raise ValueError(f"quantiles: got {quantiles}, expected numbers in [0, 1]")
         posterior = self.get_posterior(*args, **kwargs)
-        found = {}
-        for site, free in self._unpack_latent(posterior.sample((num_samples,))):
-            value = biject_to(site["fn"].support)(free)
-            at = torch.tensor(quantiles, dtype=value.dtype, device=value.device)
-            found[site["name"]] = value.quantile(at, dim=0)
-        return found
+        return packed_quantiles(self, posterior, quantiles, num_samples)
 
 
 def _in_elbo() -> bool:

@@ -10,9 +10,9 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
 from pyro_diffusion.infer.conditional_posterior import ConditionalPosterior, MakeDenoiser
+from pyro_diffusion.infer.packed import pack
 from pyro_diffusion.infer.simulations import Simulator, find_sites, observations, simulate
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
@@ -112,11 +112,8 @@ class SimulatedLatents(AutoContinuous):
         return self._valid(self._checked(simulations, simulator))
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        latents, observed = self._names
         state = pyro.util.get_rng_state()  # so that a first call draws what a later one would
-        self._simulator = find_sites(
-            self._program[0], args, kwargs, latents, observed, self._vectorized
-        )
+        self._simulator = self._find(args, kwargs)
         self._shown[0].clear()
         self._shown[0].update(self._simulator.latents)
         with isolated():
@@ -129,19 +126,36 @@ class SimulatedLatents(AutoContinuous):
             self._setup_prototype(*args, **kwargs)
         simulator = self._simulator
         assert simulator is not None
-        shapes = [(site.shape, site.positive) for site in simulator.observed.values()]
         if "posterior" not in self._modules:
-            self.posterior = ConditionalPosterior(self.latent_dim, shapes, *self._parts)
+            self.posterior = self._build(simulator)
+        try:
+            self._check_state(simulator)
+        except ValueError:
+            self._simulator = None
+            raise
+        return simulator
+
+    def _find(self, args: Any, kwargs: Any) -> Simulator:
+        """The program and its sites."""
+        latents, observed = self._names
+        return find_sites(self._program[0], args, kwargs, latents, observed, self._vectorized)
+
+    def _build(self, simulator: Simulator) -> nn.Module:
+        """What is learned, untrained."""
+        shapes = [(site.shape, site.positive) for site in simulator.observed.values()]
+        return ConditionalPosterior(self.latent_dim, shapes, *self._parts)
+
+    def _check_state(self, simulator: Simulator) -> None:
+        """Refuse a state that was loaded and is not of this program."""
+        shapes = [(site.shape, site.positive) for site in simulator.observed.values()]
         own: Any = self._modules["posterior"]
         found = (own.latent_size, [(s.loc.shape, bool(s.log)) for s in own._sites])
         if found != (self.latent_dim, shapes):
-            self._simulator = None
             raise ValueError(
                 f"model: got {self.latent_dim} unconstrained latents and data of shapes "
                 f"{[tuple(s) for s, _ in shapes]}, expected {found[0]} and "
                 f"{[tuple(s) for s, _ in found[1]]}, those of the state that was loaded"
             )
-        return simulator
 
     def _ready(self, name: str) -> ConditionalPosterior:
         posterior: Any = self._modules.get("posterior")
@@ -239,20 +253,9 @@ class SimulatedLatents(AutoContinuous):
             for x, site in zip(found, simulator.observed.values(), strict=True)
         ], batch
 
-    def _unconstrained(self, values: Mapping[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
-        """Name, value and unconstrained value of every latent."""
-        found = []
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
-            transform = biject_to(site["fn"].support)
-            value = torch.as_tensor(values[name])
-            found.append((name, value, transform.inv(value)))
-        return found
-
     def _pack(self, values: Mapping[str, Tensor], batch: torch.Size) -> Tensor:
         """Unconstrained latents in one vector, batch + (latent size,)."""
-        frees = [free for _, _, free in self._unconstrained(values)]
-        parts = [x.reshape(*batch, x.shape[len(batch) :].numel()) for x in frees]
-        return torch.cat(parts, -1)
+        return pack(self, values, batch)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # A fresh guide is built from the shapes of what it loads.

@@ -1,0 +1,107 @@
+"""Densities and quantiles of a guide whose latents are packed into one unconstrained vector."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_diffusion.infer.simulations import SimulatedSite
+from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
+
+__all__ = ["pack", "packed_log_prob", "packed_quantiles", "packed_values", "unconstrained"]
+
+
+def unconstrained(guide: Any, values: Mapping[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
+    """Name, value and unconstrained value of every latent of an ``AutoContinuous`` guide."""
+    found = []
+    for name, site in guide.prototype_trace.iter_stochastic_nodes():
+        transform = biject_to(site["fn"].support)
+        value = torch.as_tensor(values[name])
+        found.append((name, value, transform.inv(value)))
+    return found
+
+
+def pack(guide: Any, values: Mapping[str, Tensor], batch: torch.Size) -> Tensor:
+    """Unconstrained latents in one vector, batch + (latent size,)."""
+    frees = [free for _, _, free in unconstrained(guide, values)]
+    parts = [x.reshape(*batch, x.shape[len(batch) :].numel()) for x in frees]
+    return torch.cat(parts, -1)
+
+
+def packed_log_prob(
+    guide: Any,
+    posterior: TorchDistribution,
+    latents: Mapping[str, Tensor],
+    sites: Mapping[str, SimulatedSite],
+    nesting: int,
+) -> Tensor:
+    """Log-density of latents in their own space, from that of the unconstrained vector (nats).
+
+    Args:
+        guide: an ``AutoContinuous`` that has seen its model.
+        posterior: of the unconstrained vector.
+        latents: sample + batch + shape of each latent.
+        sites: shapes of the latents.
+        nesting: dimensions of the model's plates, for which several posteriors leave room.
+
+    Returns:
+        sample + batch.
+
+    Raises:
+        ValueError: for missing latents, other shapes, and values outside the support.
+    """
+    missing = [name for name in sites if name not in latents]
+    if missing:
+        raise ValueError(f"latents: got no value of {missing}, expected all of {list(sites)}")
+    batches = set()
+    for name, site in sites.items():
+        shape = check_tensor(f"latents[{name!r}]", latents[name]).shape
+        split = len(shape) - len(site.shape)
+        batches.add(shape[: max(split, 0)])
+        if split < 0 or shape[split:] != site.shape or len(batches) > 1:
+            raise ValueError(
+                f"latents[{name!r}]: got shape {tuple(shape)}, expected batch dimensions, alike for all "
+                f"latents, and {tuple(site.shape)}"
+            )
+    batch = batches.pop()
+    packed = pack(guide, latents, batch)
+    check_finite("latents (unconstrained)", packed)
+    plates = (1,) * nesting if posterior.batch_shape else ()
+    out = posterior.log_prob(packed.reshape(*batch, *plates, packed.shape[-1])).reshape(batch)
+    for name, value, free in unconstrained(guide, latents):
+        transform = biject_to(guide.prototype_trace.nodes[name]["fn"].support)
+        log_det = transform.inv.log_abs_det_jacobian(value, free)
+        # of an event, a plate, or neither
+        own = log_det.flatten(len(batch)).sum(-1) if log_det.dim() > len(batch) else log_det
+        out = out + own
+    return out
+
+
+def packed_values(guide: Any, latent: Tensor) -> dict[str, Tensor]:
+    """Values of every latent in its support, from a vector of unconstrained ones."""
+    return {
+        site["name"]: biject_to(site["fn"].support)(free)
+        for site, free in guide._unpack_latent(latent)
+    }
+
+
+@torch.no_grad()
+def packed_quantiles(
+    guide: Any, posterior: TorchDistribution, quantiles: Sequence[float], num_samples: int
+) -> dict[str, Tensor]:
+    """Quantiles of every coordinate over draws, each (quantiles,) + the site's shape.
+
+    Raises:
+        ValueError: for a number of draws below 1, and quantiles outside [0, 1].
+    """
+    check_positive_int("num_samples", num_samples)
+    if not all(0 <= q <= 1 for q in quantiles):
+        raise ValueError(f"quantiles: got {quantiles}, expected numbers in [0, 1]")
+    draws = packed_values(guide, posterior.sample(torch.Size([num_samples])))
+    return {
+        name: value.quantile(torch.tensor(quantiles, dtype=value.dtype, device=value.device), dim=0)
+        for name, value in draws.items()
+    }
