@@ -24,6 +24,7 @@ from pyro_diffusion import (
     Trainer,
 )
 from pyro_diffusion.train import sharing
+from tests.ranks import leave
 
 ROWS = 48
 
@@ -233,3 +234,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()
