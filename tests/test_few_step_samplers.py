@@ -375,7 +375,7 @@ def test_samples_follow_the_mixture(sampler):
             r"^extrapolate: got V\(\) with eta=0.5, expected Data",
         ),
         (lambda: AdamsMoulton(1), r"^order: got 1, expected an integer >= 2"),
-        (lambda: AdamsMoulton(5), r"^order: got 5"),
+        (lambda: AdamsMoulton(5), r"^order: got 5, expected an integer from 2 to 4"),
         (lambda: DPMSolverPP(-0.1), r"^eta: got -0.1"),
         (lambda: UniPC(0), r"^predictor_order: got 0"),
         (lambda: UniPC(4), r"^predictor_order: got 4, expected an integer from 1 to 3"),

@@ -82,13 +82,15 @@ class AdamsBashforth(DDIM):
     corrects = False
     middle = False  # whether a linear F is averaged by its middle value
     values_at_last = 4  # at most so many values in the last step, which is never corrected
+    least_order = 1
 
     def __init__(
         self, order: int = 3, eta: float = 0.0, extrapolate: Parameterization | None = None
     ) -> None:
         super().__init__(eta)
-        if check_positive_int("order", order) > 4:
-            raise ValueError(f"order: got {order}, expected an integer from 1 to 4")
+        least = self.least_order
+        if check_positive_int("order", order, at_least=least) > 4:
+            raise ValueError(f"order: got {order}, expected an integer from {least} to 4")
         self.extrapolate = Data() if extrapolate is None else extrapolate
         if not isinstance(self.extrapolate, Parameterization):
             raise ValueError(
@@ -228,13 +230,13 @@ class AdamsMoulton(AdamsBashforth):
 
     corrects = True
     values_at_last = 2
+    least_order = 2
     # Steps in half log-SNR: up to which in full, from which not at all.
     corrected: tuple[float, float] | None = (0.7, 1.7)
 
     def __init__(
         self, order: int = 4, eta: float = 0.0, extrapolate: Parameterization | None = None
     ) -> None:
-        check_positive_int("order", order, at_least=2)
         if extrapolate is None:
             extrapolate = V() if eta == 0 else Data()
         super().__init__(order, eta, extrapolate)
