@@ -1,5 +1,7 @@
 """Diffusions inside Pyro's inference: the chain as model and guide, posteriors of any program."""
 
+from pyro_diffusion.infer.annealed_particles import AnnealedParticles
+from pyro_diffusion.infer.annealed_smc import AnnealedSMC
 from pyro_diffusion.infer.auto_amortized import AutoAmortized
 from pyro_diffusion.infer.autoguide import AutoGuidance, AutoTwistedSMC
 from pyro_diffusion.infer.ddpm import DDPM
@@ -10,6 +12,8 @@ from pyro_diffusion.unreliable import UnreliableWarning
 
 __all__ = [
     "DDPM",
+    "AnnealedParticles",
+    "AnnealedSMC",
     "AutoAmortized",
     "AutoGuidance",
     "AutoTwistedSMC",

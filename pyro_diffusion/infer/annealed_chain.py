@@ -1,0 +1,139 @@
+"""A chain of tempered laws from a guide to a posterior: weights, and moves that keep each law."""
+
+import math
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_diffusion.infer.guide_chart import GuideChart
+from pyro_diffusion.infer.unconstrained import UnconstrainedModel
+
+__all__ = ["AnnealedChain", "Stage"]
+
+# Steps are drawn from around their size, so that no trajectory closes on itself.
+JITTER = 0.3
+
+
+class Stage(NamedTuple):
+    r"""One temperature of a chain: move under :math:`q^{1-b} p^b`, then weight by the next.
+
+    Attributes:
+        beta: b, in [0, 1].
+        next_beta: of the next stage.
+        root: S, (D, D) lower triangular or (D,), the scale of moves: their metric is :math:`(S S^T)^{-1}`.
+        step_size: of a leapfrog step, in units of S.
+        leapfrog: how many such steps make a move; one is MALA.
+    """
+
+    beta: float
+    next_beta: float
+    root: Tensor
+    step_size: float
+    leapfrog: int
+
+
+class AnnealedChain:
+    r"""Model of a :class:`~pyro_diffusion.infer.particle_filter.ParticleFilter` whose steps are stages.
+
+    States are ``z`` (N, R, D) in the guide's own coordinates, ``log_q`` and ``gap``
+    :math:`\ell = \log p - \log q`, (N, R), and the gradients of both. A step moves particles under the
+    stage's law and weights them by :math:`(b' - b)\,\ell`. Both depend on the stage alone, so that with
+    stages fixed before, the mean weight is unbiased.
+
+    Args:
+        model: log p.
+        chart: of the guide, q.
+        num_particles: N, of each filter.
+        num_repeats: R, filters side by side.
+
+    Attributes:
+        acceptance: mean probability of acceptance of each step so far.
+        evaluations: gradients of the model so far, each of N R particles.
+    """
+
+    def __init__(
+        self, model: UnconstrainedModel, chart: GuideChart, num_particles: int, num_repeats: int
+    ) -> None:
+        self.model, self.chart = model, chart
+        self.shape = num_particles, num_repeats
+        self.acceptance: list[Tensor] = []
+        self.evaluations = 0
+
+    def init(self, state: Any, z: Tensor) -> None:
+        """Start at draws of the guide, (N, R, D)."""
+        state["z"] = z
+        state.update(self.evaluate(z))
+
+    def step(self, state: Any, stage: Stage, moves: int) -> None:
+        """Move, and weight for the next stage."""
+        if stage.beta > 0:
+            for _ in range(moves):
+                self.move(state, stage)
+        pyro.factor("increment", (stage.next_beta - stage.beta) * state["gap"].double())
+
+    def move(self, state: Any, stage: Stage) -> Tensor:
+        """One Hamiltonian move of every particle in place; the mean probability of acceptance."""
+        old = {key: state[key] for key in ("z", "log_q", "gap", "grad_q", "grad_gap")}
+        z, beta, root = old["z"], stage.beta, stage.root
+        jitter = 1 + JITTER * (2 * torch.rand_like(z[..., :1]) - 1)
+        step = stage.step_size * jitter
+        momentum = torch.randn_like(z)
+        before = _energy(old, beta, momentum)
+        new = dict(old)
+        for _ in range(stage.leapfrog):
+            momentum = momentum + step / 2 * _times(_slope(new, beta), root, transpose=True)
+            z = z + step * _times(momentum, root)
+            new = {"z": z, **self.evaluate(z)}
+            momentum = momentum + step / 2 * _times(_slope(new, beta), root, transpose=True)
+        ratio = (_energy(new, beta, momentum) - before).nan_to_num(-math.inf, 0.0, -math.inf)
+        accept = ratio.clamp(max=0).exp()
+        taken = torch.rand_like(accept) < accept
+        for key, value in new.items():
+            where = taken.unsqueeze(-1) if value.dim() > taken.dim() else taken
+            state[key] = torch.where(where, value, old[key])
+        rate = accept.mean()
+        self.acceptance.append(rate)
+        return rate
+
+    def evaluate(self, z: Tensor) -> dict[str, Tensor]:
+        """Log q, log p - log q (minus infinity where there is no density), and their gradients."""
+        self.evaluations += 1
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            log_q = self.chart.base.log_prob(z)
+            u, log_det = self.chart(z)
+            log_p = self.model.raw(u) + log_det
+            (grad_q,) = torch.autograd.grad(log_q.sum(), z)
+            (grad_p,) = torch.autograd.grad(log_p.sum(), z)
+        log_q, gap = log_q.detach(), (log_p - log_q).detach()
+        # A model's plus infinity is no density either: it would take all weight.
+        gap = torch.where(gap.isfinite(), gap, -math.inf)
+        return {"log_q": log_q, "gap": gap, "grad_q": grad_q, "grad_gap": grad_p - grad_q}
+
+
+class NoProposal:
+    """Guide of such a filter: the moves are the model's."""
+
+    def init(self, state: Any, z: Tensor) -> None:
+        """Propose nothing."""
+
+    def step(self, state: Any, stage: Stage, moves: int) -> None:
+        """Propose nothing."""
+
+
+def _slope(state: dict[str, Tensor], beta: float) -> Tensor:
+    return state["grad_q"] + beta * state["grad_gap"]
+
+
+def _energy(state: dict[str, Tensor], beta: float, momentum: Tensor) -> Tensor:
+    """Log density of state and momentum."""
+    return state["log_q"] + beta * state["gap"] - momentum.square().sum(-1) / 2
+
+
+def _times(x: Tensor, root: Tensor, transpose: bool = False) -> Tensor:
+    """S x, or its transpose times x, of (..., D)."""
+    if root.dim() == 1:
+        return x * root
+    return x @ (root if transpose else root.mT)

@@ -1,0 +1,127 @@
+"""Whether a run of annealed particles may be believed, and if not, why and what to change."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pyro_diffusion.estimate import Estimate
+from pyro_diffusion.infer.resampling import LEAST_ANCESTORS
+
+__all__ = ["AnnealedVerdict", "judge"]
+
+HIGHEST_KHAT = 0.7
+HIGHEST_RHAT = 1.1
+LARGEST_ERROR = 0.5  # nats
+LEAST_ACCEPTANCE = 0.15
+
+
+@dataclass(frozen=True)
+class AnnealedVerdict:
+    r"""Whether annealed particles may be believed: figures, and what they say in words.
+
+    No figure can know of a mode that no particle visited: an empty list of problems is no all-clear.
+
+    Attributes:
+        num_particles: N, of each repeat.
+        num_repeats: R.
+        least_ess: least effective sample size of any repeat at any temperature, before resampling.
+        least_ess_beta: the temperature where that was.
+        effective_repeats: :math:`1 / \sum_r s_r^2` of the repeats' shares of the evidence.
+        least_roots: distinct draws of the guide that the particles of one repeat descend from, at the least.
+        khat: Pareto tail index of the final weights; NaN where they are too even to have a tail.
+        guide_khat: that of the guide's own importance weights; above .7 the guide alone is not to be
+            believed, and no verdict on the particles.
+        acceptance: the least mean probability of acceptance of all moves.
+        rhat: the largest ratio of a coordinate's scale over all repeats to that within them.
+        log_evidence: the estimate.
+        dead: repeats of which no particle has a density.
+        problems: one sentence each; empty if nothing speaks against the run.
+
+    References:
+        Vehtari et al., JMLR 25(72), 2024 (k-hat); Gelman & Rubin, Statistical Science 7 (1992).
+    """
+
+    num_particles: int
+    num_repeats: int
+    least_ess: Tensor
+    least_ess_beta: float
+    effective_repeats: Tensor
+    least_roots: Tensor
+    khat: Tensor
+    guide_khat: Tensor
+    acceptance: Tensor
+    rhat: Tensor
+    log_evidence: Estimate
+    dead: int = 0
+    problems: tuple[str, ...] = ()
+
+    @property
+    def believable(self) -> bool:
+        """Whether nothing speaks against the run; what no particle visited, no figure can know."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        fine = "nothing speaks against it; modes that no particle visited are not seen"
+        rows = [
+            (
+                "least effective size",
+                f"{float(self.least_ess):.1f} at b = {self.least_ess_beta:.3g}",
+            ),
+            ("draws descended from", f"{int(self.least_roots)} of the guide's at least"),
+            ("effective repeats", f"{float(self.effective_repeats):.1f}"),
+            ("R-hat over repeats", f"{float(self.rhat):.3f}"),
+            ("least acceptance", f"{float(self.acceptance):.2f}"),
+            ("Pareto k-hat, final weights", f"{float(self.khat):.2f}"),
+            ("Pareto k-hat, guide alone", f"{float(self.guide_khat):.2f}"),
+            ("log evidence", str(self.log_evidence)),
+            ("verdict", fine if self.believable else "not to be believed"),
+        ]
+        title = f"{self.num_repeats} repeats of {self.num_particles} particles"
+        lines = [title, *(f"  {name:<28} {value}" for name, value in rows)]
+        return "\n".join([*lines, *(f"  - {problem}" for problem in self.problems)])
+
+
+def judge(verdict: AnnealedVerdict) -> AnnealedVerdict:
+    """The verdict with what speaks against the run, one sentence each."""
+    problems = []
+    if verdict.dead:
+        problems.append(
+            f"{verdict.dead} of {verdict.num_repeats} repeats lost all their particles, and count as "
+            "evidence 0; use more particles, or a wider guide"
+        )
+    if verdict.least_ess < LEAST_ANCESTORS < verdict.num_particles:
+        problems.append(
+            f"weights collapsed to an effective size of {float(verdict.least_ess):.1f} at "
+            f"b = {verdict.least_ess_beta:.3g}; use more steps or particles (conditional_ess nearer 1), or a "
+            "wider guide"
+        )
+    error = verdict.log_evidence.standard_error
+    if verdict.effective_repeats < LEAST_ANCESTORS:
+        problems.append(
+            f"{float(verdict.effective_repeats):.1f} of {verdict.num_repeats} repeats carry the evidence, "
+            "and no error is estimated; use more particles, steps or moves"
+        )
+    elif error > LARGEST_ERROR:
+        problems.append(
+            f"the log evidence is uncertain by {error:.2f} nats; use more particles, steps or moves"
+        )
+    if verdict.khat > HIGHEST_KHAT:
+        problems.append(
+            f"the final weights have a Pareto k-hat of {float(verdict.khat):.2f}: averages rest on a few "
+            "draws; use more steps or particles"
+        )
+    if verdict.rhat > HIGHEST_RHAT:
+        problems.append(
+            f"repeats disagree about the latents, R-hat {float(verdict.rhat):.2f}: particles do not mix, as "
+            "between modes; use more particles or moves, or a wider guide"
+        )
+    if verdict.acceptance < LEAST_ACCEPTANCE:
+        problems.append(
+            f"a move was accepted with a probability of {float(verdict.acceptance):.2f}: particles stay "
+            "where they are; use a larger pilot, or double precision"
+        )
+    if not math.isfinite(verdict.log_evidence.value):
+        problems.append("the evidence is 0 or not a number")
+    return dataclasses.replace(verdict, problems=tuple(problems))

@@ -1,0 +1,84 @@
+"""A guide's law as a base that is easy to score, and a map of it to the unconstrained latents."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions import Normal
+from pyro.distributions.transforms import LowerCholeskyAffine
+from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation, AutoNormal
+from torch import Tensor
+from torch.distributions import AffineTransform, LowRankMultivariateNormal, MultivariateNormal
+
+__all__ = ["GuideChart", "chart_of"]
+
+
+class GuideChart(NamedTuple):
+    r"""A guide's law q(u) of unconstrained latents as a map u = f(z) of a base z.
+
+    Densities on u and on z are those of one path, :math:`q^{1-b} p^b`, in other coordinates. In z the guide
+    is a standard normal, so that moves there are scaled as the guide has it, and no flow is inverted.
+
+    Attributes:
+        base: law of z, event shape (D,).
+        transform: f; None for the identity.
+        log_prob: log q(u), of (..., D).
+    """
+
+    base: Any
+    transform: Any
+    log_prob: Callable[[Tensor], Tensor]
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents f(z), (..., D), and log |det df/dz|, (...)."""
+        if self.transform is None:
+            return z, z.new_zeros(z.shape[:-1])
+        u = self.transform(z)
+        log_det = self.transform.log_abs_det_jacobian(z, u)
+        return u, log_det.sum(-1) if log_det.dim() == z.dim() else log_det
+
+
+def chart_of(guide: AutoGuide, args: Any, kwargs: Any) -> GuideChart:
+    """The chart of a guide that has been set up, at its present parameters.
+
+    A guide whose posterior is neither normal nor made of ``get_base_dist`` and ``get_transform`` is its own
+    base.
+
+    Args:
+        guide: an AutoNormal, or an AutoContinuous.
+        args: of the model.
+        kwargs: of the model.
+
+    Raises:
+        ValueError: for a Laplace approximation that has not been made.
+    """
+    if isinstance(guide, AutoLaplaceApproximation):
+        raise ValueError(
+            "guide: got an AutoLaplaceApproximation, which is a point until guide.laplace_approximation() "
+            "is called, expected the guide that it returns"
+        )
+    if isinstance(guide, AutoNormal):
+        trace: Any = guide.prototype_trace
+        names = [name for name, _ in trace.iter_stochastic_nodes()]
+        found = [guide._get_loc_and_scale(name) for name in names]
+        loc, scale = (
+            torch.cat([x.detach().reshape(-1) for x in part]) for part in zip(*found, strict=True)
+        )
+        normal = Normal(loc, scale).to_event(1)
+        return GuideChart(_standard(loc), AffineTransform(loc, scale), normal.log_prob)
+    posterior = guide.get_posterior(*args, **kwargs)
+    if isinstance(posterior, LowRankMultivariateNormal | MultivariateNormal):
+        loc, tril = (
+            posterior.loc.detach(),
+            torch.linalg.cholesky(posterior.covariance_matrix.detach()),
+        )
+        return GuideChart(_standard(loc), LowerCholeskyAffine(loc, tril), posterior.log_prob)
+    try:
+        base, transform = guide.get_base_dist(), guide.get_transform(*args, **kwargs)
+    except NotImplementedError:
+        return GuideChart(posterior, None, posterior.log_prob)
+    return GuideChart(base, transform, posterior.log_prob)
+
+
+def _standard(loc: Tensor) -> Any:
+    return Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)

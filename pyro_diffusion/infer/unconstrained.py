@@ -1,0 +1,314 @@
+"""A model's log density over the unconstrained latents of a guide, for many draws at once."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
+from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoGuide, AutoNormal
+from pyro.infer.mcmc.util import TraceEinsumEvaluator, TraceTreeEvaluator
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_diffusion.likelihoods.run import isolated
+from pyro_diffusion.validation import kind_of
+
+__all__ = ["UnconstrainedModel", "check_guide"]
+
+TRIALS = 3
+# Discrete sites up to which sums run over all their values together. Pyro's other evaluator eliminates one
+# after the other, by functions that torch.func.vmap cannot run.
+FEW = 5
+ALIKE = 1e-3  # relative, between a draw by itself and among others
+
+
+class UnconstrainedModel:
+    r"""The log density :math:`\log p(x, T(u)) + \log |\det \partial T / \partial u|` of a model (nats).
+
+    u are the latents of a guide in the order of its program, each taken to the reals by ``biject_to`` of its
+    support and flattened. Discrete latents are summed over (Pyro's parallel enumeration). The model runs once
+    for all draws, under ``torch.func.vmap``, so that it need not know of them; what ``vmap`` cannot run
+    (some densities of Pyro) runs once in a plate of all draws, and what gives other densities there, or
+    branches on values, once a draw, with a warning.
+
+    Args:
+        model: the program, data in its arguments.
+        guide: of its continuous latents; its shapes and supports are used, not its law.
+        args: of the model.
+        kwargs: of the model.
+
+    Attributes:
+        dim: D, how many unconstrained numbers there are.
+
+    Raises:
+        ValueError: naming the site, for a model without continuous latents or without the guide's, for
+            latents that the guide has not, discrete latents that cannot be enumerated, subsampled plates,
+            sites and shapes that change from run to run, and densities that do.
+    """
+
+    def __init__(self, model: Callable[..., Any], guide: AutoGuide, args: Any, kwargs: Any) -> None:
+        if not callable(model):
+            raise ValueError(f"model: got {kind_of(model)}, expected a Pyro program")
+        self._program, self._args, self._kwargs = model, args, kwargs
+        with isolated(), torch.no_grad():
+            drawn = [_values(guide(*args, **kwargs)) for _ in range(2)]
+            runs = [self._trace(values) for values in drawn]
+        self._sites = _latents(guide, runs)
+        shapes = {
+            name: biject_to(site["fn"].support).inv(site["value"]).shape
+            for name, site in self._sites.items()
+        }
+        self._shapes: dict[str, torch.Size] = shapes
+        self.dim = sum(shape.numel() for shape in shapes.values())
+        self._supports = {name: site["fn"].support for name, site in self._sites.items()}
+        discrete = [name for name, node in runs[0].nodes.items() if _is_enumerated(node)]
+        frames = [
+            frame for node in runs[0].nodes.values() for frame in node.get("cond_indep_stack", ())
+        ]
+        nesting = -min([frame.dim for frame in frames if frame.vectorized], default=0)
+        if discrete:
+            self._program = _Enumerated(-1 - nesting)(config_enumerate(model))
+        with isolated(), torch.no_grad(), pyro.validation_enabled(False):
+            evaluator = TraceTreeEvaluator if len(discrete) <= FEW else TraceEinsumEvaluator
+            self._evaluator = evaluator(self._trace(drawn[0]), bool(discrete), nesting)
+        self._nesting = nesting
+        self._ways = [self._all] if discrete else [self._all, self._in_a_plate]
+        self._way = self._all
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Log densities at (..., D), (...); minus infinity where they are NaN. Differentiable."""
+        return self.raw(u).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+    def raw(self, u: Tensor) -> Tensor:
+        """As the call, NaN left alone."""
+        rows = u.reshape(-1, self.dim)
+        with isolated(), pyro.validation_enabled(False):
+            out = self._way(rows)
+        return out.reshape(u.shape[:-1])
+
+    def check(self, u: Tensor) -> None:
+        """See whether a few draws, (n, D), have the same density by themselves, and again.
+
+        Raises:
+            ValueError: for a density that changes from run to run.
+        """
+        some = u[:TRIALS].detach()
+        with torch.no_grad(), isolated(), pyro.validation_enabled(False):
+            alone = self._one_by_one(some)
+            if not _alike(alone, self._one_by_one(some)):
+                raise ValueError(
+                    "model: got another log density at a second run with the same latents, expected one that "
+                    "is no estimate (a diffusion's is: use ProbabilityFlow or the unfolded chain)"
+                )
+            reasons = []
+            for way in self._ways:
+                try:
+                    reason = None if _alike(alone, way(some)) else "densities differ there"
+                except (
+                    Exception
+                ) as error:  # whatever a model does that cannot be done for many at once
+                    reason = str(error).strip().split("\n")[0]
+                if reason is None:
+                    self._way = way
+                    return
+                reasons.append(reason)
+        self._way = self._one_by_one
+        warnings.warn(
+            "model: runs once a draw, which is slow, as it cannot run under torch.func.vmap or in a plate of "
+            f"all draws: {'; '.join(reasons)}",
+            stacklevel=2,
+        )
+
+    def unpack(self, u: Tensor) -> dict[str, Tensor]:
+        """Unconstrained values of each site, (...) + its shape, of (..., D)."""
+        parts = u.split([shape.numel() for shape in self._shapes.values()], -1)
+        named = zip(self._shapes.items(), parts, strict=True)
+        return {name: part.reshape(u.shape[:-1] + shape) for (name, shape), part in named}
+
+    def constrain(self, u: Tensor) -> dict[str, Tensor]:
+        """Values of each site in its support, (...) + its shape, of (..., D)."""
+        free = self.unpack(u)
+        return {name: biject_to(self._supports[name])(v) for name, v in free.items()}
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of :meth:`constrain`: (n, D) of values, each (n,) + the site's shape.
+
+        Raises:
+            ValueError: for missing sites and wrong shapes.
+        """
+        missing = [name for name in self._sites if name not in values]
+        if missing:
+            raise ValueError(f"draws: got none of {missing}, expected all of {list(self._sites)}")
+        parts = []
+        for name, site in self._sites.items():
+            value, shape = values[name], site["value"].shape
+            if value.shape[1:] != shape:
+                raise ValueError(
+                    f"draws[{name!r}]: got shape {tuple(value.shape)}, expected (n,) + {tuple(shape)}"
+                )
+            parts.append(biject_to(self._supports[name]).inv(value).reshape(len(value), -1))
+        return torch.cat(parts, -1)
+
+    def blame(self, u: Tensor) -> str:
+        """The site whose density is not finite at one draw, (D,), and what it is."""
+        with isolated(), torch.no_grad(), pyro.validation_enabled(False):
+            for name, node in self._trace(self.constrain(u)).nodes.items():
+                if node["type"] != "sample" or site_is_subsample(node):
+                    continue
+                log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
+                if not bool(log_prob.sum().isfinite()):
+                    return (
+                        f"site {name!r} ({type(node['fn']).__name__}): got {float(log_prob.sum())}"
+                    )
+        return "model: got a log density that is not finite"
+
+    def _all(self, rows: Tensor) -> Tensor:
+        return torch.func.vmap(self._single)(rows)
+
+    def _in_a_plate(self, rows: Tensor) -> Tensor:
+        values, total = {}, rows.new_zeros(len(rows))
+        for name, free in self.unpack(rows).items():
+            site, transform = self._sites[name], biject_to(self._supports[name])
+            value = transform(free)
+            total = total + transform.log_abs_det_jacobian(free, value).reshape(len(rows), -1).sum(
+                -1
+            )
+            extra = (1,) * (self._nesting - len(site["fn"].batch_shape))
+            values[name] = value.reshape(len(rows), *extra, *value.shape[1:])
+        with pyro.plate("_draws", len(rows), dim=-1 - self._nesting):
+            trace = self._trace(values)
+        trace.compute_log_prob(lambda name, site: not site_is_subsample(site))
+        for node in trace.nodes.values():
+            if node["type"] == "sample" and not site_is_subsample(node):
+                total = total + node["log_prob"].reshape(len(rows), -1).sum(-1)
+        return total
+
+    def _one_by_one(self, rows: Tensor) -> Tensor:
+        return torch.stack([self._single(row) for row in rows])
+
+    def _single(self, u: Tensor) -> Tensor:
+        free, values, log_det = self.unpack(u), {}, u.new_zeros(())
+        for name, value in free.items():
+            transform = biject_to(self._supports[name])
+            values[name] = transform(value)
+            log_det = log_det + transform.log_abs_det_jacobian(value, values[name]).sum()
+        out: Tensor = self._evaluator.log_prob(self._trace(values)) + log_det
+        return out
+
+    def _trace(self, values: dict[str, Tensor]) -> Any:
+        conditioned = poutine.condition(self._program, data=values)
+        return poutine.trace(poutine.block(conditioned, hide_types=["param"])).get_trace(
+            *self._args, **self._kwargs
+        )
+
+
+class _Enumerated(EnumMessenger):
+    """Pyro's parallel enumeration, which asks for ``value.data``, under ``vmap``, which has none."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if isinstance(value, Tensor):
+            msg["value"] = torch.empty(value.shape, device="meta")
+        super()._pyro_post_sample(msg)
+        msg["value"] = value
+
+
+def check_guide(guide: object) -> AutoGuide:
+    """Refuse what is no guide with a density over unconstrained latents.
+
+    Raises:
+        ValueError: naming what it was.
+    """
+    if isinstance(guide, AutoDelta) or not isinstance(guide, AutoNormal | AutoContinuous):
+        raise ValueError(
+            f"guide: got {kind_of(guide)}, expected an AutoNormal or an AutoContinuous "
+            "(AutoMultivariateNormal, AutoIAFNormal, ...), fitted"
+        )
+    return guide
+
+
+def _values(drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in drawn.items()}
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=ALIKE, atol=ALIKE, equal_nan=True)
+
+
+def _latents(guide: AutoGuide, runs: list[Any]) -> dict[str, Any]:
+    """The sites of the guide in its order, as the model has them.
+
+    Raises:
+        ValueError: as the class says.
+    """
+    trace: Any = guide.prototype_trace
+    own = [name for name, _ in trace.iter_stochastic_nodes()]
+    if not own:
+        raise ValueError(
+            "model: got no continuous latents, expected one at least: its evidence is that of its data"
+        )
+    structures = []
+    for trace in runs:
+        sites = {k: node for k, node in trace.nodes.items() if node["type"] == "sample"}
+        for name, node in sites.items():
+            _check_site(name, node, own)
+        structures.append(
+            {k: torch.as_tensor(v["value"]).shape for k, v in sites.items() if _is_data(v)}
+        )
+    absent = [name for name in own if name not in structures[0]]
+    if absent:
+        raise ValueError(
+            f"model: got no site {absent} (its sites: {list(structures[0])}), expected the guide's latents"
+        )
+    if structures[0] != structures[1]:
+        changed = sorted(
+            {
+                k
+                for k in {*structures[0], *structures[1]}
+                if structures[0].get(k) != structures[1].get(k)
+            }
+        )
+        raise ValueError(
+            f"model: got sites {changed} that come, go or change their shape from run to run, expected the "
+            "same sites and shapes at every run"
+        )
+    return {name: runs[0].nodes[name] for name in own}
+
+
+def _is_enumerated(node: Any) -> bool:
+    return (
+        node["type"] == "sample"
+        and not site_is_subsample(node)
+        and not node["is_observed"]
+        and node["fn"].has_enumerate_support
+    )
+
+
+def _is_data(node: Any) -> bool:
+    return not site_is_subsample(node)
+
+
+def _check_site(name: str, node: Any, own: list[str]) -> None:
+    if site_is_subsample(node):
+        size, taken = node["fn"].size, len(node["value"])
+        if taken < size:
+            raise ValueError(
+                f"plate {name!r}: got a subsample of {taken} of {size}, whose evidence would be biased, "
+                "expected the whole plate"
+            )
+        return
+    if node["is_observed"] or name in own:
+        return
+    if node["fn"].has_enumerate_support:
+        return
+    if node["fn"].support.is_discrete:
+        raise ValueError(
+            f"site {name!r}: got a latent {type(node['fn']).__name__}, which cannot be enumerated, expected "
+            "it observed, summed over in the model, or of finite support"
+        )
+    raise ValueError(f"site {name!r}: got a latent that the guide has not, expected a guide of it")
