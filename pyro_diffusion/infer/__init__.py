@@ -1,6 +1,5 @@
 """Diffusions inside Pyro's inference: the chain as model and guide, posteriors of any program."""
 
-from pyro_diffusion.infer.annealed_particles import AnnealedParticles
 from pyro_diffusion.infer.annealed_smc import AnnealedSMC
 from pyro_diffusion.infer.auto_amortized import AutoAmortized
 from pyro_diffusion.infer.autoguide import AutoGuidance, AutoTwistedSMC
@@ -12,7 +11,6 @@ from pyro_diffusion.unreliable import UnreliableWarning
 
 __all__ = [
     "DDPM",
-    "AnnealedParticles",
     "AnnealedSMC",
     "AutoAmortized",
     "AutoGuidance",
