@@ -13,12 +13,14 @@ __all__ = [
     "IMPORTANCE_WEIGHTED",
     "LOWER_BOUND",
     "UNBIASED",
+    "UPPER_BOUND",
     "Estimate",
     "LogLikelihoodEstimate",
     "Terms",
 ]
 
 LOWER_BOUND = "lower bound"
+UPPER_BOUND = "upper bound"
 IMPORTANCE_WEIGHTED = "importance-weighted"
 EXACT = "exact"
 UNBIASED = "unbiased"
@@ -32,7 +34,8 @@ class Estimate:
         value: the figure.
         standard_error: its standard error, data sampling and Monte Carlo together; infinite where it is not
             estimated, so that no bound on it holds and no sum hides it.
-        kind: ``"lower bound"``, ``"importance-weighted"``, ``"unbiased"`` or ``"exact"``.
+        kind: ``"lower bound"``, ``"upper bound"``, ``"importance-weighted"``, ``"unbiased"``, ``"exact"``, or
+            in words that it is none of these.
         unit: ``"nats"`` or ``"bits/dim"``.
         evaluations: network evaluations per datum that it took.
     """

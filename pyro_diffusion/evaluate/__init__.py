@@ -2,6 +2,7 @@
 
 from pyro_diffusion.estimate import LogLikelihoodEstimate
 from pyro_diffusion.evaluate.bound import log_likelihood
+from pyro_diffusion.evaluate.bracket import bracket_evidence
 from pyro_diffusion.evaluate.calibration import sbc
 from pyro_diffusion.evaluate.chain_costs import chain_costs
 from pyro_diffusion.evaluate.comparison import compare
@@ -17,6 +18,7 @@ from pyro_diffusion.evaluate.wasserstein import sliced_wasserstein, wasserstein,
 
 __all__ = [
     "LogLikelihoodEstimate",
+    "bracket_evidence",
     "c2st",
     "chain_costs",
     "compare",

@@ -14,7 +14,9 @@ from pyro_diffusion.infer.resampling import effective_ancestors, evidence_varian
 from pyro_diffusion.pareto import pareto_khat
 from pyro_diffusion.validation import check_positive_int
 
-__all__ = ["AnnealedParticles", "annealed_particles"]
+__all__ = ["BLIND", "AnnealedParticles", "annealed_particles", "mean_gap"]
+
+BLIND = "estimate blind to modes never visited"
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def annealed_particles(
         log_evidence=evidence,
         log_evidence_terms=terms,
         elbo=mean_gap(start, None, LOWER_BOUND),
-        eubo=mean_gap(gap, log_weights, "estimate blind to modes never visited"),
+        eubo=mean_gap(gap, log_weights, BLIND),
         betas=torch.tensor([stage.beta for stage in stages]),
         ess=ess,
         acceptance=acceptance,

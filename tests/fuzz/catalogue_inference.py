@@ -437,6 +437,17 @@ def evaluate_calls() -> list[Call]:
             lambda: {"data": data(), "context": rows(), "batch_size": 3},
         ),
         Call(
+            "evaluate.bracket_evidence",
+            functools.partial(
+                evaluate.bracket_evidence,
+                simulator,
+                AutoNormal(simulator, init_scale=1.0),
+                x=torch.ones(3),
+            ),
+            lambda: {"posterior": {"z": data()}, "num_samples": 8},
+            weight=0.5,
+        ),
+        Call(
             "evaluate.importance_posterior",
             functools.partial(evaluate.importance_posterior, simulator, amortized()),
             lambda: {"x": torch.ones(3), "num_samples": 3},
