@@ -14,6 +14,8 @@ __all__ = ["build", "elpd_data"]
 
 # Above it a Pareto tail makes the mean of importance weights unreliable.
 GOOD_K = 0.7
+# Groups of other tools, which ArviZ plots and does not define.
+CUSTOM_GROUPS = ("prior_sbc",)
 
 
 def _modern() -> bool:
@@ -24,7 +26,13 @@ def build(groups: dict[str, dict[str, Any]], attrs: dict[str, Any], **options: A
     """An ``InferenceData`` (0.23) or ``DataTree`` (1.x) of named groups of arrays, and its attributes."""
     from_dict: Any = az.from_dict
     if not _modern():
-        return from_dict(**groups, attrs=attrs, **options)
+        # it silently leaves out groups that it does not know
+        own = {name: groups[name] for name in groups if name in CUSTOM_GROUPS}
+        known = {name: groups[name] for name in groups if name not in CUSTOM_GROUPS}
+        data = from_dict(**known, attrs=attrs, **options)
+        if own:
+            data.add_groups({n: az.dict_to_dataset(g, attrs=attrs) for n, g in own.items()})
+        return data
     # There attributes are given by group; these are of the whole.
     return from_dict(groups, attrs={"/": attrs}, **options)
 

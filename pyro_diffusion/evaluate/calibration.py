@@ -5,19 +5,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.infer import Predictive
-from pyro.poutine.messenger import Messenger
 from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_diffusion.likelihoods.run import check_fixed_rows
+from pyro_diffusion.evaluate.arviz_versions import build
+from pyro_diffusion.evaluate.simulated_pairs import (
+    Posterior,
+    Values,
+    answers,
+    observed_sites,
+    simulate,
+)
+from pyro_diffusion.infer import AutoAmortized
 from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
 
 __all__ = ["RankStatistics", "sbc"]
-
-Values = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,21 @@ class RankStatistics:
         lower, upper = (torch.as_tensor(limit) for limit in limits)
         return lower, upper
 
+    def to_arviz(self) -> Any:
+        r"""Ranks as probability integral transforms, in ArviZ's group ``prior_sbc``.
+
+        Values are (rank + 1/2) / (L + 1), uniform under an exact posterior up to their grid: what ArviZ's
+        ``plot_ecdf_pit`` and ``plot_ecdf`` take.
+
+        Returns:
+            ``InferenceData`` (0.23) or ``DataTree`` (1.x), the quantities as variables of one chain.
+        """
+        pit = {
+            name: ((ranks.double() + 0.5) / (self.num_samples + 1)).numpy()[None]
+            for name, ranks in self.ranks.items()
+        }
+        return build({"prior_sbc": pit}, attrs={"inference_library": "pyro_diffusion"})
+
     def _of(self, name: str) -> Tensor:
         if name not in self.ranks:
             raise ValueError(f"name: got {name!r}, expected one of {sorted(self.ranks)}")
@@ -125,13 +143,14 @@ class RankStatistics:
 
 def sbc(
     model: Callable[..., Any],
-    posterior: Callable[[Values], Mapping[str, Tensor]],
+    posterior: Posterior,
     *args: Any,
     num_simulations: int = 500,
     observed: Collection[str] | None = None,
     quantities: Mapping[str, Callable[[Values], Tensor]] | None = None,
     thin: int = 1,
-    parallel: bool = False,
+    num_samples: int = 99,
+    parallel: bool | None = None,
     progress: bool = False,
     **kwargs: Any,
 ) -> RankStatistics:
@@ -153,7 +172,8 @@ def sbc(
     Args:
         model: a Pyro program with latent and observed sites.
         posterior: ``posterior(observations)``, with a dict of every observed site's value, returns draws
-            {site: (L,) + the site's shape}, as ``Predictive`` and ``MCMC.get_samples`` do.
+            {site: (L,) + the site's shape}, as ``Predictive`` and ``MCMC.get_samples`` do; or a trained
+            :class:`~pyro_diffusion.infer.AutoAmortized` itself, which is asked about many at once.
         args: the model's arguments.
         num_simulations: number of pairs of latents and data.
         observed: names of the observed sites; by default those that the model observes when it is run (their
@@ -162,7 +182,9 @@ def sbc(
             quantity per number; the observed sites are there too, repeated n times. By default every
             coordinate of every site that the posterior returns and the model draws.
         thin: keep every so-many-th draw.
-        parallel: whether to simulate in one run under a plate, as in ``Predictive``.
+        num_samples: draws L of an ``AutoAmortized``; another posterior decides it itself.
+        parallel: whether to simulate in one run under a plate, as in ``Predictive``; if None, as an
+            ``AutoAmortized`` found out for its model, and one by one otherwise.
         progress: whether to show a progress bar.
         kwargs: the model's keyword arguments.
 
@@ -187,55 +209,26 @@ def sbc(
     """
     check_positive_int("num_simulations", num_simulations, at_least=10)
     check_positive_int("thin", thin)
-    names = _observed(model, args, kwargs, observed)
-    simulate = Predictive(
-        poutine.uncondition(model),
-        num_samples=num_simulations,
-        return_sites=None,
-        parallel=parallel,
-    )
-    sites = {k: v.detach() for k, v in simulate(*args, **kwargs).items() if isinstance(v, Tensor)}
+    check_positive_int("num_samples", num_samples)
+    if isinstance(posterior, AutoAmortized):
+        observed = posterior.observed if observed is None else observed
+        parallel = posterior.vectorized if parallel is None else parallel
+    names = observed_sites(model, args, kwargs, observed)
+    sites = simulate(model, num_simulations, args, kwargs, bool(parallel))
     ranks: dict[str, list[Tensor]] = {}
     counts = set()
-    for i in tqdm(range(num_simulations), desc="calibration", disable=not progress):
+    drawn = answers(posterior, sites, names, num_samples)
+    bar = tqdm(drawn, desc="calibration", total=num_simulations, disable=not progress)
+    for i, found in enumerate(bar):
         truth = {name: value[i] for name, value in sites.items()}
         data = {name: truth[name] for name in names}
-        draws = {k: v.detach()[::thin] for k, v in posterior(dict(data)).items() if k not in data}
+        draws = {name: value[::thin] for name, value in found.items()}
         counts.add(_check_draws(draws, truth))
         for name, rank in _ranks(draws, truth, data, quantities).items():
             ranks.setdefault(name, []).append(rank)
     if len(counts) > 1:
         raise ValueError(f"posterior: got {sorted(counts)} draws, expected always the same number")
     return RankStatistics({k: torch.stack(v).cpu() for k, v in ranks.items()}, counts.pop())
-
-
-def _observed(
-    model: Callable[..., Any], args: Any, kwargs: Any, names: Collection[str] | None
-) -> list[str]:
-    """Names of the observed sites, checked."""
-    with _WholeData():
-        nodes = poutine.trace(poutine.block(model, hide_types=["param"])).get_trace(*args, **kwargs)
-    factors = [n for n in nodes.observation_nodes if type(nodes.nodes[n]["fn"]).__name__ == "Unit"]
-    if factors:
-        raise ValueError(
-            f"model: got pyro.factor sites {factors}, which say nothing of how data arise; expected a "
-            "pyro.sample site for every observation"
-        )
-    found = nodes.observation_nodes if names is None else list(names)
-    unknown = [name for name in found if name not in nodes.nodes]
-    if not found or unknown:
-        raise ValueError(
-            f"observed: got {found}, expected sites of the model out of "
-            f"{nodes.stochastic_nodes + nodes.observation_nodes}"
-        )
-    return found
-
-
-class _WholeData(Messenger):
-    """Refuses plates that draw their rows: the data of a simulation would be weighed N / B times."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        check_fixed_rows(msg)
 
 
 def _check_draws(draws: Values, truth: Values) -> int:

@@ -1,13 +1,13 @@
 """The classifier two-sample test: can a network tell one sample from another?"""
 
-import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 from scipy import stats  # type: ignore[import-untyped]
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyro_diffusion.evaluate.classifiers import fit_classifiers, scores
 from pyro_diffusion.validation import check_finite, check_number, check_positive_int
 
 __all__ = ["TwoSampleTest", "c2st"]
@@ -99,8 +99,8 @@ def c2st(
     # Every fold holds its share of both samples.
     part = torch.cat([torch.randperm(n, device=rows.device) % folds for n in (len(x), len(y))])
     width = hidden or min(256, max(32, 10 * rows.shape[1]))
-    scores = _held_out(rows, label, part, folds, width, iterations, learning_rate)
-    right = ((scores > 0) == (label > 0.5)).double()
+    held_out = _held_out(rows, label, part, folds, width, iterations, learning_rate)
+    right = ((held_out > 0) == (label > 0.5)).double()
     sizes = torch.tensor([len(x), len(y)], dtype=torch.float64)
     shares = torch.stack([right[: len(x)].mean(), right[len(x) :].mean()]).cpu()
     accuracy = float(shares.mean())
@@ -119,42 +119,12 @@ def _held_out(
     iterations: int,
     learning_rate: float,
 ) -> Tensor:
-    """Every row's score by the network that did not see it; one network a fold, all trained in one batch."""
-    sizes = [rows.shape[1], width, width, 1]
-    layers = [
-        (_uniform(folds, a, b, rows), rows.new_zeros(folds, 1, b).requires_grad_())
-        for a, b in itertools.pairwise(sizes)
-    ]
+    """Every row's score by the network that did not see it; one network a fold."""
     seen = part != torch.arange(folds, device=part.device).unsqueeze(1)  # (folds, n)
     share = label.mean()
     balance = torch.where(label > 0.5, 0.5 / share, 0.5 / (1 - share)) * seen
     balance = balance / balance.sum(1, keepdim=True)
-    optimizer = torch.optim.AdamW(
-        [p for layer in layers for p in layer], lr=learning_rate, weight_decay=1e-2
-    )
-    with torch.enable_grad():
-        for _ in range(iterations):
-            score = _scores(rows, layers)
-            loss = nn.functional.binary_cross_entropy_with_logits(
-                score, label.expand_as(score), weight=balance, reduction="sum"
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    labels = label.expand(folds, -1)
+    layers = fit_classifiers(rows, labels, balance, width, iterations, learning_rate)
     with torch.no_grad():
-        return _scores(rows, layers).gather(0, part.unsqueeze(0)).squeeze(0)
-
-
-def _uniform(folds: int, inputs: int, outputs: int, like: Tensor) -> Tensor:
-    bound = math.sqrt(6 / inputs)
-    weight = torch.rand(folds, inputs, outputs, dtype=like.dtype, device=like.device)
-    return ((2 * weight - 1) * bound).requires_grad_()
-
-
-def _scores(rows: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Logits that a row is of the second sample, (folds, n)."""
-    hidden = rows
-    for weight, bias in layers[:-1]:
-        hidden = torch.relu(hidden @ weight + bias)
-    weight, bias = layers[-1]
-    return (hidden @ weight + bias).squeeze(-1)
+        return scores(rows, layers).gather(0, part.unsqueeze(0)).squeeze(0)

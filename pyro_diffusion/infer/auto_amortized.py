@@ -12,11 +12,12 @@ from pyro_diffusion.distributions.objectives import Objective
 from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.dynamics.ode_solver import check_ode_solver
 from pyro_diffusion.infer.conditional_posterior import (
+    ConditionalPosterior,
     FlowPosterior,
     MakeDenoiser,
     default_denoiser,
 )
-from pyro_diffusion.infer.packed import packed_log_prob, packed_quantiles
+from pyro_diffusion.infer.packed import packed_log_prob, packed_quantiles, unpack
 from pyro_diffusion.infer.simulated_latents import SimulatedLatents, Values
 from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_finite, check_positive_int
@@ -170,6 +171,37 @@ class AutoAmortized(SimulatedLatents):
                 "SVI(guide.training_model, ...), and torch.no_grad() to evaluate an ELBO"
             )
         data, batch = self._data(args, kwargs)
+        context = self._context(posterior, data, batch)
+        assert self._simulator is not None
+        nesting = (1,) * self._simulator.nesting if batch else ()
+        return posterior.flow(context.reshape(*batch, *nesting, -1), self._solver)
+
+    @torch.no_grad()
+    def draw(self, num_samples: int, observations: Mapping[str, Tensor]) -> Values:
+        """Draws given the values of observed sites, whatever arguments the model takes them by.
+
+        Many observations are one call; diagnostics ask the guide this way.
+
+        Args:
+            num_samples: draws for each observation.
+            observations: batch + shape of every observed site, by name.
+
+        Returns:
+            (num_samples,) + batch of the observations + the shape of each latent, by name.
+
+        Raises:
+            ValueError: before the first simulations, and for data that are missing, NaN or of another shape.
+        """
+        check_positive_int("num_samples", num_samples)
+        posterior = self._ready("draw")
+        data, batch = self._data_of(observations)
+        context = self._context(posterior, data, batch)
+        return unpack(self, posterior.flow(context, self._solver).sample((num_samples,)))
+
+    def _context(
+        self, posterior: ConditionalPosterior, data: list[Tensor], batch: torch.Size
+    ) -> Tensor:
+        """The summary of data; warns of data unlike those simulated."""
         distances = posterior.familiar.distance(posterior.rows(data, batch))
         beyond = distances > posterior.familiar.limit
         if bool(beyond.any()):
@@ -180,10 +212,7 @@ class AutoAmortized(SimulatedLatents):
                 f"exceeds with a probability of {float(posterior.familiar.rate):.1g} at most: the posterior "
                 "is extrapolated there"
             )
-        assert self._simulator is not None
-        context = posterior.context(data, batch)
-        nesting = (1,) * self._simulator.nesting if batch else ()
-        return posterior.flow(context.reshape(*batch, *nesting, -1), self._solver)
+        return posterior.context(data, batch)
 
     def log_prob(self, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Log-density of the posterior at values of all latents, in their own space (nats).

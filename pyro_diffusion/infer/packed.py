@@ -11,7 +11,14 @@ from torch.distributions import biject_to
 from pyro_diffusion.infer.simulations import SimulatedSite
 from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
 
-__all__ = ["pack", "packed_log_prob", "packed_quantiles", "packed_values", "unconstrained"]
+__all__ = [
+    "pack",
+    "packed_log_prob",
+    "packed_quantiles",
+    "packed_values",
+    "unconstrained",
+    "unpack",
+]
 
 
 def unconstrained(guide: Any, values: Mapping[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
@@ -29,6 +36,17 @@ def pack(guide: Any, values: Mapping[str, Tensor], batch: torch.Size) -> Tensor:
     frees = [free for _, _, free in unconstrained(guide, values)]
     parts = [x.reshape(*batch, x.shape[len(batch) :].numel()) for x in frees]
     return torch.cat(parts, -1)
+
+
+def unpack(guide: Any, packed: Tensor) -> dict[str, Tensor]:
+    """Values of the latents in their supports, batch + the shape of each: the inverse of :func:`pack`."""
+    found, start = {}, 0
+    for name, site in guide.prototype_trace.iter_stochastic_nodes():
+        shape = guide._unconstrained_shapes[name]
+        free = packed[..., start : start + shape.numel()].reshape(*packed.shape[:-1], *shape)
+        found[name] = biject_to(site["fn"].support)(free)
+        start += shape.numel()
+    return found
 
 
 def packed_log_prob(

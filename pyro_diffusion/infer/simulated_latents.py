@@ -111,6 +111,16 @@ class SimulatedLatents(AutoContinuous):
         simulator = self._prepare(args, kwargs)
         return self._valid(self._checked(simulations, simulator))
 
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """Names of the observed sites, known after the first simulations."""
+        return () if self._simulator is None else tuple(self._simulator.observed)
+
+    @property
+    def vectorized(self) -> bool:
+        """Whether simulations are one run of the program in a plate, known after the first simulations."""
+        return self._simulator is not None and self._simulator.vectorized
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         state = pyro.util.get_rng_state()  # so that a first call draws what a later one would
         self._simulator = self._find(args, kwargs)
@@ -226,14 +236,23 @@ class SimulatedLatents(AutoContinuous):
         return values
 
     def _data(self, args: Any, kwargs: Any) -> tuple[list[Tensor], torch.Size]:
-        """The observed values, checked, and the batch shape of the observations."""
-        simulator, posterior = self._prepare(args, kwargs), self._ready("guide")
+        """The observed values in the model's arguments, checked, and the batch shape of the observations."""
+        simulator = self._prepare(args, kwargs)
+        return self._data_of(observations(simulator, args, kwargs))
+
+    def _data_of(self, values: Mapping[str, Tensor]) -> tuple[list[Tensor], torch.Size]:
+        """Values of observed sites, checked, and the batch shape of the observations."""
+        posterior, simulator = self._ready("guide"), self._simulator
+        if simulator is None:
+            raise ValueError(
+                "guide: got one that has not seen its model, expected simulate or accept first, or data in "
+                "the model's arguments"
+            )
         found, batch = [], torch.Size()
-        for scale, (name, value) in zip(
-            posterior._sites, observations(simulator, args, kwargs).items(), strict=True
-        ):
-            shape = simulator.observed[name].shape
-            check_tensor(f"site {name!r}", value)
+        for scale, (name, site) in zip(posterior._sites, simulator.observed.items(), strict=True):
+            if name not in values:
+                raise ValueError(f"site {name!r}: got no data, expected values of it")
+            value, shape = check_tensor(f"site {name!r}", torch.as_tensor(values[name])), site.shape
             lead = value.dim() - len(shape)
             if lead < 0 or value.shape[lead:] != shape:
                 raise ValueError(

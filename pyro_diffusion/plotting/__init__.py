@@ -5,6 +5,7 @@ save); functions with several panels return a Figure. Figures are made without p
 no display, are never shown, and are freed like any other object.
 """
 
+from pyro_diffusion.plotting.coverage import coverage_curve, null_histogram
 from pyro_diffusion.plotting.curves import bound_per_step, loss_curve, schedule
 from pyro_diffusion.plotting.images import reverse_trajectory, sample_grid
 from pyro_diffusion.plotting.pairs import pair_plot
@@ -12,7 +13,9 @@ from pyro_diffusion.plotting.ranks import rank_histogram
 
 __all__ = [
     "bound_per_step",
+    "coverage_curve",
     "loss_curve",
+    "null_histogram",
     "pair_plot",
     "rank_histogram",
     "reverse_trajectory",

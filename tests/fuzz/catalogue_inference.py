@@ -362,6 +362,12 @@ def amortized_calls_of(y: Any) -> list[Call]:
             weight=0.5,
         ),
         Call("infer.AutoAmortized.forward", guide, lambda: {"x": point.clone()}, weight=0.5),
+        Call(
+            "infer.AutoAmortized.draw",
+            lambda **a: guide.draw(a.pop("num_samples"), a),
+            lambda: {"num_samples": 3, "x": point.clone()},
+            weight=0.5,
+        ),
         Call("infer.AutoAmortized.simulate", guide.simulate, of({"num_samples": 3})),
         Call(
             "infer.AutoAmortized.accept",
@@ -418,6 +424,16 @@ def evaluate_calls() -> list[Call]:
             return {"z": 0.5 * values["y"] + 0.7 * torch.randn(9)}
 
         return evaluate.sbc(model, posterior, observed=["y"], **arguments)
+
+    def pairs(test: Any, *data: Any, **arguments: Any) -> Any:
+        def model() -> None:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0))
+
+        def posterior(values: Any) -> Any:
+            return {"z": 0.5 * values["y"] + 0.7 * torch.randn(9)}
+
+        return test(model, posterior, *data, observed=["y"], **arguments)
 
     pair = lambda: {"x": data(8), "y": data(8) + 0.1}  # noqa: E731
     return [
@@ -559,6 +575,24 @@ def evaluate_calls() -> list[Call]:
             "evaluate.sbc",
             simulate,
             of({"num_simulations": 10, "thin": 1, "parallel": False}),
+            weight=0.5,
+        ),
+        Call(
+            "evaluate.tarp",
+            functools.partial(pairs, evaluate.tarp),
+            of({"num_simulations": 10, "num_references": 10, "parallel": False}),
+            weight=0.5,
+        ),
+        Call(
+            "evaluate.local_c2st",
+            lambda observations, **a: pairs(evaluate.local_c2st, observations, **a),
+            of(
+                {
+                    "observations": {"y": torch.tensor(0.5)},
+                    **{"num_simulations": 20, "num_permutations": 10, "iterations": 2},
+                    **{"hidden": 4, "learning_rate": 0.01},
+                }
+            ),
             weight=0.5,
         ),
         Call("evaluate.RankStatistics.p_value", ranks.p_value, of({"name": "x", "bins": 5})),
@@ -948,6 +982,18 @@ def plotting_calls() -> list[Call]:
                     **{"num_points": 3, "bins": 4},
                 }
             ),
+            weight=0.3,
+        ),
+        Call(
+            "plotting.coverage_curve",
+            plotting.coverage_curve,
+            of({"ranks": torch.arange(40) % 10, "num_samples": 9, "level": 0.9}),
+            weight=0.3,
+        ),
+        Call(
+            "plotting.null_histogram",
+            plotting.null_histogram,
+            of({"statistic": 0.1, "null": torch.arange(20) / 100, "bins": 5}),
             weight=0.3,
         ),
         Call(
