@@ -39,10 +39,13 @@ from pyro_diffusion.distributions import (
     BasisDecoder,
     CategoricalDecoder,
     NormalDecoder,
+    OrderAgnostic,
     QuantizedDecoder,
 )
 from pyro_diffusion.nn import (
+    MADE,
     MLP,
+    NADE,
     ConditionalMLP,
     DiT,
     LabelContext,
@@ -179,6 +182,12 @@ DEFINITIONS = [
         SetTransformer(3, width=8, depth=1, heads=2),
         {"event_size": 3, "heads": 2, "frequencies": []},
     ),
+    (MADE(2, (3,), skip=True), {"hidden": [3], "states": 2, "skip": True, "orders": [[0, 1]]}),
+    (NADE(2, 3, 4), {"hidden": 3, "states": 4, "orders": [[0, 1]], "context_size": 0}),
+    (
+        OrderAgnostic(CategoricalDenoiser(MLP(2), Absorbing(Cosine(), 2)), 2),
+        {"size": 2, "denoiser": {"module": "CategoricalDenoiser"}, "orders": [[0, 1]]},
+    ),
     (LabelContext(3, 4), {"classes": 3, "features": 4, "dropout": 0.1}),
     (TensorContext(2, 4, dropout=0.0), {"in_features": 2, "features": 4, "dropout": 0.0}),
 ]
@@ -198,7 +207,7 @@ def test_every_public_class_has_its_row():
     public = {getattr(module, name) for module in modules for name in module.__all__}
     kinds = {c for c in public if isinstance(c, type) and issubclass(c, DefinedModule)}
     abstract = "Schedule VariancePreserving ForwardProcess Denoiser NetworkDenoiser Variance"
-    names = {c.__name__ for c in kinds} - {*abstract.split(), "Decoder"}
+    names = {c.__name__ for c in kinds} - {*abstract.split(), "Decoder", "AutoregressiveNetwork"}
     assert names == {type(module).__name__ for module, _ in DEFINITIONS}
 
 

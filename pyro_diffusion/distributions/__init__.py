@@ -3,6 +3,7 @@
 from pyro_diffusion.denoisers.fourier_density import FourierDensity
 from pyro_diffusion.distributions import kl as _kl  # noqa: F401 (registers divergences)
 from pyro_diffusion.distributions.argmax import ArgmaxCategorical, RelaxedArgmaxCategorical
+from pyro_diffusion.distributions.autoregressive import Autoregressive, OrderAgnostic
 from pyro_diffusion.distributions.basis_decoder import BasisDecoder
 from pyro_diffusion.distributions.ctmc import DiffusionCTMC
 from pyro_diffusion.distributions.decoders import (
@@ -30,6 +31,7 @@ from pyro_diffusion.distributions.sde import DiffusionSDE
 
 __all__ = [
     "ArgmaxCategorical",
+    "Autoregressive",
     "BasisDecoder",
     "Bound",
     "CategoricalDecoder",
@@ -44,6 +46,7 @@ __all__ = [
     "MomentRegression",
     "NormalDecoder",
     "Objective",
+    "OrderAgnostic",
     "ProbabilityFlow",
     "QuantizedDecoder",
     "RedDiff",

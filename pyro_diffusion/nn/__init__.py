@@ -2,18 +2,24 @@
 
 A network is called as ``network(x, log_snr, **context)`` with ``x`` of shape ``(N, *event)``,
 ``log_snr`` of shape ``(N,)`` and one tensor of shape ``(N, ...)`` for each named context. It
-returns ``x.shape`` when its attribute ``outputs`` is 1, else ``x.shape + (outputs,)``.
+returns ``x.shape`` when its attribute ``outputs`` is 1, else ``x.shape + (outputs,)``. Autoregressive
+networks (:class:`MADE`, :class:`NADE`) are called as ``network(x, order, context)`` and know of no noise.
 """
 
+from .autoregressive import MADE, AutoregressiveNetwork
 from .conditional_mlp import ConditionalMLP
 from .context import LabelContext, TensorContext
 from .mlp import MLP
+from .nade import NADE
 from .tokens import DiT, SetTransformer
 from .transformer import Transformer
 from .unet import UNet
 
 __all__ = [
+    "MADE",
     "MLP",
+    "NADE",
+    "AutoregressiveNetwork",
     "ConditionalMLP",
     "DiT",
     "LabelContext",

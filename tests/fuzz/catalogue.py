@@ -20,6 +20,7 @@ from pyro_diffusion import (
     samplers,
     schedules,
 )
+from pyro_diffusion import nn as networks
 from pyro_diffusion.distributions import Diffusion, DiffusionCTMC, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.dynamics import ODESolver, SDESolver
 from tests.small_diffusions import Tiny
@@ -52,6 +53,7 @@ NOT_CALLED: dict[str, str] = {
     "distributions.Decoder": "a base class",
     "distributions.Objective": "a base class",
     "dynamics.TraceEstimator": "a base class",
+    "nn.AutoregressiveNetwork": "a base class",
     "guidance.GuidedDenoiser": "a base class",
     "likelihoods.Likelihood": "a base class",
     "samplers.Sampler": "a base class",
@@ -71,6 +73,7 @@ DELETION = processes.Deletion(schedules.Rectified.full(), 3)
 COSINES = processes.Basis.dct((3,), dims=1)
 BLURRING = processes.Blurring(schedules.Cosine(), COSINES, sigma_max=2.0)
 HEAVY = processes.StudentTProcess(schedules.Cosine(), degrees_of_freedom=3.0)
+ORDERS = torch.tensor([[0, 1, 2], [2, 0, 1]])
 TIMES = schedules.uniform(3)
 LEVEL = PROCESS.level(torch.tensor([0.3, 0.6]))
 
@@ -103,6 +106,11 @@ def conditional() -> denoisers.Denoiser:
 @functools.cache
 def symbols() -> denoisers.Denoiser:
     return denoisers.CategoricalDenoiser(network(4), MASKING)
+
+
+@functools.cache
+def conditional_bits() -> nn.Module:
+    return seeded(lambda: networks.NADE(3, 4, orders=ORDERS, context_size=3))
 
 
 def words() -> torch.Tensor:
@@ -913,6 +921,18 @@ def distribution_calls() -> list[Call]:
                 (distributions.RelaxedArgmaxCategorical, {"temperature": torch.tensor(0.5)}),
             )
             for noise in (dist.Normal(0.0, 1.0), dist.Gumbel(0.0, 1.0), dist.Exponential(1.0))
+        ),
+        Call(
+            "distributions.Autoregressive",
+            lambda **a: drawn_and_scored(distributions.Autoregressive(**a)),
+            of({"network": conditional_bits(), "order": 1, "context": data(2)}),
+        ),
+        Call(
+            "distributions.OrderAgnostic",
+            lambda **a: drawn_and_scored(
+                distributions.Autoregressive(distributions.OrderAgnostic(**a))
+            ),
+            of({"denoiser": symbols(), "size": 3, "orders": ORDERS}),
         ),
         Call(
             "distributions.Dequantization",

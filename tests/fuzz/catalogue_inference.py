@@ -32,6 +32,7 @@ from pyro_diffusion import nn as networks
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.dynamics import ODESolver, SDESolver
 from tests.fuzz.catalogue import (
+    ORDERS,
     TIMES,
     Call,
     chain,
@@ -656,6 +657,27 @@ def network_calls() -> list[Call]:
             "nn.ConditionalMLP.forward",
             networks.ConditionalMLP(3, 2, width=8, depth=1),
             lambda: {"x": torch.ones(2, 3), "log_snr": torch.zeros(2), "y": torch.ones(2, 2)},
+        ),
+        *(
+            Call(
+                f"nn.{kind.__name__}",
+                lambda kind=kind, **a: kind(**a)(torch.ones(2, 3), 1, torch.ones(2, 2)),
+                of({"size": 3, "hidden": hidden, "states": 2, "orders": ORDERS, "context_size": 2}),
+            )
+            for kind, hidden in ((networks.MADE, (8,)), (networks.NADE, 4))
+        ),
+        Call(
+            "nn.MADE.forward",
+            networks.MADE(3, (8,), 2, ORDERS, 2),
+            lambda: {"x": torch.ones(2, 3), "order": 1, "context": torch.ones(2, 2)},
+        ),
+        Call(
+            "nn.NADE.conditional",
+            networks.NADE(3, 8, 2, ORDERS, 2).conditional,
+            lambda: {
+                **{"x": torch.ones(2, 3), "position": 1, "order": 1},
+                "context": torch.ones(2, 2),
+            },
         ),
         Call(
             "nn.MLP",
