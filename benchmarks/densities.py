@@ -1,25 +1,30 @@
 """Small densities and discrete distributions beside diffusions: figures of the pages on each.
 
-Run: python benchmarks/densities.py [--only PART ...] [--scale SHARE]
+Run: python benchmarks/densities.py --data DIR [--only PART ...] [--scale SHARE]
 
 Parts are the modules of ``density_parts``. Each prints a table and a verdict; the command fails if any is not
-as wanted. ``--scale`` below 1 shortens trainings and draws for a trial, whose verdicts then mean nothing.
+as wanted. DIR has debd_nltcs.npz and debd_plants.npz, arrays train, valid and test of rows of packed bits and
+n_vars, how many there are in a row; binarized MNIST, which takes longer, is
+`python benchmarks/density_parts/autoregressive.py --data FILE`. ``--scale`` below 1 shortens trainings and
+draws for a trial, whose verdicts then mean nothing.
 """
 
 import argparse
 import importlib
 import sys
 import time
+from pathlib import Path
 
 import torch
 
-PARTS = ("categoricals", "fourier", "amos")
+PARTS = ("categoricals", "fourier", "autoregressive", "amos")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--scale", type=float, default=1.0, help="share of steps and draws")
+    parser.add_argument("--data", type=Path, help="folder of binary sets")
     args = parser.parse_args()
     torch.set_num_threads(1)
     fine = []
@@ -27,7 +32,9 @@ def main() -> None:
         start = time.perf_counter()
         torch.manual_seed(0)
         print(f"\n== {name}")
-        fine.append(importlib.import_module(f"density_parts.{name}").main(args.scale))
+        main = importlib.import_module(f"density_parts.{name}").main
+        more = (args.data,) if name == "autoregressive" else ()
+        fine.append(main(args.scale, *more))
         print(f"as wanted: {fine[-1]} ({time.perf_counter() - start:.0f} s)")
     sys.exit(0 if all(fine) else 1)
 
