@@ -16,7 +16,8 @@ from scipy import stats
 from pyro_diffusion import checkpoint
 from pyro_diffusion.denoisers import CategoricalDenoiser
 from pyro_diffusion.distributions import Autoregressive, DiffusionCTMC, OrderAgnostic
-from pyro_diffusion.nn import MADE, NADE, AutoregressiveNetwork
+from pyro_diffusion.nn import MADE, NADE
+from pyro_diffusion.nn.autoregressive import AutoregressiveNetwork
 from pyro_diffusion.processes import Absorbing, Uniform
 from pyro_diffusion.schedules import Rectified
 

@@ -39,7 +39,7 @@ class Autoregressive(TorchDistribution):
 
     Args:
         network: a :class:`~pyro_diffusion.nn.MADE`, a :class:`~pyro_diffusion.nn.NADE`, an
-            :class:`OrderAgnostic`, or another :class:`~pyro_diffusion.nn.AutoregressiveNetwork`.
+            :class:`OrderAgnostic`, or another :class:`~pyro_diffusion.nn.autoregressive.AutoregressiveNetwork`.
         order: number of the order; None for the mixture of all.
         context: y, batch + (context_size,) of the network; its batch is this distribution's.
         validate_args: whether to check values; Pyro's global setting by default.
@@ -166,7 +166,7 @@ class OrderAgnostic(AutoregressiveNetwork):
     Args:
         denoiser: under an absorbing process of vectors (``event_dim`` 1), without context.
         size: number of symbols D.
-        orders: (M, D), see :class:`~pyro_diffusion.nn.AutoregressiveNetwork`.
+        orders: (M, D), see :class:`~pyro_diffusion.nn.autoregressive.AutoregressiveNetwork`.
 
     Raises:
         ValueError: for a process without a mask or of other events, and orders that are none.

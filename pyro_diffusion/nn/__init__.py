@@ -6,7 +6,7 @@ returns ``x.shape`` when its attribute ``outputs`` is 1, else ``x.shape + (outpu
 networks (:class:`MADE`, :class:`NADE`) are called as ``network(x, order, context)`` and know of no noise.
 """
 
-from .autoregressive import MADE, AutoregressiveNetwork
+from .autoregressive import MADE
 from .conditional_mlp import ConditionalMLP
 from .context import LabelContext, TensorContext
 from .mlp import MLP
@@ -19,7 +19,6 @@ __all__ = [
     "MADE",
     "MLP",
     "NADE",
-    "AutoregressiveNetwork",
     "ConditionalMLP",
     "DiT",
     "LabelContext",

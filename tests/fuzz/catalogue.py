@@ -53,7 +53,6 @@ NOT_CALLED: dict[str, str] = {
     "distributions.Decoder": "a base class",
     "distributions.Objective": "a base class",
     "dynamics.TraceEstimator": "a base class",
-    "nn.AutoregressiveNetwork": "a base class",
     "guidance.GuidedDenoiser": "a base class",
     "likelihoods.Likelihood": "a base class",
     "samplers.Sampler": "a base class",
