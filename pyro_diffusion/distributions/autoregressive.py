@@ -39,7 +39,8 @@ class Autoregressive(TorchDistribution):
 
     Args:
         network: a :class:`~pyro_diffusion.nn.MADE`, a :class:`~pyro_diffusion.nn.NADE`, an
-            :class:`OrderAgnostic`, or another :class:`~pyro_diffusion.nn.autoregressive.AutoregressiveNetwork`.
+            :class:`OrderAgnostic`, or another
+            :class:`~pyro_diffusion.nn.autoregressive.AutoregressiveNetwork`.
         order: number of the order; None for the mixture of all.
         context: y, batch + (context_size,) of the network; its batch is this distribution's.
         validate_args: whether to check values; Pyro's global setting by default.
