@@ -2,8 +2,10 @@
 
 from pyro_diffusion.infer.annealed_smc import AnnealedSMC
 from pyro_diffusion.infer.auto_amortized import AutoAmortized
+from pyro_diffusion.infer.auto_joint import AutoJoint
 from pyro_diffusion.infer.autoguide import AutoGuidance, AutoTwistedSMC
 from pyro_diffusion.infer.ddpm import DDPM
+from pyro_diffusion.infer.joint_conditional import JointConditional
 from pyro_diffusion.infer.particle_gibbs import ParticleGibbs
 from pyro_diffusion.infer.reparam import ChainReparam
 from pyro_diffusion.infer.twisted_smc import Particles, TwistedSMC
@@ -14,8 +16,10 @@ __all__ = [
     "AnnealedSMC",
     "AutoAmortized",
     "AutoGuidance",
+    "AutoJoint",
     "AutoTwistedSMC",
     "ChainReparam",
+    "JointConditional",
     "ParticleGibbs",
     "Particles",
     "TwistedSMC",

@@ -243,10 +243,12 @@ class AutoAmortized(SimulatedLatents):
     def quantiles(
         self, quantiles: list[float], *args: Any, num_samples: int = 1000, **kwargs: Any
     ) -> Values:
-        """Quantiles of every coordinate over ``num_samples`` draws, each (quantiles,) + the site's shape."""
+        """Quantiles of every coordinate over draws, each (quantiles,) + batch + the site's shape."""
         check_positive_int("num_samples", num_samples)
         posterior = self.get_posterior(*args, **kwargs)
-        return packed_quantiles(self, posterior, quantiles, num_samples)
+        assert self._simulator is not None
+        nesting = self._simulator.nesting
+        return packed_quantiles(self, posterior, quantiles, num_samples, nesting)
 
 
 def _in_elbo() -> bool:

@@ -18,7 +18,13 @@ from pyro_diffusion.nn import ConditionalMLP
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import LogLinear
 
-__all__ = ["ConditionalPosterior", "default_denoiser"]
+__all__ = [
+    "ConditionalPosterior",
+    "FlowPosterior",
+    "MakeDenoiser",
+    "default_denoiser",
+    "focused_times",
+]
 
 STEPS, CENTRE, WIDTH = 1000, 3.0, 4.0  # of the chain in training: log-SNRs
 CONTEXT = "y"
@@ -112,7 +118,7 @@ class ConditionalPosterior(nn.Module):
         return Diffusion(
             self.denoiser,
             (self.latent_size,),
-            times=_focused_times(self.denoiser.process),
+            times=focused_times(self.denoiser.process),
             objective=objective,
             context={CONTEXT: context},
         )
@@ -126,7 +132,7 @@ class ConditionalPosterior(nn.Module):
         return FlowPosterior(flow, [scale])
 
 
-def _focused_times(process: Any) -> Tensor:
+def focused_times(process: Any) -> Tensor:
     """Steps even in the process's clock within about `WIDTH` of `CENTRE`, and growing beyond it."""
     high, low = (math.asinh((end - CENTRE) / WIDTH) for end in process.finite_clock_ends())
     place = torch.linspace(high, low, STEPS + 1, dtype=torch.float64)

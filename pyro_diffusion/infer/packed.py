@@ -98,19 +98,34 @@ def packed_log_prob(
     return out
 
 
-def packed_values(guide: Any, latent: Tensor) -> dict[str, Tensor]:
-    """Values of every latent in its support, from a vector of unconstrained ones."""
-    return {
-        site["name"]: biject_to(site["fn"].support)(free)
-        for site, free in guide._unpack_latent(latent)
-    }
+def packed_values(guide: Any, latent: Tensor, nesting: int) -> dict[str, Tensor]:
+    """Values of every latent in its support, sample + batch + its shape.
+
+    Args:
+        guide: an ``AutoContinuous`` that has seen its model.
+        latent: unconstrained vectors, sample + batch + (size,), with ``nesting`` singletons for the model's
+            plates before the last dimension.
+        nesting: how many of these.
+    """
+    latent = latent.reshape(*latent.shape[: latent.dim() - 1 - nesting], latent.shape[-1])
+    found, place = {}, 0
+    for name, site in guide.prototype_trace.iter_stochastic_nodes():
+        shape = guide._unconstrained_shapes[name]
+        free = latent[..., place : place + shape.numel()].reshape(*latent.shape[:-1], *shape)
+        found[name] = biject_to(site["fn"].support)(free)
+        place += shape.numel()
+    return found
 
 
 @torch.no_grad()
 def packed_quantiles(
-    guide: Any, posterior: TorchDistribution, quantiles: Sequence[float], num_samples: int
+    guide: Any,
+    posterior: TorchDistribution,
+    quantiles: Sequence[float],
+    num_samples: int,
+    nesting: int,
 ) -> dict[str, Tensor]:
-    """Quantiles of every coordinate over draws, each (quantiles,) + the site's shape.
+    """Quantiles of every coordinate over draws, each (quantiles,) + batch + the site's shape.
 
     Raises:
         ValueError: for a number of draws below 1, and quantiles outside [0, 1].
@@ -118,7 +133,8 @@ def packed_quantiles(
     check_positive_int("num_samples", num_samples)
     if not all(0 <= q <= 1 for q in quantiles):
         raise ValueError(f"quantiles: got {quantiles}, expected numbers in [0, 1]")
-    draws = packed_values(guide, posterior.sample(torch.Size([num_samples])))
+    plates = nesting if posterior.batch_shape else 0
+    draws = packed_values(guide, posterior.sample(torch.Size([num_samples])), plates)
     return {
         name: value.quantile(torch.tensor(quantiles, dtype=value.dtype, device=value.device), dim=0)
         for name, value in draws.items()

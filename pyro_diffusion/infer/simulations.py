@@ -18,7 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_diffusion.likelihoods.run import Message, check_fixed_rows, isolated
 
-__all__ = ["SimulatedSite", "Simulator", "WholeData", "find_sites", "observations", "simulate"]
+__all__ = [
+    "SimulatedSite",
+    "Simulator",
+    "WholeData",
+    "find_joint",
+    "find_sites",
+    "observations",
+    "score",
+    "simulate",
+    "sites_of",
+    "traced",
+]
 
 TRIALS = 3
 Values = dict[str, Tensor]
@@ -71,7 +82,7 @@ class _Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _traced(program: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def traced(program: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A trace of one run, as if nothing were around it."""
     with isolated(), torch.no_grad(), WholeData():
         return poutine.trace(poutine.block(program, hide_types=["param"])).get_trace(
@@ -79,7 +90,7 @@ def _traced(program: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         )
 
 
-def _sites(trace: Any) -> dict[str, Message]:
+def sites_of(trace: Any) -> dict[str, Message]:
     """Sample sites, without those of plates and of `pyro.deterministic`."""
     return {
         name: node
@@ -103,20 +114,7 @@ def find_sites(
     Raises:
         ValueError: as ``AutoAmortized.simulate`` says.
     """
-    trace = _traced(program, args, kwargs)
-    data = _sites(trace)
-    factors = [n for n, node in data.items() if type(node["fn"]).__name__ == "Unit"]
-    if factors:
-        raise ValueError(
-            f"model: got pyro.factor sites {factors}, which say nothing of how data arise; expected a "
-            "pyro.sample site for every observation"
-        )
-    reweighted = [n for n, node in data.items() if _is_reweighted(node)]
-    if reweighted:
-        raise ValueError(
-            f"model: got a mask or scale at {reweighted}, which say nothing of how data arise; expected "
-            "sites without"
-        )
+    trace, data = _drawn(program, args, kwargs)
     names = [n for n, node in data.items() if node["is_observed"]]
     if observed is not None:
         names = _known("observed", observed, data, trace)
@@ -131,10 +129,65 @@ def find_sites(
         hidden = _known("latents", latents, data, trace)
     if not hidden or set(hidden) & set(names):
         raise ValueError(f"latents: got {hidden}, expected sites other than the observed {names}")
-    runs = [_traced(poutine.uncondition(program), args, kwargs) for _ in range(TRIALS)]
-    sites = [_sites(run) for run in runs]
+    return _simulator(program, args, kwargs, hidden, names, vectorized, "latents")
+
+
+def find_joint(
+    program: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    names: Collection[str] | None,
+    observed: Collection[str] | None,
+    vectorized: bool | None,
+) -> tuple[Simulator, list[str]]:
+    """Sites of a program whose joint distribution is wanted, all as latents, and which of them are data.
+
+    Raises:
+        ValueError: as ``AutoJoint.simulate`` says.
+    """
+    trace, data = _drawn(program, args, kwargs)
+    wanted = list(data) if names is None else _known("sites", names, data, trace)
+    if len(wanted) < 2:
+        raise ValueError(f"sites: got {wanted}, expected two or more sites of the model")
+    given = [n for n in wanted if data[n]["is_observed"]]
+    if observed is not None:
+        given = _known("observed", observed, {n: data[n] for n in wanted}, trace)
+    return _simulator(program, args, kwargs, wanted, [], vectorized, "sites"), given
+
+
+def _drawn(program: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, dict[str, Message]]:
+    """A run and its sites, all of which say how data arise."""
+    trace = traced(program, args, kwargs)
+    data = sites_of(trace)
+    factors = [n for n, node in data.items() if type(node["fn"]).__name__ == "Unit"]
+    if factors:
+        raise ValueError(
+            f"model: got pyro.factor sites {factors}, which say nothing of how data arise; expected a "
+            "pyro.sample site for every observation"
+        )
+    reweighted = [n for n, node in data.items() if _is_reweighted(node)]
+    if reweighted:
+        raise ValueError(
+            f"model: got a mask or scale at {reweighted}, which say nothing of how data arise; expected "
+            "sites without"
+        )
+    return trace, data
+
+
+def _simulator(
+    program: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    hidden: list[str],
+    names: list[str],
+    vectorized: bool | None,
+    argument: str,
+) -> Simulator:
+    """The program with its latents and observed sites, which are in every run and alike there."""
+    runs = [traced(poutine.uncondition(program), args, kwargs) for _ in range(TRIALS)]
+    sites = [sites_of(run) for run in runs]
     for name in (*hidden, *names):
-        _check_same(name, [each.get(name) for each in sites], name in hidden)
+        _check_same(name, [each.get(name) for each in sites], name in hidden, argument)
     frames = [f for node in sites[0].values() for f in node["cond_indep_stack"]]
     nesting = max([-f.dim for f in frames if f.dim is not None], default=0)
     if vectorized is None:
@@ -174,7 +227,7 @@ def _known(
     return [name for name in sites if name in names]
 
 
-def _check_same(name: str, nodes: list[Message | None], latent: bool) -> None:
+def _check_same(name: str, nodes: list[Message | None], latent: bool, argument: str) -> None:
     """Refuse a site that is not in every run, or is another there; a latent that is discrete."""
     if any(node is None for node in nodes):
         raise ValueError(f"site {name!r}: got it in some runs only, expected it in every run")
@@ -190,15 +243,15 @@ def _check_same(name: str, nodes: list[Message | None], latent: bool) -> None:
     support = first["fn"].support
     if support.is_discrete:
         raise ValueError(
-            f"site {name!r}: got a discrete latent ({type(first['fn']).__name__}), expected continuous ones "
-            "(name those of interest, latents=[...]; the others are then integrated out)"
+            f"site {name!r}: got a discrete {argument[:-1]} ({type(first['fn']).__name__}), expected "
+            f"continuous ones (name those of interest, {argument}=[...]; the others are then integrated out)"
         )
     try:
         at = torch.zeros_like(biject_to(support).inv(first["value"]))
     except NotImplementedError:
         raise ValueError(
             f"site {name!r}: got a support ({support}) that no transform of torch maps to real numbers, "
-            "expected another parametrization, or latents=[...] without it"
+            f"expected another parametrization, or {argument}=[...] without it"
         ) from None
     ends = [biject_to(node["fn"].support)(at) for node in present]
     if not all(torch.equal(ends[0], end) for end in ends):
@@ -225,7 +278,7 @@ def _is_vectorizable(
     A program that reads a number may branch on it. A branch that is rare in three runs is sure in a thousand
     of them side by side, so that a read is enough.
     """
-    single = [_sites(run) for run in runs]
+    single = [sites_of(run) for run in runs]
     lead = (TRIALS,) + (1,) * nesting
     data = {}
     for name in (n for n in single[0] if all(n in each for each in single)):
@@ -243,26 +296,22 @@ def _is_vectorizable(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with pyro.validation_enabled(False), _Reads() as reads:  # validation reads, too
-                joint = _traced(poutine.condition(vectorized, data), args, kwargs)
+                joint = traced(poutine.condition(vectorized, data), args, kwargs)
             if reads.found:
                 return False
-            together = _sites(joint)
+            together = sites_of(joint)
             for name in data:
-                score = _score(together[name])
-                score = (
-                    score.expand(torch.broadcast_shapes(score.shape, lead))
-                    .reshape(TRIALS, -1)
-                    .sum(1)
-                )
-                alone = torch.stack([_score(each[name]).sum() for each in single])
-                if not torch.allclose(score, alone, rtol=1e-4, atol=1e-4, equal_nan=True):
+                own = score(together[name])
+                own = own.expand(torch.broadcast_shapes(own.shape, lead)).reshape(TRIALS, -1).sum(1)
+                alone = torch.stack([score(each[name]).sum() for each in single])
+                if not torch.allclose(own, alone, rtol=1e-4, atol=1e-4, equal_nan=True):
                     return False
     except Exception:  # whatever a program that knows nothing of plates may raise
         return False
     return True
 
 
-def _score(node: Message) -> Tensor:
+def score(node: Message) -> Tensor:
     """Log-density of a site's value; of a point mass, the point."""
     fn = node["fn"]
     base = fn
@@ -307,7 +356,7 @@ def observations(simulator: Simulator, args: Any, kwargs: Any) -> Values:
     Raises:
         ValueError: if an observed site has none.
     """
-    nodes = _traced(simulator.program, args, kwargs).nodes
+    nodes = traced(simulator.program, args, kwargs).nodes
     without = [n for n in simulator.observed if n not in nodes or not nodes[n]["is_observed"]]
     if without:
         raise ValueError(

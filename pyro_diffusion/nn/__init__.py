@@ -11,6 +11,7 @@ from .conditional_mlp import ConditionalMLP
 from .context import LabelContext, TensorContext
 from .mlp import MLP
 from .nade import NADE
+from .site_transformer import SiteTransformer
 from .tokens import DiT, SetTransformer
 from .transformer import Transformer
 from .unet import UNet
@@ -23,6 +24,7 @@ __all__ = [
     "DiT",
     "LabelContext",
     "SetTransformer",
+    "SiteTransformer",
     "TensorContext",
     "Transformer",
     "UNet",

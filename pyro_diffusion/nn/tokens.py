@@ -52,14 +52,18 @@ class _TokenTransformer(DefinedModule):
         log_snr: Tensor,
         context: Mapping[str, Tensor | None],
         places: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """Tokens (N, L, inputs) to (N, L, outputs), with ``places`` (L, width) added if tokens have any."""
+        """Tokens (N, L, inputs) to (N, L, outputs), with ``places`` (L, width) added if tokens have any.
+
+        ``bias`` is added to the logits of attention, (..., L, L), if given.
+        """
         condition = self.conditioning(log_snr, tokens.shape[0], context)
         hidden = self.first(tokens.to(self.first.weight.dtype))
         if places is not None:
             hidden = hidden + places
         for block in self.blocks:
-            hidden = block(hidden, condition, None)
+            hidden = block(hidden, condition, bias)
         scale, shift = self.modulation(condition).unsqueeze(1).chunk(2, dim=-1)
         return self.last(torch.addcmul(shift, self.norm(hidden), 1 + scale))
 

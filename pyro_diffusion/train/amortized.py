@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_diffusion.infer import AutoAmortized
+from pyro_diffusion.infer import AutoAmortized, AutoJoint
 from pyro_diffusion.infer.standardized import shuffled
 from pyro_diffusion.train.history import History
 from pyro_diffusion.train.trainer import Trainer
@@ -20,7 +20,7 @@ WARM_UP = 100
 
 
 def fit_amortized(
-    guide: AutoAmortized,
+    guide: AutoAmortized | AutoJoint,
     simulations: Mapping[str, Tensor],
     *,
     steps: int | None = None,
@@ -31,14 +31,15 @@ def fit_amortized(
     patience: int | None = 6,
     **options: Any,
 ) -> History:
-    """Train an amortized posterior on a fixed number of simulations.
+    """Train an amortized posterior or joint distribution on a fixed number of simulations.
 
     A recipe on top of :class:`Trainer`, which does it in full generality: AdamW along a cosine, clipped
     gradients, the average of the weights that was best on held-out simulations. The guide is then ready, in
     evaluation mode.
 
     Args:
-        guide: whose :meth:`~pyro_diffusion.infer.AutoAmortized.training_model` is trained.
+        guide: an :class:`~pyro_diffusion.infer.AutoAmortized` or
+            :class:`~pyro_diffusion.infer.AutoJoint`, whose ``training_model`` is trained.
         simulations: of ``guide.simulate`` or ``guide.accept``.
         steps: of the optimizer; 80 times the square root of the number of simulations, within 1000 and
             20,000, if None.
@@ -65,8 +66,10 @@ def fit_amortized(
         >>> len(history.losses)
         20
     """
-    if not isinstance(guide, AutoAmortized):
-        raise ValueError(f"guide: got {type(guide).__name__}, expected an AutoAmortized")
+    if not isinstance(guide, AutoAmortized | AutoJoint):
+        raise ValueError(
+            f"guide: got {type(guide).__name__}, expected an AutoAmortized or an AutoJoint"
+        )
     if not isinstance(simulations, Mapping) or not all(
         isinstance(value, Tensor) and value.dim() for value in simulations.values()
     ):
