@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pyro
 import pyro.distributions as dist
+import sbi_subsets
 import torch
 from pyro.infer import Predictive
 from torch import Tensor
@@ -108,9 +109,10 @@ def run(name: str, count: int, seed: int, args: argparse.Namespace) -> list[floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the tasks")
+    parser.add_argument("--data", type=Path, help="folder of the tasks; `subsets` needs none")
     tasks = ["two_moons", "gaussian_linear", "bernoulli_glm"]
-    parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks)
+    parser.add_argument("--tasks", nargs="+", default=tasks, choices=[*tasks, "subsets"])
+    parser.add_argument("--programs", nargs="+", default=["gaussian", "tree"], help="of `subsets`")
     parser.add_argument("--simulations", nargs="+", type=int, default=[1000, 10_000])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=None, help="those of the recipe by default")
@@ -118,6 +120,11 @@ def main() -> None:
     parser.add_argument("--progress", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.tasks == ["subsets"]:
+        sbi_subsets.main(args)
+        return
+    if args.data is None or "subsets" in args.tasks:
+        parser.error("--data: expected a folder for tasks of sbibm, and `subsets` alone")
     print(
         f"{'task':<16} {'n':>7} {'seed':>4} {'C2ST':>7} {'min':>6} {'max':>6} {'steps':>6} {'sim s':>7} "
         f"{'fit min':>7} {'all min':>7}"

@@ -50,6 +50,7 @@ from pyro_diffusion.nn import (
     DiT,
     LabelContext,
     SetTransformer,
+    SiteTransformer,
     TensorContext,
     Transformer,
     UNet,
@@ -187,6 +188,9 @@ DEFINITIONS = [
     (
         OrderAgnostic(CategoricalDenoiser(MLP(2), Absorbing(Cosine(), 2)), 2),
         {"size": 2, "denoiser": {"module": "CategoricalDenoiser"}, "orders": [[0, 1]]},
+    (
+        SiteTransformer(3, width=8, depth=1, heads=2),
+        {"event_size": 3, "heads": 2, "frequencies": []},
     ),
     (LabelContext(3, 4), {"classes": 3, "features": 4, "dropout": 0.1}),
     (TensorContext(2, 4, dropout=0.0), {"in_features": 2, "features": 4, "dropout": 0.0}),

@@ -14,7 +14,7 @@ from pyro_diffusion.infer.conditional_posterior import FlowPosterior
 from pyro_diffusion.infer.packed import packed_log_prob, packed_quantiles, packed_values
 from pyro_diffusion.infer.simulations import SimulatedSite
 from pyro_diffusion.likelihoods.run import isolated
-from pyro_diffusion.validation import Shape
+from pyro_diffusion.validation import Shape, check_sizes
 
 __all__ = ["JointConditional"]
 
@@ -84,7 +84,8 @@ class JointConditional(AutoContinuous):
     @torch.no_grad()
     def sample(self, sample_shape: Shape = torch.Size()) -> dict[str, Tensor]:
         """Draws of the free sites, each sample + batch + the site's shape."""
-        return packed_values(self, self._law[0].sample(torch.Size(sample_shape)), self._nesting)
+        shape = torch.Size(check_sizes("sample_shape", sample_shape))
+        return packed_values(self, self._law[0].sample(shape), self._nesting)
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """Log-density of values of all free sites, in their own spaces (nats).

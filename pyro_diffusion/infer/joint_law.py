@@ -29,8 +29,8 @@ MakeSiteDenoiser = Callable[[int, Tensor | None], Denoiser]
 
 
 def default_site_denoiser(size: int, graph: Tensor | None) -> Denoiser:
-    """A transformer of four blocks of 64 with attention along the graph, under log-SNRs from 12 to -8."""
-    network = SiteTransformer(size, graph=graph)
+    """A transformer of four blocks of 48 with attention along the graph, under log-SNRs from 12 to -8."""
+    network = SiteTransformer(size, width=48, graph=graph)
     dims = {"given": 1, "conditioned": 1}
     return GaussianDenoiser(
         network, GaussianProcess(LogLinear(12.0, -8.0)), context_event_dims=dims

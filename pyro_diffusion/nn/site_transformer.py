@@ -104,9 +104,10 @@ class SiteTransformer(_TokenTransformer):
         weight = self.last.weight
         for name, value in {"x": x, "given": given}.items():
             shape = check_operand(name, value, weight).shape
-            if len(shape) != 2 or shape[1] != self.event_size or len(value) != len(x):
+            if len(shape) != 2 or shape[1] != self.event_size or shape[0] != x.shape[0]:
                 raise ValueError(
-                    f"{name}: got shape {tuple(shape)}, expected ({len(x)}, {self.event_size})"
+                    f"{name}: got shape {tuple(shape)}, expected ({'N' if x.dim() < 1 else len(x)}, "
+                    f"{self.event_size})"
                 )
         if conditioned.shape != x.shape or conditioned.dtype != torch.bool:
             raise ValueError(

@@ -231,6 +231,7 @@ def infer_calls() -> list[Call]:
             weight=0.5,
         ),
         *amortized_calls_of(y),
+        *joint_calls_of(),
         Call(
             "infer.AutoPosterior.quantiles",
             functools.partial(quantiles, guide),
@@ -389,6 +390,59 @@ def amortized_calls_of(y: Any) -> list[Call]:
         Call(
             "infer.AutoAmortized.quantiles",
             functools.partial(quantiles_of, guide, point),
+            of({"quantiles": [0.1, 0.9], "num_samples": 3}),
+            weight=0.5,
+        ),
+    ]
+
+
+def joint_calls_of() -> list[Call]:
+    def small(size: int, graph: Any) -> denoisers.GaussianDenoiser:
+        network = networks.SiteTransformer(size, width=8, depth=1, heads=2, graph=graph)
+        dims = {"given": 1, "conditioned": 1}
+        process = processes.GaussianProcess(schedules.Cosine())
+        return denoisers.GaussianDenoiser(network, process, context_event_dims=dims)
+
+    fast = {"denoiser": small, "solver": ODESolver("rk4", steps=2), "vectorized": True}
+    joint = infer.AutoJoint(simulator, observed=["x"], **fast)
+    table = joint.simulate(30)
+    point = torch.tensor([0.5, -0.5, 0.0])
+    score = lambda **a: pyro.infer.Trace_ELBO().loss(joint.training_model, _empty, **a)  # noqa: E731
+    conditional = joint.condition({"x": point})
+    return [
+        Call(
+            "infer.AutoJoint",
+            lambda **a: infer.AutoJoint(simulator, **fast, **a).simulate(30),
+            of(
+                {
+                    **{"observed": ["x"], "sites": ["z", "x"], "graph": True},
+                    **{"conditions": {"joint": 0.5, "random": 0.5}},
+                }
+            ),
+            weight=0.5,
+        ),
+        Call("infer.AutoJoint.simulate", joint.simulate, of({"num_samples": 3})),
+        Call(
+            "infer.AutoJoint.training_model",
+            score,
+            lambda: {name: value[:4].clone() for name, value in table.items()},
+        ),
+        Call(
+            "infer.AutoJoint.condition",
+            lambda x: joint.condition({"x": x}).sample((2,)),
+            lambda: {"x": point.clone()},
+            weight=0.5,
+        ),
+        Call("infer.JointConditional.sample", conditional.sample, of({"sample_shape": (2,)})),
+        Call(
+            "infer.JointConditional.log_prob",
+            lambda z: conditional.log_prob({"z": z}),
+            lambda: {"z": torch.zeros(2, 3)},
+            weight=0.5,
+        ),
+        Call(
+            "infer.JointConditional.quantiles",
+            lambda **a: conditional.quantiles(**a),
             of({"quantiles": [0.1, 0.9], "num_samples": 3}),
             weight=0.5,
         ),
@@ -624,6 +678,10 @@ def network_calls() -> list[Call]:
     def sets(**arguments: Any) -> Any:
         return used_network(networks.SetTransformer(**arguments), torch.ones(2, 5, 3))
 
+    def sites(**arguments: Any) -> Any:
+        x = torch.ones(2, 3)
+        return networks.SiteTransformer(**arguments)(x, torch.zeros(2), x, x > 0)
+
     def transformer(**arguments: Any) -> Any:
         return used_network(networks.Transformer(**arguments), torch.zeros(2, 3).long())
 
@@ -639,6 +697,7 @@ def network_calls() -> list[Call]:
     image = networks.UNet(1, width=8, levels=(1,), attention=False).eval()
     patches = networks.DiT(1, width=8, depth=1, heads=2).eval()
     points = networks.SetTransformer(3, width=8, depth=1, heads=2).eval()
+    some_sites = networks.SiteTransformer(3, width=8, depth=1, heads=2)
     words = networks.Transformer(4, 3, width=8, depth=1, heads=2).eval()
     return [
         Call(
@@ -714,6 +773,21 @@ def network_calls() -> list[Call]:
                     **{"dropout": 0.0, "frequencies": (1.0, 2.0)},
                 }
             ),
+        ),
+        Call(
+            "nn.SiteTransformer",
+            sites,
+            of(
+                {
+                    **{"event_size": 3, "width": 8, "depth": 1, "heads": 2, "dropout": 0.0},
+                    **{"frequencies": (1.0, 2.0)},
+                }
+            ),
+        ),
+        Call(
+            "nn.SiteTransformer.forward",
+            lambda **a: some_sites(**a, conditioned=torch.tensor([[True, False, False]] * 2)),
+            of({"x": torch.ones(2, 3), "log_snr": torch.zeros(2), "given": torch.ones(2, 3)}),
         ),
         Call(
             "nn.UNet",
