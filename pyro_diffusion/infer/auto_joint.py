@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from pyro_diffusion.distributions.objectives import Objective
+from pyro_diffusion.distributions.regressions import FlowMatching
 from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.dynamics.ode_solver import check_ode_solver
 from pyro_diffusion.infer.conditional_posterior import FlowPosterior
@@ -40,9 +41,10 @@ class AutoJoint(SimulatedLatents):
 
     **Training** is on simulations with *random* given sites, of four kinds: none (``joint``), all data
     (``posterior``), all else (``likelihood``), or each with a probability that is uniform for every row
-    (``random``, every number of given sites alike). Of the sites that are left a lower bound of
-    :math:`\log q(x_F | x_C)` is maximized: simulated sites are *observed*, distributed as the joint has it
-    (:meth:`training_model`).
+    (``random``, every number of given sites alike). Simulated sites are *observed*, distributed as the joint
+    has it given those (:meth:`training_model`), by flow matching or any objective of diffusions; the bound is
+    one of :math:`\log q(x_F | x_C)`. What is linear in it is known beforehand, from the covariance of the
+    simulations: jointly normal sites are right from the start, and the network learns the rest.
 
     **The graph.** Attention in the default network follows the program's moral graph, read by
     ``pyro.infer.inspect``: a free site hears its neighbours, a given one hears nobody
@@ -62,7 +64,8 @@ class AutoJoint(SimulatedLatents):
         denoiser: a function of the number of unconstrained coordinates and their graph, (M, M) booleans or
             None, that returns a denoiser whose network takes context ``given`` and ``conditioned``, as a
             :class:`~pyro_diffusion.nn.SiteTransformer` does.
-        objective: of training; the evidence lower bound by default.
+        objective: of training; :class:`~pyro_diffusion.distributions.FlowMatching` by default, which learns
+            draws sooner than the bound where noise prevails; with ``Bound()`` losses are bounds.
         solver: of the probability flow; dopri5 with tolerances of 1e-4 by default.
         vectorized: whether simulations may be one run of the program inside one more plate; found out by a
             trial if None, and else they are run one by one.
@@ -111,7 +114,7 @@ class AutoJoint(SimulatedLatents):
         super().__init__(poutine.uncondition(model), None, make, observed, sites, vectorized)
         self._original, self._graph = (model,), _checked_graph(graph)
         self._conditions = check_conditions(conditions)
-        self._objective = objective
+        self._objective = FlowMatching() if objective is None else objective
         tolerant = ODESolver("dopri5", rtol=1e-4, atol=1e-4)
         self._solver = tolerant if solver is None else check_ode_solver(solver)
         self._arguments: tuple[Any, Any] = ((), {})
@@ -121,8 +124,8 @@ class AutoJoint(SimulatedLatents):
         """A program that observes simulated sites as they are distributed given some of them, at random.
 
         For ``SVI`` and :class:`~pyro_diffusion.train.Trainer` with an empty guide and any ELBO that takes an
-        estimated density (``Trace_ELBO()``). Its loss is that of the standardized, unconstrained free sites,
-        in nats per row. In a loop of your own give the optimizer ``joint.parameters()``.
+        estimated density (``Trace_ELBO()``). Its loss is that of the standardized, unconstrained free sites.
+        In a loop of your own give the optimizer ``joint.parameters()``.
 
         Args:
             simulations: (N,) + shape of each site, of ``simulate``.
@@ -165,7 +168,7 @@ class AutoJoint(SimulatedLatents):
             args, kwargs = self._arguments
         simulator = self._prepare(args, kwargs)
         given, batch = self._given(values, simulator)
-        packed = self.posterior.latents.loc.new_zeros(*batch, law.latent_size)
+        packed = law.latents.loc.new_zeros(*batch, law.latent_size)
         conditioned = torch.zeros(law.latent_size, dtype=torch.bool, device=packed.device)
         for name, part in self._places().items():
             if name in given:

@@ -15,6 +15,7 @@ from pyro_diffusion.distributions.decoders import NormalDecoder
 from pyro_diffusion.distributions.objectives import Objective
 from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.infer.conditional_posterior import FlowPosterior, focused_times
+from pyro_diffusion.infer.linear_part import LinearPart
 from pyro_diffusion.infer.standardized import Familiar, Standardized
 from pyro_diffusion.nn import SiteTransformer
 from pyro_diffusion.processes import Ability, ForwardProcess, GaussianProcess
@@ -29,8 +30,8 @@ MakeSiteDenoiser = Callable[[int, Tensor | None], Denoiser]
 
 
 def default_site_denoiser(size: int, graph: Tensor | None) -> Denoiser:
-    """A transformer of four blocks of 48 with attention along the graph, under log-SNRs from 12 to -8."""
-    network = SiteTransformer(size, width=48, graph=graph)
+    """A transformer of four blocks of 32 with attention along the graph, under log-SNRs from 12 to -8."""
+    network = SiteTransformer(size, width=32, heads=2, graph=graph)
     dims = {"given": 1, "conditioned": 1}
     return GaussianDenoiser(
         network, GaussianProcess(LogLinear(12.0, -8.0)), context_event_dims=dims
@@ -38,17 +39,19 @@ def default_site_denoiser(size: int, graph: Tensor | None) -> Denoiser:
 
 
 class _Known(Denoiser):
-    """A denoiser that knows the coordinates which are given; so their terms of any bound are 0."""
+    """A denoiser with its linear part, that knows what is given; so its terms of any bound are 0."""
 
     point_mass = True
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    def __init__(self, denoiser: Denoiser, linear: LinearPart) -> None:
         super().__init__(denoiser.process)
-        self.denoiser = denoiser
+        self.denoiser, self.linear = denoiser, linear
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
+        level = self.process.level(t, xt, state="xt")
         given, conditioned = context["given"], context["conditioned"]
-        mean = self.denoiser(xt, t, given=given, conditioned=conditioned).mean
+        mean = self.denoiser(xt, level, given=given, conditioned=conditioned).mean
+        mean = mean + self.linear(xt, level, given, conditioned)
         return Delta(torch.where(conditioned, given, mean), event_dim=1, validate_args=False)
 
     def context_event_dim(self, name: str, value: Tensor) -> int:
@@ -129,7 +132,7 @@ class JointLaw(nn.Module):
             )
         needs = (Ability.TWEEDIE, Ability.ISOTROPIC, Ability.ODE)
         require(denoiser.process, *needs, argument="denoiser", by="a joint distribution")
-        self.denoiser = _Known(denoiser)
+        self.denoiser = _Known(denoiser, LinearPart(size))
         self.register_buffer("graph", graph)
         self.register_buffer("count", torch.tensor(0))
         self.register_buffer("rows", torch.zeros(rows, size))
@@ -145,6 +148,7 @@ class JointLaw(nn.Module):
     def fit_scales(self, latents: Tensor, data: Any = ()) -> None:
         """Take scales from simulations, (n, M), and keep some of them."""
         self.latents.fit(latents)
+        self.denoiser.linear.fit(self.latents(latents), self.graph)
         self.rows = self.latents(latents[:ROWS])
         self.count.fill_(len(latents))
 
