@@ -188,6 +188,7 @@ DEFINITIONS = [
     (
         OrderAgnostic(CategoricalDenoiser(MLP(2), Absorbing(Cosine(), 2)), 2),
         {"size": 2, "denoiser": {"module": "CategoricalDenoiser"}, "orders": [[0, 1]]},
+    ),
     (
         SiteTransformer(3, width=8, depth=1, heads=2),
         {"event_size": 3, "heads": 2, "frequencies": []},
