@@ -5,7 +5,6 @@ from pyro_diffusion.infer.auto_amortized import AutoAmortized
 from pyro_diffusion.infer.auto_joint import AutoJoint
 from pyro_diffusion.infer.autoguide import AutoGuidance, AutoTwistedSMC
 from pyro_diffusion.infer.ddpm import DDPM
-from pyro_diffusion.infer.joint_conditional import JointConditional
 from pyro_diffusion.infer.particle_gibbs import ParticleGibbs
 from pyro_diffusion.infer.reparam import ChainReparam
 from pyro_diffusion.infer.twisted_smc import Particles, TwistedSMC
@@ -19,7 +18,6 @@ __all__ = [
     "AutoJoint",
     "AutoTwistedSMC",
     "ChainReparam",
-    "JointConditional",
     "ParticleGibbs",
     "Particles",
     "TwistedSMC",
