@@ -33,10 +33,12 @@ from pyro_diffusion import (
     GaussianProcess,
     LearnedVariance,
     LogLinear,
+    ProbabilityFlow,
     Trainer,
     evaluate,
     plotting,
 )
+from pyro_diffusion.dynamics import ODESolver
 
 
 def perceptron(inputs: int, width: int, outputs: int, dropout: float) -> nn.Sequential:
@@ -154,6 +156,44 @@ def draw(panels: dict[str, Tensor], shape: torch.Size, levels: int) -> Figure:
     return figure
 
 
+@torch.no_grad()
+def encodings(latent: LatentModel, x: Tensor) -> Tensor:
+    """A draw of q(z | x) for every image: draws of the aggregate posterior."""
+    q = poutine.trace(latent.guide).get_trace(x)
+    z: Tensor = q.nodes["z"]["value"]
+    return z
+
+
+def evidence(latent: LatentModel, x: Tensor, draws: int) -> dict[str, float]:
+    """Print log p(x), the prior scored by the flow, and the prior's fit to encodings."""
+    found = evaluate.latent_log_likelihood(
+        latent.model, latent.guide, x, num_samples=draws, seed=0, solver=ODESolver("rk4", steps=20)
+    )
+    ess, khat = found.importance.ess, found.importance.khat
+    assert ess is not None and khat is not None
+    figures = {
+        "log p(x)": found.importance.mean.value,
+        "standard_error": found.importance.mean.standard_error,
+        "ELBO": found.elbo.mean.value,
+        "ess": float(ess.mean()),
+        "khat above 0.7": float((khat > 0.7).double().mean()),
+    }
+    if latent.denoiser is not None:
+        z = encodings(latent, x)
+        flow = ProbabilityFlow(latent.denoiser, (latent.latent,), solver=ODESolver("rk4", steps=20))
+        unit = dist.Normal(torch.zeros(latent.latent), 1.0).to_event(1)
+        ours, theirs = evaluate.flow_log_likelihood(flow, z).value, unit.log_prob(z)
+        fitted = dist.MultivariateNormal(z.mean(0), z.T.cov()).log_prob(z)
+        for name, other in (("N(0, I)", theirs), ("a normal fitted to these", fitted)):
+            gain = ours.to(other) - other
+            figures[f"fit over {name}"] = float(gain.mean())
+            figures[f"fit over {name}, error"] = float(gain.std()) / math.sqrt(len(gain))
+    print(
+        ", ".join(f"{name} {value:.3f}" for name, value in figures.items()) + f" ({len(x)} images)"
+    )
+    return figures
+
+
 def report(results: dict[str, evaluate.LogLikelihoodEstimate]) -> dict[str, dict[str, float | str]]:
     """Print the table; the difference is paired by image (another training seed moves it, too)."""
     print(f"\n{'test ELBO, bits/dim':<22} {'value':>8} {'s.e.':>8}   kind")
@@ -195,6 +235,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prior-width", type=int, default=128, help="hidden units of the denoiser")
     parser.add_argument("--chain", type=int, default=1000, help="steps of the chain")
     parser.add_argument("--draws", type=int, default=32, help="draws of z per test image")
+    parser.add_argument("--evidence", type=int, default=120, help="test images for log p(x)")
     parser.add_argument("--check-every", type=int, default=150, help="steps between validations")
     parser.add_argument("--samples", type=int, default=64, help="images to draw")
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
@@ -213,6 +254,8 @@ def main(argv: list[str] | None = None) -> None:
         pyro.set_rng_seed(args.seed)
         latent, losses = train(prior, data, levels, args)
         results[prior] = elbo(latent, data["test"], args.draws)
+        if args.evidence:
+            evidence(latent.eval(), data["test"][: args.evidence], args.draws)
         panels[f"{prior} prior"] = mean_images(latent, args.samples)
         plotting.loss_curve(losses, unit="bits/dim").figure.savefig(args.out / f"loss_{prior}.png")
     draw(panels, shape, levels).savefig(args.out / "samples.png", dpi=120)

@@ -1,5 +1,6 @@
 """Pages lead where they say: links, pictures and the gallery."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -44,3 +45,20 @@ def test_pages_load_nothing_from_other_servers() -> None:
     settings = (DOCS / "conf.py").read_text()
     assert re.search(r'^mathjax_path = "mathjax/\S+\.js"$', settings, re.MULTILINE)
     assert "://" not in settings
+
+
+def test_every_row_of_the_systems_table_leads_somewhere() -> None:
+    """An article, a public name of the package, a page that speaks of it, and a test file that does."""
+    table = (DOCS / "index.md").read_text().split("## Systems this package holds")[1]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["system", "article", "name", "page", "test"] and len(rows) > 40
+    for system, article, name, page, test in rows[1:]:
+        assert re.fullmatch(r"\[arXiv (\S+)\]\(https://arxiv\.org/abs/\1\)", article), system
+        role = re.fullmatch(r"\{py:obj\}`pyro_diffusion\.(\w+)\.(\w+)`", name)
+        assert role, system
+        module = importlib.import_module(f"pyro_diffusion.{role[1]}")
+        assert role[2] in module.__all__, system
+        target = re.fullmatch(r"\[[^]]+\]\((\S+\.md)\)", page)
+        assert target and role[2] in (DOCS / target[1]).read_text(), (system, page)
+        path = re.fullmatch(r"`(tests/\S+\.py)`", test)
+        assert path and role[2] in (ROOT / path[1]).read_text(), (system, test)

@@ -33,7 +33,7 @@ TINY = {
     " --samples 2 --components 1 2",
     "bayesian_last_layer": "--steps 3 --points 20 40 --batch 8 --width 8 --draws 2 --cells 4",
     "latent_diffusion": "--steps 2 --batch 8 --width 8 --latent 2 --prior-width 8 --chain 6 --draws 2"
-    " --check-every 2 --samples 4",
+    " --evidence 4 --check-every 2 --samples 4",
     "text": "--steps 3 --batch 4 --length 16 --width 8 --depth 1 --checks 1 --draws 2 --sample-steps 2"
     " --characters 40 --weighted-windows 2 --weighted-steps 2 --weighted-samples 2",
     "words": "--steps 3 --batch 4 --width 8 --depth 1 --check-every 3 --check-draws 2 --draws 2"

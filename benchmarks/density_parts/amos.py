@@ -91,5 +91,5 @@ def main(scale: float) -> bool:
             f"{name:>7} {old[-1]:>9.3f} {new[-1]:>9.3f} {at or 'not there':>20} {more:>8.2f}, {less:.5f}",
             flush=True,
         )
-        fine &= less < more
+        fine &= less < more and at is not None
     return fine

@@ -46,12 +46,14 @@ def divergences(truth: MixtureSameFamily, log_prob: Tensor, x: Tensor) -> Tensor
     return (log_p.exp() * (log_p - log_prob)).sum(-1) * (x[1] - x[0])
 
 
-def by_gradient(kind: str, data: Tensor, grid: Tensor, steps: int) -> Tensor:
+def by_gradient(
+    kind: str, data: Tensor, grid: Tensor, steps: int, degree: int = DEGREE, lr: float = 0.03
+) -> Tensor:
     """Log-densities on the grid of every start, fitted together: one optimizer, batches of the start."""
     torch.manual_seed(1)
     if kind == "Fourier":
         parts = [
-            0.3 * torch.randn(STARTS, DEGREE + 1, 2),
+            0.3 * torch.randn(STARTS, degree + 1, 2),
             torch.zeros(STARTS),
             torch.full((STARTS,), 1.3),
         ]
@@ -71,7 +73,7 @@ def by_gradient(kind: str, data: Tensor, grid: Tensor, steps: int) -> Tensor:
             return FourierDensity(first, second, third.exp(), validate_args=False)
         return mixture(first, second, third.exp())
 
-    optimizer = torch.optim.Adam(parts, lr=0.03)
+    optimizer = torch.optim.Adam(parts, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -101,7 +103,11 @@ def fits(scale: float) -> bool:
         f"KL of fits in nats, median (quartiles) of {STARTS} starts, {COUNT} parameters, {ROWS} rows"
     )
     print(
+        "faster: 300 steps that start at a rate of .1, not 600 at .03: whether steps or the degree limit"
+    )
+    print(
         f"{'target':>16} {'Fourier, N = 14':>24} {'mixture by gradient':>24} {'mixture by EM':>24}"
+        f" {'N = 14, faster':>24} {'N = 22, faster':>24}"
     )
     fine, grid = True, torch.linspace(-9, 9, 4001)
     for name, (weights, means, scales) in TARGETS.items():
@@ -112,6 +118,8 @@ def fits(scale: float) -> bool:
             by_gradient("Fourier", data, grid, max(int(600 * scale), 2)),
             by_gradient("mixture", data, grid, max(int(600 * scale), 2)),
             by_em(data, grid),
+            by_gradient("Fourier", data, grid, max(int(300 * scale), 2), lr=0.1),
+            by_gradient("Fourier", data, grid, max(int(300 * scale), 2), 22, lr=0.1),
         ):
             low, middle, high = np.quantile(divergences(truth, fitted, grid), (0.25, 0.5, 0.75))
             medians.append(middle)

@@ -12,6 +12,8 @@ from pyro_diffusion.evaluate.draws import draw_samples
 from pyro_diffusion.evaluate.importance import importance_weighted, log_weights
 from pyro_diffusion.evaluate.importance_posterior import importance_posterior
 from pyro_diffusion.evaluate.inference_data import to_arviz, to_elpd
+from pyro_diffusion.evaluate.jumps import jump_residual
+from pyro_diffusion.evaluate.latent import latent_log_likelihood
 from pyro_diffusion.evaluate.local_two_sample import local_c2st
 from pyro_diffusion.evaluate.ode import flow_log_likelihood
 from pyro_diffusion.evaluate.posterior_data import posterior_to_arviz
@@ -29,6 +31,8 @@ __all__ = [
     "flow_log_likelihood",
     "importance_posterior",
     "importance_weighted",
+    "jump_residual",
+    "latent_log_likelihood",
     "local_c2st",
     "log_likelihood",
     "log_weights",

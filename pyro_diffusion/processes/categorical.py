@@ -247,6 +247,24 @@ class CategoricalProcess(ForwardProcess):
         cost = (inflow * jump_divergence(known, found, gap)).sum(-1)
         return sum_rightmost(-rates.log_alpha * cost, self.event_dim)
 
+    def reverse_rates(self, xt: Tensor, posterior: TorchDistribution, t: Tensor | Level) -> Tensor:
+        r"""Rates at which the reverse process jumps from x_t to every symbol, under a posterior over x_0.
+
+        .. math:: \hat R_y = \pi_{x} \sum_k p_k \frac{q(y | k)}{q(x | k)}, \qquad y \ne x = x_t,
+
+        per unit of :math:`-\log\alpha`, shape of x_t + (symbols,), 0 at x_t itself. With the point mass at
+        x_0 they are those of the reverse process given x_0; exact, and linear in the posterior.
+
+        Args:
+            xt: state.
+            posterior: over x_0, of x_t's batch and event shape.
+            t: time, or its level.
+        """
+        level = self.level(t, xt, state="xt")
+        survival = self._until(level)
+        weights = self._padded(posterior).to(survival.dtype) * _inverse(self._columns(xt, survival))
+        return self._inflow(xt, level).to(weights.dtype) * self._spread(weights, survival)
+
     def kernel_tensors(self, kernel: TorchDistribution) -> dict[str, Tensor]:
         """Log-probabilities of the symbols."""
         return {"logits": per_coordinate(kernel).logits}

@@ -51,6 +51,19 @@ from tests.fuzz.catalogue import (
 from tests.small_diffusions import Tiny
 
 
+def decoded(x: torch.Tensor) -> None:
+    """Rows that are a diffusion's draws and noise."""
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", Diffusion(exact(), (3,), steps=3))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+def encoded(x: torch.Tensor) -> None:
+    """A guide to what they were."""
+    with pyro.plate("rows", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, 1.0).to_event(1))
+
+
 def spelled() -> likelihoods.ProgramLikelihood:
     """A reading of the first of three symbols."""
     prior = Diffusion(symbols(), (3,), 3)
@@ -526,6 +539,19 @@ def evaluate_calls() -> list[Call]:
             weight=0.5,
         ),
         Call(
+            "evaluate.latent_log_likelihood",
+            functools.partial(evaluate.latent_log_likelihood, decoded, encoded),
+            lambda: {
+                "data": data(),
+                "by": "chain",
+                "num_samples": 2,
+                "batch_size": 3,
+                "seed": 0,
+            },
+            True,
+            weight=0.5,
+        ),
+        Call(
             "evaluate.importance_weighted",
             functools.partial(evaluate.importance_weighted, chain()),
             lambda: {"data": data(), "num_samples": 2, "batch_size": 3},
@@ -567,6 +593,18 @@ def evaluate_calls() -> list[Call]:
                 "denoiser": gaussian(),
                 "data": data(),
                 "levels": 3,
+                "num_functions": 4,
+                "num_samples": 1,
+                "batch_size": 3,
+            },
+        ),
+        Call(
+            "evaluate.jump_residual",
+            evaluate.jump_residual,
+            lambda: {
+                "denoiser": symbols(),
+                "data": torch.tensor([[0, 1, 3], [2, 2, 0], [1, 0, 0], [3, 3, 1]]),
+                "times": 3,
                 "num_functions": 4,
                 "num_samples": 1,
                 "batch_size": 3,
