@@ -11,21 +11,20 @@ from pyro_diffusion.distributions.callers import callers
 from pyro_diffusion.distributions.objectives import Objective
 from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.dynamics.ode_solver import check_ode_solver
-from pyro_diffusion.infer.conditional_posterior import (
-    ConditionalPosterior,
-    FlowPosterior,
-    MakeDenoiser,
-    default_denoiser,
-)
+from pyro_diffusion.infer.conditional_posterior import FlowPosterior, MakeDenoiser
+from pyro_diffusion.infer.hierarchical_flow import HierarchicalFlow
+from pyro_diffusion.infer.hierarchical_posterior import observe_levels
 from pyro_diffusion.infer.packed import packed_log_prob, packed_quantiles, unpack
-from pyro_diffusion.infer.simulated_latents import SimulatedLatents, Values
+from pyro_diffusion.infer.simulated_latents import Values
+from pyro_diffusion.infer.simulated_levels import SimulatedLevels
+from pyro_diffusion.infer.standardized import Familiar
 from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_finite, check_positive_int
 
 __all__ = ["AutoAmortized"]
 
 
-class AutoAmortized(SimulatedLatents):
+class AutoAmortized(SimulatedLevels):
     r"""Posterior of a program's latents given any data, learned from the program's own simulations.
 
     The guide is :math:`q(\theta | x)`, a conditional diffusion over the program's continuous latents, each
@@ -109,11 +108,11 @@ class AutoAmortized(SimulatedLatents):
         objective: Objective | None = None,
         solver: ODESolver | None = None,
         vectorized: bool | None = None,
+        plates: Collection[str] | None = None,
     ) -> None:
         if objective is not None and not isinstance(objective, Objective):
             raise ValueError(f"objective: got {type(objective).__name__}, expected an Objective")
-        make = default_denoiser if denoiser is None else denoiser
-        super().__init__(model, summary, make, observed, latents, vectorized)
+        super().__init__(model, summary, denoiser, observed, latents, vectorized, plates)
         self._objective = objective
         tolerant = ODESolver("dopri5", rtol=1e-4, atol=1e-4)
         self._solver = tolerant if solver is None else check_ode_solver(solver)
@@ -141,24 +140,27 @@ class AutoAmortized(SimulatedLatents):
         for name, value in values.items():
             if value.device.type == "cpu":  # elsewhere a look at values would cost a wait
                 check_finite(f"simulations[{name!r}]", value)
-        rows = len(next(iter(values.values())))
-        latents = posterior.latents(self._pack(values, torch.Size([rows])))
-        data = [values[name] for name in simulator.observed]
+        batch = next(iter(values.values())).shape[:1]
         pyro.module(f"{self._pyro_name}.posterior", posterior)
-        context = posterior.context(data, torch.Size([rows]))
-        with pyro.plate("simulations", rows):
+        if self.in_levels:
+            latent_rows, rows = self._latent_rows(values, batch), self._rows(values, batch, {})
+            observe_levels(posterior, latent_rows, rows, self._objective)
+            return
+        latents = posterior.latents(self._pack(values, batch))
+        context = posterior.context([values[name] for name in simulator.observed], batch)
+        with pyro.plate("simulations", *batch):
             pyro.sample("latents", posterior.diffusion(context, self._objective), obs=latents)
 
     # The guide.
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowPosterior:
+    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowPosterior | HierarchicalFlow:
         """The posterior of the packed, unconstrained latents given the data in the model's arguments.
 
         Raises:
             ValueError: before the first simulations; for data that are missing, NaN or of another shape; and
                 inside an ELBO that takes gradients, which would not be those of the posterior.
         """
-        posterior = self._ready("guide")
+        self._ready("guide")
         if (
             torch.is_grad_enabled()
             and _in_elbo()
@@ -171,10 +173,9 @@ class AutoAmortized(SimulatedLatents):
                 "SVI(guide.training_model, ...), and torch.no_grad() to evaluate an ELBO"
             )
         data, batch = self._data(args, kwargs)
-        context = self._context(posterior, data, batch)
         assert self._simulator is not None
         nesting = (1,) * self._simulator.nesting if batch else ()
-        return posterior.flow(context.reshape(*batch, *nesting, -1), self._solver)
+        return self._posterior(data, batch, batch + nesting)
 
     @torch.no_grad()
     def draw(self, num_samples: int, observations: Mapping[str, Tensor]) -> Values:
@@ -193,26 +194,24 @@ class AutoAmortized(SimulatedLatents):
             ValueError: before the first simulations, and for data that are missing, NaN or of another shape.
         """
         check_positive_int("num_samples", num_samples)
-        posterior = self._ready("draw")
+        self._ready("draw")
         data, batch = self._data_of(observations)
-        context = self._context(posterior, data, batch)
-        return unpack(self, posterior.flow(context, self._solver).sample((num_samples,)))
+        return unpack(self, self._posterior(data, batch, batch).sample((num_samples,)))
 
-    def _context(
-        self, posterior: ConditionalPosterior, data: list[Tensor], batch: torch.Size
-    ) -> Tensor:
-        """The summary of data; warns of data unlike those simulated."""
-        distances = posterior.familiar.distance(posterior.rows(data, batch))
-        beyond = distances > posterior.familiar.limit
-        if bool(beyond.any()):
-            which = f"{int(beyond.sum())} of {beyond.numel()} observations" if batch else "data"
-            warn_unreliable(
-                f"data: got {which} at a Mahalanobis distance of {float(distances.max()):.3g} from the "
-                f"mean of the simulations, beyond {float(posterior.familiar.limit):.3g}, which a simulation "
-                f"exceeds with a probability of {float(posterior.familiar.rate):.1g} at most: the posterior "
-                "is extrapolated there"
-            )
-        return posterior.context(data, batch)
+    def _posterior(
+        self, data: Any, batch: torch.Size, shape: torch.Size
+    ) -> FlowPosterior | HierarchicalFlow:
+        """The posterior given data, of a batch shape; warns of data unlike those simulated."""
+        posterior: Any = self._ready("guide")
+        if not self.in_levels:
+            _warn_unlike(posterior.familiar, posterior.rows(data, batch))
+            context = posterior.context(data, batch).reshape(*shape, -1)
+            flow: FlowPosterior = posterior.flow(context, self._solver)
+            return flow
+        _warn_unlike(posterior.familiar, posterior.moments(data))
+        contexts = [c.reshape(*shape, *c.shape[len(batch) :]) for c in posterior.contexts(data)]
+        levels: HierarchicalFlow = posterior.flow(contexts, self._places, self._solver)
+        return levels
 
     def log_prob(self, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Log-density of the posterior at values of all latents, in their own space (nats).
@@ -232,7 +231,7 @@ class AutoAmortized(SimulatedLatents):
         """
         posterior = self.get_posterior(*args, **kwargs)
         assert self._simulator is not None
-        sites, nesting = self._simulator.latents, self._simulator.nesting
+        sites, nesting = self._latent_sites(), self._simulator.nesting
         return packed_log_prob(self, posterior, latents, sites, nesting)
 
     def median(self, *args: Any, num_samples: int = 1000, **kwargs: Any) -> Values:
@@ -253,3 +252,18 @@ class AutoAmortized(SimulatedLatents):
 
 def _in_elbo() -> bool:
     return any(name.startswith("pyro.infer") and "elbo" in name for name, _ in callers())
+
+
+def _warn_unlike(familiar: Familiar, rows: Tensor) -> None:
+    """Warn of data beyond the limit of the simulations', batch + (size,)."""
+    distances = familiar.distance(rows)
+    beyond = distances > familiar.limit
+    if bool(beyond.any()):
+        many = beyond.dim() > 0
+        which = f"{int(beyond.sum())} of {beyond.numel()} observations" if many else "data"
+        warn_unreliable(
+            f"data: got {which} at a Mahalanobis distance of {float(distances.max()):.3g} from the "
+            f"mean of the simulations, beyond {float(familiar.limit):.3g}, which a simulation "
+            f"exceeds with a probability of {float(familiar.rate):.1g} at most: the posterior "
+            "is extrapolated there"
+        )

@@ -22,8 +22,11 @@ __all__ = [
     "ConditionalPosterior",
     "FlowPosterior",
     "MakeDenoiser",
+    "check_denoiser",
     "default_denoiser",
+    "flow_posterior",
     "focused_times",
+    "observed_diffusion",
 ]
 
 STEPS, CENTRE, WIDTH = 1000, 3.0, 4.0  # of the chain in training: log-SNRs
@@ -71,10 +74,7 @@ class ConditionalPosterior(nn.Module):
             with torch.no_grad():
                 size = _check_summary(summary(*zeros), 2).shape[1]
         self.denoiser = make_denoiser(latent_size, size)
-        if not isinstance(self.denoiser, Denoiser):
-            raise ValueError(
-                f"denoiser: got a function that returned {type(self.denoiser).__name__}, expected a Denoiser"
-            )
+        check_denoiser(self.denoiser)
         # simulations that the scales were taken from
         self.register_buffer("count", torch.tensor(0))
 
@@ -115,21 +115,38 @@ class ConditionalPosterior(nn.Module):
 
     def diffusion(self, context: Tensor, objective: Objective | None) -> Diffusion:
         """How standardized latents are distributed; simulated ones are observed under it."""
-        return Diffusion(
-            self.denoiser,
-            (self.latent_size,),
-            times=focused_times(self.denoiser.process),
-            objective=objective,
-            context={CONTEXT: context},
-        )
+        return observed_diffusion(self.denoiser, self.latent_size, context, objective)
 
     def flow(self, context: Tensor, solver: ODESolver) -> "FlowPosterior":
         """The posterior of unconstrained latents, by the probability flow."""
-        flow = ProbabilityFlow(
-            self.denoiser, (self.latent_size,), solver=solver, context={CONTEXT: context}
+        return flow_posterior(self.denoiser, self.latents, context, solver)
+
+
+def observed_diffusion(
+    denoiser: Denoiser, size: int, context: Tensor, objective: Objective | None
+) -> Diffusion:
+    """The distribution of standardized latents under which simulated ones are observed."""
+    times = focused_times(denoiser.process)
+    return Diffusion(
+        denoiser, (size,), times=times, objective=objective, context={CONTEXT: context}
+    )
+
+
+def flow_posterior(
+    denoiser: Denoiser, scale: Standardized, context: Tensor, solver: ODESolver
+) -> "FlowPosterior":
+    """The distribution of unconstrained latents, by the probability flow of standardized ones."""
+    size = scale.loc.numel()
+    flow = ProbabilityFlow(denoiser, (size,), solver=solver, context={CONTEXT: context})
+    return FlowPosterior(flow, [AffineTransform(scale.loc, scale.scale, event_dim=1)])
+
+
+def check_denoiser(denoiser: Any) -> None:
+    """Refuse what a function for denoisers returned, if it is none."""
+    if not isinstance(denoiser, Denoiser):
+        raise ValueError(
+            f"denoiser: got a function that returned {type(denoiser).__name__}, expected a Denoiser"
         )
-        scale = AffineTransform(self.latents.loc, self.latents.scale, event_dim=1)
-        return FlowPosterior(flow, [scale])
 
 
 def focused_times(process: Any) -> Tensor:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from pyro_diffusion.infer.conditional_posterior import ConditionalPosterior, MakeDenoiser
 from pyro_diffusion.infer.packed import pack
 from pyro_diffusion.infer.simulations import Simulator, find_sites, observations, simulate
+from pyro_diffusion.infer.standardized import Standardized
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
 
-__all__ = ["SimulatedLatents", "Values"]
+__all__ = ["SimulatedLatents", "Values", "check_data"]
 
 LEAST = 20  # simulations that scales may be taken from
 Values = dict[str, Tensor]
@@ -167,7 +168,7 @@ class SimulatedLatents(AutoContinuous):
                 f"{[tuple(s) for s, _ in found[1]]}, those of the state that was loaded"
             )
 
-    def _ready(self, name: str) -> ConditionalPosterior:
+    def _ready(self, name: str) -> Any:
         posterior: Any = self._modules.get("posterior")
         if posterior is None or not int(posterior.count):
             raise ValueError(
@@ -198,12 +199,9 @@ class SimulatedLatents(AutoContinuous):
         assert self._simulator is not None
         posterior: Any = self._modules["posterior"]
         rows = len(next(iter(values.values())))
-        latents = self._pack(values, torch.Size([rows]))
-        data = [values[name] for name in self._simulator.observed]
-        real = [
-            site._real(x).reshape(rows, -1) for site, x in zip(posterior._sites, data, strict=True)
-        ]
-        valid = torch.cat([latents, *real], -1).isfinite().all(-1)
+        parts = self._scaled_parts(values)
+        real = [scale._real(x).reshape(rows, -1) for _, scale, x in parts]
+        valid = torch.cat(real, -1).isfinite().all(-1)
         dropped = rows - int(valid.sum())
         if dropped:
             self.dropped += dropped
@@ -223,17 +221,32 @@ class SimulatedLatents(AutoContinuous):
                     f"simulations: got {rows - dropped} valid ones, expected at least {LEAST} the first "
                     "time, to take the scales of latents and data from"
                 )
-            parts = {"latents (unconstrained)": (posterior.latents, latents)}
-            names = [f"site {name!r}" for name in self._simulator.observed]
-            parts.update(zip(names, zip(posterior._sites, data, strict=True), strict=True))
-            for name, (scale, x) in parts.items():
-                if bool(scale.loses(x[valid]).any()):
+            for name, scale, x in parts:
+                kept = x[valid].reshape(-1, *scale.loc.shape)
+                if bool(scale.loses(kept).any()):
                     raise ValueError(
                         f"{name}: got values that vary by less than {scale.loc.dtype} tells apart, about "
-                        f"{float(x[valid].double().abs().max()):.6g}, expected ones less a number near them"
+                        f"{float(kept.double().abs().max()):.6g}, expected ones less a number near them"
                     )
-            posterior.fit_scales(latents[valid], [x[valid] for x in data])
+            self._fit_scales(values)
         return values
+
+    def _scaled_parts(self, values: Values) -> list[tuple[str, Standardized, Tensor]]:
+        """What is standardized: a name for errors, the scale, and all simulated values."""
+        posterior: Any = self._modules["posterior"]
+        assert self._simulator is not None
+        latents = self._pack(values, next(iter(values.values())).shape[:1])
+        names = [f"site {name!r}" for name in self._simulator.observed]
+        data = [values[name] for name in self._simulator.observed]
+        sites = zip(names, posterior._sites, data, strict=True)
+        return [("latents (unconstrained)", posterior.latents, latents), *sites]
+
+    def _fit_scales(self, values: Values) -> None:
+        """Take all scales from simulations."""
+        posterior: Any = self._modules["posterior"]
+        assert self._simulator is not None
+        latents = self._pack(values, next(iter(values.values())).shape[:1])
+        posterior.fit_scales(latents, [values[name] for name in self._simulator.observed])
 
     def _data(self, args: Any, kwargs: Any) -> tuple[list[Tensor], torch.Size]:
         """The observed values in the model's arguments, checked, and the batch shape of the observations."""
@@ -242,29 +255,19 @@ class SimulatedLatents(AutoContinuous):
 
     def _data_of(self, values: Mapping[str, Tensor]) -> tuple[list[Tensor], torch.Size]:
         """Values of observed sites, checked, and the batch shape of the observations."""
-        posterior, simulator = self._ready("guide"), self._simulator
+        self._ready("guide")
+        simulator = self._simulator
         if simulator is None:
             raise ValueError(
                 "guide: got one that has not seen its model, expected simulate or accept first, or data in "
                 "the model's arguments"
             )
         found, batch = [], torch.Size()
-        for scale, (name, site) in zip(posterior._sites, simulator.observed.items(), strict=True):
+        for name, site in simulator.observed.items():
             if name not in values:
                 raise ValueError(f"site {name!r}: got no data, expected values of it")
-            value, shape = check_tensor(f"site {name!r}", torch.as_tensor(values[name])), site.shape
-            lead = value.dim() - len(shape)
-            if lead < 0 or value.shape[lead:] != shape:
-                raise ValueError(
-                    f"site {name!r}: got data of shape {tuple(value.shape)}, expected {tuple(shape)}, as "
-                    "simulated, or further batch dimensions on its left"
-                )
-            check_finite(f"site {name!r}", value)
-            if not bool(scale._real(value).isfinite().all()):
-                raise ValueError(
-                    f"site {name!r}: got {float(value.min()):.6g} as least value, expected positive ones, as "
-                    "its distribution has them"
-                )
+            value = check_data(name, values[name], site.shape, site.positive)
+            lead = value.dim() - len(site.shape)
             found.append(value)
             batch = torch.broadcast_shapes(batch, value.shape[:lead])
         return [
@@ -276,18 +279,48 @@ class SimulatedLatents(AutoContinuous):
         """Unconstrained latents in one vector, batch + (latent size,)."""
         return pack(self, values, batch)
 
+    def _build_stored(self, state_dict: Any, own: str) -> nn.Module | None:
+        """What is learned, of the shapes in a state."""
+        if f"{own}latents.loc" not in state_dict:
+            return None
+        count = 0
+        while f"{own}observed.{count}.loc" in state_dict:
+            count += 1
+        sites = [f"{own}observed.{i}." for i in range(count)]
+        shapes = [(state_dict[f"{s}loc"].shape, bool(state_dict[f"{s}log"])) for s in sites]
+        return ConditionalPosterior(state_dict[f"{own}latents.loc"].numel(), shapes, *self._parts)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # A fresh guide is built from the shapes of what it loads.
-        if "posterior" not in self._modules and f"{prefix}posterior.latents.loc" in state_dict:
-            own = f"{prefix}posterior."
-            count = 0
-            while f"{own}observed.{count}.loc" in state_dict:
-                count += 1
-            sites = [f"{own}observed.{i}." for i in range(count)]
-            shapes = [(state_dict[f"{s}loc"].shape, bool(state_dict[f"{s}log"])) for s in sites]
-            size = state_dict[f"{own}latents.loc"].numel()
-            self.posterior = ConditionalPosterior(size, shapes, *self._parts)
+        if "posterior" not in self._modules:
+            built = self._build_stored(state_dict, f"{prefix}posterior.")
+            if built is not None:
+                self.posterior = built
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def check_data(
+    name: str, value: Any, shape: torch.Size, positive: bool, expected: str = "simulated"
+) -> Tensor:
+    """An observed site's data, if they are finite, of the shape or a batch of it, and positive if need be.
+
+    Raises:
+        ValueError: naming the site.
+    """
+    value = check_tensor(f"site {name!r}", torch.as_tensor(value))
+    lead = value.dim() - len(shape)
+    if lead < 0 or value.shape[lead:] != shape:
+        raise ValueError(
+            f"site {name!r}: got data of shape {tuple(value.shape)}, expected {tuple(shape)}, as "
+            f"{expected}, or further batch dimensions on its left"
+        )
+    check_finite(f"site {name!r}", value)
+    if positive and not bool((value > 0).all()):
+        raise ValueError(
+            f"site {name!r}: got {float(value.min()):.6g} as least value, expected positive ones, as "
+            "its distribution has them"
+        )
+    return value
 
 
 def _hidden(msg: Any, shown: set[str]) -> bool:

@@ -25,10 +25,13 @@ __all__ = [
     "find_joint",
     "find_sites",
     "observations",
+    "observed_nodes",
     "score",
     "simulate",
+    "site_score",
     "sites_of",
     "traced",
+    "trial_runs",
 ]
 
 TRIALS = 3
@@ -41,10 +44,12 @@ class SimulatedSite(NamedTuple):
     Attributes:
         shape: of one value, its plates and its event.
         positive: whether its values are positive reals.
+        event_dim: how many dimensions of the value are the event's.
     """
 
     shape: torch.Size
     positive: bool
+    event_dim: int
 
 
 class Simulator(NamedTuple):
@@ -267,7 +272,7 @@ def _simulated_site(node: Message) -> SimulatedSite:
         support = support.base_constraint
     bounds = constraints.greater_than | constraints.greater_than_eq
     positive = isinstance(support, bounds) and not bool(torch.as_tensor(support.lower_bound).any())
-    return SimulatedSite(node["value"].shape, positive)
+    return SimulatedSite(node["value"].shape, positive, node["fn"].event_dim)
 
 
 def _is_vectorizable(
@@ -350,8 +355,8 @@ def simulate(simulator: Simulator, num_samples: int, args: Any, kwargs: Any) -> 
         raise
 
 
-def observations(simulator: Simulator, args: Any, kwargs: Any) -> Values:
-    """The data in the program's arguments.
+def observed_nodes(simulator: Simulator, args: Any, kwargs: Any) -> dict[str, Message]:
+    """The observed sites of a run of the program with data in its arguments.
 
     Raises:
         ValueError: if an observed site has none.
@@ -363,4 +368,31 @@ def observations(simulator: Simulator, args: Any, kwargs: Any) -> Values:
             f"site {without[0]!r}: got no data, expected arguments of the model that hold them "
             "(`obs=` in the model)"
         )
-    return {name: torch.as_tensor(nodes[name]["value"]) for name in simulator.observed}
+    return {name: nodes[name] for name in simulator.observed}
+
+
+def observations(simulator: Simulator, args: Any, kwargs: Any) -> Values:
+    """The data in the program's arguments.
+
+    Raises:
+        ValueError: if an observed site has none.
+    """
+    found = observed_nodes(simulator, args, kwargs)
+    return {name: torch.as_tensor(node["value"]) for name, node in found.items()}
+
+
+def trial_runs(
+    simulator: Simulator, args: Any, kwargs: Any
+) -> tuple[list[dict[str, Message]], Callable[[Values], dict[str, Message]]]:
+    """The sites of two runs without data, and a function that runs the program at values of all sites."""
+    program = poutine.uncondition(simulator.program)
+
+    def rerun(values: Values) -> dict[str, Message]:
+        return sites_of(traced(poutine.condition(program, data=values), args, kwargs))
+
+    return [sites_of(traced(program, args, kwargs)) for _ in range(2)], rerun
+
+
+def site_score(node: Message) -> Tensor:
+    """Log-density of a site's value, of its batch shape; of a point mass, the point."""
+    return score(node).expand(node["fn"].batch_shape)

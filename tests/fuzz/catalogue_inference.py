@@ -373,7 +373,15 @@ def amortized_calls_of(y: Any) -> list[Call]:
         Call(
             "infer.AutoAmortized",
             built,
-            of({"observed": ["x"], "latents": ["z"], "vectorized": True, "summary": None}),
+            of(
+                {
+                    "observed": ["x"],
+                    "latents": ["z"],
+                    "vectorized": True,
+                    "summary": None,
+                    "plates": None,
+                }
+            ),
             weight=0.5,
         ),
         Call("infer.AutoAmortized.forward", guide, lambda: {"x": point.clone()}, weight=0.5),
@@ -720,6 +728,15 @@ def network_calls() -> list[Call]:
         x = torch.ones(2, 3)
         return networks.SiteTransformer(**arguments)(x, torch.zeros(2), x, x > 0)
 
+    def set_encoder(**arguments: Any) -> Any:
+        return networks.SetEncoder(**arguments)(torch.ones(2, 5, 3))
+
+    def series_encoder(**arguments: Any) -> Any:
+        return networks.SeriesEncoder(**arguments)(torch.ones(2, 9, 3))
+
+    def image_encoder(**arguments: Any) -> Any:
+        return networks.ImageEncoder(**arguments)(torch.ones(2, 1, 5, 4))
+
     def transformer(**arguments: Any) -> Any:
         return used_network(networks.Transformer(**arguments), torch.zeros(2, 3).long())
 
@@ -828,6 +845,36 @@ def network_calls() -> list[Call]:
             of({"x": torch.ones(2, 3), "log_snr": torch.zeros(2), "given": torch.ones(2, 3)}),
         ),
         Call(
+            "nn.SetEncoder",
+            set_encoder,
+            of(
+                {
+                    **{"event_size": 3, "features": 4, "width": 8, "heads": 2, "blocks": 1},
+                    **{"dropout": 0.0},
+                }
+            ),
+        ),
+        Call(
+            "nn.SeriesEncoder",
+            series_encoder,
+            of(
+                {
+                    **{"channels": 3, "features": 4, "width": 8, "shrinks": 1, "blocks": 1},
+                    **{"heads": 2, "dropout": 0.0},
+                }
+            ),
+        ),
+        Call(
+            "nn.ImageEncoder",
+            image_encoder,
+            of(
+                {
+                    **{"channels": 1, "features": 4, "width": 8, "levels": (1, 2), "blocks": 1},
+                    **{"attention": True, "dropout": 0.0},
+                }
+            ),
+        ),
+        Call(
             "nn.UNet",
             unet,
             of(
@@ -878,6 +925,21 @@ def network_calls() -> list[Call]:
             "nn.SetTransformer.forward",
             points,
             of({"x": torch.ones(2, 5, 3), "log_snr": torch.zeros(2)}),
+        ),
+        Call(
+            "nn.SetEncoder.forward",
+            networks.SetEncoder(3, 4, 8),
+            of({"x": torch.ones(2, 5, 3), "mask": torch.ones(2, 5, dtype=torch.bool)}),
+        ),
+        Call(
+            "nn.SeriesEncoder.forward",
+            networks.SeriesEncoder(3, 4, 8),
+            of({"x": torch.ones(2, 5, 3)}),
+        ),
+        Call(
+            "nn.ImageEncoder.forward",
+            networks.ImageEncoder(1, 4, 8),
+            of({"x": torch.ones(2, 1, 4, 4)}),
         ),
         Call(
             "nn.Transformer.forward",
