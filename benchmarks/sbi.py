@@ -1,6 +1,7 @@
 """Posteriors of simulators: AutoAmortized beside reference posteriors, by a classifier two-sample test.
 
 Run: python benchmarks/sbi.py --data DIR     (NAME.npz with `observations`, `reference_posterior_samples`)
+     python benchmarks/sbi.py --task hierarchical            groups and sets of any size, beside closed forms
 
 The tasks are those of sbibm (Lueckmann et al., arXiv 2101.04653), each a Pyro program below. C2ST is the mean
 over ten observations of `evaluate.c2st` between 2000 draws of the guide and 2000 of the reference: 0.5 is
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import pyro
 import pyro.distributions as dist
+import sbi_hierarchical
 import sbi_subsets
 import torch
 from pyro.infer import Predictive
@@ -109,9 +111,10 @@ def run(name: str, count: int, seed: int, args: argparse.Namespace) -> list[floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder of the tasks; `subsets` needs none")
+    parser.add_argument("--data", type=Path, help="folder of the tasks; the last two need none")
     tasks = ["two_moons", "gaussian_linear", "bernoulli_glm"]
-    parser.add_argument("--tasks", nargs="+", default=tasks, choices=[*tasks, "subsets"])
+    alone = {"hierarchical": sbi_hierarchical.main, "subsets": sbi_subsets.main}
+    parser.add_argument("--tasks", nargs="+", default=tasks, choices=[*tasks, *alone])
     parser.add_argument("--programs", nargs="+", default=["gaussian", "tree"], help="of `subsets`")
     parser.add_argument("--simulations", nargs="+", type=int, default=[1000, 10_000])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -120,11 +123,11 @@ def main() -> None:
     parser.add_argument("--progress", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.tasks == ["subsets"]:
-        sbi_subsets.main(args)
+    if len(args.tasks) == 1 and args.tasks[0] in alone:
+        alone[args.tasks[0]](args)
         return
-    if args.data is None or "subsets" in args.tasks:
-        parser.error("--data: expected a folder for tasks of sbibm, and `subsets` alone")
+    if args.data is None or set(alone) & set(args.tasks):
+        parser.error(f"--data: expected a folder for tasks of sbibm, and each of {[*alone]} alone")
     print(
         f"{'task':<16} {'n':>7} {'seed':>4} {'C2ST':>7} {'min':>6} {'max':>6} {'steps':>6} {'sim s':>7} "
         f"{'fit min':>7} {'all min':>7}"

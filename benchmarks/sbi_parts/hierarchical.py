@@ -19,6 +19,7 @@ from pyro_diffusion.train import fit_amortized
 BETWEEN, NOISE = 1.0, 1.0
 GROUPS, DATA = 100, 20
 DRAWS, AT_ONCE = 10_000, 100_000
+STEPS = 6000
 
 
 def grouped(
@@ -81,8 +82,9 @@ def errors(draws: Tensor, means: Tensor, sds: Tensor) -> tuple[Tensor, Tensor]:
     return (draws.mean(0) - means).abs() / sds, (draws.std(0) / sds - 1).abs()
 
 
-def trained(model: Any, simulations: int, steps: int, seed: int, args: Any) -> AutoAmortized:
+def trained(model: Any, seed: int, args: Any) -> AutoAmortized:
     """A guide, with what it cost."""
+    simulations, steps = args.simulations[-1], args.steps or STEPS
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     start, clock = time.process_time(), time.perf_counter()
@@ -102,7 +104,7 @@ def run(args: Any) -> None:
     """Train, draw, compare, print."""
     for seed in args.seeds:
         pyro.set_rng_seed(seed)
-        guide = trained(grouped, args.simulations[0], args.steps or 5000, seed, args)
+        guide = trained(grouped, seed, args)
         generator = torch.Generator().manual_seed(1000 + seed)
         counts = torch.logspace(0, 2, 20).round().int().tolist()  # 1 to 100 groups
         print(
@@ -123,7 +125,7 @@ def run(args: Any) -> None:
         local = [torch.cat([f[k][1:] for f in found]) for k in (0, 1)]
         for name, (off, wide) in {"common mean": of_all, "groups' means": local}.items():
             summary(name, off, wide)
-        guide = trained(single, args.simulations[0], args.steps or 5000, seed, args)
+        guide = trained(single, seed, args)
         for data in (10, 100):
             pairs = []
             for _ in range(20):
