@@ -383,7 +383,7 @@ def test_observations_side_by_side():
     assert draws["local"].shape == (5, 7, 5, 1)
 
 
-def test_predictive():
+def test_predictive_and_quantiles():
     guide = untrained(grouped)
     for groups in (2, 9):
         with warnings.catch_warnings():
@@ -392,6 +392,8 @@ def test_predictive():
                 torch.randn(groups, 3)
             )
             assert draws["local"].shape == (4, groups, 1)
+            low, high = guide.quantiles([0.1, 0.9], torch.randn(groups, 3), num_samples=50)["local"]
+        assert low.shape == (groups, 1) and (high > low).all()
 
 
 def test_supports_of_rows():

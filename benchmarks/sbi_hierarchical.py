@@ -102,7 +102,7 @@ def trained(model: Any, seed: int, args: Any) -> AutoAmortized:
     return guide
 
 
-def run(args: Any) -> None:
+def main(args: Any) -> None:
     """Train, draw, compare, print."""
     for seed in args.seeds:
         pyro.set_rng_seed(seed)
