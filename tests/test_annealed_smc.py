@@ -208,7 +208,7 @@ def test_the_reported_run_takes_the_pilots_temperatures():
     guide = wide(AutoNormal, groups)
     sampler = AnnealedSMC(groups, guide, 32, 6, steps=5, final_moves=2)
     model, chart = UnconstrainedModel(groups, guide, (), {}), chart_of(guide, (), {})
-    stages = sampler.pilot(model, chart)
+    stages, _ = sampler.pilot(model, chart)
     assert len(stages) == 6
     assert stages[0].beta == 0 and stages[-2].next_beta == stages[-1].beta == 1
     assert all(a.next_beta == b.beta for a, b in itertools.pairwise(stages))
@@ -262,6 +262,16 @@ def test_a_base_wide_enough_finds_both():
     pyro.clear_param_store()
     guide = AutoNormal(two_modes, init_scale=8.0, init_loc_fn=lambda site: torch.tensor(3.0))
     found = AnnealedSMC(two_modes, guide, 256, 8).run()
+    assert abs(found.log_evidence.value) < 4.5 * found.log_evidence.standard_error
+    weight = (found.log_weights.exp() * (found.draws["z"] > 0)).sum()
+    assert abs(weight - 0.5) < 0.1
+
+
+def test_a_narrow_base_finds_both_when_widened():
+    """From one of two modes 20 sds apart; weights within .1 of a half."""
+    pyro.clear_param_store()
+    guide = AutoNormal(two_modes, init_scale=0.5, init_loc_fn=lambda site: torch.tensor(5.0))
+    found = AnnealedSMC(two_modes, guide, 256, 8, widen=3).run()
     assert abs(found.log_evidence.value) < 4.5 * found.log_evidence.standard_error
     weight = (found.log_weights.exp() * (found.draws["z"] > 0)).sum()
     assert abs(weight - 0.5) < 0.1
@@ -375,6 +385,7 @@ def test_models_without_continuous_latents_are_refused():
         ({"ess_threshold": 0.0}, "ess_threshold: got 0"),
         ({"max_leapfrog": 0}, "max_leapfrog: got 0"),
         ({"moves": -1}, "moves: got -1"),
+        ({"widen": -1}, "widen: got -1"),
         ({"guide": AutoDelta(groups)}, "guide: got AutoDelta"),
         ({"guide": groups}, "guide: got function"),
         ({"model": 3}, "model: got int"),

@@ -17,6 +17,7 @@ from pyro.infer import (
     SMCFilter,
     Trace_ELBO,
     TraceEnum_ELBO,
+    TraceGraph_ELBO,
     TraceTailAdaptive_ELBO,
     TraceTMC_ELBO,
     WeighedPredictive,
@@ -436,3 +437,47 @@ def test_sleep_updates_score_a_diffusion_guide_linearly():
     assert ReweightedWakeSleep(**asleep).loss(model, guide, observations={"x": X[0]})[1].isfinite()
     with pytest.raises(ValueError, match="got ReweightedWakeSleep"):
         ReweightedWakeSleep(vectorize_particles=False).loss(model, guide, observations={"x": X[0]})
+
+
+def own_law(law):
+    """A guide whose latent has that law, of a model in which it is normal."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(ZERO, 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=X[0])
+
+    return model, lambda: pyro.sample("z", law)
+
+
+@pytest.mark.parametrize(
+    "elbo", [Trace_ELBO(), TraceGraph_ELBO(), TraceEnum_ELBO(max_plate_nesting=0)]
+)
+@pytest.mark.parametrize("law", [site(ZERO), DiffusionSDE(DENOISER, (2,), context={"loc": ZERO})])
+def test_a_bound_as_the_density_of_a_guide_is_refused(elbo, law):
+    """It would be subtracted: the ELBO could exceed the evidence."""
+    model, guide = own_law(law)
+    for loss in (elbo.loss, elbo.loss_and_grads):
+        with pytest.raises(
+            ValueError, match=r"guide: got a Diffusion.* in .*_ELBO, expected .*AnnealedSMC"
+        ):
+            loss(model, guide)
+
+
+def test_a_density_a_prior_or_data_in_a_guide_are_not():
+    flow = ProbabilityFlow(DENOISER, (2,), context={"loc": ZERO})
+    prior = site(ZERO)
+
+    def same():
+        z = pyro.sample("z", prior)
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=X[0])
+
+    def seen():
+        pyro.sample("z", dist.Normal(ZERO, 1.0).to_event(1))
+        pyro.sample("seen", prior, obs=X[0], infer={"is_auxiliary": True})
+
+    for model, guide in (
+        own_law(flow),
+        (same, lambda: pyro.sample("z", prior)),
+        (own_law(flow)[0], seen),
+    ):
+        assert torch.isfinite(torch.tensor(Trace_ELBO().loss(model, guide)))

@@ -96,7 +96,8 @@ class BoundedDistribution(DenoisedDistribution):
 
         Raises:
             ValueError: for data of a wrong shape or outside the support, and where Pyro would exponentiate
-                the estimate: a latent enumerated in the model, particle weights, a Markov chain, a mixture.
+                the estimate: a latent enumerated in the model, particle weights, a Markov chain, a mixture;
+                or subtract it, as the density of a guide's latent in an ELBO.
         """
         check_linear_use(self)
         if self._given_batch.numel() > 1:  # noise of a row must not depend on the row's context

@@ -194,7 +194,7 @@ class ProbabilityFlow(DenoisedDistribution, _Pushforward):
                 "Hutchinson(..., seed=0)"
             )
         if self.trace.stochastic and self.trace.seed is None:
-            check_linear_use(self, chains=False)
+            check_linear_use(self, chains=False, bound=False)
         end = self.transform.transport(self._checked(value), inverse=True, noise=noise)
         assert end.log_det is not None
         return self._density(end.z, end.log_det, end.evaluations)

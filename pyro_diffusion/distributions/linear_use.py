@@ -1,9 +1,10 @@
 """Refuse to be exponentiated: what Pyro does with an estimate of log p, told from who asks for it.
 
 An unbiased estimate L of a bound obeys E[L] <= log p wherever it enters linearly, as in an ELBO. But E[exp L]
-and E[log sum exp L] depend on the estimate's variance, and are no bounds. Pyro asks for ``log_prob`` after
-the program has run, when none of its handlers is left on the stack; what it will do with the numbers is known
-to the frames that ask, and which latents it enumerates to the trace that they hold.
+and E[log sum exp L] depend on the estimate's variance, and are no bounds. As the density of a guide's own
+latent even linear use is wrong: an ELBO subtracts it, and L <= log q makes the ELBO larger than it is. Pyro
+asks for ``log_prob`` after the program has run, when none of its handlers is left on the stack; what it will do
+with the numbers is known to the frames that ask, and which latents it enumerates to the trace that they hold.
 """
 
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from pyro.infer import (
+    ELBO,
     RenyiELBO,
     ReweightedWakeSleep,
     TraceEnum_ELBO,
@@ -61,12 +63,13 @@ CHAIN = "the unfolded chain (ChainReparam and forward_chain)"
 WAYS_OUT = f"{CHAIN} or ProbabilityFlow"
 
 
-def check_linear_use(distribution: Any, chains: bool = True) -> None:
-    """Refuse callers that exponentiate the estimate which a distribution is about to make.
+def check_linear_use(distribution: Any, chains: bool = True, bound: bool = True) -> None:
+    """Refuse callers that exponentiate the estimate which is about to be made, or subtract a bound.
 
     Args:
         distribution: whose ``log_prob`` is asked for.
         chains: whether a Markov chain is refused as well.
+        bound: whether it is of a lower bound, which no guide's density may be; else of the density itself.
 
     Raises:
         ValueError: naming what was going to use the estimate, and what to use instead.
@@ -81,6 +84,13 @@ def check_linear_use(distribution: Any, chains: bool = True) -> None:
     elif isinstance(found, str):
         refused = found, f"components of ProbabilityFlow, or the component as a latent of {CHAIN}"
     elif found is not None:
+        if bound and (elbo := _guide_of(found)):
+            raise ValueError(
+                f"guide: got a {type(distribution).__name__} as the law of its latent in {elbo}, "
+                "expected one whose log_prob is a density (ProbabilityFlow, or any AutoGuide): a lower bound "
+                "of log q, subtracted, takes the ELBO above the evidence. To train a diffusion on draws of a "
+                "posterior make it a model of them; to correct a guide use AnnealedSMC"
+            )
         refused = _use_of_trace(found)
     if refused is None:
         return
@@ -98,6 +108,25 @@ def _mixture_or_trace(frame: FrameType) -> str | FrameType | None:
         if module == TRACE:
             return caller
     return None
+
+
+def _guide_of(frame: FrameType) -> str | None:
+    """The name of the ELBO whose guide scores its own draw there; None for other uses."""
+    holder: FrameType | None = None
+    for module, caller in callers(frame):
+        if module == IMPORTANCE_TRACE:
+            holder = caller
+        elif module != TRACE and caller.f_code.co_name != "<listcomp>":
+            break
+    elbo = caller.f_locals.get("self")
+    # Wake-sleep raises the guide's density at draws of the model, which is a use of the right direction.
+    if not isinstance(elbo, ELBO) or isinstance(elbo, ReweightedWakeSleep):
+        return None
+    traces = _traces((holder or caller).f_locals)
+    trace, name = frame.f_locals["self"], frame.f_locals["name"]
+    if trace is not traces["guide_trace"] or trace.nodes[name]["is_observed"]:
+        return None
+    return None if _cancels(name, **traces) else type(elbo).__name__
 
 
 def _use_of_trace(frame: FrameType) -> tuple[str, str] | None:

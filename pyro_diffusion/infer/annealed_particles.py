@@ -14,7 +14,7 @@ from pyro_diffusion.infer.resampling import effective_ancestors, evidence_varian
 from pyro_diffusion.pareto import pareto_khat
 from pyro_diffusion.validation import check_positive_int
 
-__all__ = ["BLIND", "AnnealedParticles", "annealed_particles", "mean_gap"]
+__all__ = ["BLIND", "AnnealedParticles", "annealed_particles", "mean_gap", "summary"]
 
 BLIND = "estimate blind to modes never visited"
 
@@ -31,7 +31,8 @@ class AnnealedParticles:
         log_evidence: estimate of log p(x) in nats. Its exponential is unbiased. The error is a jackknife over
             repeats; infinite, "not estimated", where fewer than four of them carry the weight.
         log_evidence_terms: (R,), of each repeat.
-        elbo: the guide's own lower bound, from the draws that the particles started at: E log p - log q.
+        elbo: the guide's own lower bound, from the draws that the particles started at: E log p - log q
+            (of the widened guide, where it was).
         eubo: mean of log p - log q over the final draws, an estimate of the guide's upper bound that is
             *blind to modes that no particle visited*: high, it shows that the guide misses what particles
             found; low, it shows nothing.
@@ -92,7 +93,11 @@ class AnnealedParticles:
 
 @torch.no_grad()
 def annealed_particles(
-    chain: AnnealedChain, done: ParticleFilter, stages: list[Stage], start: Tensor
+    chain: AnnealedChain,
+    done: ParticleFilter,
+    stages: list[Stage],
+    start: Tensor,
+    change: Tensor,
 ) -> AnnealedParticles:
     """The result of a filter that has gone through all stages.
 
@@ -101,6 +106,7 @@ def annealed_particles(
         done: the filter, (N, R).
         stages: K weightings, and the posterior.
         start: (N, R), log p - log q at the guide's draws.
+        change: (R, 2), what the last moves changed in :func:`summary`.
     """
     terms = done.log_evidence
     repeats = len(terms)
@@ -133,6 +139,7 @@ def annealed_particles(
         guide_khat=pareto_khat(start.reshape(-1, 1)).squeeze(),
         acceptance=acceptance.min() if len(acceptance) else acceptance.new_tensor(math.nan),
         rhat=_rhat(u.double(), done.log_weights),
+        drift=_largest_t(change),
         log_evidence=evidence,
         dead=int(done.dead.sum()),
     )
@@ -161,6 +168,22 @@ def mean_gap(gap: Tensor, log_weights: Tensor | None, kind: str) -> Estimate:
     error = torch.where(present, weights * (gap - mean), 0.0).square().sum().sqrt()
     error = error.nan_to_num(nan=math.inf)
     return Estimate(float(mean), float(error), kind, "nats", 1)
+
+
+def summary(done: ParticleFilter) -> Tensor:
+    """Mean log density, and mean log variance of the coordinates, of each repeat, (R, 2)."""
+    weights, z = done.log_weights.exp(), done.state["z"].double()
+    log_p = (done.state["log_q"] + done.state["gap"]).double()
+    density = torch.where(weights > 0, weights * log_p, 0.0).sum(0)
+    means = (weights.unsqueeze(-1) * z).sum(0)
+    variance = (weights.unsqueeze(-1) * (z - means).square()).sum(0)
+    return torch.stack([density, variance.log().mean(-1)], -1)
+
+
+def _largest_t(change: Tensor) -> Tensor:
+    """The largest of Student's t of means over repeats, (R, n), against 0."""
+    error = change.std(0) / math.sqrt(len(change))
+    return (change.mean(0).abs() / error).nan_to_num(0.0, math.inf).max()
 
 
 def _khat(log_weights: Tensor) -> Tensor:

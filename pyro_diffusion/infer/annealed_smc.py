@@ -11,11 +11,12 @@ from pyro.infer.smcfilter import SMCFailed
 from torch import Tensor
 
 from pyro_diffusion.infer.annealed_chain import AnnealedChain, NoProposal, Stage
-from pyro_diffusion.infer.annealed_particles import AnnealedParticles, annealed_particles
+from pyro_diffusion.infer.annealed_particles import AnnealedParticles, annealed_particles, summary
 from pyro_diffusion.infer.annealing_pilot import interpolated, next_stage
 from pyro_diffusion.infer.guide_chart import GuideChart, chart_of
 from pyro_diffusion.infer.particle_filter import ParticleFilter
 from pyro_diffusion.infer.unconstrained import UnconstrainedModel, check_guide
+from pyro_diffusion.infer.widening import has_grown, moments, widened
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_number, check_positive_int, kind_of
@@ -24,6 +25,7 @@ __all__ = ["AnnealedSMC"]
 
 TRIES = 5  # draws of all particles until one has a density
 MOST_STAGES = 1000
+MOST_ROUNDS = 20
 
 
 class AnnealedSMC:
@@ -58,11 +60,15 @@ class AnnealedSMC:
         num_repeats: R >= 6.
         steps: K >= 1, temperatures after the guide's; as many as the pilot took if None.
         moves: at each temperature.
-        final_moves: at the posterior, after the last weighting.
+        final_moves: at the posterior, after the last weighting. They leave the posterior as it is; where they
+            change the particles' moments, these are not there yet, and the verdict says so.
         conditional_ess: in (0, 1); nearer 1, more temperatures.
         ess_threshold: resample below this share of N, in (0, 1].
         max_leapfrog: leapfrog steps of one move at most; 1 is the Metropolis-adjusted Langevin algorithm.
         pilot_particles: of the pilot; half of N R by default.
+        widen: look for modes beside the guide's: it gives way to a normal of the pilot's particles, three
+            times as wide, again and again, and three times more after each round that finds nothing new,
+            until so many of these have passed. Costs a pilot each, and more temperatures in the end.
 
     Raises:
         ValueError: naming the argument, what it was and what was expected.
@@ -96,11 +102,12 @@ class AnnealedSMC:
         *,
         steps: int | None = None,
         moves: int = 1,
-        final_moves: int = 5,
+        final_moves: int = 10,
         conditional_ess: float = 0.97,
         ess_threshold: float = 0.5,
         max_leapfrog: int = 10,
         pilot_particles: int | None = None,
+        widen: int = 0,
     ) -> None:
         if not callable(model):
             raise ValueError(f"model: got {kind_of(model)}, expected a Pyro program")
@@ -117,6 +124,7 @@ class AnnealedSMC:
         self.max_leapfrog = check_positive_int("max_leapfrog", max_leapfrog)
         if pilot_particles is None:
             pilot_particles = max(num_particles * num_repeats // 2, 2)
+        self.widen = check_positive_int("widen", widen, at_least=0)
         self.pilot_particles = check_positive_int("pilot_particles", pilot_particles, at_least=2)
 
     def run(self, *args: Any, **kwargs: Any) -> AnnealedParticles:
@@ -137,16 +145,32 @@ class AnnealedSMC:
         with pyro.validation_enabled(False):
             with isolated(), torch.no_grad():
                 chart = chart_of(self.guide, args, kwargs)
-            stages = self.pilot(model, chart)
+            chart = self._widened(model, chart)
+            stages = self.pilot(model, chart)[0]
             chain = AnnealedChain(model, chart, self.num_particles, self.num_repeats)
-            done, gap = self._run(chain, stages)
-            particles = annealed_particles(chain, done, stages, gap)
+            done, gap, change = self._run(chain, stages)
+            particles = annealed_particles(chain, done, stages, gap, change)
         if particles.verdict.problems:
             warn_unreliable("AnnealedSMC: " + "; ".join(particles.verdict.problems))
         return particles
 
-    def pilot(self, model: UnconstrainedModel, chart: GuideChart) -> list[Stage]:
-        """Temperatures and moves, from particles that are then forgotten; the last stage is at b = 1.
+    def _widened(self, model: UnconstrainedModel, chart: GuideChart) -> GuideChart:
+        """The guide's own chart, or a wide normal around all that ever wider ones led to."""
+        last: Tensor | None = None
+        quiet = rounds = 0
+        while quiet < self.widen and rounds < MOST_ROUNDS:
+            done = self.pilot(model, chart)[1]
+            with torch.no_grad():
+                u = chart(done.state["z"])[0].flatten(0, 1)
+                mean, root = moments(u, done.log_weights.flatten())
+            quiet = quiet + 1 if last is not None and not has_grown(root, last) else 0
+            chart, last, rounds = widened(mean, root, 1 + quiet), root, rounds + 1
+        return chart if last is None else widened(mean, root, 1)
+
+    def pilot(
+        self, model: UnconstrainedModel, chart: GuideChart
+    ) -> tuple[list[Stage], ParticleFilter]:
+        """Temperatures and moves, and the particles that they are from; the last stage is at b = 1.
 
         Raises:
             ValueError: as :meth:`run`.
@@ -167,16 +191,18 @@ class AnnealedSMC:
                         f"conditional_ess ({self.conditional_ess}) smaller"
                     )
             stages.append(self._next(chain, done, stages))
-        return stages if self.steps is None else interpolated(stages, self.steps)
+        return (stages if self.steps is None else interpolated(stages, self.steps)), done
 
-    def _one_step(self, model: UnconstrainedModel, chart: GuideChart) -> list[Stage]:
+    def _one_step(
+        self, model: UnconstrainedModel, chart: GuideChart
+    ) -> tuple[list[Stage], ParticleFilter]:
         """Plain importance sampling: only the moves at the posterior are tuned."""
         chain = AnnealedChain(model, chart, self.pilot_particles, 1)
         done = self._start(chain)
         first = Stage(0.0, 1.0, torch.ones_like(done.state["z"][0, 0]), 1.0, 1)
         with torch.no_grad():
             done.step(first, 0)
-            return [first, self._next(chain, done, [first])]
+            return [first, self._next(chain, done, [first])], done
 
     def _next(self, chain: AnnealedChain, done: ParticleFilter, stages: list[Stage]) -> Stage:
         return next_stage(
@@ -214,7 +240,10 @@ class AnnealedSMC:
             f"{count * repeats} draws, {TRIES} times over, expected a guide whose draws the model allows"
         )
 
-    def _run(self, chain: AnnealedChain, stages: list[Stage]) -> tuple[ParticleFilter, Tensor]:
+    def _run(
+        self, chain: AnnealedChain, stages: list[Stage]
+    ) -> tuple[ParticleFilter, Tensor, Tensor]:
+        """The filter at the posterior, log p - log q at its start, and what the last moves changed."""
         done = self._start(chain)
         gap = done.state["gap"].double()
         try:
@@ -222,6 +251,7 @@ class AnnealedSMC:
                 for stage in stages[:-2]:
                     done.step(stage, self.moves)
                 done.finish(stages[-2], self.moves)
+                before = summary(done)
                 for _ in range(self.final_moves):
                     chain.move(done.state, stages[-1])
         except SMCFailed as error:
@@ -231,4 +261,4 @@ class AnnealedSMC:
                 f"repeats on the way from the guide ({reason}), expected some: use more particles or another "
                 "guide"
             ) from error
-        return done, gap
+        return done, gap, summary(done) - before

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
 from pyro_diffusion.estimate import Estimate
@@ -15,6 +16,8 @@ HIGHEST_KHAT = 0.7
 HIGHEST_RHAT = 1.1
 LARGEST_ERROR = 0.5  # nats
 LEAST_ACCEPTANCE = 0.15
+FALSE_ALARM = 1e-3  # of a drift, for particles that are there
+DRIFTS = ("density", "variance")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class AnnealedVerdict:
             believed, and no verdict on the particles.
         acceptance: the least mean probability of acceptance of all moves.
         rhat: the largest ratio of a coordinate's scale over all repeats to that within them.
+        drift: the largest of Student's t of what the last moves changed in the mean log density and in the
+            mean log variance of the coordinates, with R - 1 degrees of freedom.
         log_evidence: the estimate.
         dead: repeats of which no particle has a density.
         problems: one sentence each; empty if nothing speaks against the run.
@@ -53,6 +58,7 @@ class AnnealedVerdict:
     guide_khat: Tensor
     acceptance: Tensor
     rhat: Tensor
+    drift: Tensor
     log_evidence: Estimate
     dead: int = 0
     problems: tuple[str, ...] = ()
@@ -72,6 +78,7 @@ class AnnealedVerdict:
             ("draws descended from", f"{int(self.least_roots)} of the guide's at least"),
             ("effective repeats", f"{float(self.effective_repeats):.1f}"),
             ("R-hat over repeats", f"{float(self.rhat):.3f}"),
+            ("drift, Student's t", f"{float(self.drift):.1f}"),
             ("least acceptance", f"{float(self.acceptance):.2f}"),
             ("Pareto k-hat, final weights", f"{float(self.khat):.2f}"),
             ("Pareto k-hat, guide alone", f"{float(self.guide_khat):.2f}"),
@@ -116,6 +123,13 @@ def judge(verdict: AnnealedVerdict) -> AnnealedVerdict:
         problems.append(
             f"repeats disagree about the latents, R-hat {float(verdict.rhat):.2f}: particles do not mix, as "
             "between modes; use more particles or moves, or a wider guide"
+        )
+    chance = 2 * len(DRIFTS) * float(stats.t.sf(float(verdict.drift), verdict.num_repeats - 1))
+    if chance < FALSE_ALARM:
+        problems.append(
+            f"particles still change under moves that keep the posterior, a t of {float(verdict.drift):.1f}: "
+            "they have not reached all of it, as where it narrows to a funnel; use a richer guide, or more "
+            "steps or moves"
         )
     if verdict.acceptance < LEAST_ACCEPTANCE:
         problems.append(

@@ -10,7 +10,7 @@ from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation, AutoNormal
 from torch import Tensor
 from torch.distributions import AffineTransform, LowRankMultivariateNormal, MultivariateNormal
 
-__all__ = ["GuideChart", "chart_of"]
+__all__ = ["GuideChart", "chart_of", "normal_chart"]
 
 
 class GuideChart(NamedTuple):
@@ -68,16 +68,18 @@ def chart_of(guide: AutoGuide, args: Any, kwargs: Any) -> GuideChart:
         return GuideChart(_standard(loc), AffineTransform(loc, scale), normal.log_prob)
     posterior = guide.get_posterior(*args, **kwargs)
     if isinstance(posterior, LowRankMultivariateNormal | MultivariateNormal):
-        loc, tril = (
-            posterior.loc.detach(),
-            torch.linalg.cholesky(posterior.covariance_matrix.detach()),
-        )
-        return GuideChart(_standard(loc), LowerCholeskyAffine(loc, tril), posterior.log_prob)
+        return normal_chart(posterior)
     try:
         base, transform = guide.get_base_dist(), guide.get_transform(*args, **kwargs)
     except NotImplementedError:
         return GuideChart(posterior, None, posterior.log_prob)
     return GuideChart(base, transform, posterior.log_prob)
+
+
+def normal_chart(normal: Any) -> GuideChart:
+    """The chart of a normal, from a standard one."""
+    loc, tril = normal.loc.detach(), torch.linalg.cholesky(normal.covariance_matrix.detach())
+    return GuideChart(_standard(loc), LowerCholeskyAffine(loc, tril), normal.log_prob)
 
 
 def _standard(loc: Tensor) -> Any:

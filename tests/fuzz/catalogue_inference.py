@@ -329,6 +329,7 @@ def annealed_calls_of(y: Any) -> list[Call]:
                     "ess_threshold": 0.5,
                     "max_leapfrog": 2,
                     "pilot_particles": 64,
+                    "widen": 1,
                 }
             ),
             weight=0.5,
