@@ -132,7 +132,8 @@ def extra(name: str, draws: dict[str, Tensor], weights: Tensor) -> str:
 
 def particles(name: str, target: Target, guide: Any, args: argparse.Namespace) -> dict[str, Any]:
     """One run of particles from a fitted guide, as a row of the table."""
-    options = {"widen": 3} if name in ("mixture", "wells") else {}
+    options: dict[str, Any] = {"moves": args.moves, "conditional_ess": args.conditional_ess}
+    options["widen"] = 3 if name in ("mixture", "wells") else 0
     start = time.perf_counter()
     found = AnnealedSMC(target.model, guide, args.particles, args.repeats, **options).run()
     seconds = time.perf_counter() - start
@@ -225,6 +226,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of SVI, each guide")
     parser.add_argument("--particles", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--moves", type=int, default=1, help="at each temperature")
+    parser.add_argument("--conditional-ess", type=float, default=0.97)
     args = parser.parse_args()
     torch.set_default_dtype(torch.double)
     warnings.simplefilter("ignore")
