@@ -292,6 +292,21 @@ def test_repeats_that_disagree_are_not_to_be_believed():
     assert "not to be believed" in str(found)
 
 
+def test_particles_that_the_last_moves_change_are_not_there_yet():
+    """Importance sampling by a guide half as wide: moves that keep the posterior widen the cloud."""
+
+    def wider():
+        z = pyro.sample("z", Normal(torch.zeros(6), 1.0).to_event(1))
+        pyro.factor("none", 0 * z.sum(-1))
+
+    pyro.clear_param_store()
+    guide = AutoNormal(wider, init_scale=0.4)
+    with pytest.warns(UnreliableWarning, match="still change under moves that keep the posterior"):
+        found = AnnealedSMC(wider, guide, 256, 8, steps=1).run()
+    assert found.verdict.drift > 6
+    assert AnnealedSMC(wider, guide, 256, 8, conditional_ess=0.99).run().verdict.drift < 6
+
+
 # Bad input.
 
 

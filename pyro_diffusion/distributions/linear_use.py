@@ -4,7 +4,8 @@ An unbiased estimate L of a bound obeys E[L] <= log p wherever it enters linearl
 and E[log sum exp L] depend on the estimate's variance, and are no bounds. As the density of a guide's own
 latent even linear use is wrong: an ELBO subtracts it, and L <= log q makes the ELBO larger than it is. Pyro
 asks for ``log_prob`` after the program has run, when none of its handlers is left on the stack; what it will
-do with the numbers is known to the frames that ask, and which latents it enumerates to the trace that they hold.
+do with the numbers is known to the frames that ask, and which latents it enumerates to the trace that they
+hold.
 """
 
 import sys

@@ -18,8 +18,8 @@ LEAST_STEP = 1e-4
 DENSE = 200  # dimensions up to which moves are scaled by a covariance
 BISECTIONS = 40
 LEAST_INCREMENT = 1e-8
-# Most of what is left of the way to 1 that one step takes, until so little is left. Where the posterior has the
-# heavier tails, a guide's tails hold particles back until its share 1 - b is small, and no particle there says so.
+# Most of what is left of the way to 1 that one step takes, until so little is left. Where the posterior has
+# the heavier tails, a guide's hold particles back until its share 1 - b is small, and no particle says so.
 STRIDE = 0.6
 END = 0.005
 
