@@ -47,6 +47,7 @@ TINY = {
     "unsupervised_classes": "--steps 3 --chain 6",
     "model_comparison": "--prior prior --prior-settings='--steps 3 --classifier-steps 3 --batch 8 --width 8'"
     " --images 2 --chain 3 --particles 2",
+    "any_guide": "--steps 20 --particles 16 --samples 20",
     "missing_data": "--steps 3 --batch 8 --width 8 --chain 4 --rows 3 --draws 4 --particles 4"
     " --components 1 2",
     "missing_covariates": "--prior prior --prior-settings='--steps 3 --batch 8 --width 8' --chain 4 --rows 4"
