@@ -119,6 +119,9 @@ def main() -> None:
     parser.add_argument("--simulations", nargs="+", type=int, default=[1000, 10_000])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=None, help="those of the recipe by default")
+    parser.add_argument(
+        "--lr", type=float, default=None, help="of `subsets`; the recipe's by default"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--progress", action="store_true")
     args = parser.parse_args()

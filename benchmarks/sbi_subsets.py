@@ -147,7 +147,8 @@ def run(name: str, count: int, seed: int, graph: bool, args: argparse.Namespace)
     pyro.set_rng_seed(seed)
     start, cpu = time.perf_counter(), time.process_time()
     joint = AutoJoint(program, graph=graph)
-    options: dict[str, Any] = {} if args.steps is None else {"steps": args.steps}
+    asked = {"steps": args.steps, "lr": args.lr}
+    options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     history = fit_amortized(joint, joint.simulate(count), progress=args.progress, **options)
     cpu = time.process_time() - cpu
     accuracies = []
@@ -164,6 +165,8 @@ def run(name: str, count: int, seed: int, graph: bool, args: argparse.Namespace)
         f"{(time.perf_counter() - start) / 60:>8.1f}",
         flush=True,
     )
+    each = ", ".join(f"{'+'.join(v)} {a:.3f}" for v, a in zip(given, accuracies, strict=True))
+    print(f"    given {each}", flush=True)
     return float(mean)
 
 
