@@ -12,6 +12,8 @@ figures at 1000 / 10,000 simulations (sbibm's NPE; NPSE and Simformer as read fr
     two_moons        NPE .725/.606   NPSE .570/.513   Simformer .611/.525
     gaussian_linear  NPE .694/.552   NPSE .705/.572   Simformer .732/.635
     bernoulli_glm    NPE .863/.678
+
+The task `subsets` has no data and its own table: any sites of two programs given any others (sbi_subsets.py).
 """
 
 import argparse

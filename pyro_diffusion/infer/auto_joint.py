@@ -194,6 +194,11 @@ class AutoJoint(SimulatedLatents):
         return law.flow(nothing, nothing.bool(), self._solver)
 
     @property
+    def observed(self) -> tuple[str, ...]:
+        """Names of the sites that are data, known after the first simulations."""
+        return tuple(self._data_sites)
+
+    @property
     def graph(self) -> Tensor | None:
         """Which unconstrained coordinates are neighbours, (M, M) booleans; None if all may be."""
         return self._joint("graph").graph

@@ -8,7 +8,7 @@ from pyro_diffusion.schedules import Level
 __all__ = ["LinearPart"]
 
 MOST = 64  # coordinates up to which every evaluation may solve a system of them
-RIDGE = 1e-4  # of given coordinates: some may be functions of others
+RIDGE = 1e-4  # of unit variances: some coordinates may be functions of others
 SWEEPS, TOLERANCE = 500, 1e-10
 
 
@@ -43,10 +43,10 @@ class LinearPart(nn.Module):
         own = rows.double()
         own = own - own.mean(0)
         found = own.mT @ own / len(own)
-        found.diagonal().add_(1e-12)
+        found.diagonal().add_(RIDGE)
         if graph is not None:
             found = markov_covariance(found, graph)
-        scale = found.diagonal().clamp(min=1e-12).rsqrt()
+        scale = found.diagonal().rsqrt()
         self.covariance.copy_(found * scale * scale.unsqueeze(1))
 
     def forward(self, xt: Tensor, level: Level, given: Tensor, conditioned: Tensor) -> Tensor:
