@@ -38,6 +38,12 @@ def default_site_denoiser(size: int, graph: Tensor | None) -> Denoiser:
     )
 
 
+def _check_process(process: ForwardProcess) -> None:
+    """Refuse noise that is not normal, or differs by coordinate: those that are free would take others'."""
+    needs = (Ability.TWEEDIE, Ability.ISOTROPIC, Ability.ODE)
+    require(process, *needs, argument="denoiser", by="a joint distribution")
+
+
 class _Known(Denoiser):
     """A denoiser with its linear part, that knows what is given; so its terms of any bound are 0."""
 
@@ -48,6 +54,7 @@ class _Known(Denoiser):
         self.denoiser, self.linear = denoiser, linear
 
     def forward(self, xt: Tensor, t: Tensor | Level, **context: Tensor) -> TorchDistribution:
+        _check_process(self.process)
         level = self.process.level(t, xt, state="xt")
         given, conditioned = context["given"], context["conditioned"]
         mean = self.denoiser(xt, level, given=given, conditioned=conditioned).mean
@@ -130,8 +137,7 @@ class JointLaw(nn.Module):
                 f"denoiser: got a function that returned {type(denoiser).__name__}, expected a Denoiser with "
                 "a point mass as posterior"
             )
-        needs = (Ability.TWEEDIE, Ability.ISOTROPIC, Ability.ODE)
-        require(denoiser.process, *needs, argument="denoiser", by="a joint distribution")
+        _check_process(denoiser.process)
         self.denoiser = _Known(denoiser, LinearPart(size))
         self.register_buffer("graph", graph)
         self.register_buffer("count", torch.tensor(0))
@@ -156,6 +162,7 @@ class JointLaw(nn.Module):
         self, values: Tensor, conditioned: Tensor, objective: Objective | None
     ) -> Diffusion:
         """How standardized values (N, M) are distributed given those of them that a mask (N, M) says."""
+        _check_process(self.denoiser.process)
         return Diffusion(
             self.denoiser,
             (self.latent_size,),
