@@ -54,6 +54,19 @@ class AutoAmortized(SimulatedLevels):
     in a ``pyro.plate`` for them. Arguments other than data are those of the simulations. Data unlike all that
     was simulated (see ``simulate``) raise an ``UnreliableWarning``.
 
+    **Plates of rows.** Where rows of a plate are alike and know of each other only by what is outside, as a
+    trial finds, they are a set: its summary is the same in any order, and the number of rows is free. Latents
+    in such a plate have a posterior for every row, given the latents outside and the row's data,
+
+    .. math::
+
+        q(\theta, \theta_{1 \dots R} | x) = q(\theta | x_{1 \dots R}) \prod_r q(\theta_r | \theta, x_r),
+
+    by one network for all rows; plates may be nested. Simulations have as many rows as the program's
+    arguments say; in training, some of them are seen, their number drawn evenly in its logarithm. Then the
+    guide is asked with as many rows as the model's plates have, up to those of the simulations; more raise an
+    ``UnreliableWarning``. Rows that ``poutine.mask`` leaves out have no data, and may hold anything.
+
     **Nuisance latents** need no posterior: name the ``latents`` of interest, and the others are integrated
     out.
 
@@ -67,11 +80,14 @@ class AutoAmortized(SimulatedLevels):
         latents: names of the latents of interest; all that are not observed, if None.
         denoiser: a function of the sizes of latents and summary that returns a denoiser whose network takes
             the summary as context ``y``; by default a
-            :class:`~pyro_diffusion.nn.ConditionalMLP` of three blocks of 128.
+            :class:`~pyro_diffusion.nn.ConditionalMLP` of three blocks of 128, of two of 64 for latents of
+            rows, whose context is the latents outside and the row's data.
         objective: of training; the evidence lower bound by default.
         solver: of the probability flow; dopri5 with tolerances of 1e-4 by default.
         vectorized: whether simulations may be one run of the program inside one more plate; found out by a
             trial if None, and else they are run one by one.
+        plates: names of the plates whose rows are a set, found by a trial if None; none if there is a
+            ``summary``, which is of whole data.
 
     Attributes:
         dropped: simulations that were not finite, of all so far.

@@ -118,7 +118,7 @@ def _check_known_above(
     Raises:
         ValueError: naming it.
     """
-    first, second = runs[:2]
+    first, *others = runs
     known = {n for level in levels for n in (*level.latents, *level.observed)}
     for level in levels[1:]:
         if not level.latents:
@@ -127,17 +127,26 @@ def _check_known_above(
         above = [n for n in first if n not in known and n not in inside]
         for name in above:
             values = {n: node["value"] for n, node in first.items()}
-            values[name] = second[name]["value"]
-            try:
-                again = rerun(values)
-                same = all(torch.equal(site_score(again[n]), site_score(first[n])) for n in inside)
-            except Exception:  # whatever a program may raise at values of another run
-                same = False
-            if not same:
+            moved = any(
+                _moves(inside, first, rerun, {**values, name: other[name]["value"]})
+                for other in others
+            )
+            if moved:
                 raise ValueError(
                     f"latents: got {list(level.latents)} in plate {level.plates[-1]!r} without {name!r}, on "
                     f"which they depend, expected {name!r} among the latents"
                 )
+
+
+def _moves(
+    inside: list[str], first: dict[str, Message], rerun: Rerun, values: dict[str, Tensor]
+) -> bool:
+    """Whether densities inside of a plate are others at these values."""
+    try:
+        again = rerun(values)
+        return not all(torch.equal(site_score(again[n]), site_score(first[n])) for n in inside)
+    except Exception:  # whatever a program may raise at values of another run
+        return True
 
 
 def _at(

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 TRIALS = 3
+RUNS = 8  # in which a fair coin falls alike in 1 of 128 cases
 Values = dict[str, Tensor]
 
 
@@ -384,13 +385,13 @@ def observations(simulator: Simulator, args: Any, kwargs: Any) -> Values:
 def trial_runs(
     simulator: Simulator, args: Any, kwargs: Any
 ) -> tuple[list[dict[str, Message]], Callable[[Values], dict[str, Message]]]:
-    """The sites of two runs without data, and a function that runs the program at values of all sites."""
+    """The sites of some runs without data, and a function that runs the program at values of all sites."""
     program = poutine.uncondition(simulator.program)
 
     def rerun(values: Values) -> dict[str, Message]:
         return sites_of(traced(poutine.condition(program, data=values), args, kwargs))
 
-    return [sites_of(traced(program, args, kwargs)) for _ in range(2)], rerun
+    return [sites_of(traced(program, args, kwargs)) for _ in range(RUNS)], rerun
 
 
 def site_score(node: Message) -> Tensor:
