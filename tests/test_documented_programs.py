@@ -105,6 +105,7 @@ def test_the_page_on_simulators_runs() -> None:
         r"simulate\(256\)": "simulate(8)",
         r"num_samples=1000, parallel": "num_samples=20, parallel",
         r"num_samples=50,": "num_samples=2,",
+        r"steps=50,": "steps=2,",
         r"steps=1000": "steps=4",
         r"steps=300": "steps=4",
     }
@@ -112,6 +113,8 @@ def test_the_page_on_simulators_runs() -> None:
     assert page["draws"].shape == (20, 2)
     assert page["draws"].abs().max() <= 1
     assert page["draws_of_many"].shape == (2, 100, 2)
+    assert page["latents"]["mean"].shape == (100, 1, 1)
+    assert page["latents"]["local"].shape == (100, 8, 1)
     assert page["corrected"].log_evidence.value.isfinite()
     assert bool((page["rates"] > 0).all())
     assert page["log_likelihood"].isfinite()
