@@ -2,8 +2,8 @@
 
 Run: python benchmarks/guides.py --data DIR [--targets ...] [--seeds 0 1 2]
 
-Every guide is fitted by SVI (`Trace_ELBO`, one particle, Adam at 0.01, falling tenfold over its steps) for
-the same seconds; `AutoIAFNormal` has two transforms of width 64. Particles start at each fitted guide with
+Every guide is fitted by SVI (`Trace_ELBO`, one particle, Adam at `--lr`, falling tenfold over its steps)
+for the same seconds; `AutoIAFNormal` has two transforms of width 64. Particles start at each guide with
 the defaults of `AnnealedSMC`; on the two targets of many modes the base is widened (`widen=3`). ELBOs are of
 100,000 draws. Marginal errors are the largest over coordinates: of means in reference standard deviations,
 of standard deviations as a ratio less 1.
@@ -64,14 +64,14 @@ def load(name: str, folder: Path) -> Target:
     return found
 
 
-def fit(kind: str, target: Target, seconds: float) -> tuple[Any, int, float]:
+def fit(kind: str, target: Target, seconds: float, lr: float = 0.01) -> tuple[Any, int, float]:
     """A guide after that many seconds of SVI; its steps, and the seconds they took."""
     pyro.clear_param_store()
     guide = GUIDES[kind](target.model)
     guide()
     # One step is slow, the first; the rate falls by the steps that the others will be.
     optimizer = ExponentialLR(
-        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 1.0}
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "gamma": 1.0}
     )
     svi = SVI(target.model, guide, optimizer, Trace_ELBO())
     start, steps = time.perf_counter(), 0
@@ -79,7 +79,7 @@ def fit(kind: str, target: Target, seconds: float) -> tuple[Any, int, float]:
         svi.step()
         steps += 1
         for scheduler in optimizer.optim_objs.values():
-            scheduler.optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** (passed / seconds)
+            scheduler.optimizer.param_groups[0]["lr"] = lr * 0.1 ** (passed / seconds)
     return guide, steps, time.perf_counter() - start
 
 
@@ -171,7 +171,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
     for kind in args.guides:
         pyro.set_rng_seed(seed)
         target = load(name, args.data)
-        guide, steps, seconds = fit(kind, target, args.seconds)
+        guide, steps, seconds = fit(kind, target, args.seconds, args.lr)
         elbo, eubo = bounds(target, guide)
         with torch.no_grad():
             draws = [guide() for _ in range(1000)]
@@ -226,6 +226,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of SVI, each guide")
     parser.add_argument("--particles", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=0.01, help="of Adam, at the start")
     parser.add_argument("--moves", type=int, default=1, help="at each temperature")
     parser.add_argument("--conditional-ess", type=float, default=0.97)
     args = parser.parse_args()

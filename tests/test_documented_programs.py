@@ -235,3 +235,11 @@ def test_the_page_on_categoricals_by_noise_runs() -> None:
 def test_the_page_on_fourier_densities_runs() -> None:
     page = run("docs/fourier.md", {r"range\(300\)": "range(3)"})
     assert page["x"].shape == (1000,) and bool(page["samples"].isfinite().all())
+
+
+def test_particles_of_a_stock_guide() -> None:
+    """Log evidence -31.31; an error bar of .03 (a guide of 1000 steps starts far off)."""
+    page = run("docs/guides.md", {})
+    evidence = page["particles"].log_evidence
+    assert abs(evidence.value + 31.3113) < 4.5 * evidence.standard_error < 0.5
+    assert page["draws"]["raw"].shape == (1000, 8)
