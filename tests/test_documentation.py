@@ -53,7 +53,8 @@ def test_every_row_of_the_systems_table_leads_somewhere() -> None:
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
     assert rows[0] == ["system", "article", "name", "page", "test"] and len(rows) > 40
     for system, article, name, page, test in rows[1:]:
-        assert re.fullmatch(r"\[arXiv (\S+)\]\(https://arxiv\.org/abs/\1\)", article), system
+        arxiv = re.fullmatch(r"\[arXiv (\S+)\]\(https://arxiv\.org/abs/\1\)", article)
+        assert arxiv or re.fullmatch(r"\[doi (\S+)\]\(https://doi\.org/\1\)", article), system
         role = re.fullmatch(r"\{py:obj\}`pyro_diffusion\.(\w+)\.(\w+)`", name)
         assert role, system
         module = importlib.import_module(f"pyro_diffusion.{role[1]}")

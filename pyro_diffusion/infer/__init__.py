@@ -5,8 +5,10 @@ from pyro_diffusion.infer.auto_amortized import AutoAmortized
 from pyro_diffusion.infer.auto_joint import AutoJoint
 from pyro_diffusion.infer.autoguide import AutoGuidance, AutoTwistedSMC
 from pyro_diffusion.infer.ddpm import DDPM
+from pyro_diffusion.infer.density_ratio import DensityRatio
 from pyro_diffusion.infer.particle_gibbs import ParticleGibbs
 from pyro_diffusion.infer.reparam import ChainReparam
+from pyro_diffusion.infer.responsibilities import Responsibilities
 from pyro_diffusion.infer.twisted_smc import Particles, TwistedSMC
 from pyro_diffusion.unreliable import UnreliableWarning
 
@@ -18,8 +20,10 @@ __all__ = [
     "AutoJoint",
     "AutoTwistedSMC",
     "ChainReparam",
+    "DensityRatio",
     "ParticleGibbs",
     "Particles",
+    "Responsibilities",
     "TwistedSMC",
     "UnreliableWarning",
 ]

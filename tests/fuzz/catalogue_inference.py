@@ -12,6 +12,7 @@ import torch
 from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoNormal
 from safetensors.torch import save_file
+from torch import nn
 
 from pyro_diffusion import (
     checkpoint,
@@ -49,6 +50,13 @@ from tests.fuzz.catalogue import (
     used_network,
 )
 from tests.small_diffusions import Tiny
+
+
+def classed(x: torch.Tensor) -> None:
+    """Numbers of two classes."""
+    with pyro.plate("rows", len(x)):
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])))
+        pyro.sample("x", dist.Normal(k.float(), 1.0), obs=x)
 
 
 def decoded(x: torch.Tensor) -> None:
@@ -606,6 +614,21 @@ def evaluate_calls() -> list[Call]:
                 "num_samples": 1,
                 "batch_size": 3,
             },
+        ),
+        Call(
+            "infer.DensityRatio",
+            lambda q, p: [
+                infer.DensityRatio(nn.Linear(3, 1)).loss(q, p),
+                infer.DensityRatio(nn.Linear(3, 1)).lower_bound(q, p).value,
+            ],
+            lambda: {"q": data(), "p": 1 + data()},
+        ),
+        Call(
+            "infer.Responsibilities",
+            lambda x, max_plate_nesting: infer.Responsibilities(classed, max_plate_nesting).probs(
+                x
+            ),
+            lambda: {"x": torch.ones(3), "max_plate_nesting": 1},
         ),
         Call(
             "evaluate.jump_residual",
