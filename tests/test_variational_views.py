@@ -226,6 +226,12 @@ def test_the_missing_term_is_the_mutual_information():
     assert abs(float(ratio(z).mean())) < 0.02
 
 
+def test_the_bound_of_a_classifier_beyond_all_numbers():
+    ratio = DensityRatio(nn.Identity())
+    found = ratio.lower_bound(torch.zeros(3, 1), torch.tensor([[0.0], [1e3], [2.0]]))
+    assert found.value == -math.inf and found.standard_error == math.inf
+
+
 def test_refusals():
     ratio = DensityRatio(nn.Linear(2, 1))
     for q, p in ((torch.zeros(1, 2), torch.zeros(3, 2)), (torch.zeros(3, 2), torch.zeros(3, 1))):

@@ -68,7 +68,8 @@ class DensityRatio(nn.Module):
         r""":math:`1 + E_q[T] - E_p[e^T] \le KL(q \| p)`, equal for the exact ratio; in nats."""
         _check(q, p)
         ours, theirs = self(q).double(), self(p).double().exp()
-        error = math.sqrt(float(ours.var() / len(ours) + theirs.var() / len(theirs)))
+        error = float(ours.var() / len(ours) + theirs.var() / len(theirs))
+        error = math.sqrt(error) if math.isfinite(error) else math.inf  # where e^T overflows
         return Estimate(1 + float(ours.mean() - theirs.mean()), error, LOWER_BOUND, "nats", 1.0)
 
 

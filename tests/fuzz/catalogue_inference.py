@@ -622,6 +622,7 @@ def evaluate_calls() -> list[Call]:
                 infer.DensityRatio(nn.Linear(3, 1)).lower_bound(q, p).value,
             ],
             lambda: {"q": data(), "p": 1 + data()},
+            True,
         ),
         Call(
             "infer.Responsibilities",
