@@ -51,8 +51,10 @@ class AutoAmortized(SimulatedLevels):
     **Data.** The guide takes the arguments of the model and finds the data by running it. Observations of
     further batch dimensions on the left, ``(100,) + shape``, have their posteriors in one call: every latent
     gets the same, left of the dimensions of the model's plates. Inside Pyro's inference, put model and guide
-    in a ``pyro.plate`` for them. Arguments other than data are those of the simulations. Data unlike all that
-    was simulated (see ``simulate``) raise an ``UnreliableWarning``.
+    in a ``pyro.plate`` for them. ``Predictive(guide)`` solves once for each draw without ``parallel=True``;
+    :meth:`draw` solves once for all. Arguments other than data are those of the first simulations: an
+    ``UnreliableWarning`` tells others, under which the program simulates something else, and data unlike all
+    that was simulated (see ``simulate``).
 
     **Plates of rows.** Where rows of a plate are alike and know of each other only by what is outside, as a
     trial finds, they are a set: its summary is the same in any order, and the number of rows is free. Latents

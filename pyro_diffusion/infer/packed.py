@@ -44,7 +44,7 @@ def unpack(guide: Any, packed: Tensor) -> dict[str, Tensor]:
     for name, site in guide.prototype_trace.iter_stochastic_nodes():
         shape = guide._unconstrained_shapes[name]
         free = packed[..., start : start + shape.numel()].reshape(*packed.shape[:-1], *shape)
-        found[name] = biject_to(site["fn"].support)(free)
+        found[name] = biject_to(site["fn"].support)(free.to(site["value"].dtype))
         start += shape.numel()
     return found
 

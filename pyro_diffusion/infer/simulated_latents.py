@@ -1,7 +1,7 @@
 """What a guide that learns from simulations does with its program: find sites, simulate, check, pack."""
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import pyro
@@ -12,10 +12,12 @@ from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor, nn
 
 from pyro_diffusion.infer.conditional_posterior import ConditionalPosterior, MakeDenoiser
+from pyro_diffusion.infer.designs import Call, simulates_alike
 from pyro_diffusion.infer.packed import pack
 from pyro_diffusion.infer.simulations import Simulator, find_sites, observations, simulate
 from pyro_diffusion.infer.standardized import Standardized
 from pyro_diffusion.likelihoods.run import isolated
+from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
 
 __all__ = ["SimulatedLatents", "Values", "check_data"]
@@ -69,6 +71,9 @@ class SimulatedLatents(AutoContinuous):
         self._parts = (summary, make_denoiser)
         self._names, self._vectorized = (latents, observed), vectorized
         self._simulator: Simulator | None = None
+        self._call: tuple[
+            Call, ...
+        ] = ()  # of the first simulations; in a tuple, as it may hold modules
         self.dropped = 0
 
     def simulate(self, num_samples: int, *args: Any, **kwargs: Any) -> Values:
@@ -124,7 +129,7 @@ class SimulatedLatents(AutoContinuous):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         state = pyro.util.get_rng_state()  # so that a first call draws what a later one would
-        self._simulator = self._find(args, kwargs)
+        self._simulator, self._call = self._find(args, kwargs), ((args, kwargs),)
         self._shown[0].clear()
         self._shown[0].update(self._simulator.latents)
         with isolated():
@@ -251,7 +256,15 @@ class SimulatedLatents(AutoContinuous):
     def _data(self, args: Any, kwargs: Any) -> tuple[list[Tensor], torch.Size]:
         """The observed values in the model's arguments, checked, and the batch shape of the observations."""
         simulator = self._prepare(args, kwargs)
-        return self._data_of(observations(simulator, args, kwargs))
+        values = observations(simulator, args, kwargs)
+        found = self._data_of(values)
+        if not simulates_alike(simulator, self._call[0], (args, kwargs), values):
+            warn_unreliable(
+                "arguments: got others than those of the first simulations, under which the program "
+                "simulates something else, expected other data alone; the guide answers as if they were the "
+                "same (let what varies, such as a design, be sampled and observed)"
+            )
+        return found
 
     def _data_of(self, values: Mapping[str, Tensor]) -> tuple[list[Tensor], torch.Size]:
         """Values of observed sites, checked, and the batch shape of the observations."""
@@ -274,6 +287,11 @@ class SimulatedLatents(AutoContinuous):
             x.expand(batch + site.shape)
             for x, site in zip(found, simulator.observed.values(), strict=True)
         ], batch
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        # the network may be of single precision, and the program of double
+        for site, free in super()._unpack_latent(latent):
+            yield site, free.to(site["value"].dtype)
 
     def _pack(self, values: Mapping[str, Tensor], batch: torch.Size) -> Tensor:
         """Unconstrained latents in one vector, batch + (latent size,)."""

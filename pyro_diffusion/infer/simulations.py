@@ -259,12 +259,28 @@ def _check_same(name: str, nodes: list[Message | None], latent: bool, argument: 
             f"site {name!r}: got a support ({support}) that no transform of torch maps to real numbers, "
             f"expected another parametrization, or {argument}=[...] without it"
         ) from None
+    if not _takes_batches(biject_to(support), first["value"]):
+        raise ValueError(
+            f"site {name!r}: got a support ({support}) whose transform takes one value and no batch, "
+            "expected one that counts its dimensions from the right"
+        )
     ends = [biject_to(node["fn"].support)(at) for node in present]
     if not all(torch.equal(ends[0], end) for end in ends):
         raise ValueError(
             f"site {name!r}: got a support that differs from run to run, expected a fixed one (sample on a "
             "fixed support and compute the value from it)"
         )
+
+
+def _takes_batches(transform: Any, value: Tensor) -> bool:
+    try:
+        many = transform.inv(torch.stack([value, value]))
+        one = transform.inv(value)
+        return many.shape == (2, *one.shape) and bool(
+            torch.isclose(many[1], one, equal_nan=True).all()
+        )
+    except (RuntimeError, AssertionError, IndexError):
+        return False
 
 
 def _simulated_site(node: Message) -> SimulatedSite:

@@ -1,0 +1,203 @@
+"""What AutoAmortized takes over from its program: supports, precision, and arguments other than data."""
+
+import math
+import warnings
+
+import pyro
+import pytest
+import torch
+from pyro.distributions import Bernoulli, Delta, Normal, TransformedDistribution, constraints
+from torch.distributions import biject_to
+
+from pyro_diffusion.denoisers import GaussianDenoiser
+from pyro_diffusion.infer import AutoAmortized, UnreliableWarning
+from pyro_diffusion.nn import ConditionalMLP
+from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.schedules import LogLinear
+from pyro_diffusion.train import fit_amortized
+
+
+def small(latents, features):
+    network = ConditionalMLP(latents, features, width=8, depth=1)
+    return GaussianDenoiser(network, GaussianProcess(LogLinear(10.0, -8.0)))
+
+
+def ready(model, **options):
+    guide = AutoAmortized(model, observed=["x"], denoiser=small, **options)
+    guide.simulate(50)
+    return guide
+
+
+# --- supports ---------------------------------------------------------------------------------------
+
+
+class On(TransformedDistribution):
+    """Normal variables taken to a support."""
+
+    def __init__(self, support, shape):
+        self.own = support
+        base = Normal(torch.zeros(shape), 0.5)
+        super().__init__(base.to_event(len(shape)), biject_to(support))
+
+    @property
+    def support(self):
+        return self.own
+
+
+def everything(x):
+    return x.reshape(-1)
+
+
+def all_but_one(x):
+    return x[..., :-1].reshape(-1)
+
+
+def below(x):
+    return x[tuple(torch.tril_indices(*x.shape[-2:], offset=-1))]
+
+
+real, positives = constraints.real, constraints.independent(constraints.positive, 1)
+mixed = constraints.cat([constraints.positive, real], -1, [1, 2])
+# support, shape of the unconstrained value, and coordinates in which its density is one
+SUPPORTS = {
+    "_Real": (real, (), everything),
+    "_IndependentConstraint": (positives, (3,), everything),
+    "_GreaterThanEq": (constraints.greater_than_eq(2.0), (), everything),
+    "_GreaterThan": (constraints.greater_than(-1.0), (), everything),
+    "_LessThan": (constraints.less_than(3.0), (), everything),
+    "_HalfOpenInterval": (constraints.half_open_interval(1.0, 4.0), (), everything),
+    "_Interval": (constraints.interval(-2.0, 5.0), (), everything),
+    "_Simplex": (constraints.simplex, (3,), all_but_one),
+    "_CorrCholesky": (constraints.corr_cholesky, (3,), below),
+    "_Cat": (constraints.independent(mixed, 1), (3,), everything),
+    "_Stack": (constraints.stack([constraints.positive, constraints.real], -1), (2,), everything),
+    "_CorrMatrix": (constraints.corr_matrix, (3,), below),
+    "_OrderedVector": (constraints.ordered_vector, (3,), everything),
+    "_PositiveOrderedVector": (constraints.positive_ordered_vector, (3,), everything),
+    "_SoftplusPositive": (constraints.softplus_positive, (), everything),
+}
+
+
+def test_the_table_has_every_support_that_a_transform_is_known_for():
+    assert {kind.__name__ for kind in biject_to._registry} == set(SUPPORTS)
+
+
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_density_on_every_support(name):
+    """Latents' log-density is the flow's less log |det J| by autograd, for one value and for several."""
+    support, shape, chart = SUPPORTS[name]
+
+    def model(x=None):
+        z = pyro.sample("z", On(support, shape))
+        pyro.sample("x", Normal(z.sum(), 1.0), obs=x)
+
+    guide = ready(model, vectorized=False)
+    x = guide.simulate(200)["x"].median()
+    transform = biject_to(support)
+    free = 0.5 * torch.randn(3, *shape)
+    values = torch.stack([transform(each) for each in free])
+    assert bool(support.check(values).all())
+    flow = guide.get_posterior(x).log_prob(free.reshape(3, -1))
+    expected = []
+    for each, density in zip(free, flow, strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda u: chart(transform(u)), each)
+        size = each.numel()
+        expected.append(density - jacobian.reshape(size, size).double().slogdet().logabsdet)
+    found = guide.log_prob({"z": values}, x)
+    torch.testing.assert_close(found, torch.stack(expected).to(found), atol=2e-3, rtol=1e-3)
+    alone = guide.log_prob({"z": values[0]}, x)
+    torch.testing.assert_close(alone, found[0], atol=2e-3, rtol=1e-3)
+    assert bool(support.check(guide(x)["z"]).all())
+
+
+def test_a_support_that_takes_no_batch_is_refused():
+    def model(x=None):
+        z = pyro.sample("z", On(constraints.stack([constraints.positive, real], 0), (2,)))
+        pyro.sample("x", Normal(z.sum(), 1.0), obs=x)
+
+    with pytest.raises(
+        ValueError, match=r"site 'z': got a support \(.*\) whose transform takes one value"
+    ):
+        AutoAmortized(model, observed=["x"]).simulate(50)
+
+
+# --- precision --------------------------------------------------------------------------------------
+
+
+def test_draws_have_the_precision_of_the_program():
+    def model(x=None):
+        with pyro.plate("n", 2):
+            double = pyro.sample(
+                "double", Normal(torch.zeros((), dtype=torch.float64), 1.0).expand([2])
+            )
+        single = pyro.sample("single", Normal(0.0, 1.0))
+        pyro.sample("x", Normal(double.sum() + single, 1.0), obs=x)
+
+    guide = ready(model, vectorized=False)
+    x = torch.tensor(0.5, dtype=torch.float64)
+    for found in (
+        guide(x),
+        guide.draw(3, {"x": x}),
+        pyro.infer.Predictive(guide, num_samples=2, parallel=True)(x),
+    ):
+        assert found["double"].dtype == torch.float64
+        assert found["single"].dtype == torch.float32
+    with torch.no_grad():
+        assert math.isfinite(pyro.infer.Trace_ELBO().loss(model, guide, x))
+
+
+# --- arguments other than data ------------------------------------------------------------------------
+
+
+def designed(x=None, design=1.0, name="a"):
+    z = pyro.sample("z", Normal(0.0, 1.0))
+    pyro.sample("x", Normal(z * design, 1.0), obs=x)
+
+
+def test_another_design_is_told():
+    guide = AutoAmortized(designed, observed=["x"], denoiser=small)
+    guide.simulate(50, design=torch.tensor(2.0))
+    x = torch.tensor(0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guide(x, torch.tensor(2.0))
+        guide(x=torch.zeros(7), design=torch.tensor(2.0))
+        guide(x, design=2.0)  # the same simulations
+        guide(x, torch.tensor(2.0), name="b")
+    for args, kwargs in (((x, 3.0), {}), ((x,), {}), ((x,), {"design": torch.full((4,), 2.0)})):
+        with pytest.warns(UnreliableWarning, match="arguments: got others than those of the first"):
+            guide(*args, **kwargs)
+
+
+def test_data_that_the_program_transforms_are_no_design():
+    def model(x=None):
+        z = pyro.sample("z", Normal(0.0, 1.0))
+        pyro.sample("x", Normal(z, 1.0), obs=None if x is None else x.log())
+
+    guide = ready(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guide.get_posterior(torch.tensor(1.5))
+
+
+# --- data that may be missing -------------------------------------------------------------------------
+
+
+def test_data_that_may_be_missing_are_part_of_the_program():
+    """Two of unit noise, each missing one time in three: means within 0.2 sd, sds within a fifth."""
+
+    def model(x=None, seen=None):
+        z = pyro.sample("z", Normal(0.0, 1.0))
+        whole = pyro.sample("whole", Normal(z.unsqueeze(-1), torch.ones(2)).to_event(1))
+        mask = pyro.sample("seen", Bernoulli(torch.full((2,), 2 / 3)).to_event(1), obs=seen)
+        pyro.sample("x", Delta(torch.where(mask > 0, whole, 0.0), event_dim=1), obs=x)
+
+    guide = AutoAmortized(model, observed=["x", "seen"], latents=["z"], denoiser=small)
+    fit_amortized(guide, guide.simulate(4000), steps=300, lr=5e-3, progress=False)
+    seen = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    x = torch.tensor([1.0, -1.6]) * seen
+    draws = guide.draw(2000, {"x": x, "seen": seen})["z"]
+    precision = 1 + seen.sum(1)
+    mean, sd = x.sum(1) / precision, precision.rsqrt()
+    assert ((draws.mean(0) - mean) / sd).abs().max() < 0.2
+    assert (draws.std(0) / sd - 1).abs().max() < 0.2
