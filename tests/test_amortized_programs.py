@@ -193,7 +193,7 @@ def test_data_that_may_be_missing_are_part_of_the_program():
         pyro.sample("x", Delta(torch.where(mask > 0, whole, 0.0), event_dim=1), obs=x)
 
     guide = AutoAmortized(model, observed=["x", "seen"], latents=["z"], denoiser=small)
-    fit_amortized(guide, guide.simulate(4000), steps=300, lr=5e-3, progress=False)
+    fit_amortized(guide, guide.simulate(8000), steps=800, lr=5e-3, progress=False)
     seen = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     x = torch.tensor([1.0, -1.6]) * seen
     draws = guide.draw(2000, {"x": x, "seen": seen})["z"]
