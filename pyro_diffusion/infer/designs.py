@@ -53,7 +53,7 @@ def _by_name(program: Any, call: Call) -> dict[str, Any]:
     try:
         bound = inspect.signature(program).bind(*args, **kwargs)
     except (TypeError, ValueError):
-        return {**dict(enumerate(args)), **kwargs}  # type: ignore[dict-item]
+        return {**{str(i): each for i, each in enumerate(args)}, **kwargs}
     bound.apply_defaults()
     return dict(bound.arguments)
 
