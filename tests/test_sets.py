@@ -28,6 +28,7 @@ from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.evaluate import importance_posterior
 from pyro_diffusion.infer import AutoAmortized, UnreliableWarning
 from pyro_diffusion.infer.hierarchical_flow import HierarchicalFlow
+from pyro_diffusion.infer.hierarchical_posterior import Rows
 from pyro_diffusion.nn import ConditionalMLP
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import LogLinear
@@ -363,6 +364,20 @@ def test_rows_without_data_of_their_own():
     assert one.isfinite()
     assert torch.equal(one, guide.log_prob(latents, x, noise, mask=mask))
     assert not torch.allclose(one, guide.log_prob(latents, x, noise))
+
+
+def test_training_sees_no_data_of_rows_without():
+    """As asking does not: what is left out there is not known."""
+    guide = untrained(one_each, ("noise", "x"))
+    rows = guide._rows(guide.simulate(20), torch.Size([20]), {})
+    here = torch.rand(20, 8) < 0.5
+    values = rows.values[1]
+    other = tuple(torch.where(here.unsqueeze(-1), v, v + 3) for v in values)
+    contexts = [
+        guide.posterior.contexts(Rows((rows.values[0], each), (rows.present[0], here)))
+        for each in (values, other)
+    ]
+    assert all(torch.equal(one, two) for one, two in zip(*contexts, strict=True))
 
 
 def test_observations_side_by_side():
