@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.distributions.transforms import AffineTransform
 
 from pyro_diffusion.denoisers import CategoricalDenoiser, MixtureDenoiser
@@ -13,7 +14,7 @@ from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.evaluate import latent_log_likelihood
 from pyro_diffusion.nn import MLP
 from pyro_diffusion.processes import Absorbing, GaussianProcess
-from pyro_diffusion.schedules import Cosine, Rectified
+from pyro_diffusion.schedules import Cosine, LogLinear, Rectified
 
 F64 = torch.float64
 MAP = torch.tensor([[1.0, 0.5], [-0.3, 0.8], [0.2, 0.2]], dtype=F64)
@@ -100,6 +101,77 @@ def test_never_by_the_single_sites_estimate(monkeypatch):
     monkeypatch.setattr(Diffusion, "log_prob", refuse)
     model, guide = programs(prior())
     latent_log_likelihood(model, guide, rows(2), num_samples=2)
+
+
+def scaled(program, scale):
+    def run(x):
+        with poutine.scale(scale=scale):
+            program(x)
+
+    return run
+
+
+def test_scales_of_a_loss_are_left_out():
+    """Those of annealing and of minibatches: a scaled density is no density."""
+    x = rows(3)
+    model, guide = programs(prior())
+    one, two = (
+        latent_log_likelihood(scaled(model, s), scaled(guide, s), x, num_samples=30, seed=3)
+        for s in (1.0, 10.0)
+    )
+    assert torch.equal(one.importance.value, two.importance.value)
+    assert torch.equal(one.elbo.value, two.elbo.value)
+
+
+class _Towards(MixtureDenoiser):
+    """N(given, VARIANCE), exactly, whatever is given."""
+
+    def forward(self, xt, t, **context):
+        level = self.process.level(t, xt, state="xt")
+        gain = level.alpha * VARIANCE / (level.alpha**2 * VARIANCE + level.sigma**2)
+        mean = context["given"] + gain * (xt - level.alpha * context["given"])
+        return dist.Delta(mean, event_dim=1)
+
+    point_mass = True
+
+    def context_event_dim(self, name, value):
+        return 1
+
+
+@pytest.mark.parametrize("by", ["context", "transform"])
+def test_a_prior_that_depends_on_another_latent(by):
+    """z ~ N(0, 1), y ~ N(z, VARIANCE), x ~ N(y, NOISE^2): each draw of z has its own prior of y.
+
+    Within five of its own errors a row (1 in 10^5 seeds), and .005 nats of the flow's end and solver.
+    """
+    process = GaussianProcess(LogLinear(12.0, -14.0))  # which forgets what it was given
+    exact = _Towards(process, torch.ones(1, dtype=F64), MEAN[None], VARIANCE)
+    x = 1.5 * torch.randn(4, 2, dtype=F64)
+    total = 1 + VARIANCE + NOISE**2
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0).to_event(1))
+            if by == "context":
+                law = Diffusion(exact, (2,), steps=50, context={"given": z})
+            else:
+                law = Diffusion(exact, (2,), steps=50, context={"given": torch.zeros_like(z)})
+                law = dist.TransformedDistribution(law, [AffineTransform(z, 1.0, event_dim=1)])
+            y = pyro.sample("y", law)
+            pyro.sample("x", dist.Normal(y, NOISE).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            z = dist.Normal(x / total, ((total - 1) / total) ** 0.5).to_event(1)
+            z = pyro.sample("z", z)
+            precision = 1 / VARIANCE + 1 / NOISE**2
+            y = dist.Normal((z / VARIANCE + x / NOISE**2) / precision, precision**-0.5)
+            pyro.sample("y", y.to_event(1))
+
+    found = latent_log_likelihood(model, guide, x, num_samples=50, seed=1).importance
+    truth = dist.Normal(0.0, total**0.5).log_prob(x).sum(-1)
+    assert bool(((found.value - truth).abs() < 5 * found.standard_error + 0.005).all())
+    assert float(found.standard_error.max()) < 0.05
 
 
 def test_a_model_without_a_diffusion_and_seeds():

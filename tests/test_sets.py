@@ -110,6 +110,41 @@ def test_plates_entered_in_the_other_order():
     assert [each[0] for each in found[1:]] == ["groups", "data"]
 
 
+def below_data(w=None, u=None, x=None, mask=None):
+    """Latents of rows that depend on data around them."""
+    w = pyro.sample("w", Normal(pyro.sample("mean", Normal(0.0, 1.0)), 1.0), obs=w)
+    kept = poutine.mask(mask=True if mask is None else mask)
+    with pyro.plate("groups", 3, dim=-2):
+        with kept:
+            u = pyro.sample("u", Normal(w, 1.0), obs=u)
+        with pyro.plate("data", 4, dim=-1), kept:
+            pyro.sample("x", Normal(pyro.sample("local", Normal(w + u, 1.0)), 1.0), obs=x)
+
+
+def test_latents_of_rows_are_given_the_data_around_them():
+    """p(local | mean, w, u, x) is no function of its own row's x alone, nor of other groups' u."""
+    guide = untrained(below_data, ("w", "u", "x"))
+    assert [level.plates[-1:] for level in guide._levels] == [(), ("groups",), ("data",)]
+
+    def context(w, u, mask=None):
+        u = torch.tensor(u).unsqueeze(-1)
+        data = {"w": torch.tensor(w), "u": u, "x": torch.zeros(3, 4), "mask": mask}
+        return guide.posterior.contexts(guide._data((), data)[0])[2]
+
+    before = context(0.0, [0.0, 0.0, 0.0])
+    assert before.shape == (3, 4, 5)  # w, u, whether there is a u, x, whether there is an x
+    assert bool((context(1.0, [0.0, 0.0, 0.0]) != before).any(-1).all())
+    moved = (context(0.0, [0.0, 1.0, 0.0]) != before).any(-1)
+    assert bool(moved[1].all()) and int(moved.sum()) == 4
+    masked = context(0.0, [0.0, 5.0, 0.0], torch.tensor([[True], [False], [True]]))
+    assert torch.equal(masked[1, :, 1:], torch.zeros(4, 4))
+    assert torch.equal(masked[::2], before[::2])
+    data = {"w": torch.zeros(2), "u": torch.zeros(2, 3, 1), "x": torch.zeros(2, 3, 4)}
+    assert guide.draw(5, data)["local"].shape == (5, 2, 3, 4)
+    loss = Trace_ELBO().loss(guide.training_model, lambda **_: None, **guide.simulate(5))
+    assert math.isfinite(loss)
+
+
 def rows_of_known_noise(x=None):
     mean = pyro.sample("mean", Normal(0.0, 1.0))
     with pyro.plate("data", 3):

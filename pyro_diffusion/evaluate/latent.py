@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -69,7 +70,8 @@ def latent_log_likelihood(
     ``by="flow"`` the score is log p(z) of the probability flow, another model than the chain, exact to the
     solver's tolerance. With ``by="chain"`` the chain is unfolded at every draw: the weight is
     :math:`p(x | z)\, p(z, u) / q(z | x)\, q(u | z)` with u one chain of the forward process, an unbiased
-    estimate of p(x) under the chain. All other sites count as they are.
+    estimate of p(x) under the chain. All other sites count as they are; scales, such as those that anneal a
+    loss or weigh a minibatch, are left out, since a scaled density is none.
 
     Args:
         model: program of the rows, observed sites included.
@@ -79,7 +81,8 @@ def latent_log_likelihood(
         num_samples: number S of draws a row, at least 2. Below about 25 there is no tail to fit and every
             k-hat is infinite.
         solver: of the flow; by default that of :class:`~pyro_diffusion.distributions.ProbabilityFlow`.
-        trace: of the flow, likewise. A stochastic one's scores are unbiased as log p(z) alone.
+        trace: of the flow, likewise. A stochastic one's scores are unbiased as log p(z) alone, and so are
+            ELBOs; importance weights are then too large in expectation, and their figure is no bound.
         batch_size: rows scored together.
         seed: of all draws; torch's global generator as it is, if None.
 
@@ -128,18 +131,21 @@ class _Scoring:
     solver: ODESolver | None
     trace: TraceEstimator | None
 
-    def __call__(self, prior: Unwrapped, z: Tensor, repeats: int) -> tuple[Tensor, float]:
-        """Log-densities, or log-weights of chains, of z, and how many evaluations they took."""
-        base = prior.base
-        context = {k: torch.cat([v] * repeats) for k, v in base.context.items()} or None
+    def __call__(self, priors: list[Unwrapped], draws: list[Tensor]) -> tuple[Tensor, float]:
+        """Log-densities, or log-weights of chains, of draws under each one's prior; and evaluations."""
+        # a prior may differ from draw to draw: by its context, or by its transforms
+        base = priors[-1].base
+        context = {k: torch.cat([p.base.context[k] for p in priors]) for k in base.context} or None
+        jacobians = torch.cat([p.log_det(z) for p, z in zip(priors, draws, strict=True)])
+        z = torch.cat([p.inverse(z) for p, z in zip(priors, draws, strict=True)])
         if self.by == "chain":
-            value = log_weights(prior.around(base.replace(context=None)), z, context=context)[0]
-            return value, float(len(z) * (base.steps + 1))
+            value = log_weights(base.replace(context=None), z, context=context)[0]
+            return value + jacobians.to(value), float(len(z) * (base.steps + 1))
         flow = ProbabilityFlow(
             base.denoiser, base.event_shape, solver=self.solver, trace=self.trace
         )
-        found = flow_log_likelihood(prior.around(flow), z, context=context, batch_size=4096)
-        return found.value, found.evaluations * len(z)
+        found = flow_log_likelihood(flow, z, context=context, batch_size=4096)
+        return found.value + jacobians.to(found.value), found.evaluations * len(z)
 
 
 def _weights(
@@ -147,8 +153,7 @@ def _weights(
 ) -> tuple[Tensor, float]:
     """(num_samples, n) log-weights in double precision, and evaluations."""
     weights: list[Tensor] = []
-    latents: dict[str, list[Tensor]] = {}
-    priors: dict[str, Unwrapped] = {}
+    drawn: dict[str, list[tuple[Unwrapped, Any]]] = {}
     for _ in range(num_samples):
         q, p = _traces(model, guide, rows)
         priors = {
@@ -162,7 +167,7 @@ def _weights(
                 raise ValueError(
                     f"site {name!r}: got a diffusion of discrete data, expected real data"
                 )
-            latents.setdefault(name, []).append(p.nodes[name]["value"])
+            drawn.setdefault(name, []).append((prior, p.nodes[name]))
         p.compute_log_prob(lambda name, _: name not in priors)  # noqa: B023
         q.compute_log_prob()
         ours = [site for name, site in _sites(p).items() if name not in priors]
@@ -172,9 +177,11 @@ def _weights(
                 total = total + sign * _of_rows(site, len(rows)).double()
         weights.append(total)
     out, evaluations = torch.stack(weights), 0.0
-    for name, prior in priors.items():
-        value, count = scoring(prior, torch.cat(latents[name]), num_samples)
-        out = out + value.view(out.shape).to(out)
+    for found in drawn.values():
+        own, sites = [prior for prior, _ in found], [site for _, site in found]
+        value, count = scoring(own, [site["value"] for site in sites])
+        each = zip(value.view(out.shape).to(out), sites, strict=True)
+        out = out + torch.stack([scale_and_mask(v, mask=site["mask"]) for v, site in each])
         evaluations += count
     return out.cpu(), evaluations
 
@@ -200,8 +207,8 @@ def _sites(trace: Any) -> dict[str, Any]:
 
 
 def _of_rows(site: Any, count: int) -> Tensor:
-    """A site's log-probability, one number a row."""
-    found: Tensor = site["log_prob"]
+    """A site's log-probability, one number a row, whatever its scale in a loss."""
+    found: Tensor = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
     if found.shape != (count,):
         raise ValueError(
             f"site {site['name']!r}: got log-probabilities of shape {tuple(found.shape)}, expected "

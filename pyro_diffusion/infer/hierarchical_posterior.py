@@ -101,7 +101,8 @@ class HierarchicalPosterior(nn.Module):
     """Scales and networks of all levels.
 
     Data go up: a set of rows becomes a summary, which is part of the row around it. Latents go down:
-    every level's are given those around it and its row's data.
+    every level's are given those around it, its row's data, and the data of the rows around it that are in no
+    inner plate, which it may depend on.
 
     Args:
         sizes: of every level, outer ones first.
@@ -119,6 +120,9 @@ class HierarchicalPosterior(nn.Module):
         for i, each in enumerate(self.sizes):
             inner = FEATURES * sum(other.parent == i for other in self.sizes)
             given = sum(self.sizes[j].latents for j in self._around(i))
+            for j in self._seen(i):
+                data = sum(n for n, _ in self.sizes[j].observed)
+                given += data + bool(self.sizes[j].plate)
             make = make_denoiser or (default_row_denoiser if each.plate else default_denoiser)
             self.levels.append(_LevelNetworks(each, inner, given, make))
         numbers = [sum(n for n, _ in each.observed) for each in self.sizes]
@@ -143,14 +147,23 @@ class HierarchicalPosterior(nn.Module):
     def _level(self, index: int) -> Any:
         return self.levels[index]
 
-    def _around(self, index: int) -> list[int]:
-        """Levels of latents around a level, outermost first."""
+    def _outer(self, index: int) -> list[int]:
+        """Levels around a level, outermost first."""
         found: list[int] = []
         parent = self.sizes[index].parent
         while parent >= 0:
             found.insert(0, parent)
             parent = self.sizes[parent].parent
-        return [j for j in found if self.sizes[j].latents]
+        return found
+
+    def _around(self, index: int) -> list[int]:
+        """Levels of latents around a level, outermost first."""
+        return [j for j in self._outer(index) if self.sizes[j].latents]
+
+    def _seen(self, index: int) -> list[int]:
+        """Levels with data around a level of latents, which may depend on these data, too."""
+        outer = self._outer(index) if self.sizes[index].latents else []
+        return [j for j in outer if self.sizes[j].observed]
 
     def latent_levels(self) -> list[int]:
         """Levels that have latents."""
@@ -254,6 +267,7 @@ class HierarchicalPosterior(nn.Module):
     def contexts(self, rows: Rows) -> list[Tensor]:
         """What every level's rows are given of the data, batch + rows + (features,)."""
         own = self.standardized(rows)
+        around = [torch.cat(each, -1) if each else None for each in own]
         for i, here in enumerate(rows.present):
             if self._level(i).marked:
                 own[i].append(here.unsqueeze(-1).to(own[i][0].dtype))
@@ -270,6 +284,23 @@ class HierarchicalPosterior(nn.Module):
                 # the first of a row's parts are its own sites', then those of inner plates, in order
                 place = len(own[self.sizes[i].parent])
                 parts[self.sizes[i].parent].insert(place, encoded.reshape(*here.shape[:-1], -1))
+        return [
+            torch.cat([*self._data_around(i, around, rows.present), each], -1)
+            for i, each in enumerate(found)
+        ]
+
+    def _data_around(
+        self, level: int, data: Sequence[Tensor | None], present: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Data of the rows that a level's rows are in, and in plates whether there are any."""
+        rows, found = present[level].shape, []
+        for j in self._seen(level):
+            value: Any = data[j]
+            if self.sizes[j].plate:
+                value = torch.cat([value, present[j].unsqueeze(-1).to(value.dtype)], -1)
+            inner = (1,) * (len(rows) - present[j].dim())
+            value = value.reshape(*present[j].shape, *inner, value.shape[-1])
+            found.append(value.expand(*rows, value.shape[-1]))
         return found
 
     def given(self, level: int, latents: Sequence[Tensor], context: Tensor) -> Tensor:
