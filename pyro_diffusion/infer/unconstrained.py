@@ -9,32 +9,32 @@ import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoGuide, AutoNormal
-from pyro.infer.mcmc.util import TraceEinsumEvaluator, TraceTreeEvaluator
+from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_diffusion.infer.log_einsum import EnumeratedDensity
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.validation import kind_of
 
 __all__ = ["UnconstrainedModel", "check_guide"]
 
 TRIALS = 3
-# Discrete sites up to which sums run over all their values together. Pyro's other evaluator eliminates one
-# after the other, by functions that torch.func.vmap cannot run.
-FEW = 5
-ALIKE = 1e-3  # relative, between a draw by itself and among others
+ALIKE = 1e-5, 1e-3  # relative and absolute, between a draw by itself and among others
+AGAIN = 10  # units of rounding, between one run and the next
 
 
 class UnconstrainedModel:
     r"""The log density :math:`\log p(x, T(u)) + \log |\det \partial T / \partial u|` of a model (nats).
 
     u are the latents of a guide in the order of its program, each taken to the reals by ``biject_to`` of its
-    support and flattened. Discrete latents are summed over (Pyro's parallel enumeration). The model runs once
-    for all draws, under ``torch.func.vmap``, so that it need not know of them; what ``vmap`` cannot run
-    (some densities of Pyro) runs once in a plate of all draws, and what gives other densities there, or
-    branches on values, once a draw, with a warning.
+    support and flattened. Discrete latents are summed over (Pyro's parallel enumeration; under a mask each is
+    uniform, so that masked rows have the evidence 1). The model runs once for all draws, under
+    ``torch.func.vmap``, so that it need not know of them; what ``vmap`` cannot run (some densities of Pyro)
+    runs once in a plate of all draws, and what gives other densities there, or branches on values, once a
+    draw, with a warning.
 
     Args:
         model: the program, data in its arguments.
@@ -48,7 +48,8 @@ class UnconstrainedModel:
     Raises:
         ValueError: naming the site, for a model without continuous latents or without the guide's, for
             latents that the guide has not, discrete latents that cannot be enumerated, subsampled plates,
-            sites and shapes that change from run to run, and densities that do.
+            sites, shapes and supports that change from run to run, densities that do, and scales on what is
+            summed over.
     """
 
     def __init__(self, model: Callable[..., Any], guide: AutoGuide, args: Any, kwargs: Any) -> None:
@@ -74,8 +75,11 @@ class UnconstrainedModel:
         if discrete:
             self._program = _Enumerated(-1 - nesting)(config_enumerate(model))
         with isolated(), torch.no_grad(), pyro.validation_enabled(False):
-            evaluator = TraceTreeEvaluator if len(discrete) <= FEW else TraceEinsumEvaluator
-            self._evaluator = evaluator(self._trace(drawn[0]), bool(discrete), nesting)
+            first = self._trace(drawn[0])
+            kind = EnumeratedDensity if discrete else TraceEinsumEvaluator
+            self._evaluator = kind(first, bool(discrete), nesting)
+            if isinstance(self._evaluator, EnumeratedDensity):
+                self._evaluator.check_scales(first)
         self._nesting = nesting
         self._ways = [self._all] if discrete else [self._all, self._in_a_plate]
         self._way = self._all
@@ -100,7 +104,8 @@ class UnconstrainedModel:
         some = u[:TRIALS].detach()
         with torch.no_grad(), isolated(), pyro.validation_enabled(False):
             alone = self._one_by_one(some)
-            if not _alike(alone, self._one_by_one(some)):
+            rounding = AGAIN * torch.finfo(alone.dtype).eps
+            if not _alike(alone, self._one_by_one(some), rounding, rounding):
                 raise ValueError(
                     "model: got another log density at a second run with the same latents, expected one that "
                     "is no estimate (a diffusion's is: use ProbabilityFlow or the unfolded chain)"
@@ -108,7 +113,8 @@ class UnconstrainedModel:
             reasons = []
             for way in self._ways:
                 try:
-                    reason = None if _alike(alone, way(some)) else "densities differ there"
+                    right = _alike(alone, way(some)) and not _mixes(way, some)
+                    reason = None if right else "densities differ there"
                 except (
                     Exception
                 ) as error:  # whatever a model does that cannot be done for many at once
@@ -236,8 +242,16 @@ def _values(drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in drawn.items()}
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=ALIKE, atol=ALIKE, equal_nan=True)
+def _mixes(way: Callable[[Tensor], Tensor], u: Tensor) -> bool:
+    """Whether the density of a draw depends on its neighbours, if only by little of a large number."""
+    other = torch.cat([u[:1], torch.zeros_like(u[1:])])
+    first = torch.stack([way(u)[0], way(other)[0]])
+    rounding = AGAIN * torch.finfo(first.dtype).eps
+    return not _alike(first[:1], first[1:], rounding, rounding)
+
+
+def _alike(a: Tensor, b: Tensor, rtol: float = ALIKE[0], atol: float = ALIKE[1]) -> bool:
+    return torch.allclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
 
 
 def _latents(guide: AutoGuide, runs: list[Any]) -> dict[str, Any]:
@@ -277,7 +291,22 @@ def _latents(guide: AutoGuide, runs: list[Any]) -> dict[str, Any]:
             f"model: got sites {changed} that come, go or change their shape from run to run, expected the "
             "same sites and shapes at every run"
         )
+    for name in own:
+        _check_support(name, *(trace.nodes[name] for trace in runs))
     return {name: runs[0].nodes[name] for name in own}
+
+
+def _check_support(name: str, node: Any, again: Any) -> None:
+    """Refuse a support that other latents move: the guide's map to it is that of its first run."""
+    maps = [biject_to(site["fn"].support) for site in (node, again)]
+    free = torch.zeros_like(maps[0].inv(node["value"]))
+    free = torch.stack([free, free + 1])
+    if not torch.equal(*(transform(free) for transform in maps)):
+        raise ValueError(
+            f"site {name!r}: got a {type(node['fn']).__name__} whose support changes from run to run, with "
+            "other latents, expected a fixed one, as its scale and location are outside: for Uniform(0, a) "
+            "sample Uniform(0, 1) and multiply it by a"
+        )
 
 
 def _is_enumerated(node: Any) -> bool:
