@@ -131,6 +131,69 @@ def test_a_guide_of_a_model_without_latents_is_refused():
     assert isinstance(Responsibilities(model).elbo, TraceEnum_ELBO)
 
 
+def test_a_subsampled_plate_has_the_evidence_of_its_rows_and_other_rows_each_time():
+    x, every = data(6), [torch.tensor(p) for p in itertools.combinations(range(6), 2)]
+
+    def some_rows(x):
+        with pyro.plate("rows", len(x), subsample_size=2) as rows:
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.5], dtype=F64)))
+            loc = torch.tensor(START["means"], dtype=F64)[k]
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x[rows])
+
+    guide = Responsibilities(some_rows)
+    means, scales = torch.tensor(START["means"], dtype=F64), torch.ones(2, dtype=F64)
+    weights = torch.tensor([0.5, 0.5], dtype=F64)
+    expected = torch.stack([3 * log_evidence(x[p], weights, means, scales)[0] for p in every])
+    found = torch.tensor([-guide.elbo.loss(some_rows, guide, x) for _ in range(20)], dtype=F64)
+    nearest = (found.unsqueeze(-1) - expected).abs().min(-1)
+    close(nearest.values, torch.zeros(20, dtype=F64), atol=1e-9, rtol=0)
+    assert len(nearest.indices.unique()) > 3  # 20 draws of 15 pairs: below 1e-9 to be fewer
+
+
+def test_a_plate_that_is_a_loop():
+    x = data(3)
+
+    def loop(x):
+        for i in pyro.plate("rows", len(x)):
+            k = pyro.sample(f"k_{i}", dist.Categorical(torch.tensor([0.5, 0.5], dtype=F64)))
+            pyro.sample(
+                f"x_{i}", dist.Normal(torch.tensor([-0.5, 1.0], dtype=F64)[k], 1.0), obs=x[i]
+            )
+
+    guide = Responsibilities(loop)
+    weights, means = torch.tensor([0.5, 0.5], dtype=F64), torch.tensor([-0.5, 1.0], dtype=F64)
+    expected = log_evidence(x, weights, means, torch.ones(2, dtype=F64))[0]
+    close(torch.tensor(-guide.elbo.loss(loop, guide, x), dtype=F64), expected)
+
+
+def test_latents_whose_posterior_is_no_product_are_refused():
+    half = dist.Bernoulli(torch.tensor(0.5))
+
+    def two(outside):
+        a = pyro.sample("a", half) if outside else 0.0
+        with pyro.plate("rows", 3):
+            a = a if outside else pyro.sample("a", half)
+            pyro.sample("x", dist.Normal(a + pyro.sample("b", half), 1.0), obs=torch.ones(3))
+
+    for outside in (False, True):
+        with pytest.raises(ValueError, match="got latents 'a' and 'b' for the same data"):
+            Responsibilities(two).probs(outside)
+
+    def continuous():
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(mean + pyro.sample("k", half), 1.0), obs=torch.tensor(1.0))
+
+    with pytest.raises(ValueError, match=r"model: got latents \['mean'\] that cannot be"):
+        Responsibilities(continuous).probs()
+
+    def nested():
+        with pyro.plate("a", 2, dim=-2), pyro.plate("b", 3, dim=-1):
+            pyro.sample("k", half)
+
+    with pytest.raises(ValueError, match="max_plate_nesting: got 1, expected 2"):
+        Responsibilities(nested).probs()
+
+
 class Quadratic(nn.Module):
     """Holds the log-ratio of any two normals of independent coordinates."""
 

@@ -1,18 +1,22 @@
 """The guide of EM: the exact posterior of an enumerated latent, at the parameters as they are."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import combinations
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["Responsibilities"]
+
+_Sites = dict[str, Any]  # of a run of the model, by name
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -27,7 +31,7 @@ class Responsibilities:
     by Pyro's ``TraceEnum_ELBO.compute_marginals``, without gradients. With it the ELBO *is* log p(x) at the
     present parameters, its gradient is that of log p(x) (Fisher's identity), and a step of any optimizer is a
     partial M-step; :meth:`probs` has the responsibilities for an M-step in closed form. Exact for latents
-    that are independent given the data, one for each datum of one plate.
+    that are independent given the data, one for each datum of one plate, which may be subsampled.
 
     What is enumerated must have a density: a site of :class:`~pyro_diffusion.distributions.Diffusion`
     estimates a bound, which inside the sum over k is no bound. Take its flow, its chain unfolded, or a
@@ -38,7 +42,8 @@ class Responsibilities:
         max_plate_nesting: number of its plates.
 
     Raises:
-        ValueError: when called, for a model without discrete latents.
+        ValueError: when called, for a model without discrete latents or with others too, several latents for
+            the same data, whose posterior is no product, and plates nested deeper than said.
 
     Example:
         >>> import pyro.distributions as dist
@@ -64,46 +69,90 @@ class Responsibilities:
         self.model = model
         self.elbo = TraceEnum_ELBO(max_plate_nesting=nesting)
 
-    def _marginals(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        try:
-            return self._enumerated(*args, **kwargs)
-        except Exception as error:
-            error.add_note(
-                "model: got an error where it ran enumerated, expected arguments that it takes"
-            )
-            raise
-
     @torch.no_grad()
-    def _enumerated(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        latents = [
-            site
-            for site in self._nodes(*args, **kwargs).values()
-            if site["type"] == "sample" and not site["is_observed"]
-        ]
-        if not any(site["fn"].has_enumerate_support for site in latents):
-            raise ValueError("model: got no discrete latent, expected one to enumerate")
-        with poutine.block():
-            enumerated = config_enumerate(self.model, default="parallel")
+    def _marginals(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], _Sites]:
+        """Responsibilities, and the sites of a run of the model on the same rows."""
+        with poutine.block(), _noted():
+            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+        sites: _Sites = {k: v for k, v in trace.nodes.items() if v["type"] == "sample"}
+        _check_latents(sites, self.elbo.max_plate_nesting)
+        # a plate that draws some of its rows is to have these again
+        for name, site in list(trace.nodes.items()):
+            if not site_is_subsample(site):
+                trace.remove_node(name)
+        with poutine.block(), _noted():
+            enumerated = config_enumerate(poutine.replay(self.model, trace), default="parallel")
             found: dict[str, Any] = self.elbo.compute_marginals(
                 enumerated, _nothing, *args, **kwargs
             )
-        return found
-
-    @torch.no_grad()
-    def _nodes(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        with poutine.block():
-            nodes: dict[str, Any] = poutine.trace(self.model).get_trace(*args, **kwargs).nodes
-        return nodes
+        return found, sites
 
     def probs(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Responsibilities by name, (rows, values), the E-step's result."""
-        return {name: q.probs for name, q in self._marginals(*args, **kwargs).items()}
+        """Responsibilities by name, (rows, values), the E-step's result; of ``Bernoulli``, of the value 1."""
+        return {name: q.probs for name, q in self._marginals(*args, **kwargs)[0].items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """The guide, to be run as Pyro runs one."""
-        found, nodes = self._marginals(*args, **kwargs), self._nodes(*args, **kwargs)
+        found, sites = self._marginals(*args, **kwargs)
+        plates: dict[str, Any] = {}
         for name, q in found.items():
-            with ExitStack() as plates:
-                for frame in nodes[name]["cond_indep_stack"]:
-                    plates.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
+            with ExitStack() as entered:
+                for frame in sites[name]["cond_indep_stack"]:
+                    if frame.dim is None:  # a loop, each of whose turns has sites of its own
+                        continue
+                    if frame.name not in plates:
+                        rows = sites[frame.name]
+                        taken = None if len(rows["value"]) == rows["fn"].size else rows["value"]
+                        plates[frame.name] = pyro.plate(
+                            frame.name, rows["fn"].size, subsample=taken, dim=frame.dim
+                        )
+                    entered.enter_context(plates[frame.name])
                 pyro.sample(name, q, infer={"enumerate": "parallel"})
+
+
+@contextmanager
+def _noted() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            "model: got an error where it ran enumerated, expected arguments that it takes"
+        )
+        raise
+
+
+def _check_latents(sites: _Sites, max_plate_nesting: int) -> None:
+    """Refuse what the product of marginals is not the exact posterior of.
+
+    Raises:
+        ValueError: naming the sites.
+    """
+    latents = {
+        name: site
+        for name, site in sites.items()
+        if not site["is_observed"] and not site_is_subsample(site)
+    }
+    others = [name for name, site in latents.items() if not site["fn"].has_enumerate_support]
+    if len(others) == len(latents):
+        raise ValueError("model: got no discrete latent, expected one to enumerate")
+    if others:
+        raise ValueError(
+            f"model: got latents {others} that cannot be enumerated, expected discrete ones of finite "
+            "support alone: make the others parameters, or hide them and give them a guide of their own"
+        )
+    depth = max((-f.dim for s in sites.values() for f in s["cond_indep_stack"] if f.dim), default=0)
+    if depth > max_plate_nesting:
+        raise ValueError(
+            f"max_plate_nesting: got {max_plate_nesting}, expected {depth}, the plates of the model"
+        )
+    frames = {
+        name: {(f.name, f.counter) for f in site["cond_indep_stack"]}
+        for name, site in latents.items()
+    }
+    for one, other in combinations(latents, 2):
+        if not frames[one] or not frames[other] or frames[one] & frames[other]:
+            raise ValueError(
+                f"model: got latents {one!r} and {other!r} for the same data, expected one for each datum: "
+                "their posterior is not the product of what each has alone; make them one site of all pairs "
+                "of values"
+            )
