@@ -448,10 +448,26 @@ def test_given_sites_separate():
     assert full.all()
 
 
-def test_few_blocks_reach_across_a_long_graph():
+def test_few_blocks_reach_across_a_long_graph_and_no_further():
     graph = torch.ones(9, 9).triu(-1).tril(1).bool()
-    assert influence(random_network(9, graph, depth=3), []).all()
-    assert int(SiteTransformer(9, width=8, depth=3, heads=2, graph=graph).graph[0].sum()) == 4
+    network = random_network(9, graph, depth=3)
+    assert influence(network, []).all()
+    found = influence(network, [5])
+    expected = torch.zeros(9, 9, dtype=torch.bool)
+    expected[:5, :6] = expected[6:, 5:] = True
+    expected[5, 5] = True
+    assert torch.equal(found, expected)
+
+
+def test_detours_around_what_is_given():
+    """A walk with a common parameter: two steps across, and all of the walk when the parameter is given."""
+    graph = torch.ones(9, 9).triu(-1).tril(1).bool()
+    graph[0], graph[:, 0] = True, True
+    network = random_network(9, graph, depth=3)
+    expected = torch.ones(9, 9, dtype=torch.bool)
+    expected[0, 1:] = False
+    assert torch.equal(influence(network, [0]), expected)
+    assert influence(network, []).all()
 
 
 def test_what_is_not_looked_at():

@@ -137,6 +137,23 @@ def test_the_local_test_finds_a_wrong_posterior(wrong):
     assert str(found).endswith("(p = 0.02)")
 
 
+def test_scales_know_no_label(monkeypatch):
+    """Exact and proposed latents that change places leave the rows that classifiers see as they are."""
+    seen = []
+
+    def note(told, *_):
+        seen.append(torch.cat(told))
+        return torch.zeros(20)
+
+    monkeypatch.setattr("pyro_diffusion.evaluate.local_two_sample._statistics", note)
+    far = {"x": torch.arange(80.0).reshape(40, 2)}
+    local_c2st(program, lambda data: far, AT, parallel=True, num_simulations=100)
+    latents = seen[0][:, :2]
+    low, middle, high = latents.quantile(torch.tensor([0.25, 0.5, 0.75]).double(), dim=0)
+    assert torch.allclose(middle, torch.zeros(2).double(), atol=1e-6)
+    assert torch.allclose(high - low, torch.ones(2).double(), atol=1e-6)
+
+
 def test_the_local_test_is_local():
     """Wrong where y_0 > 0 alone: the statistic there is several times that on the other side."""
 

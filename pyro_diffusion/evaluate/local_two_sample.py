@@ -131,7 +131,9 @@ def local_c2st(
             answered[name].append(drawn[name][0])
     proposed = flat({name: torch.stack(values) for name, values in answered.items()}, latents)
     exact, data = flat(sites, latents), flat(sites, names)
-    of_latents, of_data = RobustScale(exact, "latents"), RobustScale(data, "data")
+    # the scales know no label, or permuting labels would not be exact
+    both = torch.cat([exact, proposed])
+    of_latents, of_data = RobustScale(both, "latents"), RobustScale(data, "data")
     own = of_latents(flat(at, latents))
     asked = torch.cat([own, of_data(flat(here, names)).expand(len(own), -1)], 1)
     told = [torch.cat([of_latents(z), of_data(data)], 1) for z in (exact, proposed)]

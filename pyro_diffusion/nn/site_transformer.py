@@ -39,8 +39,8 @@ class SiteTransformer(_TokenTransformer):
     **i is not given**; everything attends to itself. A given token says what it is and hears nothing, so what
     token i computes is a function of those coordinates that a path of free ones leads to, and of no other:
     the separation of the graph holds exactly, whatever the weights. A path of d edges takes d blocks. Where
-    the graph's diameter is above ``depth``, edges join all that are within ceil(diameter / depth) steps, so
-    that influence gets everywhere; only detours that conditioning makes longer than that are cut off.
+    a row's given tokens leave some free ones further apart than that, its free tokens attend to all that a
+    path of free ones leads to, so that nothing is cut off, either.
 
     Args:
         event_size: number of coordinates, L.
@@ -96,7 +96,7 @@ class SiteTransformer(_TokenTransformer):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
         if graph is not None:
-            graph = _within(_checked_graph(graph, event_size), depth)
+            graph = _checked_graph(graph, event_size)
         self.register_buffer("graph", graph)
 
     def forward(self, x: Tensor, log_snr: Tensor, given: Tensor, conditioned: Tensor) -> Tensor:
@@ -122,6 +122,8 @@ class SiteTransformer(_TokenTransformer):
         if self.graph is not None:
             own = torch.eye(self.event_size, dtype=torch.bool, device=x.device)
             hears = (self.graph & ~conditioned.unsqueeze(-1)) | own
+            if self.event_size > self.depth + 1:  # or no path is longer than there are blocks
+                hears = _within(hears, self.depth)
             bias = torch.zeros(hears.shape, dtype=weight.dtype, device=x.device)
             bias = bias.masked_fill(~hears, -math.inf).unsqueeze(1)
         return self.transform(torch.cat(tokens, -1), log_snr, {}, bias=bias).squeeze(-1)
@@ -141,9 +143,17 @@ def _checked_graph(graph: object, size: int) -> Tensor:
     return graph | torch.eye(size, dtype=torch.bool, device=graph.device)
 
 
-def _within(graph: Tensor, depth: int) -> Tensor:
-    """Edges between all that are so few steps apart that as many blocks as there are lead everywhere."""
-    reached, steps = [graph], graph.double()
-    while not torch.equal(further := (reached[-1].double() @ steps) > 0, reached[-1]):
-        reached.append(further)
-    return reached[math.ceil(len(reached) / depth) - 1]
+def _within(hears: Tensor, depth: int) -> Tensor:
+    """Who hears whom, (N, L, L): neighbours where so many blocks lead everywhere, else all on a path."""
+    found = hears
+    for _ in range(depth - 1):
+        found = _further(found, hears)
+    whole, steps = found, depth
+    while steps < hears.shape[-1] - 1:
+        whole, steps = _further(whole, whole), 2 * steps
+    enough = (found == whole).flatten(1).all(1)
+    return torch.where(enough[:, None, None], hears, whole)
+
+
+def _further(first: Tensor, then: Tensor) -> Tensor:
+    return (first.float() @ then.float()) > 0
