@@ -415,6 +415,25 @@ def test_no_mask_where_dependencies_cannot_be_read(lost):
     assert found.all()
 
 
+@pytest.mark.parametrize(("which", "edges"), [("sums", 36), ("pairs", 36), ("own", 12)])
+def test_rows_that_know_each_other(which, edges):
+    """A plate that joins rows all the same is no plate: by running sums, or the third to the second."""
+
+    def model():
+        with pyro.plate("rows", 3):
+            a = pyro.sample("a", Normal(0.0, 1.0))
+            mean = {"sums": a.flip(-1).cumsum(-1), "pairs": a[[0, 2, 2]], "own": a}[which]
+            pyro.sample("b", Normal(mean, 1.0))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = moral_graph(model, (), {}, {"a": SIZE((3,)), "b": SIZE((3,))})
+    assert int(found.sum()) == edges
+    assert ["rows of plates ['rows']" in str(w.message) for w in caught] == [True] * (
+        which != "own"
+    )
+
+
 def random_network(size, graph, depth):
     network = SiteTransformer(size, width=8, depth=depth, heads=2, graph=graph)
     for parameter in network.parameters():

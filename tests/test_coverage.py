@@ -219,8 +219,8 @@ def test_a_guide_is_a_posterior(monkeypatch):
     first = drawn(guide, 5, {"x": x})
     pyro.set_rng_seed(0)
     with torch.no_grad():
-        context = guide.posterior.context([x], torch.Size())
-        flow = guide.posterior.flow(context, guide._solver).sample((5,))
+        data, batch = guide._data_of({"x": x})
+        flow = guide._posterior(data, batch, batch).sample((5,))
     torch.testing.assert_close(first["mean"], flow[..., 0])
     torch.testing.assert_close(first["scale"], flow[..., 1:].exp())
     with pytest.raises(ValueError, match="site 'x': got no data"):

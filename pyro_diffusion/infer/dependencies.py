@@ -12,7 +12,7 @@ from pyro.ops.provenance import get_provenance
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_diffusion.infer.simulations import score, sites_of, traced
+from pyro_diffusion.infer.simulations import score, site_score, sites_of, traced
 from pyro_diffusion.likelihoods.run import Message, isolated
 
 __all__ = ["moral_graph"]
@@ -58,8 +58,9 @@ def moral_graph(
     only by paths through free ones. No edge may be left out for the sake of a conditioning set: a child that
     is not given is still seen through its noise, and so couples its parents at every level but the last.
 
-    Sites in the same plate are joined at equal rows only, as the plate says. Coordinates of one event are
-    joined. Sites that are left out (integrated out) join all whom a path through them leads to.
+    Sites in the same plate are joined at equal rows only, as the plate says; with a warning at all rows, if
+    rows of the program depend on one another all the same. Coordinates of one event are joined. Sites that
+    are left out (integrated out) join all whom a path through them leads to.
 
     Args:
         program: the Pyro program.
@@ -79,7 +80,8 @@ def moral_graph(
         if parents is None:
             return None
     order = [*shapes, *(name for name in nodes if name not in shapes)]
-    plates = [_plates(nodes[name], shapes.get(name)) for name in order]
+    crossed = _crossed(program, args, kwargs)
+    plates = [_plates(nodes[name], shapes.get(name), crossed) for name in order]
     sizes = [len(next(iter(each.values()))) for each in plates]
     if sum(sizes) > MOST:
         return None
@@ -134,7 +136,46 @@ def _felt(program: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[tuple
                 yield up, down
 
 
-def _plates(node: Message, shape: torch.Size | None) -> Plates:
+def _crossed(program: Callable[..., Any], args: Any, kwargs: Any) -> set[str]:
+    """Plates in which densities of some rows change with values of others, which a plate rules out."""
+    one, other = (sites_of(traced(program, args, kwargs)) for _ in range(2))
+    values = {name: node["value"] for name, node in one.items()}
+    sizes = {
+        f.name: f.size for n in one.values() for f in n["cond_indep_stack"] if f.dim is not None
+    }
+    found = set()
+    for plate, size in sizes.items():
+        inside = {n: f.dim for n in one for f in one[n]["cond_indep_stack"] if f.name == plate}
+        # any two rows differ in a bit of their numbers
+        bits = [torch.arange(size) >> k & 1 > 0 for k in range((size - 1).bit_length())]
+        for moved in [*bits, *(~bit for bit in bits)]:
+            changed = dict(values)
+            for name, dim in inside.items():
+                if name not in other or other[name]["value"].shape != values[name].shape:
+                    continue
+                axis = dim - one[name]["fn"].event_dim
+                rows = moved.to(values[name].device).reshape(-1, *(1,) * (-axis - 1))
+                changed[name] = torch.where(rows, other[name]["value"], values[name])
+            after = sites_of(traced(poutine.condition(program, changed), args, kwargs))
+            kept = (~moved).nonzero().squeeze(1)
+            for name, dim in inside.items():
+                if name in after:
+                    was, now = (
+                        site_score(n).movedim(dim, 0)[kept.to(values[name].device)]
+                        for n in (one[name], after[name])
+                    )
+                    if not torch.allclose(was, now, 0.0, 0.0, equal_nan=True):
+                        found.add(plate)
+    if found:
+        warnings.warn(
+            f"model: rows of plates {sorted(found)} depend on one another, expected rows that are "
+            "independent given what is outside, as a plate says; all their rows are taken to be neighbours",
+            stacklevel=3,
+        )
+    return found
+
+
+def _plates(node: Message, shape: torch.Size | None, crossed: Collection[str]) -> Plates:
     """Row of every coordinate of a site in each of its plates; `""` has zeros, whatever the plates."""
     value = node["value"].shape
     shape = value if shape is None else shape
@@ -142,7 +183,7 @@ def _plates(node: Message, shape: torch.Size | None) -> Plates:
     rows = {"": torch.zeros(shape.numel(), dtype=torch.long)}
     for frame in node["cond_indep_stack"]:
         axis = None if frame.dim is None else len(batch) + frame.dim
-        if axis is None or axis < 0 or batch[axis] == 1:
+        if axis is None or axis < 0 or batch[axis] == 1 or frame.name in crossed:
             continue
         index = torch.arange(batch[axis]).reshape(-1, *(1,) * (len(shape) - axis - 1))
         rows[frame.name] = index.expand(shape).flatten()
