@@ -64,8 +64,8 @@ class ImageEncoder(DefinedModule):
         widths = [width * level for level in levels]
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList(
-            _Level([(here, here)] * blocks, 1, dropout, attention and here is widths[-1])
-            for here in widths
+            _Level([(here, here)] * blocks, 1, dropout, attention and i == len(widths) - 1)
+            for i, here in enumerate(widths)
         )
         self.shrink = nn.ModuleList(
             nn.Conv2d(above, here, 3, stride=2, padding=1)

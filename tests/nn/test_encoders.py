@@ -164,3 +164,14 @@ def test_images_of_any_size(size):
 def test_what_does_not_fit(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_pixels_attend_at_the_coarsest_level_alone():
+    """Levels of one width, too, of which only the last is the coarsest."""
+    encoder = ImageEncoder(1, width=8, levels=(1, 1, 1), attention=True)
+    plain = ImageEncoder(1, width=8, levels=(1, 1, 1))
+    extra = [
+        sum(p.numel() for p in one.parameters()) - sum(p.numel() for p in other.parameters())
+        for one, other in zip(encoder.down, plain.down, strict=True)
+    ]
+    assert extra[:2] == [0, 0] and extra[2] > 0
