@@ -58,11 +58,13 @@ class AutoAmortized(SimulatedLevels):
 
     **Plates of rows.** Where rows of a plate are alike and know of each other only by what is outside, as a
     trial finds, they are a set: its summary is the same in any order, and the number of rows is free. Latents
-    in such a plate have a posterior for every row, given the latents outside and the row's data,
+    in such a plate have a posterior for every row, given the latents and the data :math:`x_0` outside and its
+    own data,
 
     .. math::
 
-        q(\theta, \theta_{1 \dots R} | x) = q(\theta | x_{1 \dots R}) \prod_r q(\theta_r | \theta, x_r),
+        q(\theta, \theta_{1 \dots R} | x) =
+            q(\theta | x_0, x_{1 \dots R}) \prod_r q(\theta_r | \theta, x_0, x_r),
 
     by one network for all rows; plates may be nested. Simulations have as many rows as the program's
     arguments say; in training, some of them are seen, their number drawn evenly in its logarithm. Then the

@@ -15,11 +15,11 @@ Conditional = Callable[[Tensor], Any]
 
 
 class HierarchicalFlow(TorchDistribution):
-    r"""Latents of all levels in one vector, every level given those around it and its rows' data.
+    r"""Latents of all levels in one vector, every level given latents and data around it and its rows' data.
 
     .. math::
 
-        q(\theta, \theta_{1 \dots R} | x) = q(\theta | x) \prod_r q(\theta_r | \theta, x_r)
+        q(\theta, \theta_{1 \dots R} | x) = q(\theta | x) \prod_r q(\theta_r | \theta, x_0, x_r)
 
     with one conditional for all rows of a plate. Exact for the flows up to their solver's tolerance.
 
