@@ -17,6 +17,7 @@ from pyro.distributions import (
     ImproperUniform,
     MixtureSameFamily,
     Multinomial,
+    MultivariateNormal,
     Normal,
     Poisson,
     constraints,
@@ -35,6 +36,7 @@ from pyro.infer.autoguide import (
 from pyro_diffusion.evaluate import posterior_to_arviz
 from pyro_diffusion.infer import AnnealedSMC, UnreliableWarning
 from pyro_diffusion.infer.annealed_chain import AnnealedChain, Stage
+from pyro_diffusion.infer.annealed_particles import mean_gap
 from pyro_diffusion.infer.annealing_pilot import interpolated
 from pyro_diffusion.infer.guide_chart import chart_of
 from pyro_diffusion.infer.unconstrained import UnconstrainedModel
@@ -305,6 +307,61 @@ def test_particles_that_the_last_moves_change_are_not_there_yet():
         found = AnnealedSMC(wider, guide, 256, 8, steps=1).run()
     assert found.verdict.drift > 6
     assert AnnealedSMC(wider, guide, 256, 8, conditional_ess=0.99).run().verdict.drift < 6
+
+
+def test_a_matrix_that_has_no_factor_at_some_draws_ends_no_run():
+    """Two data of correlation z, N(0, 1) cut to |z| < 1: evidence by quadrature, within 4.5 errors."""
+    x = torch.tensor([0.5, -1.0])
+
+    def correlated():
+        z = pyro.sample("z", Normal(0.0, 1.0))
+        covariance = torch.eye(2) + z * (1 - torch.eye(2))
+        pyro.sample("x", MultivariateNormal(torch.zeros(2), covariance), obs=x)
+
+    pyro.clear_param_store()
+    with pyro.validation_enabled(False):
+        guide = AutoNormal(correlated, init_scale=0.7, init_loc_fn=lambda site: torch.tensor(0.0))
+        guide()
+    found = AnnealedSMC(correlated, guide, 64, 16).run()
+    z = torch.linspace(-1, 1, 20_003, dtype=torch.float64)[1:-1]
+    form = (x[0] ** 2 + x[1] ** 2 - 2 * z * x[0] * x[1]) / (1 - z**2)
+    density = Normal(0.0, 1.0).log_prob(z) - form / 2 - (1 - z**2).log() / 2 - math.log(2 * math.pi)
+    exact = math.log(float(density.exp().sum()) * 1e-4)
+    assert abs(found.log_evidence.value - exact) < 4.5 * found.log_evidence.standard_error
+    assert found.draws["z"][found.log_weights > -math.inf].abs().max() < 1
+
+
+def test_a_start_without_a_density_is_not_tried_again():
+    """That would leave out its evidence of 0: 60 runs of 12 draws, each allowed with a chance of .036."""
+
+    def rare():
+        z = pyro.sample("z", Normal(0.0, 1.0))
+        pyro.factor("cut", torch.where(z > 1.8, 0.0, -math.inf))
+
+    pyro.clear_param_store()
+    guide = AutoNormal(rare, init_scale=1.0, init_loc_fn=lambda site: torch.tensor(0.0))
+    sampler = AnnealedSMC(rare, guide, 2, 6, steps=1, final_moves=0, pilot_particles=400)
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableWarning)
+        for _ in range(60):
+            try:
+                found.append(math.exp(sampler.run().log_evidence.value))
+            except ValueError:
+                found.append(0.0)
+    evidence = torch.tensor(found)
+    exact = 1 - Normal(0.0, 1.0).cdf(torch.tensor(1.8))
+    assert abs(evidence.mean() - exact) < 4.5 * evidence.std() / math.sqrt(60)
+
+
+def test_errors_of_mean_gaps():
+    """Draws that are all alike within a repeat count once; one draw has no error."""
+    gap = torch.tensor([1.0, 2.0, 4.0, 3.0]).expand(5, 4)
+    even = torch.full_like(gap, -math.log(20))
+    found = mean_gap(gap, even, "", torch.arange(4).expand(5, 4))
+    assert found.standard_error == pytest.approx(float(gap[0].std()) / 2)
+    assert mean_gap(gap[0], None, "").standard_error == pytest.approx(float(gap[0].std()) / 2)
+    assert mean_gap(gap[0, :1], None, "").standard_error == math.inf
 
 
 # Bad input.

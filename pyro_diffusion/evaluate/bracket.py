@@ -133,7 +133,8 @@ def bracket_evidence(
 
         elbo = mean_gap(gap(u), None, LOWER_BOUND)
         if isinstance(posterior, AnnealedParticles):
-            eubo = mean_gap(gap(posterior.unconstrained), posterior.log_weights, BLIND)
+            found = gap(posterior.unconstrained)
+            eubo = mean_gap(found, posterior.log_weights, BLIND, posterior.repeat)
         else:
             rows = scored.unconstrain(posterior)
             check_finite("posterior (unconstrained)", rows)

@@ -127,7 +127,10 @@ def annealed_particles(
     u = chain.chart(done.state["z"])[0].detach()
     gap = done.state["gap"].double()
     rows = log_weights.T.reshape(-1), u.transpose(0, 1).reshape(-1, u.shape[-1])
-    ess, acceptance = torch.stack(done.ess[1:]), torch.stack([*chain.acceptance])
+    ess, acceptance = (
+        torch.stack(done.ess[1:]),
+        torch.stack([terms.new_zeros(()), *chain.acceptance])[1:],
+    )
     verdict = AnnealedVerdict(
         num_particles=done.num_particles,
         num_repeats=repeats,
@@ -151,7 +154,7 @@ def annealed_particles(
         log_evidence=evidence,
         log_evidence_terms=terms,
         elbo=mean_gap(start, None, LOWER_BOUND),
-        eubo=mean_gap(gap, log_weights, BLIND),
+        eubo=mean_gap(gap, log_weights, BLIND, root.expand_as(gap)),
         betas=torch.tensor([stage.beta for stage in stages]),
         ess=ess,
         acceptance=acceptance,
@@ -160,12 +163,32 @@ def annealed_particles(
     )
 
 
-def mean_gap(gap: Tensor, log_weights: Tensor | None, kind: str) -> Estimate:
-    """Mean of log p - log q over draws, by weight, with the standard error of independent ones."""
+def mean_gap(
+    gap: Tensor, log_weights: Tensor | None, kind: str, group: Tensor | None = None
+) -> Estimate:
+    r"""Mean of log p - log q over draws, by weight, with its standard error.
+
+    With weights W, mean m and the sums :math:`s_r = \sum_{i \in r} W_i (g_i - m)` over n independent groups
+    that is :math:`(\frac{n}{n - 1} \sum_r s_r^2)^{1/2}`, infinite for one group.
+
+    Args:
+        gap: log p - log q, any shape.
+        log_weights: normalized, the same shape; None for even ones.
+        kind: of number.
+        group: of each draw, 0 to n - 1; None where all draws are independent.
+    """
     weights = torch.full_like(gap, 1 / gap.numel()) if log_weights is None else log_weights.exp()
     present = weights > 0
     mean = torch.where(present, weights * gap, 0.0).sum()
-    error = torch.where(present, weights * (gap - mean), 0.0).square().sum().sqrt()
+    parts = torch.where(present, weights * (gap - mean), 0.0).flatten()
+    if group is not None:
+        sums = parts.new_zeros(int(group.max()) + 1)
+        parts = sums.scatter_add(0, group.flatten(), parts)
+    count = len(parts)
+    # One says nothing of the error, and densities of 0 make it infinite.
+    error = (
+        parts.square().sum() * parts.new_tensor(count / (count - 1) if count > 1 else math.nan)
+    ).sqrt()
     error = error.nan_to_num(nan=math.inf)
     return Estimate(float(mean), float(error), kind, "nats", 1)
 

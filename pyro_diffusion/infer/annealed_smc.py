@@ -214,10 +214,10 @@ class AnnealedSMC:
             max_leapfrog=self.max_leapfrog,
         )
 
-    def _start(self, chain: AnnealedChain) -> ParticleFilter:
+    def _start(self, chain: AnnealedChain, tries: int = TRIES) -> ParticleFilter:
         """A filter at draws of the guide of which one has a density at least."""
         count, repeats = chain.shape
-        for _ in range(TRIES):
+        for _ in range(tries):
             with torch.no_grad():
                 z = chain.chart.base.sample((count, repeats)).detach()
                 u = chain.chart(z)[0]
@@ -237,14 +237,15 @@ class AnnealedSMC:
                 return done
         raise ValueError(
             f"{chain.model.blame(u[0, 0])} at a draw of the guide, and no density at any of "
-            f"{count * repeats} draws, {TRIES} times over, expected a guide whose draws the model allows"
+            f"{count * repeats} draws, {tries} times over, expected a guide whose draws the model allows"
         )
 
     def _run(
         self, chain: AnnealedChain, stages: list[Stage]
     ) -> tuple[ParticleFilter, Tensor, Tensor]:
         """The filter at the posterior, log p - log q at its start, and what the last moves changed."""
-        done = self._start(chain)
+        # Once: a second try would leave out the evidence 0 of the first.
+        done = self._start(chain, tries=1)
         gap = done.state["gap"].double()
         try:
             with torch.no_grad():

@@ -15,6 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_diffusion.infer.cholesky_nan import CholeskyNaN
 from pyro_diffusion.infer.log_einsum import EnumeratedDensity
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.validation import kind_of
@@ -22,6 +23,7 @@ from pyro_diffusion.validation import kind_of
 __all__ = ["UnconstrainedModel", "check_guide"]
 
 TRIALS = 3
+FIRST_RUNS = 20  # draws of the guide, to find two that the model's validation allows
 ALIKE = 1e-5, 1e-3  # relative and absolute, between a draw by itself and among others
 AGAIN = 10  # units of rounding, between one run and the next
 
@@ -34,7 +36,7 @@ class UnconstrainedModel:
     uniform, so that masked rows have the evidence 1). The model runs once for all draws, under
     ``torch.func.vmap``, so that it need not know of them; what ``vmap`` cannot run (some densities of Pyro)
     runs once in a plate of all draws, and what gives other densities there, or branches on values, once a
-    draw, with a warning.
+    draw, with a warning. Where a matrix of the model cannot be factorized there is no density.
 
     Args:
         model: the program, data in its arguments.
@@ -57,8 +59,7 @@ class UnconstrainedModel:
             raise ValueError(f"model: got {kind_of(model)}, expected a Pyro program")
         self._program, self._args, self._kwargs = model, args, kwargs
         with isolated(), torch.no_grad():
-            drawn = [_values(guide(*args, **kwargs)) for _ in range(2)]
-            runs = [self._trace(values) for values in drawn]
+            drawn, runs = self._two_runs(guide)
         self._sites = _latents(guide, runs)
         shapes = {
             name: biject_to(site["fn"].support).inv(site["value"]).shape
@@ -206,11 +207,29 @@ class UnconstrainedModel:
         out: Tensor = self._evaluator.log_prob(self._trace(values)) + log_det
         return out
 
+    def _two_runs(self, guide: AutoGuide) -> tuple[list[dict[str, Tensor]], list[Any]]:
+        """Two draws of the guide, and the model's traces at them."""
+        drawn: list[dict[str, Tensor]] = []
+        runs: list[Any] = []
+        for left in reversed(range(FIRST_RUNS)):
+            values = _values(guide(*self._args, **self._kwargs))
+            try:
+                runs.append(self._trace(values))
+            except ValueError:  # of Pyro's validation
+                if not left:
+                    raise
+                continue
+            drawn.append(values)
+            if len(runs) == 2:
+                break
+        return drawn, runs
+
     def _trace(self, values: dict[str, Tensor]) -> Any:
         conditioned = poutine.condition(self._program, data=values)
-        return poutine.trace(poutine.block(conditioned, hide_types=["param"])).get_trace(
-            *self._args, **self._kwargs
-        )
+        with CholeskyNaN():
+            return poutine.trace(poutine.block(conditioned, hide_types=["param"])).get_trace(
+                *self._args, **self._kwargs
+            )
 
 
 class _Enumerated(EnumMessenger):
