@@ -201,3 +201,15 @@ def test_data_that_may_be_missing_are_part_of_the_program():
     mean, sd = x.sum(1) / precision, precision.rsqrt()
     assert ((draws.mean(0) - mean) / sd).abs().max() < 0.2
     assert (draws.std(0) / sd - 1).abs().max() < 0.2
+
+
+def test_a_latent_that_is_constant_is_refused():
+    """It has no density: a guide would draw it around its value."""
+
+    def model(x=None):
+        fixed = pyro.sample("fixed", Delta(torch.tensor(1.0)))
+        pyro.sample("x", Normal(fixed + pyro.sample("z", Normal(0.0, 1.0)), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="site 'fixed': got a latent that is the same in all"):
+        ready(model)
+    ready(model, latents=["z"])

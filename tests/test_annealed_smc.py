@@ -20,6 +20,7 @@ from pyro.distributions import (
     MultivariateNormal,
     Normal,
     Poisson,
+    VonMises,
     constraints,
 )
 from pyro.infer import Predictive
@@ -398,6 +399,12 @@ def noisy():
     pyro.factor("noise", z + torch.randn(()))
 
 
+def angle():
+    """Its density is periodic on the reals: the evidence is infinite."""
+    with pyro.plate("two", 2):
+        pyro.sample("a", VonMises(0.0, 1.0))
+
+
 def both():
     coins()
     counts()
@@ -423,6 +430,7 @@ def guide_of(model, hide=()):
             guide_of(varying),
             r"model: got sites \['x'\] that come, go or change their shape",
         ),
+        (angle, guide_of(angle), r"site 'a': got angles \(VonMises\) among all real numbers"),
         (noisy, guide_of(noisy), r"model: got another log density at a second run"),
     ],
 )

@@ -556,6 +556,20 @@ def test_unlike_simulations(exact):
         exact.condition({"x": torch.tensor(60.0)})
 
 
+def with_a_constant():
+    fixed = pyro.sample("fixed", Delta(torch.tensor(2.0)))
+    pyro.sample("a", Normal(fixed, 1.0))
+
+
+def test_draws_have_the_precision_of_the_program():
+    def double():
+        a = pyro.sample("a", Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        pyro.sample("b", Normal(a, 1.0))
+
+    given = untrained(double).condition({"b": torch.tensor(1.0, dtype=torch.float64)})
+    assert given.sample((2,))["a"].dtype == given()["a"].dtype == torch.float64
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="model: got int"):
         AutoJoint(3)
@@ -579,6 +593,10 @@ def test_bad_arguments():
         AutoJoint(chain, denoiser=lambda size, graph: MLP(size)).simulate(50)
     with pytest.raises(ValueError, match="without simulations"):
         AutoJoint(chain).condition({"a": torch.tensor(0.0)})
+    with pytest.raises(ValueError, match=r"graph: got sites \['q'\], expected names out of"):
+        AutoJoint(chain, graph={"b": ["q"], "c": ["b"]}).simulate(50)
+    with pytest.raises(ValueError, match="site 'fixed': got a latent that is the same in all"):
+        untrained(with_a_constant)
     joint = untrained(chain)
     for wrong in ({"q": torch.tensor(0.0)}, dict.fromkeys("abc", torch.tensor(0.0))):
         with pytest.raises(ValueError, match="values: got sites"):

@@ -6,7 +6,7 @@ import warnings
 import pyro
 import pytest
 import torch
-from pyro.distributions import ImproperUniform, Normal, constraints
+from pyro.distributions import Beta, Binomial, ImproperUniform, Normal, constraints
 from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 
 from pyro_diffusion.evaluate import bracket_evidence
@@ -86,8 +86,37 @@ def test_a_guide_on_one_mode_of_two():
         ),
         ({"mean": torch.full((4, 3), math.nan)}, r"posterior \(unconstrained\)"),
         (torch.zeros(3), "posterior: got Tensor, expected a dict"),
+        ({"mean": torch.zeros(0, 3)}, r"draws\['mean'\]: got 0, expected two draws or more"),
+        ({"mean": torch.zeros(1, 3)}, r"draws\['mean'\]: got 1, expected two draws or more"),
     ],
 )
 def test_bad_draws(posterior, message):
     with pytest.raises(ValueError, match=message):
         bracket_evidence(groups, AutoNormal(groups), posterior)
+
+
+def coin(x=7.0):
+    rate = pyro.sample("rate", Beta(2.0, 2.0))
+    pyro.sample("x", Binomial(10, rate), obs=torch.tensor(x))
+
+
+def test_draws_outside_of_the_support_are_refused():
+    """torch's logit would move them to the edge, thousands of nats away."""
+    with pytest.raises(ValueError, match=r"draws\['rate'\]: got values outside of the support"):
+        bracket_evidence(coin, AutoNormal(coin), {"rate": torch.tensor([0.5, 1.2])})
+
+
+def test_a_gap_that_may_be_chance_is_no_closeness():
+    pyro.clear_param_store()
+    found = bracket_evidence(coin, AutoNormal(coin), {"rate": torch.tensor([0.5, 1.0])})
+    assert not found.problems and found.gap.value > 1
+    assert "not known" in str(found) and "within" not in str(found)
+
+
+def test_particles_of_another_model_are_refused():
+    pyro.clear_param_store()
+    particles = AnnealedSMC(coin, AutoNormal(coin), 16, 6).run()
+    with pytest.raises(
+        ValueError, match=r"posterior: got particles of \['rate'\], expected .*mean"
+    ):
+        bracket_evidence(groups, AutoMultivariateNormal(groups), particles)

@@ -105,6 +105,7 @@ def test_latents_of_any_scale_and_shape():
     [
         ({"references": "prior"}, "references: got str"),
         ({"references": lambda data: {}}, "references: got a point of shapes"),
+        ({"references": lambda data: torch.zeros(1)}, "references: got Tensor, expected a dict"),
         ({"references": lambda data: {"x": torch.zeros(3)}}, "references: got a point of shapes"),
         ({"num_references": 3}, "num_references: got 3"),
     ],
@@ -176,6 +177,8 @@ def test_the_local_test_is_local():
         ({}, r"observations: got no value of \['y'\]"),
         ({"y": torch.zeros(3)}, r"observations\['y'\]: got shape \(3,\)"),
         ({"y": 3.0}, r"observations\['y'\]"),
+        ({"y": torch.full((2,), math.nan)}, r"observations\['y'\]: got 2 NaN"),
+        (torch.tensor(3.0), "observations: got Tensor, expected a dictionary"),
     ],
 )
 def test_bad_observations(observations, message):
@@ -225,6 +228,10 @@ def test_a_guide_is_a_posterior(monkeypatch):
     torch.testing.assert_close(first["scale"], flow[..., 1:].exp())
     with pytest.raises(ValueError, match="site 'x': got no data"):
         guide.draw(5, {})
+    with pytest.raises(ValueError, match="observations: got Tensor, expected a dictionary"):
+        guide.draw(5, x)
+    with pytest.raises(ValueError, match=r"site 'x': got data of shape \(0,.*one observation"):
+        guide.draw(5, {"x": x.new_zeros(0, *x.shape)})
     with pytest.raises(ValueError, match="draw: got a guide without simulations"):
         AutoAmortized(model).draw(5, {"x": x})
 

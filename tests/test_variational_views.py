@@ -304,3 +304,7 @@ def test_refusals():
         ratio.loss(torch.tensor([[math.nan, 1.0], [0.0, 0.0]]), torch.zeros(2, 2))
     with pytest.raises(ValueError, match="network: got int"):
         DensityRatio(3)
+    several = DensityRatio(nn.Linear(2, 3))
+    for function in (several.loss, several.lower_bound):
+        with pytest.raises(ValueError, match=r"network: got \(4, 3\) for draws of shape \(4, 2\)"):
+            function(torch.zeros(4, 2), torch.zeros(4, 2))

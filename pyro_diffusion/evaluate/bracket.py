@@ -53,6 +53,8 @@ class EvidenceBracket:
     def __str__(self) -> str:
         if self.problems:
             said = "the guide is not to be believed"
+        elif self.exact and not self.gap.value <= WIDE:
+            said = "not known: the gap may be chance; take more draws, of the posterior and of the guide"
         elif self.exact:
             said = f"the guide is within {self.gap.value:.2g} nats of the posterior, both ways together"
         else:
@@ -133,6 +135,7 @@ def bracket_evidence(
 
         elbo = mean_gap(gap(u), None, LOWER_BOUND)
         if isinstance(posterior, AnnealedParticles):
+            _check_particles(posterior, scored.constrain(u[:1]))
             found = gap(posterior.unconstrained)
             eubo = mean_gap(found, posterior.log_weights, BLIND, posterior.repeat)
         else:
@@ -143,6 +146,17 @@ def bracket_evidence(
     if problems:
         warn_unreliable("bracket_evidence: " + "; ".join(problems))
     return EvidenceBracket(elbo, eubo, exact, problems)
+
+
+def _check_particles(particles: AnnealedParticles, drawn: Mapping[str, Tensor]) -> None:
+    own, theirs = (
+        {name: tuple(value.shape[1:]) for name, value in each.items()}
+        for each in (drawn, particles.draws)
+    )
+    if own != theirs:
+        raise ValueError(
+            f"posterior: got particles of {list(theirs)}, expected {own}, the latents of the model"
+        )
 
 
 def _problems(elbo: Estimate, eubo: Estimate) -> tuple[str, ...]:

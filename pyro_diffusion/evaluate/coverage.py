@@ -16,7 +16,7 @@ from pyro_diffusion.evaluate.simulated_pairs import (
     simulate,
 )
 from pyro_diffusion.infer import AutoAmortized
-from pyro_diffusion.validation import check_positive_int
+from pyro_diffusion.validation import check_positive_int, kind_of
 
 __all__ = ["tarp"]
 
@@ -143,6 +143,8 @@ class _Distance:
             return self.points[(self.data - here).square().sum(1).argmin()]
         point = self.references(data)
         shapes = {name: tuple(sites[name].shape[1:]) for name in latents}
+        if not isinstance(point, Mapping):
+            raise ValueError(f"references: got {kind_of(point)}, expected a dictionary of {shapes}")
         found = {
             name: tuple(torch.as_tensor(point[name]).shape) for name in latents if name in point
         }

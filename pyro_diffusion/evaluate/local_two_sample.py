@@ -17,7 +17,13 @@ from pyro_diffusion.evaluate.simulated_pairs import (
     simulate,
 )
 from pyro_diffusion.infer import AutoAmortized
-from pyro_diffusion.validation import check_number, check_positive_int, check_tensor
+from pyro_diffusion.validation import (
+    check_finite,
+    check_number,
+    check_positive_int,
+    check_tensor,
+    kind_of,
+)
 
 __all__ = ["LocalTwoSampleTest", "local_c2st"]
 
@@ -146,6 +152,10 @@ def local_c2st(
 def _here(observations: Mapping[str, Tensor], data: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The observation as data of one row."""
     shapes = {name: tuple(value.shape[1:]) for name, value in data.items()}
+    if not isinstance(observations, Mapping):
+        raise ValueError(
+            f"observations: got {kind_of(observations)}, expected a dictionary of {list(shapes)}"
+        )
     missing = [name for name in shapes if name not in observations]
     if missing:
         raise ValueError(f"observations: got no value of {missing}, expected all of {list(shapes)}")
@@ -156,6 +166,7 @@ def _here(observations: Mapping[str, Tensor], data: Mapping[str, Tensor]) -> dic
             raise ValueError(
                 f"observations[{name!r}]: got shape {tuple(value.shape)}, expected {shape}"
             )
+        check_finite(f"observations[{name!r}]", value)
         found[name] = value.unsqueeze(0)
     return found
 

@@ -76,6 +76,11 @@ def observed_sites(
         )
     found = nodes.observation_nodes if names is None else list(names)
     unknown = [name for name in found if name not in nodes.nodes]
+    if names is None and not found:
+        raise ValueError(
+            "observed: got none, and no site that the model observes with these arguments, expected "
+            f"observed=[...] out of {nodes.stochastic_nodes}"
+        )
     if not found or unknown:
         raise ValueError(
             f"observed: got {found}, expected sites of the model out of "

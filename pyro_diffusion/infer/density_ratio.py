@@ -57,17 +57,26 @@ class DensityRatio(nn.Module):
             raise
         return out.squeeze(-1) if out.shape[-1:] == (1,) else out
 
+    def _of_each(self, x: Tensor) -> Tensor:
+        out = self(x)
+        if out.shape != x.shape[:1]:
+            raise ValueError(
+                f"network: got {tuple(out.shape)} for draws of shape {tuple(x.shape)}, expected a number for "
+                "each draw"
+            )
+        return out
+
     def loss(self, q: Tensor, p: Tensor) -> Tensor:
         """The classifier's loss on draws of both, n of each or not; 2 log 2 where they cannot be told."""
         _check(q, p)
-        ours = nn.functional.softplus(-self(q.detach())).mean()
-        return ours + nn.functional.softplus(self(p.detach())).mean()
+        ours = nn.functional.softplus(-self._of_each(q.detach())).mean()
+        return ours + nn.functional.softplus(self._of_each(p.detach())).mean()
 
     @torch.no_grad()
     def lower_bound(self, q: Tensor, p: Tensor) -> Estimate:
         r""":math:`1 + E_q[T] - E_p[e^T] \le KL(q \| p)`, equal for the exact ratio; in nats."""
         _check(q, p)
-        ours, theirs = self(q).double(), self(p).double().exp()
+        ours, theirs = self._of_each(q).double(), self._of_each(p).double().exp()
         error = float(ours.var() / len(ours) + theirs.var() / len(theirs))
         error = math.sqrt(error) if math.isfinite(error) else math.inf  # where e^T overflows
         return Estimate(1 + float(ours.mean() - theirs.mean()), error, LOWER_BOUND, "nats", 1.0)

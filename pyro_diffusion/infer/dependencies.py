@@ -42,6 +42,13 @@ class _Escapes(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _check_names(parents: Mapping[str, Collection[str]], nodes: Mapping[str, Any]) -> None:
+    named = {*parents, *(name for each in parents.values() for name in each)}
+    unknown = sorted(str(name) for name in named if name not in nodes)
+    if unknown:
+        raise ValueError(f"graph: got sites {unknown}, expected names out of {list(nodes)}")
+
+
 def moral_graph(
     program: Callable[..., Any],
     args: Any,
@@ -72,6 +79,9 @@ def moral_graph(
     Returns:
         None, with a warning, if the program takes drawn numbers out of torch or writes them into tensors; and
         for more than :data:`MOST` coordinates. Everything may then depend on everything.
+
+    Raises:
+        ValueError: for parents, or of sites, that the program has not.
     """
     program = poutine.uncondition(program)
     nodes = sites_of(traced(program, args, kwargs))
@@ -79,6 +89,8 @@ def moral_graph(
         parents = _parents(program, args, kwargs)
         if parents is None:
             return None
+    else:
+        _check_names(parents, nodes)
     order = [*shapes, *(name for name in nodes if name not in shapes)]
     crossed = _crossed(program, args, kwargs)
     plates = [_plates(nodes[name], shapes.get(name), crossed) for name in order]

@@ -1,6 +1,6 @@
 """One conditional of a learned joint distribution: a guide over the sites that are not given."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyro
@@ -80,6 +80,11 @@ class JointConditional(AutoContinuous):
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowPosterior:
         """The law of the unconstrained values of the free sites, in one vector."""
         return self._law[0]
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        # the network may be of single precision, and the program of double
+        for site, free in super()._unpack_latent(latent):
+            yield site, free.to(site["value"].dtype)
 
     @torch.no_grad()
     def sample(self, sample_shape: Shape = torch.Size()) -> dict[str, Tensor]:

@@ -112,7 +112,7 @@ def packed_values(guide: Any, latent: Tensor, nesting: int) -> dict[str, Tensor]
     for name, site in guide.prototype_trace.iter_stochastic_nodes():
         shape = guide._unconstrained_shapes[name]
         free = latent[..., place : place + shape.numel()].reshape(*latent.shape[:-1], *shape)
-        found[name] = biject_to(site["fn"].support)(free)
+        found[name] = biject_to(site["fn"].support)(free.to(site["value"].dtype))
         place += shape.numel()
     return found
 

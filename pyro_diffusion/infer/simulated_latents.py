@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from pyro_diffusion.infer.conditional_posterior import ConditionalPosterior, MakeDenoiser
 from pyro_diffusion.infer.designs import Call, simulates_alike
-from pyro_diffusion.infer.packed import pack
+from pyro_diffusion.infer.packed import pack, unconstrained
 from pyro_diffusion.infer.simulations import Simulator, find_sites, observations, simulate
 from pyro_diffusion.infer.standardized import Standardized
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.unreliable import warn_unreliable
-from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
+from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor, kind_of
 
 __all__ = ["SimulatedLatents", "Values", "check_data"]
 
@@ -226,6 +226,7 @@ class SimulatedLatents(AutoContinuous):
                     f"simulations: got {rows - dropped} valid ones, expected at least {LEAST} the first "
                     "time, to take the scales of latents and data from"
                 )
+            self._check_varying(values)
             for name, scale, x in parts:
                 kept = x[valid].reshape(-1, *scale.loc.shape)
                 if bool(scale.loses(kept).any()):
@@ -235,6 +236,14 @@ class SimulatedLatents(AutoContinuous):
                     )
             self._fit_scales(values)
         return values
+
+    def _check_varying(self, values: Values) -> None:
+        for name, value, _ in unconstrained(self, values):
+            if name not in self.observed and len(value) > 1 and bool((value == value[:1]).all()):
+                raise ValueError(
+                    f"site {name!r}: got a latent that is the same in all simulations, expected one that "
+                    "varies, with a density; name the others, latents=[...] (sites=[...] of an AutoJoint)"
+                )
 
     def _scaled_parts(self, values: Values) -> list[tuple[str, Standardized, Tensor]]:
         """What is standardized: a name for errors, the scale, and all simulated values."""
@@ -275,6 +284,7 @@ class SimulatedLatents(AutoContinuous):
                 "guide: got one that has not seen its model, expected simulate or accept first, or data in "
                 "the model's arguments"
             )
+        check_by_name(values)
         found, batch = [], torch.Size()
         for name, site in simulator.observed.items():
             if name not in values:
@@ -317,6 +327,14 @@ class SimulatedLatents(AutoContinuous):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def check_by_name(values: Any) -> None:
+    """Refuse observations that are no dictionary."""
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"observations: got {kind_of(values)}, expected a dictionary by the names of observed sites"
+        )
+
+
 def check_data(
     name: str, value: Any, shape: torch.Size, positive: bool, expected: str = "simulated"
 ) -> Tensor:
@@ -331,6 +349,10 @@ def check_data(
         raise ValueError(
             f"site {name!r}: got data of shape {tuple(value.shape)}, expected {tuple(shape)}, as "
             f"{expected}, or further batch dimensions on its left"
+        )
+    if not value.numel():
+        raise ValueError(
+            f"site {name!r}: got data of shape {tuple(value.shape)}, expected one observation at least"
         )
     check_finite(f"site {name!r}", value)
     if positive and not bool((value > 0).all()):

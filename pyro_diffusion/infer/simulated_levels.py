@@ -19,7 +19,12 @@ from pyro_diffusion.infer.rows import (
     level_sizes,
     without_masked,
 )
-from pyro_diffusion.infer.simulated_latents import SimulatedLatents, Values, check_data
+from pyro_diffusion.infer.simulated_latents import (
+    SimulatedLatents,
+    Values,
+    check_by_name,
+    check_data,
+)
 from pyro_diffusion.infer.simulations import SimulatedSite, Simulator, observed_nodes
 from pyro_diffusion.infer.standardized import Standardized
 from pyro_diffusion.likelihoods.run import isolated
@@ -206,6 +211,7 @@ class SimulatedLevels(SimulatedLatents):
             return super()._data_of(values)
         self._as_simulated()  # without arguments the program cannot be run at other sizes
         assert self._simulator is not None
+        check_by_name(values)
         observed = self._simulator.observed
         missing = [name for name in observed if name not in values]
         if missing:

@@ -7,6 +7,14 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import (
+    ExpandedDistribution,
+    Independent,
+    MaskedDistribution,
+    SineBivariateVonMises,
+    SineSkewed,
+    VonMises,
+)
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoGuide, AutoNormal
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
@@ -22,9 +30,12 @@ from pyro_diffusion.validation import kind_of
 
 __all__ = ["UnconstrainedModel", "check_guide"]
 
+# Periodic, and yet of real support as Pyro has them.
+CIRCULAR = (VonMises, SineBivariateVonMises, SineSkewed)
 TRIALS = 3
 FIRST_RUNS = 20  # draws of the guide, to find two that the model's validation allows
 ALIKE = 1e-5, 1e-3  # relative and absolute, between a draw by itself and among others
+ROUNDED = 1e-3  # relative, of values there and back
 AGAIN = 10  # units of rounding, between one run and the next
 
 
@@ -146,7 +157,7 @@ class UnconstrainedModel:
         """The inverse of :meth:`constrain`: (n, D) of values, each (n,) + the site's shape.
 
         Raises:
-            ValueError: for missing sites and wrong shapes.
+            ValueError: for missing sites, wrong shapes and values outside of their support.
         """
         missing = [name for name in self._sites if name not in values]
         if missing:
@@ -158,7 +169,19 @@ class UnconstrainedModel:
                 raise ValueError(
                     f"draws[{name!r}]: got shape {tuple(value.shape)}, expected (n,) + {tuple(shape)}"
                 )
-            parts.append(biject_to(self._supports[name]).inv(value).reshape(len(value), -1))
+            if len(value) < 2:
+                raise ValueError(f"draws[{name!r}]: got {len(value)}, expected two draws or more")
+            transform = biject_to(self._supports[name])
+            free = transform.inv(value)
+            # torch moves what is outside to the edge; supports' own checks refuse what rounding did
+            if not _alike(
+                transform(free), value, ROUNDED, ROUNDED * float(value.nan_to_num().abs().amax())
+            ):
+                raise ValueError(
+                    f"draws[{name!r}]: got values outside of the support, expected all in "
+                    f"{self._supports[name]}"
+                )
+            parts.append(free.reshape(len(value), -1))
         return torch.cat(parts, -1)
 
     def blame(self, u: Tensor) -> str:
@@ -341,6 +364,12 @@ def _is_data(node: Any) -> bool:
     return not site_is_subsample(node)
 
 
+def _base(fn: Any) -> Any:
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
 def _check_site(name: str, node: Any, own: list[str]) -> None:
     if site_is_subsample(node):
         size, taken = node["fn"].size, len(node["value"])
@@ -350,6 +379,12 @@ def _check_site(name: str, node: Any, own: list[str]) -> None:
                 "expected the whole plate"
             )
         return
+    if name in own and isinstance(_base(node["fn"]), CIRCULAR):
+        raise ValueError(
+            f"site {name!r}: got angles ({type(_base(node['fn'])).__name__}) among all real numbers, over "
+            "which their periodic density has no integral, expected Uniform(-pi, pi) with that density in a "
+            "pyro.factor"
+        )
     if node["is_observed"] or name in own:
         return
     if node["fn"].has_enumerate_support:
