@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.distributions.transforms import AffineTransform
+from pyro.infer.autoguide import AutoNormal
 
 from pyro_diffusion.denoisers import CategoricalDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion
@@ -215,3 +216,33 @@ def test_refusals():
 
     with pytest.raises(ValueError, match="site 'z': got a diffusion of discrete data"):
         latent_log_likelihood(discrete, bits, x)
+
+
+def test_latents_that_only_one_of_both_has_are_refused():
+    """Their weights would be no importance weights: above log p(x), even."""
+    model, guide = programs(prior(10))
+    x = rows(3)
+
+    def renamed(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("other", dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1))
+
+    def unseen(x):
+        with poutine.uncondition():
+            model(x)
+
+    def more(x):
+        guide(x)
+        with pyro.plate("again", len(x)):
+            pyro.sample("other", dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1))
+
+    for program, law, message in [
+        (model, renamed, r"guide: got one that draws \['other'\], expected \['z'\], too"),
+        (model, lambda x: None, r"guide: got one that draws \[\], expected \['z'\], too"),
+        (unseen, guide, r"guide: got one that draws \['z'\], expected \['x'\], too"),
+        (model, more, r"guide: got sites \['other'\], expected latents of the model"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            latent_log_likelihood(program, law, x, num_samples=4)
+    found = latent_log_likelihood(model, AutoNormal(model, init_scale=0.5), x, num_samples=4)
+    assert bool(found.elbo.value.isfinite().all())

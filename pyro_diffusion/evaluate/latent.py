@@ -90,8 +90,8 @@ def latent_log_likelihood(
         Importance-weighted estimates and the ELBO of the same draws, in nats a row.
 
     Raises:
-        ValueError: for a guide or model whose sites have another batch shape than the rows, a diffusion under
-            transforms that are not bijective, and bad data.
+        ValueError: for latents that only one of guide and model draws, sites whose batch shape is not that of
+            the rows, a diffusion under transforms that are not bijective, and bad data.
 
     References:
         Burda et al., arXiv 1509.00519; Vahdat et al., arXiv 2106.05931 (the flow's score in a latent model).
@@ -156,6 +156,7 @@ def _weights(
     drawn: dict[str, list[tuple[Unwrapped, Any]]] = {}
     for _ in range(num_samples):
         q, p = _traces(model, guide, rows)
+        _check_latents(q, p)
         priors = {
             name: prior
             for name, site in _sites(p).items()
@@ -196,6 +197,22 @@ def _traces(model: Any, guide: Any, rows: Tensor) -> tuple[Any, Any]:
             f"data: got rows of shape {tuple(rows.shape)}, expected some that model and guide take"
         )
         raise
+
+
+def _check_latents(q: Any, p: Any) -> None:
+    """Refuse a weight that is none: of latents that only one of the two has."""
+    ours, theirs = (
+        [name for name, site in _sites(trace).items() if not site["is_observed"]]
+        for trace in (p, q)
+    )
+    if undrawn := [name for name in ours if name not in theirs]:
+        raise ValueError(
+            f"guide: got one that draws {theirs}, expected {undrawn}, too: latents of the model (or data "
+            "that it does not observe)"
+        )
+    auxiliary = [name for name in theirs if q.nodes[name]["infer"].get("is_auxiliary")]
+    if unknown := [name for name in theirs if name not in ours and name not in auxiliary]:
+        raise ValueError(f"guide: got sites {unknown}, expected latents of the model, {ours}")
 
 
 def _sites(trace: Any) -> dict[str, Any]:
