@@ -72,6 +72,18 @@ def padded():
         pyro.sample("x", Normal(mean + z, 1.0), obs=X)
 
 
+def in_turn():
+    mean = pyro.sample("mean", Normal(0.0, 1.0))
+    for i in pyro.plate("data", 4):
+        z = pyro.sample(f"z{i}", Bernoulli(0.3), infer={"enumerate": "sequential"})
+        pyro.sample(f"x{i}", Normal(mean + z, 1.0), obs=X[i])
+
+
+def log_in_turn(mean):
+    rows = _halves(*(Normal(mean + z, 1.0).log_prob(X) for z in (0, 1)))
+    return Normal(0.0, 1.0).log_prob(mean[0]) + rows.sum()
+
+
 def log_padded(mean):
     rows = _halves(*(Normal(mean + z, 1.0).log_prob(X) for z in (0, 1)))
     return Normal(0.0, 1.0).log_prob(mean[0]) + (rows * KEPT).sum()
@@ -83,6 +95,7 @@ def log_padded(mean):
         (chain, [f"z{t}" for t in range(4)], log_chain),
         (crossed, ["z"], log_crossed),
         (padded, ["z"], log_padded),
+        (in_turn, [f"z{t}" for t in range(4)], log_in_turn),
     ],
 )
 def test_sums_are_those_of_brute_force(model, hide, exact):

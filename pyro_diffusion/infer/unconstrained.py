@@ -85,7 +85,8 @@ class UnconstrainedModel:
         ]
         nesting = -min([frame.dim for frame in frames if frame.vectorized], default=0)
         if discrete:
-            self._program = _Enumerated(-1 - nesting)(config_enumerate(model))
+            parallel = poutine.infer_config(config_enumerate(model), config_fn=_in_parallel)
+            self._program = _Enumerated(-1 - nesting)(parallel)
         with isolated(), torch.no_grad(), pyro.validation_enabled(False):
             first = self._trace(drawn[0])
             kind = EnumeratedDensity if discrete else TraceEinsumEvaluator
@@ -349,6 +350,11 @@ def _check_support(name: str, node: Any, again: Any) -> None:
             "other latents, expected a fixed one, as its scale and location are outside: for Uniform(0, a) "
             "sample Uniform(0, 1) and multiply it by a"
         )
+
+
+def _in_parallel(site: Any) -> Any:
+    """A sum one value after the other is the same sum."""
+    return {"enumerate": "parallel"} if site["infer"].get("enumerate") == "sequential" else {}
 
 
 def _is_enumerated(node: Any) -> bool:
