@@ -482,3 +482,15 @@ def test_a_laplace_approximation_has_to_be_made():
     with pytest.raises(ValueError, match=r"AutoLaplaceApproximation, which is a point until"):
         AnnealedSMC(groups, guide, 8, 6).run()
     assert AnnealedSMC(groups, guide.laplace_approximation(), 64, 6).run().verdict.believable
+
+
+def test_without_final_moves_the_verdict_knows_nothing():
+    """Nor are figures that are not there printed as NaN."""
+    pyro.clear_param_store()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableWarning)
+        still = AnnealedSMC(groups, AutoNormal(groups), 32, 6, moves=0, final_moves=0).run()
+        moved = AnnealedSMC(groups, AutoNormal(groups), 32, 6).run()
+    assert bool(still.verdict.drift.isnan()) and "nan" not in str(still)
+    assert "no final moves" in str(still) and "nothing speaks against" not in str(still)
+    assert not bool(moved.verdict.drift.isnan()) and "no final moves" not in str(moved)

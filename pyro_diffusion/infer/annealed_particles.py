@@ -204,7 +204,9 @@ def summary(done: ParticleFilter) -> Tensor:
 
 
 def _largest_t(change: Tensor) -> Tensor:
-    """The largest of Student's t of means over repeats, (R, n), against 0."""
+    """The largest of Student's t of means over repeats, (R, n), against 0; NaN where nothing changed."""
+    if not bool(change.any()):
+        return change.new_tensor(math.nan)
     error = change.std(0) / math.sqrt(len(change))
     return (change.mean(0).abs() / error).nan_to_num(0.0, math.inf).max()
 

@@ -39,7 +39,8 @@ class AnnealedVerdict:
         acceptance: the least mean probability of acceptance of all moves.
         rhat: the largest ratio of a coordinate's scale over all repeats to that within them.
         drift: the largest of Student's t of what the last moves changed in the mean log density and in the
-            mean log variance of the coordinates, with R - 1 degrees of freedom.
+            mean log variance of the coordinates, with R - 1 degrees of freedom; NaN
+            without moves there.
         log_evidence: the estimate.
         dead: repeats of which no particle has a density.
         problems: one sentence each; empty if nothing speaks against the run.
@@ -70,6 +71,8 @@ class AnnealedVerdict:
 
     def __str__(self) -> str:
         fine = "nothing speaks against it; modes that no particle visited are not seen"
+        if bool(self.drift.isnan()):
+            fine = "not known: without final_moves nothing tells whether particles arrived"
         rows = [
             (
                 "least effective size",
@@ -78,9 +81,9 @@ class AnnealedVerdict:
             ("draws descended from", f"{int(self.least_roots)} of the guide's at least"),
             ("effective repeats", f"{float(self.effective_repeats):.1f}"),
             ("R-hat over repeats", f"{float(self.rhat):.3f}"),
-            ("drift, Student's t", f"{float(self.drift):.1f}"),
-            ("least acceptance", f"{float(self.acceptance):.2f}"),
-            ("Pareto k-hat, final weights", f"{float(self.khat):.2f}"),
+            ("drift, Student's t", _shown(self.drift, "no final moves", 1)),
+            ("least acceptance", _shown(self.acceptance, "no moves")),
+            ("Pareto k-hat, final weights", _shown(self.khat, "no tail, weights are even")),
             ("Pareto k-hat, guide alone", f"{float(self.guide_khat):.2f}"),
             ("log evidence", str(self.log_evidence)),
             ("verdict", fine if self.believable else "not to be believed"),
@@ -88,6 +91,10 @@ class AnnealedVerdict:
         title = f"{self.num_repeats} repeats of {self.num_particles} particles"
         lines = [title, *(f"  {name:<28} {value}" for name, value in rows)]
         return "\n".join([*lines, *(f"  - {problem}" for problem in self.problems)])
+
+
+def _shown(number: Tensor, otherwise: str, digits: int = 2) -> str:
+    return otherwise if bool(number.isnan()) else f"{float(number):.{digits}f}"
 
 
 def judge(verdict: AnnealedVerdict) -> AnnealedVerdict:
