@@ -227,6 +227,8 @@ class SimulatedLevels(SimulatedLatents):
         for name, shape in shapes.items():
             site = self._simulator.observed[name]
             said = "simulated" if shape == site.shape else "the plates of this run have it"
+            if not masks:
+                said += " (the guide itself, called as the model is, takes other numbers of rows)"
             found[name] = check_data(name, values[name], shape, site.positive, said)
             lead = found[name].dim() - len(shape)
             batch = torch.broadcast_shapes(batch, found[name].shape[:lead])

@@ -91,9 +91,13 @@ class _Reads(TorchDispatchMode):
 def traced(program: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A trace of one run, as if nothing were around it."""
     with isolated(), torch.no_grad(), WholeData():
-        return poutine.trace(poutine.block(program, hide_types=["param"])).get_trace(
-            *args, **kwargs
-        )
+        try:
+            return poutine.trace(poutine.block(program, hide_types=["param"])).get_trace(
+                *args, **kwargs
+            )
+        except NotImplementedError as error:
+            error.add_note("model: got a site without draws, expected one that can be simulated")
+            raise
 
 
 def sites_of(trace: Any) -> dict[str, Message]:
