@@ -194,6 +194,28 @@ def test_latents_whose_posterior_is_no_product_are_refused():
         Responsibilities(nested).probs()
 
 
+def test_a_guide_draws_other_latents_and_has_the_discrete_ones_summed_out():
+    x, mean = data(9), torch.tensor(0.3, dtype=F64, requires_grad=True)
+    prior = dist.Normal(torch.zeros((), dtype=F64), 2.0)
+
+    def shifted(x):
+        shift = pyro.sample("shift", prior)
+        with pyro.plate("rows", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.5], dtype=F64)))
+            pyro.sample("x", dist.Normal(shift + 2.0 * k, 1.0), obs=x)
+
+    def guide(x):
+        shift = pyro.sample("shift", dist.Delta(mean))
+        Responsibilities(pyro.poutine.condition(shifted, {"shift": shift}))(x)
+
+    loss = TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(shifted, guide, x)
+    means = torch.stack([mean, mean + 2.0])
+    weights = torch.tensor([0.5, 0.5], dtype=F64)
+    evidence = log_evidence(x, weights, means, torch.ones(2, dtype=F64))[0] + prior.log_prob(mean)
+    close(-loss, evidence)
+    close(torch.autograd.grad(-loss, mean), torch.autograd.grad(evidence, mean))
+
+
 class Quadratic(nn.Module):
     """Holds the log-ratio of any two normals of independent coordinates."""
 

@@ -33,6 +33,9 @@ class Responsibilities:
     partial M-step; :meth:`probs` has the responsibilities for an M-step in closed form. Exact for latents
     that are independent given the data, one for each datum of one plate, which may be subsampled.
 
+    Other latents are drawn first, in a guide that ends with
+    ``Responsibilities(poutine.condition(model, draws))(x)``; its ELBO has the discrete ones summed out.
+
     What is enumerated must have a density: a site of :class:`~pyro_diffusion.distributions.Diffusion`
     estimates a bound, which inside the sum over k is no bound. Take its flow, its chain unfolded, or a
     decoder.
@@ -138,7 +141,8 @@ def _check_latents(sites: _Sites, max_plate_nesting: int) -> None:
     if others:
         raise ValueError(
             f"model: got latents {others} that cannot be enumerated, expected discrete ones of finite "
-            "support alone: make the others parameters, or hide them and give them a guide of their own"
+            "support alone: make the others parameters, or draw them in a guide, which then calls "
+            "Responsibilities(poutine.condition(model, draws))"
         )
     depth = max((-f.dim for s in sites.values() for f in s["cond_indep_stack"] if f.dim), default=0)
     if depth > max_plate_nesting:
