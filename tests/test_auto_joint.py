@@ -628,3 +628,15 @@ def test_bad_networks():
         network(x, level, x[:1], x.bool())
     with pytest.raises(ValueError, match="conditioned: got"):
         network(x, level, x, x)
+
+
+def test_data_are_given_by_condition_and_not_by_a_call():
+    """The call would draw from the joint distribution, whatever the data."""
+
+    def model(x=None):
+        pyro.sample("x", Normal(pyro.sample("z", Normal(0.0, 1.0)), 1.0), obs=x)
+
+    joint = untrained(model, observed=["x"])
+    with pytest.raises(ValueError, match=r"guide: got data of \['x'\], expected none"):
+        joint(torch.tensor(1.0))
+    assert set(joint()) == set(joint(None)) == {"x", "z"}

@@ -268,3 +268,9 @@ def test_ranks_for_arviz():
     values = data["prior_sbc"]["x[0]"].values
     assert values.shape == (1, 40)
     assert values[0, :10] == pytest.approx([0.05 + k / 10 for k in range(10)])
+
+
+@pytest.mark.parametrize("answer", [torch.zeros(99), {"x": torch.tensor(0.0)}])
+def test_posteriors_that_return_no_draws(answer):
+    with pytest.raises(ValueError, match=r"posterior: got .*expected a dictionary of draws"):
+        sbc(program, lambda data: answer, num_simulations=10, observed=["y"])

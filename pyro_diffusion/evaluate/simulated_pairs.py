@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_diffusion.infer import AutoAmortized
 from pyro_diffusion.likelihoods.run import check_fixed_rows
 from pyro_diffusion.unreliable import UnreliableWarning
-from pyro_diffusion.validation import check_finite
+from pyro_diffusion.validation import check_finite, kind_of
 
 __all__ = ["Posterior", "RobustScale", "Values", "answers", "flat", "observed_sites", "simulate"]
 
@@ -49,6 +49,11 @@ def answers(
     if not isinstance(posterior, AutoAmortized):
         for i in range(rows):
             drawn = posterior({name: sites[name][i] for name in names})
+            if not isinstance(drawn, Mapping) or not all(v.dim() for v in drawn.values()):
+                raise ValueError(
+                    f"posterior: got {kind_of(drawn)}, or single values in it, expected a dictionary of "
+                    "draws, each (L,) + the shape of its latent"
+                )
             yield {name: value.detach() for name, value in drawn.items() if name not in names}
         return
     chunk = max(1, TOGETHER // num_samples)

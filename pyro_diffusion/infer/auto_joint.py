@@ -19,7 +19,7 @@ from pyro_diffusion.infer.joint_conditional import JointConditional
 from pyro_diffusion.infer.joint_law import JointLaw, MakeSiteDenoiser, default_site_denoiser
 from pyro_diffusion.infer.random_conditions import check_conditions, draw_conditioned
 from pyro_diffusion.infer.simulated_latents import SimulatedLatents
-from pyro_diffusion.infer.simulations import Simulator, find_joint
+from pyro_diffusion.infer.simulations import Simulator, find_joint, traced
 from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_finite, check_tensor
 
@@ -187,9 +187,10 @@ class AutoJoint(SimulatedLatents):
         """The joint distribution of all sites, packed and unconstrained: what it is as a guide.
 
         Raises:
-            ValueError: before the first simulations.
+            ValueError: before the first simulations, and for data among the arguments.
         """
         law = self._joint("guide")
+        self._check_without_data(args, kwargs)
         nothing = torch.zeros_like(law.latents.loc)
         return law.flow(nothing, nothing.bool(), self._solver)
 
@@ -202,6 +203,19 @@ class AutoJoint(SimulatedLatents):
     def graph(self) -> Tensor | None:
         """Which unconstrained coordinates are neighbours, (M, M) booleans; None if all may be."""
         return self._joint("graph").graph
+
+    def _check_without_data(self, args: Any, kwargs: Any) -> None:
+        if not (args or kwargs):
+            return
+        state = pyro.util.get_rng_state()
+        nodes = traced(self._original[0], args, kwargs).nodes
+        pyro.util.set_rng_state(state)
+        given = [n for n in self._data_sites if n in nodes and nodes[n]["is_observed"]]
+        if given:
+            raise ValueError(
+                f"guide: got data of {given}, expected none, as an AutoJoint is the law of all its sites "
+                "together: condition({site: value}) is the law, and the guide, given them"
+            )
 
     # What SimulatedLatents asks.
 
