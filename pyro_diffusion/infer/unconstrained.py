@@ -26,7 +26,7 @@ from torch.distributions import biject_to
 from pyro_diffusion.infer.cholesky_nan import CholeskyNaN
 from pyro_diffusion.infer.log_einsum import EnumeratedDensity
 from pyro_diffusion.likelihoods.run import isolated
-from pyro_diffusion.validation import kind_of
+from pyro_diffusion.validation import check_tensor, kind_of
 
 __all__ = ["UnconstrainedModel", "check_guide"]
 
@@ -165,7 +165,8 @@ class UnconstrainedModel:
             raise ValueError(f"draws: got none of {missing}, expected all of {list(self._sites)}")
         parts = []
         for name, site in self._sites.items():
-            value, shape = values[name], site["value"].shape
+            value = check_tensor(f"draws[{name!r}]", values[name])
+            shape = site["value"].shape
             if value.shape[1:] != shape:
                 raise ValueError(
                     f"draws[{name!r}]: got shape {tuple(value.shape)}, expected (n,) + {tuple(shape)}"

@@ -121,4 +121,5 @@ def _present(mask: Tensor | None, x: Tensor) -> Tensor:
             else type(mask).__name__
         )
         raise ValueError(f"mask: got {got}, expected torch.bool of shape {tuple(x.shape[:2])}")
+    check_operand("mask", mask, x, boolean=True)
     return mask.unsqueeze(-1)

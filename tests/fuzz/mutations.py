@@ -152,7 +152,8 @@ def _offset(number: int):
     def replace(x: Tensor, random: Random) -> Tensor:
         y = x.detach().clone().reshape(-1)
         if y.numel():
-            y[random.randrange(y.numel())] += number
+            i = random.randrange(y.numel())
+            y[i] = ~y[i] if y.dtype is torch.bool else y[i] + number
         return y.reshape(x.shape)
 
     return replace
