@@ -28,7 +28,7 @@ from pyro_diffusion import checkpoint
 from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser
 from pyro_diffusion.evaluate import importance_posterior
 from pyro_diffusion.infer import AutoAmortized, UnreliableWarning
-from pyro_diffusion.infer.standardized import Familiar
+from pyro_diffusion.infer.simulators.standardized import Familiar
 from pyro_diffusion.nn import ConditionalMLP
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import LogLinear

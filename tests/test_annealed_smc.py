@@ -36,11 +36,11 @@ from pyro.infer.autoguide import (
 
 from pyro_diffusion.evaluate import posterior_to_arviz
 from pyro_diffusion.infer import AnnealedSMC, UnreliableWarning
-from pyro_diffusion.infer.annealed_chain import AnnealedChain, Stage
-from pyro_diffusion.infer.annealed_particles import mean_gap
-from pyro_diffusion.infer.annealing_pilot import interpolated
-from pyro_diffusion.infer.guide_chart import chart_of
-from pyro_diffusion.infer.unconstrained import UnconstrainedModel
+from pyro_diffusion.infer.annealing.annealed_chain import AnnealedChain, Stage
+from pyro_diffusion.infer.annealing.annealed_particles import mean_gap
+from pyro_diffusion.infer.annealing.annealing_pilot import interpolated
+from pyro_diffusion.infer.annealing.guide_chart import chart_of
+from pyro_diffusion.infer.annealing.unconstrained import UnconstrainedModel
 
 X = torch.tensor([1.0, -0.5, 2.0])
 GUIDES = [

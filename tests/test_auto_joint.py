@@ -23,9 +23,9 @@ from pyro_diffusion import checkpoint
 from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser
 from pyro_diffusion.distributions import Bound
 from pyro_diffusion.infer import AutoJoint, UnreliableWarning
-from pyro_diffusion.infer.dependencies import moral_graph
-from pyro_diffusion.infer.linear_part import LinearPart, markov_covariance
-from pyro_diffusion.infer.random_conditions import check_conditions, draw_conditioned
+from pyro_diffusion.infer.simulators.dependencies import moral_graph
+from pyro_diffusion.infer.simulators.linear_part import LinearPart, markov_covariance
+from pyro_diffusion.infer.simulators.random_conditions import check_conditions, draw_conditioned
 from pyro_diffusion.nn import MLP, SiteTransformer
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import LogLinear

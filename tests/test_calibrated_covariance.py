@@ -22,7 +22,7 @@ from pyro_diffusion.guidance.calibrated_covariance import CURVATURE, LENGTH, bou
 from pyro_diffusion.guidance.calibration import DRAWS, KNOTS, calibrate, calibrated
 from pyro_diffusion.guidance.linear_estimate import LinearEstimate
 from pyro_diffusion.infer import AutoGuidance, TwistedSMC
-from pyro_diffusion.infer.twisted_smc import default_guidance
+from pyro_diffusion.infer.filtering.twisted_smc import default_guidance
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.likelihoods.linearization import solve
 from pyro_diffusion.processes import GaussianProcess

@@ -19,7 +19,7 @@ from pyro_diffusion.guidance import (
     PlugIn,
 )
 from pyro_diffusion.infer import TwistedSMC
-from pyro_diffusion.infer.twisted_smc import default_guidance
+from pyro_diffusion.infer.filtering.twisted_smc import default_guidance
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.likelihoods.deviance import deviance_residual
 from pyro_diffusion.processes import GaussianProcess

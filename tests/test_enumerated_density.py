@@ -11,8 +11,8 @@ from pyro import poutine
 from pyro.distributions import Bernoulli, Categorical, Gamma, Normal, Uniform
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_diffusion.infer.log_einsum import einsum
-from pyro_diffusion.infer.unconstrained import UnconstrainedModel
+from pyro_diffusion.infer.annealing.log_einsum import einsum
+from pyro_diffusion.infer.annealing.unconstrained import UnconstrainedModel
 
 X = torch.tensor([0.3, -1.0, 2.0, 0.5])
 MOVE = torch.tensor([[0.9, 0.1], [0.2, 0.8]])

@@ -21,7 +21,7 @@ from pyro_diffusion.guidance import (
     base,
 )
 from pyro_diffusion.infer import TwistedSMC
-from pyro_diffusion.infer.twisted_smc import default_guidance
+from pyro_diffusion.infer.filtering.twisted_smc import default_guidance
 from pyro_diffusion.likelihoods import Likelihood, ProgramLikelihood, Whitened
 from pyro_diffusion.samplers import DAPS
 from pyro_diffusion.schedules import LogLinear

@@ -28,7 +28,7 @@ from pyro.infer.importance import vectorized_importance_weights
 
 from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlow
 from pyro_diffusion.dynamics import Hutchinson, ODESolver
-from pyro_diffusion.infer.particle_filter import ParticleFilter
+from pyro_diffusion.infer.filtering.particle_filter import ParticleFilter
 from tests.classes import LOCS, WEIGHTS, NormalClass, data
 
 F64 = torch.float64

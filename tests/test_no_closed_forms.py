@@ -10,7 +10,7 @@ from pyro_diffusion.distributions import Diffusion, DiffusionSDE, ProbabilityFlo
 from pyro_diffusion.distributions.discretized import DiscretizedNormal
 from pyro_diffusion.dynamics import ODESolver, SDESolver
 from pyro_diffusion.guidance.base import GuidedDenoiser
-from pyro_diffusion.infer.simulated_posterior import SimulatedPosterior
+from pyro_diffusion.infer.filtering.simulated_posterior import SimulatedPosterior
 from pyro_diffusion.nn import MLP
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine

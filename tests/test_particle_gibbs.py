@@ -18,7 +18,7 @@ from pyro_diffusion.guidance import (
     Twisted,
 )
 from pyro_diffusion.infer import ParticleGibbs, TwistedSMC
-from pyro_diffusion.infer.conditional_filter import ConditionalFilter
+from pyro_diffusion.infer.filtering.conditional_filter import ConditionalFilter
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.schedules import Cosine, LogLinear, Rectified, uniform

@@ -28,7 +28,7 @@ from pyro_diffusion.guidance import (
     SubstitutionGuidance,
 )
 from pyro_diffusion.guidance.classifier import NoiseAwareGuidance
-from pyro_diffusion.infer.twisted_smc import default_guidance
+from pyro_diffusion.infer.filtering.twisted_smc import default_guidance
 from pyro_diffusion.likelihoods import Likelihood, ProgramLikelihood
 from pyro_diffusion.likelihoods.whitening import Whitened
 from pyro_diffusion.processes import Ability, Absorbing, GaussianProcess

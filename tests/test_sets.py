@@ -27,8 +27,8 @@ from pyro_diffusion.denoisers import GaussianDenoiser
 from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.evaluate import importance_posterior
 from pyro_diffusion.infer import AutoAmortized, UnreliableWarning
-from pyro_diffusion.infer.hierarchical_flow import HierarchicalFlow
-from pyro_diffusion.infer.hierarchical_posterior import Rows
+from pyro_diffusion.infer.simulators.hierarchical_flow import HierarchicalFlow
+from pyro_diffusion.infer.simulators.hierarchical_posterior import Rows
 from pyro_diffusion.nn import ConditionalMLP
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import LogLinear

@@ -22,7 +22,7 @@ from pyro_diffusion.guidance import (
     SubstitutionGuidance,
 )
 from pyro_diffusion.infer import TwistedSMC
-from pyro_diffusion.infer.conditional_filter import ConditionalFilter
+from pyro_diffusion.infer.filtering.conditional_filter import ConditionalFilter
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing
 from pyro_diffusion.samplers import DAPS, DDIM, Ancestral, Heun, RePaint

@@ -18,8 +18,8 @@ from pyro_diffusion.guidance.base import shift_mean
 from pyro_diffusion.guidance.covariances import MMPS
 from pyro_diffusion.guidance.sampled import SampledGuidance
 from pyro_diffusion.infer import TwistedSMC
-from pyro_diffusion.infer.particle_filter import ParticleFilter
-from pyro_diffusion.infer.resampling import (
+from pyro_diffusion.infer.filtering.particle_filter import ParticleFilter
+from pyro_diffusion.infer.filtering.resampling import (
     genealogical_variance,
     multinomial_ancestors,
     resampled,

@@ -17,14 +17,14 @@ from pyro_diffusion.estimate import Estimate
 from pyro_diffusion.guidance import MMPS, GuidedDenoiser, SampledGuidance, Twisted
 from pyro_diffusion.guidance.base import shift_mean
 from pyro_diffusion.infer import AutoTwistedSMC, TwistedSMC
-from pyro_diffusion.infer.particle_filter import ParticleFilter
-from pyro_diffusion.infer.resampling import (
+from pyro_diffusion.infer.filtering.particle_filter import ParticleFilter
+from pyro_diffusion.infer.filtering.resampling import (
     LEAST_ANCESTORS,
     effective_ancestors,
     evidence_variance,
     genealogical_variance,
 )
-from pyro_diffusion.infer.verdict import judge, misfit
+from pyro_diffusion.infer.filtering.verdict import judge, misfit
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.schedules import LogLinear, Rectified, uniform

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance.base import Guidance
 from pyro_diffusion.infer import TwistedSMC
-from pyro_diffusion.infer.particles import Particles
+from pyro_diffusion.infer.filtering.particles import Particles
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.unreliable import UnreliableWarning
 from trained_posteriors.prior import chain

@@ -53,7 +53,7 @@ WEIGHTS = {
     "pyro.infer.predictive": "WeighedPredictive",
     "pyro.infer.resampler": "Resampler",
     "pyro.infer.smcfilter": "SMCFilter",
-    "pyro_diffusion.infer.particle_filter": "ParticleFilter",
+    "pyro_diffusion.infer.filtering.particle_filter": "ParticleFilter",
 }
 
 # Information gains that average densities, by the function that scores traces; the others score guides alone.

@@ -11,9 +11,9 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_diffusion.estimate import LOWER_BOUND, UPPER_BOUND, Estimate
-from pyro_diffusion.infer.annealed_particles import BLIND, AnnealedParticles, mean_gap
-from pyro_diffusion.infer.guide_chart import chart_of
-from pyro_diffusion.infer.unconstrained import UnconstrainedModel, check_guide
+from pyro_diffusion.infer.annealing.annealed_particles import BLIND, AnnealedParticles, mean_gap
+from pyro_diffusion.infer.annealing.guide_chart import chart_of
+from pyro_diffusion.infer.annealing.unconstrained import UnconstrainedModel, check_guide
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_finite, check_positive_int, kind_of

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_diffusion.estimate import LogLikelihoodEstimate
 from pyro_diffusion.evaluate.importance import from_log_weights
-from pyro_diffusion.infer.simulations import WholeData
+from pyro_diffusion.infer.simulators.simulations import WholeData
 from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_positive_int
 

@@ -20,9 +20,9 @@ from pyro_diffusion.distributions.base import DenoisedDistribution, plates_enter
 from pyro_diffusion.distributions.callers import called_from
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.guidance.base import Guidance, check_guidance
+from pyro_diffusion.infer.filtering.simulated_posterior import SimulatedPosterior
+from pyro_diffusion.infer.filtering.twisted_smc import default_guidance
 from pyro_diffusion.infer.reparam import ChainReparam
-from pyro_diffusion.infer.simulated_posterior import SimulatedPosterior
-from pyro_diffusion.infer.twisted_smc import default_guidance
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.likelihoods.analysis import Analysis
 from pyro_diffusion.likelihoods.program import check_model

@@ -13,8 +13,8 @@ from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import GuidedDenoiser
 from pyro_diffusion.guidance.base import Guidance
 from pyro_diffusion.infer.auto_posterior import AutoPosterior, Density, as_chain
+from pyro_diffusion.infer.filtering.twisted_smc import Particles, TwistedSMC
 from pyro_diffusion.infer.reparam import reverse_chain
-from pyro_diffusion.infer.twisted_smc import Particles, TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.samplers import Ancestral, Sampler
 from pyro_diffusion.samplers.base import check_sampler

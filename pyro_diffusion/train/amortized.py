@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.infer import AutoAmortized, AutoJoint
-from pyro_diffusion.infer.standardized import shuffled
+from pyro_diffusion.infer.simulators.standardized import shuffled
 from pyro_diffusion.train.history import History
 from pyro_diffusion.train.trainer import Trainer
 from pyro_diffusion.validation import check_number, check_positive_int

@@ -14,15 +14,15 @@ from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.distributions.objectives import Objective
 from pyro_diffusion.dynamics import ODESolver
-from pyro_diffusion.infer.conditional_posterior import (
+from pyro_diffusion.infer.simulators.conditional_posterior import (
     MakeDenoiser,
     check_denoiser,
     default_denoiser,
     flow_posterior,
     observed_diffusion,
 )
-from pyro_diffusion.infer.hierarchical_flow import HierarchicalFlow
-from pyro_diffusion.infer.standardized import Familiar, Standardized
+from pyro_diffusion.infer.simulators.hierarchical_flow import HierarchicalFlow
+from pyro_diffusion.infer.simulators.standardized import Familiar, Standardized
 from pyro_diffusion.nn import ConditionalMLP, SetEncoder
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import LogLinear

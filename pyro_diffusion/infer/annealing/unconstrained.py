@@ -23,8 +23,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_diffusion.infer.cholesky_nan import CholeskyNaN
-from pyro_diffusion.infer.log_einsum import EnumeratedDensity
+from pyro_diffusion.infer.annealing.cholesky_nan import CholeskyNaN
+from pyro_diffusion.infer.annealing.log_einsum import EnumeratedDensity
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.validation import check_tensor, kind_of
 

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_diffusion.infer.simulations import Simulator, traced
+from pyro_diffusion.infer.simulators.simulations import Simulator, traced
 
 __all__ = ["Call", "simulates_alike"]
 

@@ -23,11 +23,11 @@ from pyro_diffusion.guidance import (
 )
 from pyro_diffusion.guidance.base import Guidance, check_guidance
 from pyro_diffusion.guidance.chain_moments import ChainMoments
-from pyro_diffusion.infer.particle_filter import ParticleFilter
-from pyro_diffusion.infer.particles import Particles
-from pyro_diffusion.infer.resampling import effective_ancestors, evidence_variance
-from pyro_diffusion.infer.twisted_chain import Proposal, Target, TwistedChain
-from pyro_diffusion.infer.verdict import Verdict, judge, misfit
+from pyro_diffusion.infer.filtering.particle_filter import ParticleFilter
+from pyro_diffusion.infer.filtering.particles import Particles
+from pyro_diffusion.infer.filtering.resampling import effective_ancestors, evidence_variance
+from pyro_diffusion.infer.filtering.twisted_chain import Proposal, Target, TwistedChain
+from pyro_diffusion.infer.filtering.verdict import Verdict, judge, misfit
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.likelihoods.base import check_likelihood
 from pyro_diffusion.pareto import pareto_khat

@@ -7,8 +7,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_diffusion.infer.guide_chart import GuideChart
-from pyro_diffusion.infer.unconstrained import UnconstrainedModel
+from pyro_diffusion.infer.annealing.guide_chart import GuideChart
+from pyro_diffusion.infer.annealing.unconstrained import UnconstrainedModel
 
 __all__ = ["AnnealedChain", "Stage"]
 
@@ -35,7 +35,9 @@ class Stage(NamedTuple):
 
 
 class AnnealedChain:
-    r"""Model of a :class:`~pyro_diffusion.infer.particle_filter.ParticleFilter` whose steps are stages.
+    r"""The model of a particle filter whose steps are stages.
+
+    The filter is :class:`~pyro_diffusion.infer.filtering.particle_filter.ParticleFilter`.
 
     States are ``z`` (N, R, D) in the guide's own coordinates, ``log_q`` and ``gap``
     :math:`\ell = \log p - \log q`, (N, R), and the gradients of both. A step moves particles under the

@@ -11,11 +11,16 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor, nn
 
-from pyro_diffusion.infer.conditional_posterior import ConditionalPosterior, MakeDenoiser
-from pyro_diffusion.infer.designs import Call, simulates_alike
-from pyro_diffusion.infer.packed import pack, unconstrained
-from pyro_diffusion.infer.simulations import Simulator, find_sites, observations, simulate
-from pyro_diffusion.infer.standardized import Standardized
+from pyro_diffusion.infer.simulators.conditional_posterior import ConditionalPosterior, MakeDenoiser
+from pyro_diffusion.infer.simulators.designs import Call, simulates_alike
+from pyro_diffusion.infer.simulators.packed import pack, unconstrained
+from pyro_diffusion.infer.simulators.simulations import (
+    Simulator,
+    find_sites,
+    observations,
+    simulate,
+)
+from pyro_diffusion.infer.simulators.standardized import Standardized
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor, kind_of

@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.estimate import LOWER_BOUND, UNBIASED, Estimate
-from pyro_diffusion.infer.annealed_chain import AnnealedChain, Stage
-from pyro_diffusion.infer.annealed_verdict import AnnealedVerdict, judge
-from pyro_diffusion.infer.particle_filter import ParticleFilter
-from pyro_diffusion.infer.resampling import effective_ancestors, evidence_variance, resampled
+from pyro_diffusion.infer.annealing.annealed_chain import AnnealedChain, Stage
+from pyro_diffusion.infer.annealing.annealed_verdict import AnnealedVerdict, judge
+from pyro_diffusion.infer.filtering.particle_filter import ParticleFilter
+from pyro_diffusion.infer.filtering.resampling import (
+    effective_ancestors,
+    evidence_variance,
+    resampled,
+)
 from pyro_diffusion.pareto import pareto_khat
 from pyro_diffusion.validation import check_positive_int
 

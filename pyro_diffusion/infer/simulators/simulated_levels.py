@@ -7,10 +7,10 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_diffusion.infer.conditional_posterior import MakeDenoiser, default_denoiser
-from pyro_diffusion.infer.hierarchical_posterior import HierarchicalPosterior, Rows
-from pyro_diffusion.infer.plates import Level, find_levels
-from pyro_diffusion.infer.rows import (
+from pyro_diffusion.infer.simulators.conditional_posterior import MakeDenoiser, default_denoiser
+from pyro_diffusion.infer.simulators.hierarchical_posterior import HierarchicalPosterior, Rows
+from pyro_diffusion.infer.simulators.plates import Level, find_levels
+from pyro_diffusion.infer.simulators.rows import (
     check_sizes_seen,
     data_rows,
     expected_shape,
@@ -19,14 +19,14 @@ from pyro_diffusion.infer.rows import (
     level_sizes,
     without_masked,
 )
-from pyro_diffusion.infer.simulated_latents import (
+from pyro_diffusion.infer.simulators.simulated_latents import (
     SimulatedLatents,
     Values,
     check_by_name,
     check_data,
 )
-from pyro_diffusion.infer.simulations import SimulatedSite, Simulator, observed_nodes
-from pyro_diffusion.infer.standardized import Standardized
+from pyro_diffusion.infer.simulators.simulations import SimulatedSite, Simulator, observed_nodes
+from pyro_diffusion.infer.simulators.standardized import Standardized
 from pyro_diffusion.likelihoods.run import isolated
 
 __all__ = ["SimulatedLevels"]

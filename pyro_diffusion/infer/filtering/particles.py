@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.estimate import Estimate
-from pyro_diffusion.infer.resampling import evidence_variance, genealogical_variance, resampled
-from pyro_diffusion.infer.verdict import Verdict
+from pyro_diffusion.infer.filtering.resampling import (
+    evidence_variance,
+    genealogical_variance,
+    resampled,
+)
+from pyro_diffusion.infer.filtering.verdict import Verdict
 from pyro_diffusion.validation import Shape, check_sizes
 
 __all__ = ["Particles"]

@@ -10,9 +10,9 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
-from pyro_diffusion.infer.conditional_posterior import FlowPosterior
-from pyro_diffusion.infer.packed import packed_log_prob, packed_quantiles, packed_values
-from pyro_diffusion.infer.simulations import SimulatedSite
+from pyro_diffusion.infer.simulators.conditional_posterior import FlowPosterior
+from pyro_diffusion.infer.simulators.packed import packed_log_prob, packed_quantiles, packed_values
+from pyro_diffusion.infer.simulators.simulations import SimulatedSite
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.validation import Shape, check_sizes
 

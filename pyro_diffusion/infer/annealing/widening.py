@@ -4,7 +4,7 @@ import torch
 from pyro.distributions import MultivariateNormal
 from torch import Tensor
 
-from pyro_diffusion.infer.guide_chart import GuideChart, normal_chart
+from pyro_diffusion.infer.annealing.guide_chart import GuideChart, normal_chart
 
 __all__ = ["has_grown", "moments", "widened"]
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from pyro_diffusion.infer.hierarchical_posterior import LevelSizes, Rows
-from pyro_diffusion.infer.plates import Level, in_rows
-from pyro_diffusion.infer.simulations import SimulatedSite, Simulator
+from pyro_diffusion.infer.simulators.hierarchical_posterior import LevelSizes, Rows
+from pyro_diffusion.infer.simulators.plates import Level, in_rows
+from pyro_diffusion.infer.simulators.simulations import SimulatedSite, Simulator
 from pyro_diffusion.likelihoods.run import Message
 from pyro_diffusion.unreliable import warn_unreliable
 

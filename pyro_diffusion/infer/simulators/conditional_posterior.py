@@ -13,7 +13,7 @@ from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
 from pyro_diffusion.distributions.objectives import Objective
 from pyro_diffusion.dynamics import ODESolver
-from pyro_diffusion.infer.standardized import Familiar, Standardized
+from pyro_diffusion.infer.simulators.standardized import Familiar, Standardized
 from pyro_diffusion.nn import ConditionalMLP
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import LogLinear

@@ -8,7 +8,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_diffusion.infer.simulations import SimulatedSite
+from pyro_diffusion.infer.simulators.simulations import SimulatedSite
 from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
 
 __all__ = [

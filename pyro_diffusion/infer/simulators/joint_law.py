@@ -14,9 +14,9 @@ from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
 from pyro_diffusion.distributions.decoders import NormalDecoder
 from pyro_diffusion.distributions.objectives import Objective
 from pyro_diffusion.dynamics import ODESolver
-from pyro_diffusion.infer.conditional_posterior import FlowPosterior, focused_times
-from pyro_diffusion.infer.linear_part import LinearPart
-from pyro_diffusion.infer.standardized import Familiar, Standardized
+from pyro_diffusion.infer.simulators.conditional_posterior import FlowPosterior, focused_times
+from pyro_diffusion.infer.simulators.linear_part import LinearPart
+from pyro_diffusion.infer.simulators.standardized import Familiar, Standardized
 from pyro_diffusion.nn import SiteTransformer
 from pyro_diffusion.processes import Ability, ForwardProcess, GaussianProcess
 from pyro_diffusion.processes.abilities import require

@@ -10,13 +10,17 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.infer.smcfilter import SMCFailed
 from torch import Tensor
 
-from pyro_diffusion.infer.annealed_chain import AnnealedChain, NoProposal, Stage
-from pyro_diffusion.infer.annealed_particles import AnnealedParticles, annealed_particles, summary
-from pyro_diffusion.infer.annealing_pilot import interpolated, next_stage
-from pyro_diffusion.infer.guide_chart import GuideChart, chart_of
-from pyro_diffusion.infer.particle_filter import ParticleFilter
-from pyro_diffusion.infer.unconstrained import UnconstrainedModel, check_guide
-from pyro_diffusion.infer.widening import has_grown, moments, widened
+from pyro_diffusion.infer.annealing.annealed_chain import AnnealedChain, NoProposal, Stage
+from pyro_diffusion.infer.annealing.annealed_particles import (
+    AnnealedParticles,
+    annealed_particles,
+    summary,
+)
+from pyro_diffusion.infer.annealing.annealing_pilot import interpolated, next_stage
+from pyro_diffusion.infer.annealing.guide_chart import GuideChart, chart_of
+from pyro_diffusion.infer.annealing.unconstrained import UnconstrainedModel, check_guide
+from pyro_diffusion.infer.annealing.widening import has_grown, moments, widened
+from pyro_diffusion.infer.filtering.particle_filter import ParticleFilter
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_number, check_positive_int, kind_of
@@ -48,8 +52,8 @@ class AnnealedSMC:
     What none of them visits, no figure can show: particles find modes that a path from the guide leads to.
 
     Cost: one call of the model under ``torch.func.vmap`` for all N R particles (see
-    :class:`~pyro_diffusion.infer.unconstrained.UnconstrainedModel`), and one gradient a leapfrog step; memory
-    does not grow with the number of temperatures.
+    :class:`~pyro_diffusion.infer.annealing.unconstrained.UnconstrainedModel`), and one gradient a leapfrog
+    step; memory does not grow with the number of temperatures.
 
     Args:
         model: the program.
@@ -135,8 +139,9 @@ class AnnealedSMC:
 
         Raises:
             ValueError: for a model that cannot be scored (see
-                :class:`~pyro_diffusion.infer.unconstrained.UnconstrainedModel`), a guide of which no draw has
-                a density under it (naming the site), and where every repeat loses all its particles.
+                :class:`~pyro_diffusion.infer.annealing.unconstrained.UnconstrainedModel`), a guide of which
+                no draw has a density under it (naming the site), and where every repeat loses all its
+                particles.
         """
         with isolated(), torch.no_grad():
             self.guide(*args, **kwargs)  # an unfitted guide has no parameters before

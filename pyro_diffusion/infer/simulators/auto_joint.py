@@ -13,13 +13,17 @@ from pyro_diffusion.distributions.objectives import Objective
 from pyro_diffusion.distributions.regressions import FlowMatching
 from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.dynamics.ode_solver import check_ode_solver
-from pyro_diffusion.infer.conditional_posterior import FlowPosterior
-from pyro_diffusion.infer.dependencies import moral_graph
-from pyro_diffusion.infer.joint_conditional import JointConditional
-from pyro_diffusion.infer.joint_law import JointLaw, MakeSiteDenoiser, default_site_denoiser
-from pyro_diffusion.infer.random_conditions import check_conditions, draw_conditioned
-from pyro_diffusion.infer.simulated_latents import SimulatedLatents
-from pyro_diffusion.infer.simulations import Simulator, find_joint, traced
+from pyro_diffusion.infer.simulators.conditional_posterior import FlowPosterior
+from pyro_diffusion.infer.simulators.dependencies import moral_graph
+from pyro_diffusion.infer.simulators.joint_conditional import JointConditional
+from pyro_diffusion.infer.simulators.joint_law import (
+    JointLaw,
+    MakeSiteDenoiser,
+    default_site_denoiser,
+)
+from pyro_diffusion.infer.simulators.random_conditions import check_conditions, draw_conditioned
+from pyro_diffusion.infer.simulators.simulated_latents import SimulatedLatents
+from pyro_diffusion.infer.simulators.simulations import Simulator, find_joint, traced
 from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_finite, check_tensor
 

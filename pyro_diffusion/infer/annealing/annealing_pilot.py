@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_diffusion.infer.annealed_chain import AnnealedChain, Stage
+from pyro_diffusion.infer.annealing.annealed_chain import AnnealedChain, Stage
 
 __all__ = ["interpolated", "next_stage"]
 

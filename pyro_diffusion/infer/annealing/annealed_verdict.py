@@ -8,7 +8,7 @@ from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
 from pyro_diffusion.estimate import Estimate
-from pyro_diffusion.infer.resampling import LEAST_ANCESTORS
+from pyro_diffusion.infer.filtering.resampling import LEAST_ANCESTORS
 
 __all__ = ["AnnealedVerdict", "judge"]
 

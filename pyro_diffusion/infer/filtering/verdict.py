@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.estimate import Estimate
-from pyro_diffusion.infer.resampling import LEAST_ANCESTORS
+from pyro_diffusion.infer.filtering.resampling import LEAST_ANCESTORS
 from pyro_diffusion.likelihoods import Likelihood
 
 __all__ = ["Verdict", "judge", "misfit"]

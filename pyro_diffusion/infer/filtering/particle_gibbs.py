@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.guidance.base import Guidance, check_guidance
-from pyro_diffusion.infer.conditional_filter import ConditionalFilter
-from pyro_diffusion.infer.twisted_smc import TwistedSMC
+from pyro_diffusion.infer.filtering.conditional_filter import ConditionalFilter
+from pyro_diffusion.infer.filtering.twisted_smc import TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.unwrapping import unwrap_to
 from pyro_diffusion.validation import check_positive_int
@@ -29,7 +29,7 @@ class ParticleGibbs(MCMCKernel):
     A sweep is two updates, each leaving the joint posterior invariant:
 
     1. the diffusion site, by conditional twisted SMC on its whole chain given the other latents (see
-       :class:`~pyro_diffusion.infer.conditional_filter.ConditionalFilter`);
+       :class:`~pyro_diffusion.infer.filtering.conditional_filter.ConditionalFilter`);
     2. the others given the site, by a Pyro kernel (NUTS) on the program with the site's value held.
 
     Exact for the chain's distribution in the limit of many sweeps, for any number of particles and any

@@ -11,13 +11,13 @@ from pyro_diffusion.distributions.callers import callers
 from pyro_diffusion.distributions.objectives import Objective
 from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.dynamics.ode_solver import check_ode_solver
-from pyro_diffusion.infer.conditional_posterior import FlowPosterior, MakeDenoiser
-from pyro_diffusion.infer.hierarchical_flow import HierarchicalFlow
-from pyro_diffusion.infer.hierarchical_posterior import observe_levels
-from pyro_diffusion.infer.packed import packed_log_prob, packed_quantiles, unpack
-from pyro_diffusion.infer.simulated_latents import Values
-from pyro_diffusion.infer.simulated_levels import SimulatedLevels
-from pyro_diffusion.infer.standardized import Familiar
+from pyro_diffusion.infer.simulators.conditional_posterior import FlowPosterior, MakeDenoiser
+from pyro_diffusion.infer.simulators.hierarchical_flow import HierarchicalFlow
+from pyro_diffusion.infer.simulators.hierarchical_posterior import observe_levels
+from pyro_diffusion.infer.simulators.packed import packed_log_prob, packed_quantiles, unpack
+from pyro_diffusion.infer.simulators.simulated_latents import Values
+from pyro_diffusion.infer.simulators.simulated_levels import SimulatedLevels
+from pyro_diffusion.infer.simulators.standardized import Familiar
 from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_finite, check_positive_int
 

@@ -9,7 +9,7 @@ from pyro.infer.smcfilter import SMCFailed
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_diffusion.infer.resampling import multinomial_ancestors, systematic_ancestors
+from pyro_diffusion.infer.filtering.resampling import multinomial_ancestors, systematic_ancestors
 from pyro_diffusion.processes.noise import fresh_seed
 from pyro_diffusion.processes.row_noise import RowNoise
 from pyro_diffusion.validation import Shape, check_positive_int

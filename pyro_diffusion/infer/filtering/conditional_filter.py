@@ -7,8 +7,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Categorical
 
-from pyro_diffusion.infer.particle_filter import ParticleFilter
-from pyro_diffusion.infer.resampling import multinomial_ancestors
+from pyro_diffusion.infer.filtering.particle_filter import ParticleFilter
+from pyro_diffusion.infer.filtering.resampling import multinomial_ancestors
 
 __all__ = ["ConditionalFilter"]
 

@@ -8,7 +8,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_diffusion.infer.simulations import Simulator, site_score, trial_runs
+from pyro_diffusion.infer.simulators.simulations import Simulator, site_score, trial_runs
 from pyro_diffusion.likelihoods.run import Message
 
 __all__ = ["Level", "find_levels", "in_rows"]

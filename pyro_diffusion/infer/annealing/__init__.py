@@ -1,0 +1,1 @@
+"""Tempered laws from a guide to a posterior: particles, moves, evidence and verdict."""

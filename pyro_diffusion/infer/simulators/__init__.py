@@ -1,0 +1,1 @@
+"""Posteriors and conditionals learned from a program's own simulations."""
