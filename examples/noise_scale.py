@@ -75,7 +75,7 @@ def quadrature(scales: Tensor, particles: infer.Particles) -> dict[str, Any]:
     weights = (log_z + dist.Normal(*PRIOR).log_prob(at)).softmax(0)
     mean = (weights * at).sum()
     sd = (weights * (at - mean).square()).sum().sqrt()
-    noise = infer.resampling.genealogical_variance(
+    noise = infer.filtering.resampling.genealogical_variance(
         particles.log_weights, particles.root, particles.correction
     )
     error = (weights.square() * (at - mean).square() * noise).sum().sqrt()

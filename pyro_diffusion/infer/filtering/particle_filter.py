@@ -32,8 +32,8 @@ class ParticleFilter(SMCFilter):
       own effective size is low, by numbers of its own, and all share one call of the model. What one of them
       finds does not depend on the data of the others.
 
-    Relative variance of the evidence (of its log: ``infer.resampling.evidence_variance``). With final weights
-    :math:`W_i` (normalized) and roots :math:`r_i`,
+    Relative variance of the evidence (of its log: ``infer.filtering.resampling.evidence_variance``). With
+    final weights :math:`W_i` (normalized) and roots :math:`r_i`,
 
     .. math:: \widehat{Var}(\hat Z / Z) = 1 - \Big(\frac{N}{N-1}\Big)^{m}
               \Big(1 - \sum_r \big(\textstyle\sum_{i: r_i = r} W_i\big)^2\Big) .
