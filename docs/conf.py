@@ -68,7 +68,7 @@ nitpick_ignore_regex = [
         r"\w*Coefficients|Analysis|C|CachedModule|Rates|ConditionalFilter|Conditioning|Filter|"
         r"GaussianSDE|LinearizedDenoiser|LinearizedLikelihood|Method|NoClosedForms|Node|NoiseHead|"
         r"NoiseSource|Observations|ParticleFilter|Endpoint|PreciseModule|ScheduleLike|Solved|"
-        r"Recorded|Sources|TwoEndedSchedule"
+        r"Recorded|Sources|TwoEndedSchedule|GuideChart|HierarchicalFlow|SimulatedLevels|SimulatedSite|Stage"
         r")|SMCFailed|dict\[int",
     ),
 ]

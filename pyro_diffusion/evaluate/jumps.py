@@ -60,7 +60,7 @@ def jump_residual(
         As :func:`continuity_residual`, at the clocks of the times.
 
     Raises:
-        ValueError: for a process that is not one of symbols (strings of :class:`Deletion` are none), bad data
+        ValueError: for a process that is not one of symbols (strings of ``Deletion`` are none), bad data
             or counts.
 
     Example:

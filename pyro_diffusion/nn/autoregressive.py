@@ -142,7 +142,7 @@ class MADE(AutoregressiveNetwork):
         size: number of symbols D.
         hidden: widths of the hidden layers, each at least D (K - 1).
         states: number of values K.
-        orders: (M, D), see :class:`AutoregressiveNetwork`; one, that of the places, if None.
+        orders: (M, D), see ``AutoregressiveNetwork``; one, that of the places, if None.
         context_size: numbers in a vector of context.
         skip: whether inputs have a (masked) linear way to the logits, too.
 

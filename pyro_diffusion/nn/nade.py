@@ -23,7 +23,7 @@ class NADE(AutoregressiveNetwork):
         size: number of symbols D.
         hidden: number H of hidden units.
         states: number of values K.
-        orders: (M, D), see :class:`AutoregressiveNetwork`; one, that of the places, if None. Several share
+        orders: (M, D), as MADE's; one, that of the places, if None. Several share
             all weights.
         context_size: numbers in a vector of context y.
 
