@@ -15,9 +15,9 @@ from pyro_diffusion.evaluate.simulated_pairs import (
     Values,
     answers,
     observed_sites,
+    settings,
     simulate,
 )
-from pyro_diffusion.infer import AutoAmortized
 from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
 
 __all__ = ["RankStatistics", "sbc"]
@@ -210,11 +210,9 @@ def sbc(
     check_positive_int("num_simulations", num_simulations, at_least=10)
     check_positive_int("thin", thin)
     check_positive_int("num_samples", num_samples)
-    if isinstance(posterior, AutoAmortized):
-        observed = posterior.observed if observed is None else observed
-        parallel = posterior.vectorized if parallel is None else parallel
+    observed, parallel = settings(posterior, observed, parallel)
     names = observed_sites(model, args, kwargs, observed)
-    sites = simulate(model, num_simulations, args, kwargs, bool(parallel))
+    sites = simulate(model, num_simulations, args, kwargs, parallel)
     ranks: dict[str, list[Tensor]] = {}
     counts = set()
     drawn = answers(posterior, sites, names, num_samples)

@@ -13,9 +13,9 @@ from pyro_diffusion.evaluate.simulated_pairs import (
     Values,
     flat,
     observed_sites,
+    settings,
     simulate,
 )
-from pyro_diffusion.infer import AutoAmortized
 from pyro_diffusion.validation import check_positive_int, kind_of
 
 __all__ = ["tarp"]
@@ -95,11 +95,9 @@ def tarp(
         raise ValueError(
             f"references: got {type(references).__name__}, expected a function of observations"
         )
-    if isinstance(posterior, AutoAmortized):
-        observed = posterior.observed if observed is None else observed
-        parallel = posterior.vectorized if parallel is None else parallel
+    observed, parallel = settings(posterior, observed, parallel)
     names = observed_sites(model, args, kwargs, observed)
-    others = simulate(model, num_references, args, kwargs, bool(parallel))
+    others = simulate(model, num_references, args, kwargs, parallel)
     distance = _Distance(others, names, references)
     return sbc(
         model,

@@ -14,9 +14,9 @@ from pyro_diffusion.evaluate.simulated_pairs import (
     answers,
     flat,
     observed_sites,
+    settings,
     simulate,
 )
-from pyro_diffusion.infer import AutoAmortized
 from pyro_diffusion.validation import (
     check_finite,
     check_number,
@@ -123,11 +123,9 @@ def local_c2st(
     check_positive_int("hidden", hidden)
     check_positive_int("iterations", iterations)
     check_number("learning_rate", learning_rate, above=0, at_most=1e3)
-    if isinstance(posterior, AutoAmortized):
-        observed = posterior.observed if observed is None else observed
-        parallel = posterior.vectorized if parallel is None else parallel
+    observed, parallel = settings(posterior, observed, parallel)
     names = observed_sites(model, args, kwargs, observed)
-    sites = simulate(model, num_simulations, args, kwargs, bool(parallel))
+    sites = simulate(model, num_simulations, args, kwargs, parallel)
     here = _here(observations, {name: sites[name] for name in names})
     at = next(answers(posterior, here, names, num_samples))
     latents = [name for name in at if name in sites]

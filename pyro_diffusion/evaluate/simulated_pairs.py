@@ -15,12 +15,31 @@ from pyro_diffusion.likelihoods.run import check_fixed_rows
 from pyro_diffusion.unreliable import UnreliableWarning
 from pyro_diffusion.validation import check_finite, kind_of
 
-__all__ = ["Posterior", "RobustScale", "Values", "answers", "flat", "observed_sites", "simulate"]
+__all__ = [
+    "Posterior",
+    "RobustScale",
+    "Values",
+    "answers",
+    "flat",
+    "observed_sites",
+    "settings",
+    "simulate",
+]
 
 TOGETHER = 10_000  # draws of an amortized posterior in one call
 
 Values = dict[str, Tensor]
 Posterior = Callable[[Values], Mapping[str, Tensor]] | AutoAmortized
+
+
+def settings(
+    posterior: Posterior, observed: Collection[str] | None, parallel: bool | None
+) -> tuple[Collection[str] | None, bool]:
+    """Observed sites, and whether to simulate in a plate; what an AutoAmortized knows, if None."""
+    if isinstance(posterior, AutoAmortized):
+        observed = posterior.observed if observed is None else observed
+        parallel = posterior.vectorized if parallel is None else parallel
+    return observed, bool(parallel)
 
 
 def simulate(

@@ -92,12 +92,7 @@ def fit_amortized(
     count = check_positive_int(
         "steps", min(max(round(80 * math.sqrt(rows)), 1000), 20_000) if steps is None else steps
     )
-
-    def rate(step: int) -> float:
-        return (
-            min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(step / count, 1.0)))
-        )
-
+    rate = functools.partial(_rate, steps=count)
     trainer = Trainer(
         guide.training_model,
         optimizer=functools.partial(torch.optim.AdamW, lr=lr, weight_decay=weight_decay),
@@ -116,3 +111,8 @@ def fit_amortized(
         patience=patience,
         **options,
     )
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the learning rate: a cosine after a linear start."""
+    return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))

@@ -116,17 +116,7 @@ def annealed_particles(
     repeats = len(terms)
     shares = terms.log_softmax(0)
     root = torch.arange(repeats, device=terms.device)
-    # What weights say of themselves, at the least: repeats may agree by luck.
-    weights = (shares.exp().square() * done.weight_variance).sum()
-    variance = evidence_variance(shares, root, terms.new_tensor(repeats / (repeats - 1)), weights)
-    steps = chain.evaluations
-    evidence = Estimate(
-        float(terms.logsumexp(0) - math.log(repeats)),
-        float(variance.sqrt()),
-        UNBIASED,
-        "nats",
-        steps,
-    )
+    evidence = _log_evidence(done, shares, root, chain.evaluations)
     log_weights = (done.log_weights + shares).masked_fill(done.dead, -math.inf)
     u = chain.chart(done.state["z"])[0].detach()
     gap = done.state["gap"].double()
@@ -165,6 +155,16 @@ def annealed_particles(
         evaluations=chain.evaluations,
         verdict=judge(verdict),
     )
+
+
+def _log_evidence(done: ParticleFilter, shares: Tensor, root: Tensor, evaluations: int) -> Estimate:
+    """Of the mean over repeats, with the error that their scatter shows."""
+    terms, repeats = done.log_evidence, len(shares)
+    # What weights say of themselves, at the least: repeats may agree by luck.
+    weights = (shares.exp().square() * done.weight_variance).sum()
+    variance = evidence_variance(shares, root, terms.new_tensor(repeats / (repeats - 1)), weights)
+    value = float(terms.logsumexp(0) - math.log(repeats))
+    return Estimate(value, float(variance.sqrt()), UNBIASED, "nats", evaluations)
 
 
 def mean_gap(

@@ -19,7 +19,7 @@ from pyro_diffusion.infer.simulators.simulated_latents import Values
 from pyro_diffusion.infer.simulators.simulated_levels import SimulatedLevels
 from pyro_diffusion.infer.simulators.standardized import Familiar
 from pyro_diffusion.unreliable import warn_unreliable
-from pyro_diffusion.validation import check_finite, check_positive_int
+from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["AutoAmortized"]
 
@@ -151,15 +151,8 @@ class AutoAmortized(SimulatedLevels):
         Raises:
             ValueError: before the first simulations, and for other sites or shapes.
         """
-        posterior, simulator = self._ready("training_model"), self._simulator
-        if simulator is None:
-            raise ValueError(
-                "training_model: got a guide that has not seen its model, expected simulate or accept first"
-            )
-        values = self._checked(simulations, simulator)
-        for name, value in values.items():
-            if value.device.type == "cpu":  # elsewhere a look at values would cost a wait
-                check_finite(f"simulations[{name!r}]", value)
+        posterior = self._ready("training_model")
+        simulator, values = self._to_train_on(simulations)
         batch = next(iter(values.values())).shape[:1]
         pyro.module(f"{self._pyro_name}.posterior", posterior)
         if self.in_levels:

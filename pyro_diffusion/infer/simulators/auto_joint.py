@@ -137,15 +137,7 @@ class AutoJoint(SimulatedLatents):
         Raises:
             ValueError: before the first simulations, and for other sites or shapes.
         """
-        law, simulator = self._joint("training_model"), self._simulator
-        if simulator is None:
-            raise ValueError(
-                "training_model: got a joint that has not seen its model, expected simulate or accept first"
-            )
-        values = self._checked(simulations, simulator)
-        for name, value in values.items():
-            if value.device.type == "cpu":  # elsewhere a look at values would cost a wait
-                check_finite(f"simulations[{name!r}]", value)
+        law, values = self._joint("training_model"), self._to_train_on(simulations)[1]
         rows = len(next(iter(values.values())))
         joint = law.latents(self._pack(values, torch.Size([rows])))
         conditioned = self._draw_conditioned(rows, joint.device)

@@ -204,6 +204,23 @@ class SimulatedLatents(AutoContinuous):
             raise ValueError(f"simulations: got shapes {got}, expected {expected}")
         return values
 
+    def _to_train_on(self, simulations: Mapping[str, Tensor]) -> tuple[Simulator, Values]:
+        """The simulator, and the values of all its sites.
+
+        Raises:
+            ValueError: before the first simulations, and for other sites or shapes.
+        """
+        if self._simulator is None:
+            raise ValueError(
+                f"training_model: got {type(self).__name__} before it has seen its model, expected "
+                "simulate or accept first"
+            )
+        values = self._checked(simulations, self._simulator)
+        for name, value in values.items():
+            if value.device.type == "cpu":  # elsewhere a look at values would cost a wait
+                check_finite(f"simulations[{name!r}]", value)
+        return self._simulator, values
+
     def _valid(self, values: Values) -> Values:
         """Without rows that are not finite; the first time, take the scales from the others."""
         assert self._simulator is not None

@@ -105,7 +105,7 @@ class SimulatedLevels(SimulatedLatents):
         shapes = self._unconstrained_shapes
         self._places = latent_places(self._levels, self.prototype_trace, shapes)
 
-    def _look(self, args: Any, kwargs: Any) -> None:
+    def _take_shapes(self, args: Any, kwargs: Any) -> None:
         """Take shapes from a run of the program whose plates have other sizes than before."""
         state = pyro.util.get_rng_state()
         with isolated():
@@ -201,7 +201,7 @@ class SimulatedLevels(SimulatedLatents):
             shapes[name] = expected_shape(site, self._levels, node)
         data, batch = self._checked_rows(values, shapes, masks)
         if self._sizes_of(data) != [place.shape[:-1] for place in self._places]:
-            self._look(args, kwargs)
+            self._take_shapes(args, kwargs)
         posterior: Any = self._modules["posterior"]
         check_sizes_seen(posterior.sizes, posterior.limits, data.present)
         return data, batch

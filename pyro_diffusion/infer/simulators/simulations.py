@@ -1,6 +1,5 @@
 """A program as a simulator: its latents, its observed sites, and joint draws of both."""
 
-import math
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -13,9 +12,10 @@ from pyro.infer import Predictive
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_diffusion.infer.simulators.site_checks import check_same, is_reweighted, known
 from pyro_diffusion.likelihoods.run import Message, check_fixed_rows, isolated
 
 __all__ = [
@@ -127,7 +127,7 @@ def find_sites(
     trace, data = _drawn(program, args, kwargs)
     names = [n for n, node in data.items() if node["is_observed"]]
     if observed is not None:
-        names = _known("observed", observed, data, trace)
+        names = known("observed", observed, data, trace)
     if not names:
         raise ValueError(
             "observed: got a model without observed sites when run with these arguments (its sites: "
@@ -136,7 +136,7 @@ def find_sites(
         )
     hidden = [n for n in data if n not in names]
     if latents is not None:
-        hidden = _known("latents", latents, data, trace)
+        hidden = known("latents", latents, data, trace)
     if not hidden or set(hidden) & set(names):
         raise ValueError(f"latents: got {hidden}, expected sites other than the observed {names}")
     return _simulator(program, args, kwargs, hidden, names, vectorized, "latents")
@@ -156,12 +156,12 @@ def find_joint(
         ValueError: as ``AutoJoint.simulate`` says.
     """
     trace, data = _drawn(program, args, kwargs)
-    wanted = list(data) if names is None else _known("sites", names, data, trace)
+    wanted = list(data) if names is None else known("sites", names, data, trace)
     if len(wanted) < 2:
         raise ValueError(f"sites: got {wanted}, expected two or more sites of the model")
     given = [n for n in wanted if data[n]["is_observed"]]
     if observed is not None:
-        given = _known("observed", observed, {n: data[n] for n in wanted}, trace)
+        given = known("observed", observed, {n: data[n] for n in wanted}, trace)
     return _simulator(program, args, kwargs, wanted, [], vectorized, "sites"), given
 
 
@@ -175,7 +175,7 @@ def _drawn(program: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, di
             f"model: got pyro.factor sites {factors}, which say nothing of how data arise; expected a "
             "pyro.sample site for every observation"
         )
-    reweighted = [n for n, node in data.items() if _is_reweighted(node)]
+    reweighted = [n for n, node in data.items() if is_reweighted(node)]
     if reweighted:
         raise ValueError(
             f"model: got a mask or scale at {reweighted}, which say nothing of how data arise; expected "
@@ -197,7 +197,7 @@ def _simulator(
     runs = [traced(poutine.uncondition(program), args, kwargs) for _ in range(TRIALS)]
     sites = [sites_of(run) for run in runs]
     for name in (*hidden, *names):
-        _check_same(name, [each.get(name) for each in sites], name in hidden, argument)
+        check_same(name, [each.get(name) for each in sites], name in hidden, argument)
     frames = [f for node in sites[0].values() for f in node["cond_indep_stack"]]
     nesting = max([-f.dim for f in frames if f.dim is not None], default=0)
     if vectorized is None:
@@ -210,81 +210,6 @@ def _simulator(
         nesting,
         vectorized,
     )
-
-
-def _is_reweighted(node: Message) -> bool:
-    """Whether its density counts for more or less than once, other than in a plate of some rows."""
-    of_rows = math.prod(
-        (f.full_size or f.size) / f.size for f in node["cond_indep_stack"] if f.size
-    )
-    scale = torch.as_tensor(node["scale"], dtype=torch.float64)
-    masked = node["mask"] is not None and not bool(torch.as_tensor(node["mask"]).all())
-    return masked or not torch.allclose(scale, torch.full_like(scale, of_rows))
-
-
-def _known(
-    argument: str, names: Collection[str], sites: dict[str, Message], trace: Any
-) -> list[str]:
-    """The names in the order of the program."""
-    computed = [n for n in names if n in trace.nodes and n not in sites]
-    if computed and not isinstance(names, str):
-        raise ValueError(
-            f"{argument}: got {computed}, which the model computes, expected sites that it draws; "
-            "pyro.sample(name, Delta(value), obs=...) lets a computed value be observed"
-        )
-    if isinstance(names, str) or not all(name in sites for name in names):
-        raise ValueError(f"{argument}: got {names!r}, expected names of sites out of {list(sites)}")
-    return [name for name in sites if name in names]
-
-
-def _check_same(name: str, nodes: list[Message | None], latent: bool, argument: str) -> None:
-    """Refuse a site that is not in every run, or is another there; a latent that is discrete."""
-    if any(node is None for node in nodes):
-        raise ValueError(f"site {name!r}: got it in some runs only, expected it in every run")
-    present: list[Message] = [node for node in nodes if node is not None]
-    first = present[0]
-    shapes = {tuple(node["value"].shape) for node in present}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"site {name!r}: got shapes {sorted(shapes)}, expected one shape in every run"
-        )
-    if not latent:
-        return
-    support = first["fn"].support
-    if support.is_discrete:
-        raise ValueError(
-            f"site {name!r}: got a discrete {argument[:-1]} ({type(first['fn']).__name__}), expected "
-            f"continuous ones (name those of interest, {argument}=[...]; the others are then integrated out)"
-        )
-    try:
-        at = torch.zeros_like(biject_to(support).inv(first["value"]))
-    except NotImplementedError:
-        raise ValueError(
-            f"site {name!r}: got a support ({support}) that no transform of torch maps to real numbers, "
-            f"expected another parametrization, or {argument}=[...] without it"
-        ) from None
-    if not _takes_batches(biject_to(support), first["value"]):
-        raise ValueError(
-            f"site {name!r}: got a support ({support}) whose transform takes one value and no batch, "
-            "expected one that counts its dimensions from the right"
-        )
-    ends = [biject_to(node["fn"].support)(at) for node in present]
-    if not all(torch.equal(ends[0], end) for end in ends):
-        raise ValueError(
-            f"site {name!r}: got a support that differs from run to run, expected a fixed one (sample on a "
-            "fixed support and compute the value from it)"
-        )
-
-
-def _takes_batches(transform: Any, value: Tensor) -> bool:
-    try:
-        many = transform.inv(torch.stack([value, value]))
-        one = transform.inv(value)
-        return many.shape == (2, *one.shape) and bool(
-            torch.isclose(many[1], one, equal_nan=True).all()
-        )
-    except (RuntimeError, AssertionError, IndexError):
-        return False
 
 
 def _simulated_site(node: Message) -> SimulatedSite:
