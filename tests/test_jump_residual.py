@@ -7,7 +7,8 @@ import torch
 
 from pyro_diffusion.denoisers import Denoiser, MixtureDenoiser
 from pyro_diffusion.evaluate import jump_residual
-from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.evaluate.jumps import _residual
+from pyro_diffusion.processes import GaussianProcess, draw
 from pyro_diffusion.schedules import Cosine
 from tests.discrete import F64, JOINT, PROCESSES, all_states, exact
 
@@ -104,3 +105,29 @@ def test_refusals():
     normal = MixtureDenoiser(GaussianProcess(Cosine()), torch.ones(1), torch.zeros(1, 2), 1.0)
     with pytest.raises(ValueError, match="lacks"):
         jump_residual(normal, x)
+
+
+@each
+def test_the_residual_is_the_sum_over_single_jumps(name):
+    """Against phi at every string that differs in one symbol, written out: the same x_t by the same seed."""
+    process, x = PROCESSES[name](), rows(20)
+    denoiser, level = Wrong(process), process.level(torch.tensor(0.4, dtype=F64), x)
+    w = torch.randn(2, len(process.noise), 3, dtype=F64)
+    b = torch.rand(3, dtype=F64)
+    torch.manual_seed(0)
+    found = _residual(denoiser, x, level, w, b)
+    torch.manual_seed(0)
+    xt = draw(process.marginal(x, level))
+    gap = process.reverse_rates(xt, denoiser(xt, level), level)
+    gap = gap - process.reverse_rates(xt, process.point_mass(x), level)
+
+    def phi(y):
+        return torch.cos(w[0, y[0]] + w[1, y[1]] + b)
+
+    for k, here in enumerate(xt):
+        expected = torch.zeros(3, dtype=F64)
+        for i, symbol in itertools.product(range(2), range(len(process.noise))):
+            there = here.clone()
+            there[i] = symbol
+            expected += gap[k, i, symbol] * (phi(there) - phi(here))
+        torch.testing.assert_close(found[k], expected)

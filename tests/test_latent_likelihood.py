@@ -84,10 +84,11 @@ def test_by_the_flow(scale):
     assert "k-hat" in str(found)
 
 
-def test_by_the_chain():
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_by_the_chain(scale):
     """The weights' variance is the chain's, too; its ELBO is below the flow's by the chain's gap."""
     x = rows(4)
-    model, guide = programs(prior(steps=100))
+    model, guide = programs(prior(steps=100, scale=scale), scale)
     found = latent_log_likelihood(model, guide, x, by="chain", num_samples=300, seed=1)
     estimate = found.importance
     assert bool(((estimate.value - evidence(x)).abs() < 5 * estimate.standard_error + 0.02).all())
