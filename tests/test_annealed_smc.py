@@ -141,7 +141,7 @@ def test_a_move_keeps_its_law():
         UnconstrainedModel(groups, guide, (), {}), chart_of(guide, (), {}), 20_000, 1
     )
     z = X / 3 + math.sqrt(2 / 3) * torch.randn(20_000, 1, 3)
-    state = {"z": z, **chain.evaluate(z)}
+    state = {"z": z, **chain.density(z)}
     root = torch.tensor([[1.0, 0.0, 0.0], [0.4, 0.7, 0.0], [-0.2, 0.3, 1.2]])
     with torch.no_grad():
         for _ in range(3):

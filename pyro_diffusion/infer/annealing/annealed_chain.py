@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.infer.annealing.guide_chart import GuideChart
+from pyro_diffusion.infer.annealing.tempered import TemperedDensity, leapfrog
 from pyro_diffusion.infer.annealing.unconstrained import UnconstrainedModel
 
 __all__ = ["AnnealedChain", "Stage"]
@@ -51,22 +52,27 @@ class AnnealedChain:
         num_repeats: R, filters side by side.
 
     Attributes:
+        density: log q and log p - log q.
         acceptance: mean probability of acceptance of each step so far.
-        evaluations: gradients of the model so far, each of N R particles.
     """
 
     def __init__(
         self, model: UnconstrainedModel, chart: GuideChart, num_particles: int, num_repeats: int
     ) -> None:
         self.model, self.chart = model, chart
+        self.density = TemperedDensity(model, chart)
         self.shape = num_particles, num_repeats
         self.acceptance: list[Tensor] = []
-        self.evaluations = 0
+
+    @property
+    def evaluations(self) -> int:
+        """Gradients of the model so far, each of N R particles."""
+        return self.density.evaluations
 
     def init(self, state: Any, z: Tensor) -> None:
         """Start at draws of the guide, (N, R, D)."""
         state["z"] = z
-        state.update(self.evaluate(z))
+        state.update(self.density(z))
 
     def step(self, state: Any, stage: Stage, moves: int) -> None:
         """Move, and weight for the next stage."""
@@ -78,17 +84,14 @@ class AnnealedChain:
     def move(self, state: Any, stage: Stage) -> Tensor:
         """One Hamiltonian move of every particle in place; the mean probability of acceptance."""
         old = {key: state[key] for key in ("z", "log_q", "gap", "grad_q", "grad_gap")}
-        z, beta, root = old["z"], stage.beta, stage.root
-        jitter = 1 + JITTER * (2 * torch.rand_like(z[..., :1]) - 1)
+        beta, root = stage.beta, stage.root
+        jitter = 1 + JITTER * (2 * torch.rand_like(old["z"][..., :1]) - 1)
         step = stage.step_size * jitter
-        momentum = torch.randn_like(z)
+        momentum = torch.randn_like(old["z"])
         before = _energy(old, beta, momentum)
         new = dict(old)
         for _ in range(stage.leapfrog):
-            momentum = momentum + step / 2 * _times(_slope(new, beta), root, transpose=True)
-            z = z + step * _times(momentum, root)
-            new = {"z": z, **self.evaluate(z)}
-            momentum = momentum + step / 2 * _times(_slope(new, beta), root, transpose=True)
+            new, momentum = leapfrog(self.density, new, momentum, step, root, (beta, beta))
         ratio = (_energy(new, beta, momentum) - before).nan_to_num(-math.inf, 0.0, -math.inf)
         accept = ratio.clamp(max=0).exp()
         taken = torch.rand_like(accept) < accept
@@ -98,21 +101,6 @@ class AnnealedChain:
         rate = accept.mean()
         self.acceptance.append(rate)
         return rate
-
-    def evaluate(self, z: Tensor) -> dict[str, Tensor]:
-        """Log q, log p - log q (minus infinity where there is no density), and their gradients."""
-        self.evaluations += 1
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            log_q = self.chart.base.log_prob(z)
-            u, log_det = self.chart(z)
-            log_p = self.model.raw(u) + log_det
-            (grad_q,) = torch.autograd.grad(log_q.sum(), z)
-            (grad_p,) = torch.autograd.grad(log_p.sum(), z)
-        log_q, gap = log_q.detach(), (log_p - log_q).detach()
-        # A model's plus infinity is no density either: it would take all weight.
-        gap = torch.where(gap.isfinite(), gap, -math.inf)
-        return {"log_q": log_q, "gap": gap, "grad_q": grad_q, "grad_gap": grad_p - grad_q}
 
 
 class NoProposal:
@@ -125,17 +113,6 @@ class NoProposal:
         """Propose nothing."""
 
 
-def _slope(state: dict[str, Tensor], beta: float) -> Tensor:
-    return state["grad_q"] + beta * state["grad_gap"]
-
-
 def _energy(state: dict[str, Tensor], beta: float, momentum: Tensor) -> Tensor:
     """Log density of state and momentum."""
     return state["log_q"] + beta * state["gap"] - momentum.square().sum(-1) / 2
-
-
-def _times(x: Tensor, root: Tensor, transpose: bool = False) -> Tensor:
-    """S x, or its transpose times x, of (..., D)."""
-    if root.dim() == 1:
-        return x * root
-    return x @ (root if transpose else root.mT)

@@ -38,7 +38,7 @@ class GuideChart(NamedTuple):
         return u, log_det.sum(-1) if log_det.dim() == z.dim() else log_det
 
 
-def chart_of(guide: AutoGuide, args: Any, kwargs: Any) -> GuideChart:
+def chart_of(guide: AutoGuide, args: Any, kwargs: Any, *, train: bool = False) -> GuideChart:
     """The chart of a guide that has been set up, at its present parameters.
 
     A guide whose posterior is neither normal nor made of ``get_base_dist`` and ``get_transform`` is its own
@@ -48,6 +48,7 @@ def chart_of(guide: AutoGuide, args: Any, kwargs: Any) -> GuideChart:
         guide: an AutoNormal, or an AutoContinuous.
         args: of the model.
         kwargs: of the model.
+        train: whether gradients reach the parameters of a normal guide (they do those of a flow).
 
     Raises:
         ValueError: for a Laplace approximation that has not been made.
@@ -61,14 +62,14 @@ def chart_of(guide: AutoGuide, args: Any, kwargs: Any) -> GuideChart:
         trace: Any = guide.prototype_trace
         names = [name for name, _ in trace.iter_stochastic_nodes()]
         found = [guide._get_loc_and_scale(name) for name in names]
-        loc, scale = (
-            torch.cat([x.detach().reshape(-1) for x in part]) for part in zip(*found, strict=True)
-        )
+        loc, scale = (torch.cat([x.reshape(-1) for x in part]) for part in zip(*found, strict=True))
+        if not train:
+            loc, scale = loc.detach(), scale.detach()
         normal = Normal(loc, scale).to_event(1)
         return GuideChart(_standard(loc), AffineTransform(loc, scale), normal.log_prob)
     posterior = guide.get_posterior(*args, **kwargs)
     if isinstance(posterior, LowRankMultivariateNormal | MultivariateNormal):
-        return normal_chart(posterior)
+        return normal_chart(posterior, train=train)
     try:
         base, transform = guide.get_base_dist(), guide.get_transform(*args, **kwargs)
     except NotImplementedError:
@@ -76,9 +77,11 @@ def chart_of(guide: AutoGuide, args: Any, kwargs: Any) -> GuideChart:
     return GuideChart(base, transform, posterior.log_prob)
 
 
-def normal_chart(normal: Any) -> GuideChart:
+def normal_chart(normal: Any, *, train: bool = False) -> GuideChart:
     """The chart of a normal, from a standard one."""
-    loc, tril = normal.loc.detach(), torch.linalg.cholesky(normal.covariance_matrix.detach())
+    loc, tril = normal.loc, torch.linalg.cholesky(normal.covariance_matrix)
+    if not train:
+        loc, tril = loc.detach(), tril.detach()
     return GuideChart(_standard(loc), LowerCholeskyAffine(loc, tril), normal.log_prob)
 
 
