@@ -99,7 +99,8 @@ def bounds(target: Target, guide: Any) -> tuple[float, float]:
     exact = target.exact(5000) if target.exact else {}
     if not exact:  # the ELBO alone: any draws will do for the other
         with torch.no_grad():
-            exact = {k: v.unsqueeze(0) for k, v in guide().items()}
+            pair = guide(), guide()
+            exact = {k: torch.stack([drawn[k] for drawn in pair]) for k in pair[0]}
     found = bracket_evidence(target.model, guide, exact, num_samples=ELBO_DRAWS)
     return found.elbo.value, found.eubo.value if target.exact else math.nan
 

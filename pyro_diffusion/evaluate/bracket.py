@@ -14,6 +14,7 @@ from pyro_diffusion.estimate import LOWER_BOUND, UPPER_BOUND, Estimate
 from pyro_diffusion.infer.annealing.annealed_particles import BLIND, AnnealedParticles, mean_gap
 from pyro_diffusion.infer.annealing.guide_chart import chart_of
 from pyro_diffusion.infer.annealing.unconstrained import UnconstrainedModel, check_guide
+from pyro_diffusion.infer.auto_diffusion import AutoDiffusion
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_finite, check_positive_int, kind_of
@@ -80,7 +81,8 @@ def bracket_evidence(
 
     Args:
         model: the program.
-        guide: a fitted ``AutoNormal`` or ``AutoContinuous``.
+        guide: a fitted ``AutoNormal`` or ``AutoContinuous``; or an
+            :class:`~pyro_diffusion.infer.AutoDiffusion` of this model, whose bounds are those of its paths.
         posterior: *exact* draws of the posterior {site: (n,) + its shape}, those of a long run of NUTS, say,
             or of a target that is known; or particles, whose figure is called blind and gives no all-clear.
         args: of the model.
@@ -114,12 +116,31 @@ def bracket_evidence(
         Ji & Shen, arXiv 1908.04498 (the upper bound); Blessing et al., arXiv 2406.07423 (mode collapse).
     """
     check_positive_int("num_samples", num_samples, at_least=2)
-    check_guide(guide)
+    walks = isinstance(guide, AutoDiffusion)
+    if not walks:
+        check_guide(guide)
     exact = not isinstance(posterior, AnnealedParticles)
     if exact and not isinstance(posterior, Mapping):
         raise ValueError(
             f"posterior: got {kind_of(posterior)}, expected a dict of exact draws or AnnealedParticles"
         )
+    either: Any = _of_paths if walks else _of_density
+    below, above = either(model, guide, posterior, num_samples, args, kwargs)
+    elbo = mean_gap(below, None, LOWER_BOUND)
+    if isinstance(posterior, AnnealedParticles):
+        eubo = mean_gap(above, posterior.log_weights, BLIND, posterior.repeat)
+    else:
+        eubo = mean_gap(above, None, UPPER_BOUND)
+    problems = _problems(elbo, eubo)
+    if problems:
+        warn_unreliable("bracket_evidence: " + "; ".join(problems))
+    return EvidenceBracket(elbo, eubo, exact, problems)
+
+
+def _of_density(
+    model: Any, guide: AutoGuide, posterior: Any, num_samples: int, args: Any, kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Log p - log q at draws of a guide with a density, and of the posterior."""
     with isolated():
         guide(*args, **kwargs)
     scored = UnconstrainedModel(model, guide, args, kwargs)
@@ -133,19 +154,24 @@ def bracket_evidence(
             parts = [scored(part) - chart.log_prob(part) for part in rows.split(AT_ONCE)]
             return torch.cat(parts).double()
 
-        elbo = mean_gap(gap(u), None, LOWER_BOUND)
+        below = gap(u)
         if isinstance(posterior, AnnealedParticles):
             _check_particles(posterior, scored.constrain(u[:1]))
-            found = gap(posterior.unconstrained)
-            eubo = mean_gap(found, posterior.log_weights, BLIND, posterior.repeat)
-        else:
-            rows = scored.unconstrain(posterior)
-            check_finite("posterior (unconstrained)", rows)
-            eubo = mean_gap(gap(rows), None, UPPER_BOUND)
-    problems = _problems(elbo, eubo)
-    if problems:
-        warn_unreliable("bracket_evidence: " + "; ".join(problems))
-    return EvidenceBracket(elbo, eubo, exact, problems)
+            return below, gap(posterior.unconstrained)
+        rows = scored.unconstrain(posterior)
+        check_finite("posterior (unconstrained)", rows)
+        return below, gap(rows)
+
+
+def _of_paths(
+    model: Any, guide: AutoDiffusion, posterior: Any, num_samples: int, args: Any, kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """The same of a guide whose density is that of paths: from its own draws, and back from the posterior."""
+    below = guide.log_weights(num_samples, *args, **kwargs).double()
+    if isinstance(posterior, AnnealedParticles):
+        _check_particles(posterior, {k: v.unsqueeze(0) for k, v in guide(*args, **kwargs).items()})
+        posterior = posterior.draws
+    return below, guide.log_weights_back(posterior, *args, **kwargs).double()
 
 
 def _check_particles(particles: AnnealedParticles, drawn: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """What the AutoGuides of a diffusion site share: likelihood, other guides' draws, density."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -9,17 +9,17 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
-from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from pyro.poutine.reparam_messenger import ReparamHandler
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.distributions import Diffusion
-from pyro_diffusion.distributions.base import DenoisedDistribution, plates_entered
+from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.distributions.callers import called_from
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.guidance.base import Guidance, check_guidance
+from pyro_diffusion.infer.earlier_draws import EarlierDraws, outer_nesting
 from pyro_diffusion.infer.filtering.simulated_posterior import SimulatedPosterior
 from pyro_diffusion.infer.filtering.twisted_smc import default_guidance
 from pyro_diffusion.infer.reparam import ChainReparam
@@ -38,7 +38,7 @@ __all__ = ["AutoPosterior", "as_chain"]
 Density = Callable[[], Tensor]
 
 
-class AutoPosterior(AutoGuide):
+class AutoPosterior(EarlierDraws):
     r"""Base of the guides of one diffusion site; they need no training and have no parameters.
 
     A guide extracts the likelihood from its model at every call, so arguments, data and other latents may
@@ -75,8 +75,6 @@ class AutoPosterior(AutoGuide):
         ValueError: naming the argument, what it was and what was expected.
     """
 
-    prototype_trace: Any
-
     def __init__(
         self,
         model: Callable[..., Any],
@@ -94,8 +92,7 @@ class AutoPosterior(AutoGuide):
         # In tuples, so that neither becomes a submodule.
         self._program, self._guidance = (program,), (guidance or default_guidance,)
         self._site, self._times = site, times
-        self._other_draws: dict[str, Tensor] = {}
-        self._hooked: set[int] = set()
+        self._hook_earlier()
         self._analysis: Analysis | None = None
         self._prototype_structure: Any = None
 
@@ -116,7 +113,7 @@ class AutoPosterior(AutoGuide):
         if shapes_only():
             return self._emit_examples(plates)
         # The plates around the guide hold samples, those of the model lie to their right.
-        nesting = _outer_nesting()
+        nesting = outer_nesting()
         likelihood = self._likelihood(args, kwargs, nesting, _subsamples(plates))
         if likelihood.subsamples and called_from("pyro.infer.predictive"):
             name = next(iter(likelihood.subsamples))
@@ -150,7 +147,7 @@ class AutoPosterior(AutoGuide):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         with torch.no_grad(), isolated():
-            others = self._draws_of_others(num_samples, args, kwargs)
+            others = self._draws_of_others(num_samples, self._others, args, kwargs)
             self._other_draws = others
             likelihood = self._likelihood(args, kwargs, 0, {})
             value = self._draw(likelihood, torch.Size([num_samples]))[0]
@@ -158,21 +155,6 @@ class AutoPosterior(AutoGuide):
         at = torch.tensor(quantiles, dtype=real.dtype, device=value.device)
         rule = "linear" if value is real else "nearest"
         return {likelihood.site: real.quantile(at, dim=0, interpolation=rule).to(value.dtype)}
-
-    def _draws_of_others(self, num_samples: int, args: Any, kwargs: Any) -> dict[str, Tensor]:
-        """Joint draws of the guides before this one in its list, (num_samples,) + the shape of each site."""
-        if self.master is None:
-            return {}
-        master = self.master()
-        drawn: list[dict[str, Tensor]] = []
-        for _ in range(num_samples):
-            master._create_plates(*args, **kwargs)
-            self._other_draws = {}
-            for part in _before(master, self):
-                part(*args, **kwargs)
-            drawn.append(self._other_draws)
-        names = [name for name in self._others if all(name in one for one in drawn)]
-        return {name: torch.stack([one[name] for one in drawn]) for name in names}
 
     def _emit_examples(self, plates: dict[str, Any]) -> dict[str, Tensor]:
         """Issue the sample statements where only their shapes matter."""
@@ -238,26 +220,15 @@ class AutoPosterior(AutoGuide):
 
     # The other latents.
 
-    def _update_master(self, master_ref: Any) -> None:
-        super()._update_master(master_ref)
-        # Not in the list yet: what is there comes before.
-        for part in _before(master_ref(), self):
-            if id(part) not in self._hooked:
-                self._hooked.add(id(part))
-                part.register_forward_hook(self._keep_draws)
-
-    def _keep_draws(self, part: nn.Module, inputs: Any, drawn: Any) -> None:
-        """Keep what an earlier guide of the list drew."""
-        if isinstance(drawn, dict):
-            self._other_draws.update(drawn)
-
     def _likelihood(
         self, args: Any, kwargs: Any, nesting: int, subsamples: dict[str, Tensor]
     ) -> ProgramLikelihood:
         """The likelihood given the other guides' current draws."""
         drawn, self._other_draws = self._other_draws, {}
         latents = {
-            name: self._single(name, drawn[name].detach(), nesting)
+            name: self._single(
+                self.prototype_trace.nodes[name]["fn"], drawn[name].detach(), nesting
+            )
             for name in self._others
             if name in drawn
         }
@@ -312,28 +283,9 @@ class AutoPosterior(AutoGuide):
         fn = self.prototype_trace.nodes[name]["fn"]
         return len(fn.batch_shape), len(fn.batch_shape) + len(fn.event_shape)
 
-    def _single(self, name: str, value: Tensor, nesting: int) -> Tensor:
-        """A latent's draw as sample + its own shape, without singleton dimensions in between."""
-        batch_dims, dims = self._dims(name)
-        lead = max(value.dim() - (dims - batch_dims) - max(nesting, batch_dims), 0)
-        return value.reshape(value.shape[:lead] + value.shape[max(value.dim() - dims, 0) :])
-
 
 def _example(value: Tensor, sample: torch.Size) -> tuple[Tensor, Density]:
     return value.expand(sample + value.shape), lambda: value.new_zeros(())
-
-
-def _before(owner: nn.Module, guide: AutoGuide) -> Iterator[AutoGuide]:
-    """The guides of a list, and of lists in it, that come before one of them."""
-    for part in owner.children():
-        if part is guide:
-            return
-        if isinstance(part, AutoGuideList):
-            yield from _before(part, guide)
-        elif isinstance(part, AutoGuide):
-            yield part
-        if guide in part.modules():
-            return
 
 
 def _subsamples(plates: dict[str, Any]) -> dict[str, Tensor]:
@@ -372,11 +324,6 @@ def _folded(model: Any) -> tuple[Any, list[str]]:
     sites = [name for name, reparam in config.items() if isinstance(reparam, ChainReparam)]
     rest = {name: reparam for name, reparam in config.items() if name not in sites}
     return (poutine.reparam(model.fn, config=rest) if rest else model.fn), sites
-
-
-def _outer_nesting() -> int:
-    """How many dimensions lie right of all plates that are entered now; 0 outside of plates."""
-    return -max(plates_entered(), default=-1) - 1
 
 
 def _over_batch(gap: Tensor, sample_dims: int, batch: torch.Size) -> Tensor:

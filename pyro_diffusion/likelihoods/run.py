@@ -1,6 +1,7 @@
 """One run of a Pyro program with its latents given, and its observed sites."""
 
 import contextlib
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -125,14 +126,18 @@ def isolated() -> Iterator[None]:
 
     Pyro's handlers are one stack for all threads, so runs wait for one another.
     """
-    allocator = runtime._DIM_ALLOCATOR
+    allocator, enumerator = runtime._DIM_ALLOCATOR, runtime._ENUM_ALLOCATOR
     with _ONE_AT_A_TIME:
         around, allocator._stack = allocator._stack, []
+        dims = copy.deepcopy(enumerator.__dict__)
         try:
             with poutine.block():
                 yield
         finally:
             allocator._stack = around
+            # What is summed over inside of a guide does not move what its model is about to sum over.
+            enumerator.__dict__.clear()
+            enumerator.__dict__.update(dims)
 
 
 def observations(nodes: dict[str, Message], given: dict[str, Tensor]) -> list[Message]:

@@ -343,6 +343,34 @@ def annealed_calls_of(y: Any) -> list[Call]:
             weight=0.5,
         ),
         Call("infer.AnnealedParticles.sample", found.sample, of({"num_samples": 3})),
+        *path_calls_of(guide, y),
+    ]
+
+
+def path_calls_of(base: Any, y: torch.Tensor) -> list[Call]:
+    """A guide that walks from another to a posterior."""
+
+    def walked(**arguments: Any) -> Any:
+        return infer.AutoDiffusion(**arguments).log_weights(3, y)
+
+    def lost(**arguments: Any) -> Any:
+        path = infer.AutoDiffusion(simulator, base, 2, pathwise=False)
+        return infer.PathELBO(**arguments).loss(simulator, path, y)
+
+    good = {
+        "model": simulator,
+        "base": base,
+        "steps": 2,
+        "kernel": "langevin",
+        "control": True,
+        "context": None,
+        "step_size": 0.1,
+        "pathwise": True,
+        "train_base": False,
+    }
+    return [
+        Call("infer.AutoDiffusion", walked, of(good), weight=0.5),
+        Call("infer.PathELBO", lost, of({"num_particles": 3}), weight=0.5),
     ]
 
 

@@ -1,16 +1,17 @@
 """A guide's law as a base that is easy to score, and a map of it to the unconstrained latents."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import Normal
 from pyro.distributions.transforms import LowerCholeskyAffine
 from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation, AutoNormal
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import AffineTransform, LowRankMultivariateNormal, MultivariateNormal
 
-__all__ = ["GuideChart", "chart_of", "normal_chart"]
+__all__ = ["GuideChart", "chart_of", "frozen_chart", "normal_chart"]
 
 
 class GuideChart(NamedTuple):
@@ -75,6 +76,49 @@ def chart_of(guide: AutoGuide, args: Any, kwargs: Any, *, train: bool = False) -
     except NotImplementedError:
         return GuideChart(posterior, None, posterior.log_prob)
     return GuideChart(base, transform, posterior.log_prob)
+
+
+def frozen_chart(chart: GuideChart, guide: nn.Module) -> GuideChart:
+    """A chart through which gradients reach states, and no parameter of the guide."""
+    if chart.transform is None or not isinstance(chart.transform, nn.Module):
+        return chart
+    return chart._replace(transform=_Frozen(chart.transform, guide))
+
+
+class _Frozen:
+    """A transform whose parameters are constants while it is applied."""
+
+    def __init__(self, transform: Any, guide: nn.Module) -> None:
+        self._transform, self._guide = transform, guide
+
+    def __call__(self, z: Tensor) -> Tensor:
+        with _constant(self._guide):
+            out: Tensor = self._transform(z)
+        return out
+
+    def inv(self, u: Tensor) -> Tensor:
+        """The inverse."""
+        with _constant(self._guide):
+            out: Tensor = self._transform.inv(u)
+        return out
+
+    def log_abs_det_jacobian(self, z: Tensor, u: Tensor) -> Tensor:
+        """As the transform has it."""
+        with _constant(self._guide):
+            out: Tensor = self._transform.log_abs_det_jacobian(z, u)
+        return out
+
+
+@contextlib.contextmanager
+def _constant(module: nn.Module) -> Iterator[None]:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
 
 
 def normal_chart(normal: Any, *, train: bool = False) -> GuideChart:

@@ -41,10 +41,9 @@ class TemperedDensity:
         """
         self.evaluations += 1
         with torch.enable_grad():
-            if not create_graph:
-                z = z.detach()
-            if not z.requires_grad:
-                z = z.requires_grad_()
+            if not (create_graph and z.requires_grad):
+                # Another object: a chart may keep what it made of the one without gradients.
+                z = z.detach().requires_grad_()
             log_q = self.chart.base.log_prob(z)
             u, log_det = self.chart(z)
             if given is not None:

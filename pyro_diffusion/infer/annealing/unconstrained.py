@@ -18,6 +18,7 @@ from torch.distributions import biject_to
 from pyro_diffusion.infer.annealing.cholesky_nan import CholeskyNaN
 from pyro_diffusion.infer.annealing.log_einsum import EnumeratedDensity
 from pyro_diffusion.infer.annealing.model_sites import guide_latents, is_enumerated
+from pyro_diffusion.infer.earlier_draws import EarlierDraws
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.validation import check_tensor, kind_of
 
@@ -140,6 +141,16 @@ class UnconstrainedModel:
         named = zip(self._shapes.items(), parts, strict=True)
         return {name: part.reshape(u.shape[:-1] + shape) for (name, shape), part in named}
 
+    def pack(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Some sites' values, sample + shape each, unconstrained, sample + (E,). Differentiable."""
+        parts = []
+        for name, value in values.items():
+            free = biject_to(self._supports[name]).inv(value)
+            dims = len(self._shapes[name])
+            parts.append(free.reshape(*free.shape[: free.dim() - dims], -1))
+        lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        return torch.cat([part.expand(*lead, -1) for part in parts], -1)
+
     def constrain(self, u: Tensor) -> dict[str, Tensor]:
         """Values of each site in its support, (...) + its shape, of (..., D)."""
         free = self.unpack(u)
@@ -259,15 +270,16 @@ class _Enumerated(EnumMessenger):
         msg["value"] = value
 
 
-def check_guide(guide: object) -> AutoGuide:
-    """Refuse what is no guide with a density over unconstrained latents.
+def check_guide(guide: object, name: str = "guide") -> AutoGuide:
+    """Refuse what is no guide with a density over unconstrained latents, or only an estimate of one.
 
     Raises:
         ValueError: naming what it was.
     """
-    if isinstance(guide, AutoDelta) or not isinstance(guide, AutoNormal | AutoContinuous):
+    vague = isinstance(guide, AutoDelta | EarlierDraws)
+    if vague or not isinstance(guide, AutoNormal | AutoContinuous):
         raise ValueError(
-            f"guide: got {kind_of(guide)}, expected an AutoNormal or an AutoContinuous "
+            f"{name}: got {kind_of(guide)}, expected an AutoNormal or an AutoContinuous "
             "(AutoMultivariateNormal, AutoIAFNormal, ...), fitted"
         )
     return guide
