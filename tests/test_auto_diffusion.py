@@ -504,7 +504,7 @@ def varying():
     ("make", "message"),
     [
         (lambda: AutoDiffusion(None, AutoNormal(groups)), r"model: got None"),
-        (lambda: AutoDiffusion(groups, AutoDelta(groups)), r"guide: got .*AutoDelta"),
+        (lambda: AutoDiffusion(groups, AutoDelta(groups)), r"base: got .*AutoDelta"),
         (lambda: normal_base(steps=0), r"steps: got 0"),
         (lambda: normal_base(kernel="nuts"), r"kernel: got 'nuts', expected one of"),
         (lambda: normal_base(control=3), r"control: got "),
