@@ -133,7 +133,11 @@ def extra(name: str, draws: dict[str, Tensor], weights: Tensor) -> str:
 
 def particles(name: str, target: Target, guide: Any, args: argparse.Namespace) -> dict[str, Any]:
     """One run of particles from a fitted guide, as a row of the table."""
-    options: dict[str, Any] = {"moves": args.moves, "conditional_ess": args.conditional_ess}
+    options: dict[str, Any] = {
+        "moves": args.moves,
+        "conditional_ess": args.conditional_ess,
+        "rounds": args.rounds,
+    }
     options["widen"] = 3 if name in ("mixture", "wells") else 0
     start = time.perf_counter()
     found = AnnealedSMC(target.model, guide, args.particles, args.repeats, **options).run()
@@ -150,6 +154,7 @@ def particles(name: str, target: Target, guide: Any, args: argparse.Namespace) -
         "steps": len(found.betas) - 1,
         "gradients": found.evaluations,
         "believable": found.verdict.believable,
+        "rounds": ", ".join(f"{x.value:.3f}" for x in found.verdict.rounds),
         "bound": float(found.log_evidence_terms.mean()),
         "extra": extra(name, found.draws, weights),
     }
@@ -190,7 +195,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
             f"{'':<18} {'':>4} {'+ particles':<12} {row['seconds']:>5.0f} {row['gradients']:>6} "
             f"{row['log_z']:>10.3f} +- {row['error']:<6.3f} ({known:.3f}) {row['means']:>6.3f} "
             f"{row['sds']:>6.3f}  K {row['steps']}, E log Z-hat {row['bound']:.3f}, believable "
-            f"{row['believable']}, {row['extra']}  as wanted: {judged(target, row)}",
+            f"{row['believable']}, rounds {row['rounds']}, {row['extra']}  as wanted: {judged(target, row)}",
             flush=True,
         )
 
@@ -229,6 +234,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--lr", type=float, default=0.01, help="of Adam, at the start")
     parser.add_argument("--moves", type=int, default=1, help="at each temperature")
+    parser.add_argument("--rounds", type=int, default=6, help="of particles at most")
     parser.add_argument("--conditional-ess", type=float, default=0.97)
     args = parser.parse_args()
     torch.set_default_dtype(torch.double)

@@ -40,6 +40,7 @@ from pyro_diffusion.infer.annealing.annealed_chain import AnnealedChain, Stage
 from pyro_diffusion.infer.annealing.annealed_particles import mean_gap
 from pyro_diffusion.infer.annealing.annealing_pilot import interpolated
 from pyro_diffusion.infer.annealing.guide_chart import chart_of
+from pyro_diffusion.infer.annealing.local_scales import local_scales
 from pyro_diffusion.infer.annealing.unconstrained import UnconstrainedModel
 
 X = torch.tensor([1.0, -0.5, 2.0])
@@ -132,7 +133,17 @@ def test_supports_with_their_jacobians(model, evidence, site, mean):
     assert found.draws[site].shape == (128 * 32, *mean.shape)
 
 
-def test_a_move_keeps_its_law():
+ROOT = torch.tensor([[1.0, 0.0, 0.0], [0.4, 0.7, 0.0], [-0.2, 0.3, 1.2]])
+ONE_PART = local_scales(torch.zeros(1), torch.zeros(1, 3), ROOT[None])
+THREE_PARTS = local_scales(
+    torch.tensor([0.2, 0.5, 0.3]).log(),
+    torch.tensor([[0.0, 0.0, 0.0], [1.0, -1.0, 0.5], [-1.0, 0.5, 1.0]]),
+    torch.stack([ROOT, 0.3 * ROOT, 0.5 * torch.eye(3)]),
+)
+
+
+@pytest.mark.parametrize("scales", [ONE_PART, THREE_PARTS])
+def test_a_move_keeps_its_law(scales):
     """20 000 draws of q^(1/2) p^(1/2) = N(x / 3, 2 / 3): mean and variance within 4.5 errors after moves."""
     pyro.clear_param_store()
     guide = AutoNormal(groups, init_scale=1.0, init_loc_fn=lambda site: torch.zeros(3))
@@ -142,10 +153,10 @@ def test_a_move_keeps_its_law():
     )
     z = X / 3 + math.sqrt(2 / 3) * torch.randn(20_000, 1, 3)
     state = {"z": z, **chain.density(z)}
-    root = torch.tensor([[1.0, 0.0, 0.0], [0.4, 0.7, 0.0], [-0.2, 0.3, 1.2]])
+    sizes = torch.tensor([0.9, 0.6, 1.1])[: scales.size]
     with torch.no_grad():
         for _ in range(3):
-            rate = chain.move(state, Stage(0.5, 1.0, root, 0.9, 3))
+            rate = chain.move(state, Stage(0.5, 1.0, scales, sizes, 3))
     moved = state["z"].squeeze(1)
     assert 0.5 < rate < 0.95
     assert (moved - z.squeeze(1)).abs().mean() > 0.3
@@ -209,14 +220,15 @@ def test_a_model_that_cannot_run_at_once_runs_once_a_draw():
 def test_the_reported_run_takes_the_pilots_temperatures():
     """A given number of them lies where the pilot's would; a chain's cost is its leapfrog steps."""
     guide = wide(AutoNormal, groups)
-    sampler = AnnealedSMC(groups, guide, 32, 6, steps=5, final_moves=2)
+    sampler = AnnealedSMC(groups, guide, 32, 6, steps=5, final_moves=2, rounds=1)
     model, chart = UnconstrainedModel(groups, guide, (), {}), chart_of(guide, (), {})
     stages, _ = sampler.pilot(model, chart)
     assert len(stages) == 6
     assert stages[0].beta == 0 and stages[-2].next_beta == stages[-1].beta == 1
     assert all(a.next_beta == b.beta for a, b in itertools.pairwise(stages))
-    root = torch.ones(1)
-    pilot = [Stage(b, c, root, 1.0, 1) for b, c in ((0.0, 0.2), (0.2, 1.0), (1.0, 1.0))]
+    pilot = [
+        Stage(b, c, ONE_PART, torch.ones(1), 1) for b, c in ((0.0, 0.2), (0.2, 1.0), (1.0, 1.0))
+    ]
     spread = interpolated(pilot, 4)
     assert [round(s.beta, 3) for s in spread] == [0, 0.1, 0.2, 0.6, 1.0]
     found = sampler.run()
@@ -290,7 +302,7 @@ def test_repeats_that_disagree_are_not_to_be_believed():
     pyro.clear_param_store()
     guide = AutoNormal(far, init_scale=0.5)
     with pytest.warns(UnreliableWarning, match="AnnealedSMC: "):
-        found = AnnealedSMC(far, guide, 16, 8, steps=2, final_moves=0).run()
+        found = AnnealedSMC(far, guide, 16, 8, steps=2, final_moves=0, rounds=1).run()
     assert not found.verdict.believable
     assert "not to be believed" in str(found)
 
@@ -305,9 +317,9 @@ def test_particles_that_the_last_moves_change_are_not_there_yet():
     pyro.clear_param_store()
     guide = AutoNormal(wider, init_scale=0.4)
     with pytest.warns(UnreliableWarning, match="still change under moves that keep the posterior"):
-        found = AnnealedSMC(wider, guide, 256, 8, steps=1).run()
+        found = AnnealedSMC(wider, guide, 256, 8, steps=1, rounds=1).run()
     assert found.verdict.drift > 6
-    assert AnnealedSMC(wider, guide, 256, 8, conditional_ess=0.99).run().verdict.drift < 6
+    assert AnnealedSMC(wider, guide, 256, 8, conditional_ess=0.99, rounds=1).run().verdict.drift < 6
 
 
 def test_a_matrix_that_has_no_factor_at_some_draws_ends_no_run():
@@ -341,7 +353,7 @@ def test_a_start_without_a_density_is_not_tried_again():
 
     pyro.clear_param_store()
     guide = AutoNormal(rare, init_scale=1.0, init_loc_fn=lambda site: torch.tensor(0.0))
-    sampler = AnnealedSMC(rare, guide, 2, 6, steps=1, final_moves=0, pilot_particles=400)
+    sampler = AnnealedSMC(rare, guide, 2, 6, steps=1, final_moves=0, pilot_particles=400, rounds=1)
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliableWarning)
@@ -466,6 +478,7 @@ def test_models_without_continuous_latents_are_refused():
         ({"max_leapfrog": 0}, "max_leapfrog: got 0"),
         ({"moves": -1}, "moves: got -1"),
         ({"widen": -1}, "widen: got -1"),
+        ({"rounds": 0}, "rounds: got 0"),
         ({"guide": AutoDelta(groups)}, "guide: got AutoDelta"),
         ({"guide": groups}, "guide: got function"),
         ({"model": 3}, "model: got int"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.infer.annealing.guide_chart import GuideChart
+from pyro_diffusion.infer.annealing.local_scales import LocalScales
 from pyro_diffusion.infer.annealing.tempered import TemperedDensity, leapfrog
 from pyro_diffusion.infer.annealing.unconstrained import UnconstrainedModel
 
@@ -23,15 +24,15 @@ class Stage(NamedTuple):
     Attributes:
         beta: b, in [0, 1].
         next_beta: of the next stage.
-        root: S, (D, D) lower triangular or (D,), the scale of moves: their metric is :math:`(S S^T)^{-1}`.
-        step_size: of a leapfrog step, in units of S.
+        scales: of moves. A particle in part c of them has the metric :math:`(S_c S_c^T)^{-1}`.
+        step_size: of a leapfrog step in each part, in units of S_c, (C,).
         leapfrog: how many such steps make a move; one is MALA.
     """
 
     beta: float
     next_beta: float
-    root: Tensor
-    step_size: float
+    scales: LocalScales
+    step_size: Tensor
     leapfrog: int
 
 
@@ -82,25 +83,46 @@ class AnnealedChain:
         pyro.factor("increment", (stage.next_beta - stage.beta) * state["gap"].double())
 
     def move(self, state: Any, stage: Stage) -> Tensor:
-        """One Hamiltonian move of every particle in place; the mean probability of acceptance."""
+        r"""One Hamiltonian move of every particle in place; the mean probability of acceptance.
+
+        Each is moved in the metric of a part c drawn from :math:`r(c | z)`, and accepted with the law
+        :math:`\pi(z)\, r(c | z)` of both, so that scales follow the particle and the law is kept.
+        """
+        accept, _ = self.propose(state, stage)
+        rate = accept.mean()
+        self.acceptance.append(rate)
+        return rate
+
+    def propose(self, state: Any, stage: Stage) -> tuple[Tensor, Tensor]:
+        """A move: the probability of acceptance of every particle and its part, both (N, R)."""
         old = {key: state[key] for key in ("z", "log_q", "gap", "grad_q", "grad_gap")}
-        beta, root = stage.beta, stage.root
-        jitter = 1 + JITTER * (2 * torch.rand_like(old["z"][..., :1]) - 1)
-        step = stage.step_size * jitter
-        momentum = torch.randn_like(old["z"])
-        before = _energy(old, beta, momentum)
-        new = dict(old)
+        beta, scales, z = stage.beta, stage.scales, old["z"]
+        part = scales.draw_part(z)
+        root = scales.roots[part] if scales.size > 1 else scales.roots[0]
+        jitter = 1 + JITTER * (2 * torch.rand_like(z[..., :1]) - 1)
+        step = stage.step_size[part].unsqueeze(-1) * jitter
+
+        def in_its_part(values: dict[str, Tensor], z: Tensor, sign: int = 1) -> dict[str, Tensor]:
+            log_share, pull = scales.log_share(z, part)
+            log_q, grad_q = values["log_q"] + sign * log_share, values["grad_q"] + sign * pull
+            return {**values, "log_q": log_q, "grad_q": grad_q}
+
+        def density(z: Tensor) -> dict[str, Tensor]:
+            return in_its_part(self.density(z), z)
+
+        momentum = torch.randn_like(z)
+        new = in_its_part(old, z)
+        before = _energy(new, beta, momentum)
         for _ in range(stage.leapfrog):
-            new, momentum = leapfrog(self.density, new, momentum, step, root, (beta, beta))
+            new, momentum = leapfrog(density, new, momentum, step, root, (beta, beta))
         ratio = (_energy(new, beta, momentum) - before).nan_to_num(-math.inf, 0.0, -math.inf)
         accept = ratio.clamp(max=0).exp()
+        new = in_its_part(new, new["z"], -1)
         taken = torch.rand_like(accept) < accept
         for key, value in new.items():
             where = taken.unsqueeze(-1) if value.dim() > taken.dim() else taken
             state[key] = torch.where(where, value, old[key])
-        rate = accept.mean()
-        self.acceptance.append(rate)
-        return rate
+        return accept, part
 
 
 class NoProposal:

@@ -1,6 +1,7 @@
 """What a run of annealed particles found: weighted draws, evidence, figures, and a verdict."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,14 @@ from pyro_diffusion.infer.filtering.resampling import (
 from pyro_diffusion.pareto import pareto_khat
 from pyro_diffusion.validation import check_positive_int
 
-__all__ = ["BLIND", "AnnealedParticles", "annealed_particles", "mean_gap", "summary"]
+__all__ = [
+    "BLIND",
+    "AnnealedParticles",
+    "annealed_particles",
+    "disagreement",
+    "mean_gap",
+    "summary",
+]
 
 BLIND = "estimate blind to modes never visited"
 
@@ -43,6 +51,7 @@ class AnnealedParticles:
         betas: (K + 1,), temperatures.
         ess: (K + 1, R), effective sample size at each of them, before resampling.
         acceptance: (moves,), mean probability of acceptance of each move.
+        summaries: (R, 2), mean log density and mean log variance of the coordinates of each repeat.
         evaluations: gradients of the model that the run took, each of all N R particles; the pilot's apart.
         verdict: whether the run may be believed: ``print(particles.verdict)``.
     """
@@ -58,6 +67,7 @@ class AnnealedParticles:
     betas: Tensor
     ess: Tensor
     acceptance: Tensor
+    summaries: Tensor
     evaluations: int
     verdict: AnnealedVerdict
 
@@ -95,6 +105,21 @@ class AnnealedParticles:
         return str(self.verdict)
 
 
+def disagreement(a: AnnealedParticles, b: AnnealedParticles) -> float:
+    r"""The largest of Student's t between two runs: of log evidence, and of :func:`summary` over repeats.
+
+    Infinite where an error is not estimated.
+    """
+    error = math.hypot(a.log_evidence.standard_error, b.log_evidence.standard_error)
+    if not math.isfinite(error):
+        return math.inf
+    evidence = abs(a.log_evidence.value - b.log_evidence.value) / max(error, 1e-12)
+    means = a.summaries.mean(0) - b.summaries.mean(0)
+    variance = (a.summaries.var(0) + b.summaries.var(0)) / len(a.summaries)
+    others = (means.abs() / variance.sqrt()).nan_to_num(0.0, math.inf)
+    return max(evidence, float(others.max()))
+
+
 @torch.no_grad()
 def annealed_particles(
     chain: AnnealedChain,
@@ -102,6 +127,7 @@ def annealed_particles(
     stages: list[Stage],
     start: Tensor,
     change: Tensor,
+    rounds: Sequence[AnnealedParticles] = (),
 ) -> AnnealedParticles:
     """The result of a filter that has gone through all stages.
 
@@ -111,6 +137,7 @@ def annealed_particles(
         stages: K weightings, and the posterior.
         start: (N, R), log p - log q at the guide's draws.
         change: (R, 2), what the last moves changed in :func:`summary`.
+        rounds: before this run.
     """
     terms = done.log_evidence
     repeats = len(terms)
@@ -139,6 +166,8 @@ def annealed_particles(
         drift=_largest_t(change),
         log_evidence=evidence,
         dead=int(done.dead.sum()),
+        rounds=tuple(found.log_evidence for found in rounds),
+        disagreement=disagreement(*rounds[-2:]) if len(rounds) > 1 else math.nan,
     )
     return AnnealedParticles(
         draws=chain.model.constrain(rows[1]),
@@ -152,6 +181,7 @@ def annealed_particles(
         betas=torch.tensor([stage.beta for stage in stages]),
         ess=ess,
         acceptance=acceptance,
+        summaries=summary(done),
         evaluations=chain.evaluations,
         verdict=judge(verdict),
     )

@@ -1,7 +1,7 @@
 """Particles from any fitted guide to the posterior: draws, evidence with its error, and a verdict."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -16,8 +16,10 @@ from pyro_diffusion.infer.annealing.annealed_particles import (
     annealed_particles,
     summary,
 )
+from pyro_diffusion.infer.annealing.annealed_rounds import of_the_guide, refitted, settled
 from pyro_diffusion.infer.annealing.annealing_pilot import interpolated, next_stage
 from pyro_diffusion.infer.annealing.guide_chart import GuideChart, chart_of
+from pyro_diffusion.infer.annealing.local_scales import local_scales
 from pyro_diffusion.infer.annealing.unconstrained import UnconstrainedModel, check_guide
 from pyro_diffusion.infer.annealing.widening import has_grown, moments, widened
 from pyro_diffusion.infer.filtering.particle_filter import ParticleFilter
@@ -49,7 +51,17 @@ class AnnealedSMC:
     density where the posterior has one, discrete latents summed over; its logarithm is biased down by about
     half its variance. Averages over the draws are consistent in ``num_particles``. The ``num_repeats``
     systems are independent and run side by side; the error bar comes from their scatter and has no ceiling.
-    What none of them visits, no figure can show: particles find modes that a path from the guide leads to.
+
+    **Rounds.** A guide that is narrow keeps its particles from the ends of a funnel, and no figure of the run
+    shows it. So the next round starts at a base around the particles of the last: a mixture of normals, in
+    coordinates in which the cloud is as wide everywhere (places and log scales linear in
+    a few latents, which takes a centred hierarchy to one that is not). Rounds end when two agree in the log
+    evidence and in the latents' spread. The reported run is one more with the last base, on fresh particles,
+    and so as unbiased. Rounds that never agree are a problem of the verdict. What none of them visits, no
+    figure can show: particles find modes that a path from the guide leads to.
+
+    Moves have a metric of their own in each part of a mixture of normals, fitted by the pilot to the
+    particles at every temperature.
 
     Cost: one call of the model under ``torch.func.vmap`` for all N R particles (see
     :class:`~pyro_diffusion.infer.annealing.unconstrained.UnconstrainedModel`), and one gradient a leapfrog
@@ -70,6 +82,8 @@ class AnnealedSMC:
         ess_threshold: resample below this share of N, in (0, 1].
         max_leapfrog: leapfrog steps of one move at most; 1 is the Metropolis-adjusted Langevin algorithm.
         pilot_particles: of the pilot; half of N R by default.
+        rounds: at most, each a pilot and a run. With more dimensions than the particles have covariances, the
+            next has the same base and twice the temperatures. 1: one run that nothing is compared with.
         widen: look for modes beside the guide's: it gives way to a normal of the pilot's particles, three
             times as wide, again and again, and three times more after each round that finds nothing new,
             until so many of these have passed. Costs a pilot each, and more temperatures in the end.
@@ -94,7 +108,8 @@ class AnnealedSMC:
     References:
         Neal, Annealed importance sampling, Statistics and Computing 11 (2001); Del Moral, Doucet & Jasra,
         Sequential Monte Carlo samplers, JRSS B 68 (2006); Zhou, Johansen & Aston, arXiv 1303.3123
-        (conditional effective sample size); Hoffman et al., arXiv 1903.03704 (moves in a flow).
+        (conditional effective sample size); Hoffman et al., arXiv 1903.03704 (moves in a flow); Gorinova,
+        Moore & Hoffman, arXiv 1906.03028 (reparametrization).
     """
 
     def __init__(
@@ -111,6 +126,7 @@ class AnnealedSMC:
         ess_threshold: float = 0.5,
         max_leapfrog: int = 10,
         pilot_particles: int | None = None,
+        rounds: int = 6,
         widen: int = 0,
     ) -> None:
         if not callable(model):
@@ -128,6 +144,7 @@ class AnnealedSMC:
         self.max_leapfrog = check_positive_int("max_leapfrog", max_leapfrog)
         if pilot_particles is None:
             pilot_particles = max(num_particles * num_repeats // 2, 2)
+        self.rounds = check_positive_int("rounds", rounds)
         self.widen = check_positive_int("widen", widen, at_least=0)
         self.pilot_particles = check_positive_int("pilot_particles", pilot_particles, at_least=2)
 
@@ -150,14 +167,42 @@ class AnnealedSMC:
         with pyro.validation_enabled(False):
             with isolated(), torch.no_grad():
                 chart = chart_of(self.guide, args, kwargs)
-            chart = self._widened(model, chart)
+            chart = first = self._widened(model, chart)
+            rounds: list[AnnealedParticles] = []
             stages = self.pilot(model, chart)[0]
-            chain = AnnealedChain(model, chart, self.num_particles, self.num_repeats)
-            done, gap, change = self._run(chain, stages)
-            particles = annealed_particles(chain, done, stages, gap, change)
+            while self.rounds > 1:
+                rounds.append(self._once(model, chart, stages))
+                if len(rounds) == self.rounds or settled(rounds):
+                    break
+                chart, stages = self._again(model, chart, rounds[-1])
+            # Fresh particles: those of a round that was chosen for what it found would be biased.
+            particles = self._once(model, chart, stages, rounds)
+            if rounds:
+                particles = of_the_guide(particles, rounds[0], model, first)
         if particles.verdict.problems:
             warn_unreliable("AnnealedSMC: " + "; ".join(particles.verdict.problems))
         return particles
+
+    def _once(
+        self,
+        model: UnconstrainedModel,
+        chart: GuideChart,
+        stages: list[Stage],
+        rounds: Sequence[AnnealedParticles] = (),
+    ) -> AnnealedParticles:
+        chain = AnnealedChain(model, chart, self.num_particles, self.num_repeats)
+        done, gap, change = self._run(chain, stages)
+        return annealed_particles(chain, done, stages, gap, change, rounds)
+
+    def _again(
+        self, model: UnconstrainedModel, chart: GuideChart, found: AnnealedParticles
+    ) -> tuple[GuideChart, list[Stage]]:
+        """The base and the stages of the next round: around the particles, or twice the temperatures."""
+        base = refitted(found)
+        stages = self.pilot(model, base or chart)[0]
+        if base is None:
+            stages = interpolated(stages, 2 * (len(found.betas) - 1))
+        return base or chart, stages
 
     def _widened(self, model: UnconstrainedModel, chart: GuideChart) -> GuideChart:
         """The guide's own chart, or a wide normal around all that ever wider ones led to."""
@@ -204,7 +249,9 @@ class AnnealedSMC:
         """Plain importance sampling: only the moves at the posterior are tuned."""
         chain = AnnealedChain(model, chart, self.pilot_particles, 1)
         done = self._start(chain)
-        first = Stage(0.0, 1.0, torch.ones_like(done.state["z"][0, 0]), 1.0, 1)
+        z = done.state["z"]
+        unit = local_scales(z.new_zeros(1), z.new_zeros(1, z.shape[-1]), torch.ones_like(z[0, :1]))
+        first = Stage(0.0, 1.0, unit, z.new_ones(1), 1)
         with torch.no_grad():
             done.step(first, 0)
             return [first, self._next(chain, done, [first])], done

@@ -10,13 +10,14 @@ from torch import Tensor
 from pyro_diffusion.estimate import Estimate
 from pyro_diffusion.infer.filtering.resampling import LEAST_ANCESTORS
 
-__all__ = ["AnnealedVerdict", "judge"]
+__all__ = ["AGREE", "AnnealedVerdict", "judge"]
 
 HIGHEST_KHAT = 0.7
 HIGHEST_RHAT = 1.1
 LARGEST_ERROR = 0.5  # nats
 LEAST_ACCEPTANCE = 0.15
 FALSE_ALARM = 1e-3  # of a drift, for particles that are there
+AGREE = 2.5  # Student's t between two rounds: another one is no error, but time
 DRIFTS = ("density", "variance")
 
 
@@ -43,6 +44,9 @@ class AnnealedVerdict:
             without moves there.
         log_evidence: the estimate.
         dead: repeats of which no particle has a density.
+        rounds: log evidence of the rounds before this run, each from another base or other temperatures.
+        disagreement: the largest of Student's t between the last two of them, of the log evidence and of what
+            drift looks at; NaN without two.
         problems: one sentence each; empty if nothing speaks against the run.
 
     References:
@@ -62,6 +66,8 @@ class AnnealedVerdict:
     drift: Tensor
     log_evidence: Estimate
     dead: int = 0
+    rounds: tuple[Estimate, ...] = ()
+    disagreement: float = math.nan
     problems: tuple[str, ...] = ()
 
     @property
@@ -85,12 +91,20 @@ class AnnealedVerdict:
             ("least acceptance", _shown(self.acceptance, "no moves")),
             ("Pareto k-hat, final weights", _shown(self.khat, "no tail, weights are even")),
             ("Pareto k-hat, guide alone", f"{float(self.guide_khat):.2f}"),
+            ("rounds before", _history(self.rounds)),
             ("log evidence", str(self.log_evidence)),
             ("verdict", fine if self.believable else "not to be believed"),
         ]
         title = f"{self.num_repeats} repeats of {self.num_particles} particles"
         lines = [title, *(f"  {name:<28} {value}" for name, value in rows)]
         return "\n".join([*lines, *(f"  - {problem}" for problem in self.problems)])
+
+
+def _history(rounds: tuple[Estimate, ...]) -> str:
+    if not rounds:
+        return "none to compare with"
+    shown = (f"{x.value:.2f} ({x.standard_error:.2f})" for x in rounds)
+    return ", ".join(shown)
 
 
 def _shown(number: Tensor, otherwise: str, digits: int = 2) -> str:
@@ -120,6 +134,12 @@ def judge(verdict: AnnealedVerdict) -> AnnealedVerdict:
     elif error > LARGEST_ERROR:
         problems.append(
             f"the log evidence is uncertain by {error:.2f} nats; use more particles, steps or moves"
+        )
+    if verdict.disagreement > AGREE:
+        problems.append(
+            f"after {len(verdict.rounds)} rounds, each from the particles of the last, they still change, "
+            f"a t of {verdict.disagreement:.1f} in the log evidence or the spread of the latents; use more "
+            "rounds, particles or moves"
         )
     if verdict.khat > HIGHEST_KHAT:
         problems.append(

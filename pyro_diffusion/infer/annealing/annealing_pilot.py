@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.infer.annealing.annealed_chain import AnnealedChain, Stage
+from pyro_diffusion.infer.annealing.local_scales import fitted
 
 __all__ = ["interpolated", "next_stage"]
 
@@ -15,7 +16,6 @@ NEAR = 0.1  # of the target: tuned enough
 ROUNDS = 6
 GAIN = 1.5
 LEAST_STEP = 1e-4
-DENSE = 200  # dimensions up to which moves are scaled by a covariance
 BISECTIONS = 40
 LEAST_INCREMENT = 1e-8
 # Most of what is left of the way to 1 that one step takes, until so little is left. Where the posterior has
@@ -44,9 +44,13 @@ def next_stage(
         max_leapfrog: steps of a move at most.
     """
     beta = 0.0 if last is None else last.next_beta
-    root = _scale(state["z"], log_weights)
-    size = 1.0 if last is None else last.step_size
-    stage = Stage(beta, 1.0, root, size, _leapfrog(size, max_leapfrog))
+    scales = fitted(
+        state["z"].flatten(0, -2), log_weights.flatten(), near=last and last.scales.size
+    )
+    size = scales.locs.new_full(
+        (scales.size,), 1.0 if last is None else float(last.step_size.mean())
+    )
+    stage = Stage(beta, 1.0, scales, size, _leapfrog(size, max_leapfrog))
     if last is not None:
         stage = _tuned(chain, state, stage, max_leapfrog)
     if beta == 1:
@@ -59,37 +63,23 @@ def next_stage(
 
 
 def _tuned(chain: AnnealedChain, state: Any, stage: Stage, max_leapfrog: int) -> Stage:
+    """Step sizes by the acceptance in each part."""
     for _ in range(ROUNDS):
-        rate = float(chain.move(state, stage))
-        size = max(stage.step_size * math.exp(GAIN * (rate - TARGET)), LEAST_STEP)
+        accept, part = chain.propose(state, stage)
+        size = stage.step_size
+        zero = torch.zeros_like(size)
+        count = zero.scatter_add(0, part.flatten(), torch.ones_like(accept.flatten()))
+        rate = (zero.scatter_add(0, part.flatten(), accept.flatten()) + TARGET) / (count + 1)
+        size = (size * (GAIN * (rate - TARGET)).exp()).clamp(min=LEAST_STEP)
         stage = stage._replace(step_size=size, leapfrog=_leapfrog(size, max_leapfrog))
-        if abs(rate - TARGET) < NEAR:
+        if bool(((rate - TARGET).abs() < NEAR).all()):
             break
     return stage
 
 
-def _leapfrog(step_size: float, most: int) -> int:
+def _leapfrog(step_size: Tensor, most: int) -> int:
     """Steps for a quarter of a normal's period, after which a draw has forgotten where it was."""
-    return min(max(round(math.pi / 2 / step_size), 1), most)
-
-
-def _scale(z: Tensor, log_weights: Tensor) -> Tensor:
-    """Root of the particles' covariance, (D, D), or of its diagonal where particles are too few for it."""
-    weights, rows = log_weights.exp().reshape(-1), z.reshape(-1, z.shape[-1]).double()
-    centred = rows - weights @ rows
-    dim, count = rows.shape[1], float(weights.square().sum().reciprocal())
-    variance = weights @ centred.square()
-    # The guide's own scale is 1 here: it counts as a draw, and fewer draws than that say nothing.
-    variance = (count * variance + 1) / (count + 1)
-    if dim > DENSE or count < 5 * dim:
-        return variance.sqrt().to(z)
-    covariance = (centred.mT * weights) @ centred
-    # Shrunk to its diagonal by the share of noise in it.
-    keep = count / (count + dim)
-    covariance = keep * covariance + (1 - keep) * covariance.diag().diag()
-    covariance.diagonal().add_(1e-9 * variance)
-    factor, failed = torch.linalg.cholesky_ex(covariance)
-    return (variance.sqrt() if bool(failed) else factor).to(z)
+    return min(max(round(math.pi / 2 / float(step_size.mean())), 1), most)
 
 
 def _increment(gap: Tensor, log_weights: Tensor, most: float, share: float) -> float:

@@ -83,7 +83,7 @@ def leapfrog(
         state: at z, (..., D).
         momentum: (..., D), standard normal in the metric of root.
         step: its size, in units of root.
-        root: (D, D) lower triangular or (D,).
+        root: (D, D) lower triangular or (D,), or one for each state, (..., D, D).
         betas: the two temperatures.
         largest: of a coordinate's half kick, see :func:`tamed`.
     """
@@ -108,4 +108,6 @@ def _times(x: Tensor, root: Tensor, transpose: bool = False) -> Tensor:
     """S x, or its transpose times x, of (..., D)."""
     if root.dim() == 1:
         return x * root
+    if root.dim() > 2:
+        return torch.einsum("...ij,...i->...j" if transpose else "...ij,...j->...i", root, x)
     return x @ (root if transpose else root.mT)

@@ -1,0 +1,90 @@
+"""A base around the particles that another led to."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_diffusion.infer.annealing.annealed_particles import (
+    BLIND,
+    AnnealedParticles,
+    disagreement,
+    mean_gap,
+)
+from pyro_diffusion.infer.annealing.annealed_verdict import AGREE
+from pyro_diffusion.infer.annealing.guide_chart import GuideChart
+from pyro_diffusion.infer.annealing.local_scales import LocalScales, fitted, local_scales
+from pyro_diffusion.infer.annealing.scale_map import scale_map
+from pyro_diffusion.infer.annealing.unconstrained import UnconstrainedModel
+
+__all__ = ["NormalMixture", "of_the_guide", "refitted", "settled"]
+
+# The base is that much wider than the particles, so that the next find what these just missed.
+WIDER = 1.5
+
+
+def refitted(found: AnnealedParticles) -> GuideChart | None:
+    """A base around a run's particles: a mixture of normals in coordinates where they are as wide everywhere.
+
+    None where they are too few for covariances.
+    """
+    present = found.log_weights > -math.inf
+    u, log_weights = found.unconstrained[present], found.log_weights[present]
+    chart = scale_map(u, log_weights)
+    scales = fitted(u if chart is None else chart.inv(u), log_weights)
+    if scales.roots.dim() == 2 and scales.roots.shape[1] > 1:
+        return None
+    base = NormalMixture(local_scales(scales.log_weights, scales.locs, WIDER * scales.roots))
+    if chart is None:
+        return GuideChart(base, None, base.log_prob)
+    known = chart
+
+    def log_prob(u: Tensor) -> Tensor:
+        z = known.inv(u)
+        return base.log_prob(z) - known.log_abs_det_jacobian(z, u)
+
+    return GuideChart(base, known, log_prob)
+
+
+def settled(rounds: Sequence[AnnealedParticles]) -> bool:
+    """Whether the last of them may be believed and differs from the one before by chance at most."""
+    if len(rounds) < 2 or rounds[-1].verdict.problems:
+        return False
+    return disagreement(rounds[-2], rounds[-1]) < AGREE
+
+
+class NormalMixture:
+    """The law of scales: what a chart asks of its base."""
+
+    def __init__(self, scales: LocalScales) -> None:
+        self.scales = scales
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Of (..., D)."""
+        return self.scales.log_joint(z).logsumexp(-1)
+
+    def sample(self, shape: Sequence[int]) -> Tensor:
+        """Draws, shape + (D,)."""
+        count, scales = math.prod(shape), self.scales
+        part = torch.multinomial(scales.log_weights.exp(), count, replacement=True)
+        noise = torch.randn(
+            count, scales.locs.shape[1], dtype=scales.locs.dtype, device=part.device
+        )
+        if scales.roots.dim() == 2:
+            moved = scales.roots[part] * noise
+        else:
+            moved = torch.einsum("nij,nj->ni", scales.roots[part], noise)
+        return (scales.locs[part] + moved).reshape(*shape, -1)
+
+
+def of_the_guide(
+    found: AnnealedParticles, first: AnnealedParticles, model: UnconstrainedModel, chart: GuideChart
+) -> AnnealedParticles:
+    """With both bounds and k-hat of the guide, where particles started at another base."""
+    with torch.no_grad():
+        gap = (model(found.unconstrained) - chart.log_prob(found.unconstrained)).double()
+    eubo = mean_gap(gap, found.log_weights, BLIND, found.repeat)
+    verdict = dataclasses.replace(found.verdict, guide_khat=first.verdict.guide_khat)
+    return dataclasses.replace(found, elbo=first.elbo, eubo=eubo, verdict=verdict)
