@@ -1,4 +1,4 @@
-"""Posteriors of simulators: AutoAmortized beside reference posteriors, by a classifier two-sample test.
+"""Posteriors of simulators: AutoAmortized and sbi beside reference posteriors.
 
 Run: python benchmarks/sbi.py --data DIR     (NAME.npz with `observations`, `reference_posterior_samples`)
 
@@ -7,8 +7,11 @@ of which `--task` chooses:
 
     accuracy      C2ST, the mean over ten observations of `evaluate.c2st` between 2000 draws of the guide and
                   2000 of the reference: 0.5 is right, 1 is told apart always. Every task is trained with the
-                  defaults of `train.fit_amortized`
+                  defaults of `train.fit_amortized`, for each of the `--seeds`; beside it NPSE, FMPE and NPE
+                  of the toolbox sbi, if it is installed (`pip install sbi`; 0.27 was), on the first seed's
+                  simulations, with as many weights and seconds (`sbi_parts/peer.py` has the settings)
     correction    draws corrected by the likelihood, log evidence, effective sample size
+    cost          simulating, beside torch alone, and seconds of draws
     calibration   SBC and expected coverage of a right guide and of two that are broken on purpose
     hierarchical  groups and sets of any size, beside closed forms; by itself, and without data
     subsets       any-subset conditioning by AutoJoint; likewise
@@ -32,8 +35,10 @@ import sbi_hierarchical
 import sbi_subsets
 import torch
 from sbi_parts import TASKS
+from sbi_parts.cells import OURS
+from sbi_parts.peer import METHODS
 
-PARTS = ["accuracy", "correction", "calibration"]
+PARTS = ["accuracy", "correction", "calibration", "cost"]
 ALONE = {"hierarchical": sbi_hierarchical.main, "subsets": sbi_subsets.main}
 
 
@@ -45,12 +50,28 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", default=["gaussian", "tree"], help="of `subsets`")
     parser.add_argument("--simulations", nargs="+", type=int, default=[1000, 10_000])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument(
+        "--methods", nargs="+", default=[OURS, "NPSE", "FMPE", "NPE"], choices=[OURS, *METHODS]
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="of a processor, for sbi's training; what ours took by default",
+    )
+    parser.add_argument(
+        "--keep", type=Path, help="folder for draws, taken from there if they are there"
+    )
     parser.add_argument("--steps", type=int, default=None, help="those of the recipe by default")
     parser.add_argument(
         "--lr", type=float, default=None, help="of `subsets`; the recipe's by default"
     )
     parser.add_argument("--observations", type=int, default=10, help="that are corrected")
-    parser.add_argument("--quick", action="store_true", help="two observations are corrected")
+    parser.add_argument("--device", default="cpu", help="of the corrections")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="1000 simulations in `accuracy`, two corrected observations",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--progress", action="store_true")
     args = parser.parse_args()
@@ -64,7 +85,7 @@ def main() -> None:
     if args.data is None and args.task != ["calibration"]:
         parser.error("--data: expected a folder for tasks of sbibm")
     if args.quick:
-        args.observations = min(args.observations, 2)
+        args.observations, args.simulations = min(args.observations, 2), args.simulations[:1]
     fine = [importlib.import_module(f"sbi_parts.{name}").main(args) for name in args.task]
     sys.exit(0 if all(fine) else 1)
 

@@ -228,7 +228,11 @@ class SimulatedLatents(AutoContinuous):
         rows = len(next(iter(values.values())))
         parts = self._scaled_parts(values)
         real = [scale._real(x).reshape(rows, -1) for _, scale, x in parts]
-        valid = torch.cat(real, -1).isfinite().all(-1)
+        # a sum is finite only if all its terms are: rows are looked at one by one only where one is not
+        if all(bool(x.sum().isfinite()) for x in real):
+            valid = torch.ones(rows, dtype=torch.bool, device=real[0].device)
+        else:
+            valid = torch.cat(real, -1).isfinite().all(-1)
         dropped = rows - int(valid.sum())
         if dropped:
             self.dropped += dropped

@@ -1,0 +1,88 @@
+"""What a cell of the table is made of: draws of one method, trained on one task's simulations."""
+
+import argparse
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_diffusion.infer import AutoAmortized
+from pyro_diffusion.train import fit_amortized
+from sbi_parts import peer, task
+
+__all__ = ["DRAWS", "OURS", "cell", "trained"]
+
+DRAWS = 2000
+OURS = "ours"
+
+Trained = tuple[AutoAmortized, dict[str, Tensor], dict[str, Any]]
+_TRAINED: dict[tuple[str, int, int], Trained] = {}  # parts of one run share guides
+
+
+def simulated(
+    name: str, count: int, seed: int, folder: Path
+) -> tuple[AutoAmortized, dict[str, Tensor], dict[str, Tensor]]:
+    """A guide before its training, its simulations and the references: a function of the seed."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    model, data = task(name, folder)
+    guide = AutoAmortized(model, observed=["x"], latents=["theta"])
+    return guide, guide.simulate(count), data
+
+
+def trained(name: str, count: int, seed: int, args: argparse.Namespace) -> Trained:
+    """A guide, the references, and what its training took."""
+    if (name, count, seed) in _TRAINED:
+        return _TRAINED[name, count, seed]
+    start, cpu = time.perf_counter(), time.process_time()
+    guide, simulations, data = simulated(name, count, seed, args.data)
+    options: dict[str, Any] = {} if args.steps is None else {"steps": args.steps}
+    if args.keep:
+        args.keep.mkdir(parents=True, exist_ok=True)
+        kept = args.keep / f"{name}-{count}-{OURS}-{seed}.safetensors"
+        options |= {"checkpoint": kept, "save_every": 1000}
+    history = fit_amortized(guide, simulations, progress=args.progress, **options)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    whole = max(seconds, history.seconds)  # longer if a killed run was taken up
+    took = {
+        "steps": len(history.losses),
+        "seconds": whole,
+        "cpu": cpu * whole / seconds,
+        "parameters": sum(each.numel() for each in guide.parameters()),
+    }
+    _TRAINED[name, count, seed] = guide, data, took
+    return guide, data, took
+
+
+def cell(
+    name: str, count: int, seed: int, method: str, args: argparse.Namespace
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Draws at the ten observations and what their training took, kept in a folder if one is named."""
+    kept = args.keep and args.keep / f"{name}-{count}-{method}-{seed}.npz"
+    if kept and kept.exists():
+        with np.load(kept, allow_pickle=False) as file:
+            took = {key: file[key].item() for key in file if key != "draws"}
+            return list(torch.from_numpy(file["draws"])), took
+    if method == OURS:
+        guide, data, took = trained(name, count, seed, args)
+        start = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of observations at the edge: one in a thousand
+            draws = [guide.draw(DRAWS, {"x": x})["theta"] for x in data["observations"]]
+    else:
+        seconds = args.seconds or cell(name, count, seed, OURS, args)[1]["cpu"]
+        guide, simulations, data = simulated(name, count, seed, args.data)
+        parameters = sum(each.numel() for each in guide.parameters())
+        posterior, took = peer.fit(method, name, simulations, parameters, seconds)
+        start = time.perf_counter()
+        draws = [peer.draw(posterior, DRAWS, x) for x in data["observations"]]
+    took["drawing"] = time.perf_counter() - start
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(kept, draws=torch.stack(draws).cpu().numpy(), **took)
+    return draws, took
