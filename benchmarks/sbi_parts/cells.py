@@ -3,6 +3,7 @@
 import argparse
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,27 @@ def trained(name: str, count: int, seed: int, args: argparse.Namespace) -> Train
     return guide, data, took
 
 
+def own_draws(guide: AutoAmortized, observations: Tensor, device: str) -> list[Tensor]:
+    """Draws of the guide at every observation."""
+    guide.to(device)
+    with torch.device(device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of observations at the edge: one in a thousand
+        draws = [guide.draw(DRAWS, {"x": x.to(device)})["theta"].cpu() for x in observations]
+    guide.to("cpu")
+    return draws
+
+
+def on(device: str, draw: Callable[[str], list[Tensor]]) -> list[Tensor]:
+    """What is drawn on a device, or on the processor where a method knows no other."""
+    try:
+        return draw(device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if device == "cpu":
+            raise
+        print(f"drawn on the processor, not on {device}: {error}", flush=True)
+        return draw("cpu")
+
+
 def cell(
     name: str, count: int, seed: int, method: str, args: argparse.Namespace
 ) -> tuple[list[Tensor], dict[str, Any]]:
@@ -71,18 +93,22 @@ def cell(
     if method == OURS:
         guide, data, took = trained(name, count, seed, args)
         start = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of observations at the edge: one in a thousand
-            draws = [guide.draw(DRAWS, {"x": x})["theta"] for x in data["observations"]]
+        draws = on(args.device, lambda device: own_draws(guide, data["observations"], device))
     else:
         seconds = args.seconds or cell(name, count, seed, OURS, args)[1]["cpu"]
         guide, simulations, data = simulated(name, count, seed, args.data)
         parameters = sum(each.numel() for each in guide.parameters())
         posterior, took = peer.fit(method, name, simulations, parameters, seconds)
         start = time.perf_counter()
-        draws = [peer.draw(posterior, DRAWS, x) for x in data["observations"]]
+        draws = on(
+            args.device,
+            lambda device: [
+                peer.draw(posterior(device), DRAWS, x.to(device)).cpu()
+                for x in data["observations"]
+            ],
+        )
     took["drawing"] = time.perf_counter() - start
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(kept, draws=torch.stack(draws).cpu().numpy(), **took)
+        np.savez_compressed(kept, draws=torch.stack(draws).numpy(), **took)
     return draws, took

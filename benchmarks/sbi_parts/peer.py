@@ -85,14 +85,17 @@ def width(build: Callable[[int], torch.nn.Module], parameters: int) -> int:
     return low
 
 
-def prior_of(name: str, utils: ModuleType) -> Any:
+def prior_of(name: str, utils: ModuleType, device: str) -> Any:
     """The prior of a task's theta as sbi takes it."""
     if name == "two_moons":
-        return utils.BoxUniform(-torch.ones(2), torch.ones(2))
-    if name == "gaussian_linear":
-        return torch.distributions.MultivariateNormal(torch.zeros(10), VARIANCE * torch.eye(10))
-    prior = bernoulli_prior()
-    return torch.distributions.MultivariateNormal(prior.loc, prior.covariance_matrix)
+        ones = torch.ones(2, device=device)
+        return utils.BoxUniform(-ones, ones, device=device)
+    covariance = VARIANCE * torch.eye(10)
+    if name == "bernoulli_glm":
+        covariance = bernoulli_prior().covariance_matrix
+    return torch.distributions.MultivariateNormal(
+        torch.zeros(10, device=device), covariance.to(device)
+    )
 
 
 def timed(kind: type, seconds: float) -> type:
@@ -114,8 +117,8 @@ def timed(kind: type, seconds: float) -> type:
 
 def fit(
     method: str, name: str, simulations: dict[str, Tensor], parameters: int, seconds: float
-) -> tuple[Any, dict[str, Any]]:
-    """A posterior of sbi, and what its training took."""
+) -> tuple[Callable[[str], Any], dict[str, Any]]:
+    """A function of a device that gives sbi's posterior, and what its training took."""
     found = toolbox()
     if found is None:
         raise ModuleNotFoundError(f"{method}: expected sbi to be installed")
@@ -131,7 +134,10 @@ def fit(
         hidden = width(lambda each: network(each)(theta[:100], x[:100]), parameters)
         start, cpu = time.perf_counter(), time.process_time()
         trainer = timed(getattr(inference, kind), seconds)(
-            prior_of(name, utils), network(hidden), tracker=Silent(), show_progress_bars=False
+            prior_of(name, utils, "cpu"),
+            network(hidden),
+            tracker=Silent(),
+            show_progress_bars=False,
         )
         # without an early end: the best weights are taken after all of the time
         with contextlib.redirect_stdout(io.StringIO()):
@@ -144,11 +150,17 @@ def fit(
             "cpu": time.process_time() - cpu,
             "parameters": sum(each.numel() for each in estimator.parameters()),
         }
-        return trainer.build_posterior(estimator), took
+
+    def posterior(device: str) -> Any:
+        """By sbi's default way to draw: an SDE, an ODE or the flow, none outside the prior."""
+        prior = prior_of(name, utils, device)
+        return trainer.build_posterior(estimator.to(device), prior=prior)
+
+    return posterior, took
 
 
 def draw(posterior: Any, count: int, x: Tensor) -> Tensor:
-    """Draws at one observation, by sbi's default way: an SDE, an ODE or the flow, none outside the prior."""
+    """Draws at one observation."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return posterior.sample((count,), x=x.unsqueeze(0), show_progress_bars=False).detach()
