@@ -17,7 +17,7 @@ from pyro_diffusion.distributions import Autoregressive, OrderAgnostic
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from density_parts.autoregressive import build, fit, read, score  # noqa: E402
+from density_parts.bits import Settings, build, fit, read, score  # noqa: E402
 
 ORDERS, ROWS, SECONDS, DRAWS = 60, 1000, 25, 4096
 
@@ -68,7 +68,7 @@ def main() -> None:
     data = read(args.data / "debd_nltcs.npz")
     denoiser = build("masked diffusion", 16)
     with torch.enable_grad():
-        fit(denoiser, data, SECONDS, 100)
+        fit(denoiser, data, Settings(SECONDS))
     rows = data["test"][:ROWS]
     every = torch.stack([torch.randperm(16) for _ in range(ORDERS)])
     network = OrderAgnostic(denoiser.eval(), 16, every)
