@@ -4,7 +4,7 @@ Run: python benchmarks/densities.py --data DIR [--only PART ...] [--scale SHARE]
 
 Parts are the modules of ``density_parts``. Each prints a table and a verdict; the command fails if any is not
 as wanted. DIR has debd_nltcs.npz and debd_plants.npz, arrays train, valid and test of rows of packed bits and
-n_vars, how many there are in a row; binarized MNIST, which takes longer, is in binarized_mnist.py. ``--scale``
+n_vars, how many there are in a row; the longer binarized MNIST is in binarized_mnist.py. ``--scale``
 below 1 shortens trainings and draws for a trial, whose verdicts then mean nothing.
 """
 

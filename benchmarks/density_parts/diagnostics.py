@@ -1,5 +1,7 @@
 """Diagnostics of trained networks: residuals of their equations and the Wasserstein bound, by steps."""
 
+from collections.abc import Iterator
+
 import pyro
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from pyro_diffusion.evaluate import (
     wasserstein_bound,
 )
 from pyro_diffusion.nn import MLP
-from pyro_diffusion.processes import Absorbing, GaussianProcess, Uniform
+from pyro_diffusion.processes import Absorbing, ForwardProcess, GaussianProcess, Uniform
 from pyro_diffusion.samplers import AdamsMoulton
 from pyro_diffusion.schedules import LogLinear, Rectified, uniform_log_snr
 
@@ -66,17 +68,12 @@ def trained(denoiser: Denoiser, draw: object, law: object, checks: tuple[int, ..
             yield step
 
 
-def flows(checks: tuple[int, ...]) -> bool:
-    """Print the residual of the continuity equation, and distances beside their bound."""
+def flow_rows(checks: tuple[int, ...]) -> Iterator[tuple[int, float, float, float, float]]:
+    """By steps: rms z and rms of the continuity equation's residual, distance measured, its bound."""
     process = GaussianProcess(LogLinear(9, -9))
     denoiser = GaussianDenoiser(MLP(2, (64, 64)), process)
     times, held, others = uniform_log_snr(process.schedule, 100), bent(10_000), bent(1000)
-    floor = wasserstein(held[:1000], others)
-    print(f"Wasserstein-2 distance of two samples of 1000 data: {floor:.3f}")
-    print(
-        f"{'steps':>6} {'continuity: rms z':>18} {'rms residual':>13} {'W2 measured':>12} {'bound, ODE':>11}"
-    )
-    residuals, fine = [], True
+    yield 0, 0.0, 0.0, wasserstein(held[:1000], others), 0.0
     view = lambda: Diffusion(denoiser, (2,), times=times)  # noqa: E731
     for step in trained(denoiser, bent, view, checks):
         denoiser.eval()
@@ -85,15 +82,40 @@ def flows(checks: tuple[int, ...]) -> bool:
         draws = Diffusion(denoiser, (2,), times=times, sampler=AdamsMoulton()).sample((1000,))
         measured = wasserstein(others, draws)
         bound = wasserstein_bound(denoiser, held[:2000], eta=0.0, num_points=100).value
-        residuals.append(float(found.rms.square().mean().sqrt()))
-        z = float(found.z.square().mean().sqrt())
-        print(
-            f"{step:>6} {z:>18.2f} {residuals[-1]:>13.4f} {measured:>12.3f} {bound:>11.3f}",
-            flush=True,
-        )
-        fine &= bound >= measured - floor
+        rms = [float(part.square().mean().sqrt()) for part in (found.z, found.rms)]
+        yield step, *rms, measured, float(bound)
         denoiser.train()
-    return fine and residuals[-1] < 0.3 * residuals[0]
+
+
+def flows(checks: tuple[int, ...]) -> bool:
+    """Print the residual of the continuity equation, and distances beside their bound."""
+    (_, _, _, floor, _), *rows = flow_rows(checks)
+    print(f"Wasserstein-2 distance of two samples of 1000 data: {floor:.3f}")
+    print(
+        f"{'steps':>6} {'continuity: rms z':>18} {'rms residual':>13} {'W2 measured':>12} {'bound, ODE':>11}"
+    )
+    for step, z, rms, measured, bound in rows:
+        print(f"{step:>6} {z:>18.2f} {rms:>13.4f} {measured:>12.3f} {bound:>11.3f}", flush=True)
+    fine = all(bound >= measured - floor for *_, measured, bound in rows)
+    return fine and rows[-1][2] < 0.3 * rows[0][2]
+
+
+def jump_rows(process: ForwardProcess, checks: tuple[int, ...]) -> list[tuple[float, float]]:
+    """By steps: rms z and rms of the master equation's residual."""
+    torch.manual_seed(0)
+    denoiser, held, rows = CategoricalDenoiser(Logits(), process), symbols(10_000), []
+    view = lambda: DiffusionCTMC(denoiser, (2,), steps=2)  # noqa: E731
+    for _ in trained(denoiser, symbols, view, checks):
+        torch.manual_seed(1)
+        found = jump_residual(denoiser, held, times=torch.linspace(0.1, 0.9, 9))
+        z, rms = (float(part.square().mean().sqrt()) for part in (found.z, found.rms))
+        rows.append((z, rms))
+    return rows
+
+
+def jump_processes() -> tuple[ForwardProcess, ForwardProcess]:
+    """Of masks, and of uniform noise."""
+    return Absorbing(Rectified.full(), SYMBOLS), Uniform(Rectified.full(), SYMBOLS)
 
 
 def jumps(checks: tuple[int, ...]) -> bool:
@@ -101,18 +123,7 @@ def jumps(checks: tuple[int, ...]) -> bool:
     print(
         f"{'steps':>6} {'master equation, masks: rms z':>30} {'rms residual':>13} {'uniform: rms z':>16}"
     )
-    columns = []
-    for process in (Absorbing(Rectified.full(), SYMBOLS), Uniform(Rectified.full(), SYMBOLS)):
-        torch.manual_seed(0)
-        denoiser, held, rows = CategoricalDenoiser(Logits(), process), symbols(10_000), []
-        view = lambda d=denoiser: DiffusionCTMC(d, (2,), steps=2)  # noqa: E731
-        for _ in trained(denoiser, symbols, view, checks):
-            torch.manual_seed(1)
-            found = jump_residual(denoiser, held, times=torch.linspace(0.1, 0.9, 9))
-            rows.append(
-                (float(found.z.square().mean().sqrt()), float(found.rms.square().mean().sqrt()))
-            )
-        columns.append(rows)
+    columns = [jump_rows(process, checks) for process in jump_processes()]
     for step, *row in zip(checks, *columns, strict=True):
         (z, rms), (other, size) = row
         print(f"{step:>6} {z:>30.2f} {rms:>13.4f} {other:>16.2f} {size:>13.4f}")
