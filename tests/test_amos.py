@@ -75,22 +75,66 @@ def test_without_memory_every_gradient_has_length_one():
     assert float(found[1]) == pytest.approx(-0.05 * (1 - d * gamma / 2) + d * 0.05)
 
 
+@pytest.mark.parametrize("per_output", [False, True])
+def test_momentum_averages_the_steps(per_output):
+    """m = .9 m + .1 delta from zero, delta that of the recursion at the weights reached, in plain numbers."""
+    xi, eta, beta, weights = 0.4, 0.5, 0.9, [[1.0, -2.0], [0.5, 3.0]]
+    gradients = [
+        [[3.0, 4.0], [0.1, -0.2]],
+        [[-1.0, 2.0], [0.3, 0.1]],
+        [[0.5, 0.0], [-0.1, 0.4]],
+    ] * 3
+    options = {"lr": xi, "scale": eta, "beta": beta, "momentum": 0.9, "per_output": per_output}
+    found, state = steps_of(weights, gradients, **options)
+    groups = [[0], [1]] if per_output else [[0, 1]]
+    v, b = [0.0] * len(groups), [0.0] * len(groups)
+    m = [[0.0, 0.0], [0.0, 0.0]]
+    for t, (gradient, after) in enumerate(zip(gradients, found, strict=True), start=1):
+        for k, rows in enumerate(groups):
+            square = sum(g * g for i in rows for g in gradient[i]) / (2 * len(rows))
+            v[k] = beta * v[k] + (1 - beta) * square
+            hat = v[k] / (1 - beta**t)
+            gamma = (1 + xi**0.5 * b[k] / 4) ** -0.5 * xi**2 * square / hat
+            d = 1 / (1 + (xi * eta) ** 0.5 * b[k] / 4)
+            for i in rows:
+                for j in range(2):
+                    delta = d * (gamma * weights[i][j] / 2 + xi * eta * gradient[i][j] / hat**0.5)
+                    m[i][j] = 0.9 * m[i][j] + 0.1 * delta
+                    weights[i][j] -= m[i][j]
+            b[k] += gamma * (1 + b[k])
+        torch.testing.assert_close(after, torch.tensor(weights, dtype=F64))
+    assert state["b"].flatten().tolist() == pytest.approx(b) and min(b) > 0.1
+
+
+def test_an_output_of_its_own_does_not_mind_the_others():
+    """Gradients of one row a thousand times larger leave the other row's step as it was."""
+    small, large = [[1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0], [3e3, 4e3]]
+    options = {"lr": 0.1, "scale": 0.5, "per_output": True}
+    (one,), _ = steps_of([[0.0, 0.0], [0.0, 0.0]], [small], **options)
+    (two,), _ = steps_of([[0.0, 0.0], [0.0, 0.0]], [large], **options)
+    torch.testing.assert_close(one, two)
+    (whole,), _ = steps_of([[0.0, 0.0], [0.0, 0.0]], [large], lr=0.1, scale=0.5)
+    assert abs(float(whole[0, 0])) < 0.01 * abs(float(one[0, 0]))
+
+
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
 
 
 def test_state_is_three_numbers_a_tensor():
-    def numbers(kind):
+    def numbers(kind, **options):
         net = network()
-        optimizer = kind(net.parameters(), lr=0.1)
+        optimizer = kind(net.parameters(), lr=0.1, **options)
         net(torch.ones(2, 8)).sum().backward()
         optimizer.step()
         return sum(x.numel() for state in optimizer.state.values() for x in state.values())
 
     tensors = len(list(network().parameters()))
     weights = sum(p.numel() for p in network().parameters())
+    outputs = 16 + 1 + 1 + 1  # those of weights, and a number each for the two vectors
     assert numbers(Amos) == 3 * tensors
+    assert numbers(Amos, momentum=0.9, per_output=True) == weights + tensors + 2 * outputs
     assert numbers(torch.optim.AdamW) == 2 * weights + tensors
 
 
@@ -134,9 +178,10 @@ def fit(optim, steps, net=None):
     return net, [svi.step() for _ in range(steps)]
 
 
-def test_it_trains_under_svi_and_goes_on_from_a_file(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "per_output": True}])
+def test_it_trains_under_svi_and_goes_on_from_a_file(tmp_path, options):
     def make():
-        return JointOptim(Amos, {"lr": 0.1})
+        return JointOptim(Amos, {"lr": 0.1, **options})
 
     whole, losses = fit(make(), 60)
     assert losses[-1] < losses[0] - 20
@@ -151,10 +196,11 @@ def test_it_trains_under_svi_and_goes_on_from_a_file(tmp_path):
         torch.testing.assert_close(a, b)
 
 
-def test_half_precision_weights_have_a_state_of_single():
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_half_precision_weights_have_a_state_of_single(momentum):
     weight = torch.ones(4, dtype=torch.bfloat16, requires_grad=True)
     weight.sum().backward()
-    optimizer = Amos([weight], lr=0.5)
+    optimizer = Amos([weight], lr=0.5, momentum=momentum)
     optimizer.step()
     assert optimizer.state[weight]["v"].dtype == torch.float32
     assert weight.dtype == torch.bfloat16 and weight.isfinite().all() and (weight < 1).all()
@@ -165,6 +211,7 @@ def test_half_precision_weights_have_a_state_of_single():
     [
         ({"lr": 0.0}, r"^lr: got 0\.0, expected a finite number > 0"),
         ({"lr": 0.1, "beta": 1.0}, r"^beta: got 1\.0, expected a number in \[0, 1\)"),
+        ({"lr": 0.1, "momentum": 1.0}, r"^momentum: got 1\.0, expected a number in \[0, 1\)"),
         ({"lr": 0.1, "scale": -1.0}, r"^scale: got -1\.0"),
         ({"lr": 0.1, "eps": 0.0}, r"^eps: got 0\.0"),
     ],

@@ -23,10 +23,12 @@ def main() -> None:
     out = parser.parse_args().out
     figure, axes = plt.subplots(1, 2, figsize=(8, 2.9), layout="constrained")
     for ax, name in zip(axes, ("moons", "digits"), strict=True):
-        for kind, rate in amos.SHOWN[name].items():
-            bounds, _ = amos.curve(kind, rate, name, STEPS)
+        for kind, rates in amos.RATES.items():
+            runs = {rate: amos.curve(kind, rate, name, STEPS)[0] for rate in rates}
+            rate = max(runs, key=lambda rate: runs[rate][-1])
             steps = range(amos.EVERY, STEPS + 1, amos.EVERY)
-            ax.plot(steps[1:], bounds[1:], "o-", markersize=3, label=f"{kind}, {rate:g}")
+            label = f"{'Amos ' if 'with' in kind else ''}{kind}, {rate:g}"
+            ax.plot(steps[1:], runs[rate][1:], "o-", markersize=3, label=label)
         ax.set(title=name, xlabel="steps")
         ax.legend(fontsize=8, frameon=False)
     axes[0].set_ylabel("held-out bound, nats")

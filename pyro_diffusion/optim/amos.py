@@ -38,6 +38,11 @@ class Amos(torch.optim.Optimizer):
     of steps is needed. State is v, b and the number of steps, three numbers a tensor; Adam's is twice the
     weights.
 
+    Two options of the paper use more of it. ``per_output`` keeps a v and a b for every output of a tensor of
+    weights, the bar being the mean over its inputs. ``momentum`` takes the moving average of the steps
+    :math:`m \leftarrow \mu m + (1 - \mu)\,\delta`, of zeros at first, for the step: one number a weight, half
+    of Adam's.
+
     Args:
         params: parameters, or dictionaries of them with options of their own, as of every torch optimizer.
         lr: :math:`\xi`, about one over the square root of the number of independent batches in the data.
@@ -45,10 +50,12 @@ class Amos(torch.optim.Optimizer):
         scale: :math:`\eta`; by default that of each tensor's shape, :math:`1/\sqrt{\text{inputs}}` of weights
             and .5 of vectors.
         eps: least :math:`\hat v`, below which gradients are taken for zero.
+        momentum: :math:`\mu`, in [0, 1).
+        per_output: whether v and b are kept for every output, the first dimension of weights.
 
     Raises:
-        ValueError: for a rate or scale outside (0, 1e6], an eps that is not positive, a beta outside [0, 1),
-            and sparse gradients.
+        ValueError: for a rate or scale outside (0, 1e6], an eps that is not positive, a beta or momentum
+            outside [0, 1), and sparse gradients.
 
     Example:
         >>> weight = torch.ones(2, requires_grad=True)
@@ -59,7 +66,7 @@ class Amos(torch.optim.Optimizer):
         tensor([0.9450, 0.9450])
 
     References:
-        Tian and Parikh, arXiv 2210.11693, algorithm 1, one slot a tensor, without momentum.
+        Tian and Parikh, arXiv 2210.11693, algorithm 1 (v and b reduced over axes, optional momentum).
     """
 
     def __init__(
@@ -69,14 +76,18 @@ class Amos(torch.optim.Optimizer):
         beta: float = 0.999,
         scale: float | None = None,
         eps: float = 1e-18,
+        momentum: float = 0.0,
+        per_output: bool = False,
     ) -> None:
         check_number("lr", lr, above=0, at_most=1e6)
         check_number("eps", eps, above=0)
-        if check_number("beta", beta, at_least=0) >= 1:
-            raise ValueError(f"beta: got {beta!r}, expected a number in [0, 1)")
+        for name, value in (("beta", beta), ("momentum", momentum)):
+            if check_number(name, value, at_least=0) >= 1:
+                raise ValueError(f"{name}: got {value!r}, expected a number in [0, 1)")
         if scale is not None:
             check_number("scale", scale, above=0, at_most=1e6)
-        super().__init__(params, {"lr": lr, "beta": beta, "scale": scale, "eps": eps})
+        options = {"lr": lr, "beta": beta, "scale": scale, "eps": eps}
+        super().__init__(params, {**options, "momentum": momentum, "per_output": bool(per_output)})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -98,13 +109,14 @@ class Amos(torch.optim.Optimizer):
             raise ValueError("params: got one with a sparse gradient, expected dense ones")
         xi, beta, scale = group["lr"], group["beta"], group["scale"]
         eta = typical_scale(parameter) if scale is None else scale
+        square = _mean_square(gradient, group["per_output"])
         state = self.state[parameter]
         if not state:
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            for name in ("step", "v", "b"):
-                state[name] = torch.zeros((), dtype=dtype, device=parameter.device)
+            state["step"] = square.new_zeros(())
+            state["v"], state["b"] = torch.zeros_like(square), torch.zeros_like(square)
+            if group["momentum"]:
+                state["m"] = torch.zeros_like(parameter, dtype=square.dtype)
         step, v, b = state["step"], state["v"], state["b"]
-        square = gradient.to(v.dtype).square().mean()
         step += 1
         v.lerp_(square, 1 - beta)
         # 1 - beta^t, without the cancellation of the first steps.
@@ -112,6 +124,18 @@ class Amos(torch.optim.Optimizer):
         corrected = (v / known).clamp(min=group["eps"])
         gamma = (1 + 0.25 * xi**0.5 * b).rsqrt() * xi**2 * square / corrected
         shorter = 1 / (1 + 0.25 * (xi * eta) ** 0.5 * b)
-        parameter.mul_((1 - 0.5 * shorter * gamma).to(parameter.dtype))
-        parameter.sub_((shorter * xi * eta * corrected.rsqrt()).to(parameter.dtype) * gradient)
+        keep, rate = 1 - 0.5 * shorter * gamma, shorter * xi * eta * corrected.rsqrt()
         b += gamma * (1 + b)
+        if group["momentum"]:
+            change = (1 - keep) * parameter + rate * gradient
+            parameter.sub_(state["m"].lerp_(change.to(square.dtype), 1 - group["momentum"]))
+        else:
+            parameter.mul_(keep.to(parameter.dtype)).sub_(rate.to(parameter.dtype) * gradient)
+
+
+def _mean_square(gradient: Tensor, per_output: bool) -> Tensor:
+    """Over the tensor, or over the inputs of every output; at least in single precision."""
+    square = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square()
+    if per_output and gradient.dim() > 1:
+        return square.mean(tuple(range(1, gradient.dim())), keepdim=True)
+    return square.mean()

@@ -1059,7 +1059,11 @@ def file_calls() -> list[Call]:
             lambda **arguments: checkpoint.load_model(**arguments)(data(), 0.5).mean,
             of({"path": str(folder / "model.safetensors"), "network": Tiny((3,), 2)}),
         ),
-        Call("optim.Amos", amos, of({"lr": 0.1, "beta": 0.999, "scale": 0.5, "eps": 1e-18})),
+        Call(
+            "optim.Amos",
+            amos,
+            of({"lr": 0.1, "beta": 0.999, "scale": 0.5, "eps": 1e-18, "momentum": 0.9}),
+        ),
         Call("optim.EMA", average, of({"decay": 0.9, "warmup": True})),
         Call(
             "optim.EMA.load_state_dict",
