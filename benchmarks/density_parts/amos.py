@@ -91,7 +91,9 @@ def main(scale: float) -> bool:
             bounds, state, rate = max(runs, key=lambda run: run[0][-1])
             if kind == "AdamW":
                 wanted, most = bounds[-1], state
-            at = next((min(EVERY * (i + 1), steps) for i, x in enumerate(bounds) if x >= wanted), None)
+            at = next(
+                (min(EVERY * (i + 1), steps) for i, x in enumerate(bounds) if x >= wanted), None
+            )
             print(
                 f"{name:>7} {kind:>14} {rate:>6g} {bounds[-1]:>9.3f} {at or 'not there':>12} {state:>8.4f}",
                 flush=True,
