@@ -11,7 +11,10 @@ inference is right: for the chain's own draws that needs no other reference. The
     ancestors   least and median number of distinct ancestors among the first generation
     log Z       standard deviation over --repeats further runs on the first --repeat-images, the printed
                 error beside it (root mean squares over images), and the share of runs that print an error
+    chi^2       of a draw, a reading: 1 for the truth
     s           seconds an image, without these further runs
+
+With --twist N STEPS the same with an ``AmortizedTwist``, trained for each problem on N of its simulations.
 
 With --reference N in their place, over all images: how far two runs of N particles are from one another,
 which go by different guidance, and how far --repeats runs of --particles are from the first of them: means
@@ -23,6 +26,7 @@ in posterior standard deviations and logarithms of standard deviations, root mea
 """
 
 import argparse
+import itertools
 import math
 import time
 from pathlib import Path
@@ -35,10 +39,11 @@ from trained_posteriors.methods import by_residuals, guided
 from trained_posteriors.prior import OBJECTIVES, chain, trained
 from trained_posteriors.problems import Problem, problems
 from trained_posteriors.runs import Found, Runner
+from trained_posteriors.twists import learned
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance import CalibratedCovariance
-from pyro_diffusion.guidance.base import GuidedDenoiser
+from pyro_diffusion.guidance.base import Guidance, GuidedDenoiser
 from pyro_diffusion.guidance.chain_moments import ChainMoments
 from pyro_diffusion.likelihoods import Likelihood
 
@@ -93,36 +98,43 @@ def particles(runner: Runner, y: Tensor, count: int) -> tuple[Tensor, str]:
     return torch.cat([part.sample((DRAWS,)) for part in parts], 1), said
 
 
-def unweighted(problem: Problem, denoiser: Denoiser, y: Tensor, at_once: int) -> Tensor:
+def unweighted(guidance: Guidance, runner: Runner, y: Tensor) -> Tensor:
     """Draws of the guidance alone."""
+    problem, denoiser = runner.problem, runner.denoiser
     with torch.no_grad():
-        parts = y.split(max(at_once // DRAWS, 1))
-        return torch.cat([guided(alone, problem, denoiser, some, DRAWS) for some in parts], 1)
+        parts = y.split(max(runner.at_once // DRAWS, 1))
+        return torch.cat([guided(guidance, problem, denoiser, some, DRAWS) for some in parts], 1)
 
 
 def report(problem: Problem, denoiser: Denoiser, truth: Tensor, args: argparse.Namespace) -> None:
     """The rows of a problem, each when it is known."""
     y, reference = problem.observe(truth), None
-    for count in (0, *args.particles):
-        runner, said = Runner(problem, denoiser, args.at_once), ""
+    choices: dict[str, tuple[Guidance, Guidance | None]] = {"": (alone, None)}
+    if args.twist:
+        twist = learned(problem, denoiser, y, *args.twist)
+        choices["learned twist, "] = (twist, twist)
+    for (name, (guidance, of_particles)), count in itertools.product(
+        choices.items(), (0, *args.particles)
+    ):
+        runner, said = Runner(problem, denoiser, args.at_once, guidance=of_particles), ""
         start = time.perf_counter()
         if count == 0:
             pyro.set_rng_seed(0)
-            draws = unweighted(problem, denoiser, y, args.at_once)
+            draws = unweighted(guidance, runner, y)
         else:
             draws, said = particles(runner, y, count)
         inside, error, p = calibration(draws, truth)  # waits for the device
         seconds = (time.perf_counter() - start) / len(truth)
-        score = crps(draws, truth)
+        score, misfit = crps(draws, truth), float(problem.misfit(draws, y).mean())
         reference = score if reference is None else reference
         gap = score - reference
         if count and args.repeats > 1:
             said += "  " + runner.evidence(y[: args.repeat_images], count, args.repeats)
+        method = "guidance alone" if count == 0 else f"{count} particles"
         print(
-            f"  {'guidance alone' if count == 0 else f'{count} particles':15} coverage {inside:.3f} +- "
-            f"{error:.3f}  SBC p {p:.3f}  CRPS {float(score.mean()):.4f} "
-            f"({float(gap.mean()):+.4f} +- {float(gap.std()) / math.sqrt(len(gap)):.4f})"
-            f"  {seconds:.2f} s  {said}",
+            f"  {name + method:30} coverage {inside:.3f} +- {error:.3f}  SBC p {p:.3f}  "
+            f"CRPS {float(score.mean()):.4f} ({float(gap.mean()):+.4f} +- "
+            f"{float(gap.std()) / math.sqrt(len(gap)):.4f})  chi^2 {misfit:.2f}  {seconds:.2f} s  {said}",
             flush=True,
         )
 
@@ -169,6 +181,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--particles", nargs="*", type=int, default=[64, 512])
     parser.add_argument("--repeats", type=int, default=10, help="further runs")
     parser.add_argument("--repeat-images", type=int, default=200, help="that they are made on")
+    parser.add_argument("--twist", nargs=2, type=int, help="simulations and steps of its training")
     parser.add_argument("--reference", type=int, help="particles of the long runs")
     parser.add_argument(
         "--at-once", type=int, default=4096, help="particles of all images together"

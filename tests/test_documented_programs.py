@@ -124,6 +124,7 @@ def test_the_page_on_conditioning_runs() -> None:
     shorter = {
         r"range\(1000\)": "range(2)",
         r"num_samples=500, warmup_steps=200": "num_samples=3, warmup_steps=2",
+        r"steps=300": "steps=4",
     }
     page = run("docs/condition_anything.md", shorter)
     assert page["draws"].shape == (100, 2)

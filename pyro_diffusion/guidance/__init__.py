@@ -1,5 +1,6 @@
 """Denoisers bent towards observations."""
 
+from pyro_diffusion.guidance.amortized_twist import AmortizedTwist
 from pyro_diffusion.guidance.base import GuidedDenoiser, Twisted
 from pyro_diffusion.guidance.calibrated_covariance import CalibratedCovariance
 from pyro_diffusion.guidance.classifier import (
@@ -17,6 +18,7 @@ from pyro_diffusion.guidance.substitution import SubstitutionGuidance
 __all__ = [
     "MMPS",
     "TMPD",
+    "AmortizedTwist",
     "CalibratedCovariance",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",

@@ -111,6 +111,21 @@ class GuidedDenoiser(Denoiser):
         """The posterior over x_0 given x_t and y, batch and event shape of xt."""
         return self.twisted(xt, t, **context).posterior
 
+    def follow(self, kernel: TorchDistribution, level: Level | None) -> TorchDistribution | None:
+        """The chain's own kernel to the next state times the twist there, as far as a method knows both.
+
+        Particles draw from it in place of the bridge to :meth:`twisted`'s posterior. Its weights are exact
+        whatever it is, if its density is that of its draws and positive where the kernel's is.
+
+        Args:
+            kernel: the chain's own, from x_t to x_s, or at the end to the data.
+            level: of s; None at the data, where the likelihood is the twist.
+
+        Returns:
+            A kernel of the same shape, or None (here always) where a method has none.
+        """
+        return None
+
     def context_event_dim(self, name: str, value: Tensor) -> int:
         """How many rightmost dimensions of a context tensor belong to one datum: as the base has it."""
         return self.denoiser.context_event_dim(name, value)

@@ -11,7 +11,7 @@ from pyro_diffusion.precision import matmul
 from pyro_diffusion.processes.conditioned_normal import ConditionedNormal
 from pyro_diffusion.unwrapping import per_coordinate
 
-__all__ = ["Readings", "told", "told_at_last"]
+__all__ = ["Readings", "conditioned", "told", "told_at_last"]
 
 
 class Readings(NamedTuple):
@@ -65,7 +65,7 @@ def told(kernel: TorchDistribution, readings: Readings, weight: Tensor) -> Torch
     gap = readings.gap.reshape(*shape, *readings.gap.shape[-2:])
     left = _finite(gap.double() - matmul(cross, cross.mT))
     half = torch.linalg.solve_triangular(_root(left), cross, upper=False)
-    return _conditioned(kernel, base.loc, half)
+    return conditioned(kernel, base.loc, half)
 
 
 def told_at_last(kernel: TorchDistribution, readings: Readings) -> TorchDistribution:
@@ -85,10 +85,10 @@ def told_at_last(kernel: TorchDistribution, readings: Readings) -> TorchDistribu
     root = torch.linalg.cholesky(eye + matmul(half, half.mT))
     r = readings.residual.reshape(*shape, -1, 1).double()
     shift = scale * matmul(half.mT, torch.cholesky_solve(r, root)).mT
-    return _conditioned(kernel, base.loc + shift.reshape(base.loc.shape).to(base.loc), half)
+    return conditioned(kernel, base.loc + shift.reshape(base.loc.shape).to(base.loc), half)
 
 
-def _conditioned(kernel: TorchDistribution, loc: Tensor, half: Tensor) -> TorchDistribution:
+def conditioned(kernel: TorchDistribution, loc: Tensor, half: Tensor) -> TorchDistribution:
     """A normal with the precision of the kernel and that of readings, (m, n) of unit scales."""
     factor = _finite(half).mT.reshape(*loc.shape, -1).to(loc)
     return ConditionedNormal(loc, per_coordinate(kernel).scale, factor, kernel.event_dim)

@@ -47,6 +47,8 @@ class BatchedProgram:
         latents: Mapping[str, Tensor],
         extract: Extract,
         vectorized: Mapping[bool, bool],
+        *,
+        draws: bool = False,
     ) -> tuple[Tensor, ...]:
         """What is extracted from the observed sites at each x_0, tensors of shape sample + ...
 
@@ -56,6 +58,7 @@ class BatchedProgram:
             extract: what is wanted of the sites.
             vectorized: whether a batch is put left of the plates (else it is run under vmap), without
                 (False) and with (True) latents that have sample dimensions.
+            draws: whether ``extract`` draws, which vmap cannot do anew for each x_0: runs are single then.
 
         Raises:
             ValueError: for an x_0 of another shape.
@@ -76,6 +79,12 @@ class BatchedProgram:
             many[name] = value.expand(sample + nominal).reshape(-1, *nominal)
         if vectorized[bool(many)]:
             out = extract(self._run_vectorized(x0, many, one), 1)
+        elif draws:
+            runs = [
+                extract(self.run(x, {**one, **{k: v[i] for k, v in many.items()}}), 0)
+                for i, x in enumerate(x0)
+            ]
+            out = tuple(torch.stack(parts) for parts in zip(*runs, strict=True))
         else:
             # Checks of values, as validation makes them, are what vmap cannot do.
             with pyro.validation_enabled(False):
@@ -83,6 +92,11 @@ class BatchedProgram:
                     lambda x, some: extract(self.run(x, {**one, **some}), 0), randomness="same"
                 )(x0, many)
         return tuple(v.expand(len(x0), *v.shape[1:]).reshape(sample + v.shape[1:]) for v in out)
+
+    def untouched(self, x0: Tensor, latents: Mapping[str, Tensor]) -> list[Message]:
+        """The observed sites of a single run, with what is missing in them."""
+        data = {**self._given, self._site.name: self._site.value(x0), **latents}
+        return observed(self._program, data)
 
     def single(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The first of latents that have sample dimensions."""

@@ -13,6 +13,7 @@ from pyro_diffusion.likelihoods.analysis import Analysis, analyse
 from pyro_diffusion.likelihoods.base import Likelihood
 from pyro_diffusion.likelihoods.batches import BatchedProgram, Extract
 from pyro_diffusion.likelihoods.first_run import first_run
+from pyro_diffusion.likelihoods.readings import check_complete, values
 from pyro_diffusion.likelihoods.run import Message, handlers, log_density
 from pyro_diffusion.likelihoods.signature import structure
 from pyro_diffusion.likelihoods.trials import trials
@@ -216,6 +217,47 @@ class ProgramLikelihood(Likelihood):
         new = copy.copy(self)
         new.latents = {**self.latents, **latents}
         return new
+
+    def observations(self) -> Tensor:
+        """The observed values y that depend on x_0, those of a datum in one vector, batch + (m,).
+
+        Values of all such sites are flattened and concatenated in the order of the program, as real numbers.
+        If the likelihood does not factorize, all data are one datum, and the batch shape is all ones.
+
+        Raises:
+            ValueError: for sites with missing values, a mask or a scale, and for factors.
+        """
+        x0 = trials(self.prior)[0]
+        latents = self._program.single(self.latents)
+        names = self.analysis.dependence.dependent
+        sites = [s for s in self._program.untouched(x0, latents) if s["name"] in names]
+        check_complete(sites)
+        return values(sites, 0, self._program.collapse)
+
+    def simulate(self, x0: Tensor) -> Tensor:
+        """Draws of what :meth:`observations` returns, given x_0: sample + batch + (m,).
+
+        Args:
+            x0: the diffusion's own data (before transforms), sample + batch + event.
+
+        Raises:
+            ValueError: for an x_0 of another shape.
+        """
+        names = self.analysis.dependence.dependent
+
+        def drawn(sites: list[Message], lead: int) -> tuple[Tensor]:
+            sites = [
+                {**s, "value": s["fn"](*s["args"], **s["kwargs"])}
+                for s in sites
+                if s["name"] in names
+            ]
+            return (values(sites, lead, self._program.collapse),)
+
+        with torch.no_grad():
+            (found,) = self._program.run_batch(
+                x0, self.latents, drawn, self.analysis.vectorized, draws=True
+            )
+        return found
 
     def check_gradient(self) -> None:
         """Refuse a likelihood without a gradient in x_0.

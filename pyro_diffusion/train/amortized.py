@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_diffusion.guidance import AmortizedTwist
 from pyro_diffusion.infer import AutoAmortized, AutoJoint
 from pyro_diffusion.infer.simulators.standardized import shuffled
 from pyro_diffusion.train.history import History
@@ -20,7 +21,7 @@ WARM_UP = 100
 
 
 def fit_amortized(
-    guide: AutoAmortized | AutoJoint,
+    guide: AutoAmortized | AutoJoint | AmortizedTwist,
     simulations: Mapping[str, Tensor],
     *,
     steps: int | None = None,
@@ -31,15 +32,15 @@ def fit_amortized(
     patience: int | None = 6,
     **options: Any,
 ) -> History:
-    """Train an amortized posterior or joint distribution on a fixed number of simulations.
+    """Train an amortized posterior, joint distribution or twist on a fixed number of simulations.
 
     A recipe on top of :class:`Trainer`, which does it in full generality: AdamW along a cosine, clipped
     gradients, the average of the weights that was best on held-out simulations. The guide is then ready, in
     evaluation mode.
 
     Args:
-        guide: an :class:`~pyro_diffusion.infer.AutoAmortized` or
-            :class:`~pyro_diffusion.infer.AutoJoint`, whose ``training_model`` is trained.
+        guide: an :class:`~pyro_diffusion.infer.AutoAmortized`, :class:`~pyro_diffusion.infer.AutoJoint` or
+            :class:`~pyro_diffusion.guidance.AmortizedTwist`, whose ``training_model`` is trained.
         simulations: of ``guide.simulate`` or ``guide.accept``.
         steps: of the optimizer; 80 times the square root of the number of simulations, within 1000 and
             20,000, if None.
@@ -51,7 +52,7 @@ def fit_amortized(
         options: of :meth:`Trainer.fit`: ``checkpoint``, ``log``, ``progress``, ...
 
     Returns:
-        What happened, in nats of the standardized, unconstrained latents.
+        What happened, in nats of the standardized, unconstrained latents (of a twist, readings).
 
     Raises:
         ValueError: naming the argument, what it was and what was expected.
@@ -66,9 +67,9 @@ def fit_amortized(
         >>> len(history.losses)
         20
     """
-    if not isinstance(guide, AutoAmortized | AutoJoint):
+    if not isinstance(guide, AutoAmortized | AutoJoint | AmortizedTwist):
         raise ValueError(
-            f"guide: got {type(guide).__name__}, expected an AutoAmortized or an AutoJoint"
+            f"guide: got {type(guide).__name__}, expected an AutoAmortized, an AutoJoint or an AmortizedTwist"
         )
     if not isinstance(simulations, Mapping) or not all(
         isinstance(value, Tensor) and value.dim() for value in simulations.values()

@@ -103,6 +103,11 @@ def guidance_calls() -> list[Call]:
     def wrapped(kind: Any, **arguments: Any) -> Any:
         return used_guidance(kind(**arguments))
 
+    def learned(sims: int, **arguments: Any) -> Any:
+        twist = guidance.AmortizedTwist(**arguments)
+        twist.simulate(sims)
+        return used_guidance(twist(exact(), read()))
+
     likelihood = read()
     x0 = lambda: {"x0": data()}  # noqa: E731
 
@@ -133,6 +138,11 @@ def guidance_calls() -> list[Call]:
                 weight=2,
             )
             for kind, arguments in kinds.items()
+        ),
+        Call(
+            "guidance.AmortizedTwist",
+            learned,
+            of({"likelihood": likelihood, "hidden": (4, 4), "sims": 20}),
         ),
         Call(
             "guidance.Replacement",

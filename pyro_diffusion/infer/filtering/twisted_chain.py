@@ -84,12 +84,14 @@ class TwistedChain:
             own, guided = (self.process.combine(x, posterior, row) for posterior in both)
             if readings is not None and readings.fit(guided):
                 guided = told(guided, readings, row.x0)
+            followed = self.guided.follow(own, self.grid.row(stage - 1))
         else:
             decoder, level = self.diffusion.decoder, self.grid.row(stage)
             own, guided = (decoder(posterior, level, self.process) for posterior in both)
             if readings is not None and decoder.keeps_x0 and readings.fit(own):
                 guided = told_at_last(own, readings)
-        return {"prior": own, "posterior": guided}
+            followed = self.guided.follow(own, None) if decoder.keeps_x0 else None
+        return {"prior": own, "posterior": guided if followed is None else followed}
 
     def per_filter(self, log_prob: Tensor) -> Tensor:
         """One number a particle and filter, (N,) + filters, in double precision."""
