@@ -69,7 +69,7 @@ def packed_log_prob(
         sample + batch.
 
     Raises:
-        ValueError: for missing latents, other shapes, and values outside the support.
+        ValueError: for missing latents, other shapes, no values, and values outside the support.
     """
     missing = [name for name in sites if name not in latents]
     if missing:
@@ -85,6 +85,8 @@ def packed_log_prob(
                 f"latents, and {tuple(site.shape)}"
             )
     batch = batches.pop()
+    if not batch.numel():
+        raise ValueError(f"latents: got an empty batch of shape {tuple(batch)}, expected values")
     packed = pack(guide, latents, batch)
     check_finite("latents (unconstrained)", packed)
     plates = (1,) * nesting if posterior.batch_shape else ()
