@@ -131,7 +131,9 @@ def draw(parts: list[Any]) -> Figure:
         ax.set_xlabel("pupils of the school")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("effect, two sds")
-    axes[-1].legend(frameon=False, fontsize=8, ncols=2)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
+    )
     return figure
 
 

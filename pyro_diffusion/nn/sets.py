@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from pyro_diffusion.validation import check_number, check_operand, check_positive_int
 
 from .definition import DefinedModule
+from .regressions import MOMENTS, regression_size, regressions, scatter
 from .transformer import Block
 
 __all__ = ["SetEncoder"]
@@ -18,13 +19,14 @@ class SetEncoder(DefinedModule):
 
         h_i &= \phi(x_i), \qquad w_{ki} = \mathrm{softmax}_i\, a_k(h_i), \\
         s &= \rho\Big(\tfrac{1}{n} \sum_i [x_i, h_i],\; \sum_i w_{ki} V_k [x_i, h_i],\; \log(1 + n),\;
-            \tfrac{1}{1 + n}\Big),
+            \tfrac{1}{1 + n},\; \beta, \tfrac12 \log v\Big),
 
     with perceptrons :math:`\phi` and :math:`\rho` and attention :math:`a_k` of every head k, preceded by
     ``blocks`` in which rows attend to each other, if any. Weights that differ by row are what a mean over
-    groups of different precision needs; means of rows as they are, not only of their features, let a summary
-    be as exact as a sufficient statistic. Cost is linear in the number of rows without blocks, quadratic
-    with.
+    groups of different precision needs. Means of rows as they are, not only of their features, and, of rows
+    of up to 8 numbers, each number's linear regression on the numbers before it in the set,
+    :math:`\beta, v` (:func:`regressions`), let a summary be as exact as the sufficient statistics of a normal
+    program. Cost is linear in the number of rows without blocks, quadratic with.
 
     Rows that a mask leaves out may hold any values, NaN too: they reach neither the summary nor a gradient.
     The summary of a permuted set is the same up to the rounding of sums; that of an empty set is of no row.
@@ -77,7 +79,7 @@ class SetEncoder(DefinedModule):
         self.blocks = nn.ModuleList(Block(width, heads, dropout, False) for _ in range(blocks))
         self.logits = nn.Linear(width, heads, bias=False)
         self.values = nn.Linear(event_size + width, width)
-        inputs = event_size + 2 * width + 2
+        inputs = event_size + 2 * width + 2 + regression_size(event_size)
         self.rho = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, features))
         self.skip = nn.Linear(inputs, features)
         nn.init.zeros_(self.logits.weight)  # at first every row counts alike
@@ -106,7 +108,10 @@ class SetEncoder(DefinedModule):
         share = self.logits(hidden).masked_fill(~present, none).softmax(1) * present
         values = self.values(joined).unflatten(-1, (self.heads, -1))
         pooled = (share.unsqueeze(-1) * values).sum(1).flatten(1)
-        whole = torch.cat([mean, pooled, count.log1p(), 1 / (1 + count)], -1)
+        parts = [mean, pooled, count.log1p(), 1 / (1 + count)]
+        if self.event_size <= MOMENTS:
+            parts.append(regressions(*scatter(rows, present)))
+        whole = torch.cat(parts, -1)
         return self.skip(whole) + self.rho(whole)
 
 

@@ -66,10 +66,11 @@ class AutoAmortized(SimulatedLevels):
         q(\theta, \theta_{1 \dots R} | x) =
             q(\theta | x_0, x_{1 \dots R}) \prod_r q(\theta_r | \theta, x_0, x_r),
 
-    by one network for all rows; plates may be nested. Simulations have as many rows as the program's
-    arguments say; in training, some of them are seen, their number drawn evenly in its logarithm. Then the
-    guide is asked with as many rows as the model's plates have, up to those of the simulations; more raise an
-    ``UnreliableWarning``. Rows that ``poutine.mask`` leaves out have no data, and may hold anything.
+    by one network for all rows; plates may be nested. What sets say by linear regressions and analysis of
+    variance is computed, not learned, for rows of up to 8 numbers. Simulations have as many rows as the
+    program's arguments say; in training, some of them are seen, their number drawn evenly in its logarithm.
+    Then the guide is asked with as many rows as the model's plates have, up to those of the simulations; more
+    raise an ``UnreliableWarning``. Rows that ``poutine.mask`` leaves out have no data, and may hold anything.
 
     **Nuisance latents** need no posterior: name the ``latents`` of interest, and the others are integrated
     out.
@@ -92,6 +93,10 @@ class AutoAmortized(SimulatedLevels):
             trial if None, and else they are run one by one.
         plates: names of the plates whose rows are a set, found by a trial if None; none if there is a
             ``summary``, which is of whole data.
+        encoders: modules by the name of the observed site that each encodes, such as
+            ``{"curve": SeriesEncoder(2)}``, trained along: of one row's standardized values where the site is
+            in a plate of rows, (N,) + the shape of a row -> (N, features). The other sites' numbers are taken
+            as they are.
 
     Attributes:
         dropped: simulations that were not finite, of all so far.
@@ -129,10 +134,11 @@ class AutoAmortized(SimulatedLevels):
         solver: ODESolver | None = None,
         vectorized: bool | None = None,
         plates: Collection[str] | None = None,
+        encoders: Mapping[str, nn.Module] | None = None,
     ) -> None:
         if objective is not None and not isinstance(objective, Objective):
             raise ValueError(f"objective: got {type(objective).__name__}, expected an Objective")
-        super().__init__(model, summary, denoiser, observed, latents, vectorized, plates)
+        super().__init__(model, summary, denoiser, observed, latents, vectorized, plates, encoders)
         self._objective = objective
         tolerant = ODESolver("dopri5", rtol=1e-4, atol=1e-4)
         self._solver = tolerant if solver is None else check_ode_solver(solver)

@@ -23,7 +23,9 @@ __all__ = [
     "FlowPosterior",
     "MakeDenoiser",
     "check_denoiser",
+    "check_summary",
     "default_denoiser",
+    "encoded_size",
     "flow_posterior",
     "focused_times",
     "observed_diffusion",
@@ -72,7 +74,7 @@ class ConditionalPosterior(nn.Module):
         if summary is not None:
             zeros = [each.loc.new_zeros((2, *each.loc.shape)) for each in self._sites]
             with torch.no_grad():
-                size = _check_summary(summary(*zeros), 2).shape[1]
+                size = check_summary(summary(*zeros), 2).shape[1]
         self.denoiser = make_denoiser(latent_size, size)
         check_denoiser(self.denoiser)
         # simulations that the scales were taken from
@@ -111,7 +113,7 @@ class ConditionalPosterior(nn.Module):
             x.reshape(-1, *site.loc.shape)
             for x, site in zip(self.standardized(data), self._sites, strict=True)
         ]
-        return _check_summary(self.summary(*flat), len(flat[0])).reshape(*batch, -1)
+        return check_summary(self.summary(*flat), len(flat[0])).reshape(*batch, -1)
 
     def diffusion(self, context: Tensor, objective: Objective | None) -> Diffusion:
         """How standardized latents are distributed; simulated ones are observed under it."""
@@ -158,11 +160,21 @@ def focused_times(process: Any) -> Tensor:
     return times.to(torch.get_default_dtype())
 
 
-def _check_summary(out: Any, count: int) -> Tensor:
+def check_summary(out: Any, count: int) -> Tensor:
+    """What a summary returned of so many data, if it is (count, features)."""
     if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != count:
         shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"summary: got {shape} for {count} data, expected ({count}, features)")
     return out
+
+
+def encoded_size(module: nn.Module, *shapes: Sequence[int]) -> int:
+    """Features that a module returns of data of these shapes, with as many arguments."""
+    dtype = next((p.dtype for p in module.parameters()), torch.get_default_dtype())
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    zeros = [torch.zeros(2, *shape, dtype=dtype, device=device) for shape in shapes]
+    with torch.no_grad():
+        return check_summary(module(*zeros), 2).shape[1]
 
 
 class FlowPosterior(TransformedDistribution):

@@ -1,100 +1,47 @@
 """What is learned of a program with plates of rows: an encoder of sets and a denoiser for every level."""
 
 import json
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser
 from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.distributions.objectives import Objective
 from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.infer.simulators.conditional_posterior import (
     MakeDenoiser,
-    check_denoiser,
     default_denoiser,
     flow_posterior,
     observed_diffusion,
 )
 from pyro_diffusion.infer.simulators.hierarchical_flow import HierarchicalFlow
-from pyro_diffusion.infer.simulators.standardized import Familiar, Standardized
-from pyro_diffusion.nn import ConditionalMLP, SetEncoder
-from pyro_diffusion.processes import GaussianProcess
-from pyro_diffusion.schedules import LogLinear
+from pyro_diffusion.infer.simulators.level_networks import (
+    FEATURES,
+    LevelNetworks,
+    LevelSizes,
+    Rows,
+    RowSite,
+    default_row_denoiser,
+    row_widths,
+)
+from pyro_diffusion.infer.simulators.moments import Moments
+from pyro_diffusion.infer.simulators.standardized import Familiar
+from pyro_diffusion.infer.simulators.thinned_rows import thinned
+from pyro_diffusion.nn.regressions import (
+    MOMENTS,
+    between,
+    regression_size,
+    regressions,
+    residual_means,
+)
 
-__all__ = [
-    "HierarchicalPosterior",
-    "LevelSizes",
-    "Rows",
-    "default_row_denoiser",
-    "observe_levels",
-]
+__all__ = ["HierarchicalPosterior", "observe_levels"]
 
-FEATURES = 32  # of a set
 TRAINED = 4  # rows of a plate whose latents one step learns from
-EMPTY = 0.05  # share of inner sets without rows, in training
-
-
-class LevelSizes(NamedTuple):
-    """What the networks of one level are made for.
-
-    Attributes:
-        plate: name of its innermost plate, empty of the first level.
-        parent: number of the level around it, -1 of the first.
-        size: rows of its plate in the simulations.
-        latents: unconstrained numbers of a row.
-        observed: of every observed site, numbers of a row and whether they are positive.
-    """
-
-    plate: str
-    parent: int
-    size: int
-    latents: int
-    observed: tuple[tuple[int, bool], ...]
-
-
-class Rows(NamedTuple):
-    """Data by level, each batch + rows of its plates.
-
-    Attributes:
-        values: of every level and observed site, + (numbers in a row,).
-        present: of every level, which rows have data.
-    """
-
-    values: tuple[tuple[Tensor, ...], ...]
-    present: tuple[Tensor, ...]
-
-
-def default_row_denoiser(latent_size: int, features: int) -> Denoiser:
-    """A smaller perceptron than that of the latents outside of plates: it is run for every row."""
-    network = ConditionalMLP(latent_size, features, width=64, depth=2)
-    return GaussianDenoiser(network, GaussianProcess(LogLinear(12.0, -8.0)))
-
-
-class _LevelNetworks(nn.Module):
-    """Scales, encoder and denoiser of one level; ``given`` counts the features of latents around it."""
-
-    def __init__(self, sizes: LevelSizes, inner: int, given: int, make: MakeDenoiser) -> None:
-        super().__init__()
-        self.observed = nn.ModuleList(Standardized((n,), log) for n, log in sizes.observed)
-        # whether a row has data of its own is among its features
-        self.marked = bool(sizes.plate and sizes.observed and sizes.latents)
-        row = sum(n for n, _ in sizes.observed) + inner + self.marked
-        self.encoder = SetEncoder(row, FEATURES) if sizes.plate else None
-        if sizes.latents:
-            self.latents = Standardized((sizes.latents,))
-            self.denoiser = make(sizes.latents, given + row)
-            check_denoiser(self.denoiser)
-
-    @property
-    def has_latents(self) -> bool:
-        """Whether the level has latents of its own."""
-        return "latents" in self._modules
 
 
 class HierarchicalPosterior(nn.Module):
@@ -107,31 +54,36 @@ class HierarchicalPosterior(nn.Module):
     Args:
         sizes: of every level, outer ones first.
         make_denoiser: of the sizes of latents and context; None for the default.
+        encoders: modules of the observed sites that have one, by name.
     """
 
     count: Tensor
     structure: Tensor
-    limits: Tensor
 
-    def __init__(self, sizes: Sequence[LevelSizes], make_denoiser: MakeDenoiser | None) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[LevelSizes],
+        make_denoiser: MakeDenoiser | None,
+        encoders: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.sizes = tuple(sizes)
+        known = {} if encoders is None else dict(encoders)
+        widths = [sum(row_widths(each, known)) for each in self.sizes]
         self.levels = nn.ModuleList()
         for i, each in enumerate(self.sizes):
-            inner = FEATURES * sum(other.parent == i for other in self.sizes)
+            children = [j for j, other in enumerate(self.sizes) if other.parent == i]
+            inner = sum(FEATURES + self._pooled_size(j)[1] + self._own_size(j) for j in children)
             given = sum(self.sizes[j].latents for j in self._around(i))
-            for j in self._seen(i):
-                data = sum(n for n, _ in self.sizes[j].observed)
-                given += data + bool(self.sizes[j].plate)
+            given += sum(widths[j] + bool(self.sizes[j].plate) for j in self._seen(i))
             make = make_denoiser or (default_row_denoiser if each.plate else default_denoiser)
-            self.levels.append(_LevelNetworks(each, inner, given, make))
-        numbers = [sum(n for n, _ in each.observed) for each in self.sizes]
+            pooled = self._pooled_size(i)[0]
+            self.levels.append(LevelNetworks(each, known, inner, pooled, given, make))
+        numbers = [sum(site.size for site in each.observed) for each in self.sizes]
         self.familiar = Familiar(numbers[0] + 2 * sum(numbers[1:]))
         # simulations that the scales were taken from
         self.register_buffer("count", torch.tensor(0))
         self.register_buffer("structure", _encoded(self.sizes))
-        # least and most rows of every plate in training
-        self.register_buffer("limits", torch.tensor([[1, each.size] for each in self.sizes]))
 
     @staticmethod
     def stored(structure: Tensor) -> tuple[LevelSizes, ...]:
@@ -139,7 +91,11 @@ class HierarchicalPosterior(nn.Module):
         found = json.loads(bytes(structure.tolist()).decode())
         return tuple(
             LevelSizes(
-                plate, parent, size, latents, tuple((int(n), bool(log)) for n, log in observed)
+                plate,
+                parent,
+                size,
+                latents,
+                tuple(RowSite(name, tuple(shape), log, own) for name, shape, log, own in observed),
             )
             for plate, parent, size, latents, observed in found
         )
@@ -165,6 +121,28 @@ class HierarchicalPosterior(nn.Module):
         outer = self._outer(index) if self.sizes[index].latents else []
         return [j for j in outer if self.sizes[j].observed]
 
+    def _regressed(self, level: int) -> bool:
+        """Whether a level's rows are so few numbers that regressions among them are of use."""
+        sites = self.sizes[level].observed
+        numbers = sum(site.size for site in sites)
+        return 0 < numbers <= MOMENTS and not any(site.encoded for site in sites)
+
+    def _pooled_size(self, level: int) -> tuple[int, int]:
+        """Numbers that :meth:`_set_features` adds to a level's rows, and to their sets' features."""
+        common, rows = 0, 0
+        for j in range(len(self.sizes)):
+            if level and level in self._outer(j) and self._regressed(j):
+                size = sum(site.size for site in self.sizes[j].observed)
+                direct = self.sizes[j].parent == level
+                common += regression_size(size) + 1 + direct * (4 * size + 1)
+                rows += direct * size
+        return rows + common, common
+
+    def _own_size(self, level: int) -> int:
+        """Numbers of the moments of a level's own data."""
+        size = sum(site.size for site in self.sizes[level].observed)
+        return size + regression_size(size) + 2 if self._regressed(level) else 0
+
     def latent_levels(self) -> list[int]:
         """Levels that have latents."""
         return [i for i, each in enumerate(self.sizes) if each.latents]
@@ -184,13 +162,8 @@ class HierarchicalPosterior(nn.Module):
 
     def standardized(self, rows: Rows) -> list[list[Tensor]]:
         """Data on the scale of the simulations, zero where a row is absent."""
-        return [
-            [
-                torch.where(here.unsqueeze(-1), scale(x), 0.0)
-                for scale, x in zip(self._level(i).observed, values, strict=True)
-            ]
-            for i, (values, here) in enumerate(zip(rows.values, rows.present, strict=True))
-        ]
+        data = zip(rows.values, rows.present, strict=True)
+        return [self._level(i).standardized(*each) for i, each in enumerate(data)]
 
     def moments(self, rows: Rows) -> Tensor:
         """What tells unlike data: those outside of plates; means, and means of squares, over all rows."""
@@ -206,88 +179,67 @@ class HierarchicalPosterior(nn.Module):
                 found += [flat.sum(-2) / count, (flat.square().sum(-2) / count).log1p()]
         return torch.cat(found, -1)
 
-    # Training on random numbers of rows.
-
-    def _count(self, level: int, most: int) -> int:
-        """A number of rows, even in its logarithm."""
-        low, high = (int(n) for n in self.limits[level])
-        high = min(high, most)
-        low = min(low, high)
-        u = float(torch.rand(()))
-        return min(high, math.floor(low * ((high + 1) / low) ** u))
-
-    def thinned(self, rows: Rows, latents: Sequence[Tensor] = ()) -> Any:
-        """Some rows of every plate, as many as is drawn; rows of inner plates vary within a batch.
-
-        Returns:
-            Rows; with ``latents`` of every level also these, of the same rows.
-        """
-        orders: dict[int, Tensor] = {}
-        present: list[Tensor] = [rows.present[0]]
-        kept: list[tuple[Tensor, ...]] = [rows.values[0]]
-        lead = present[0].dim()
-        left = list(latents)
-        for i, each in enumerate(self.sizes[1:], start=1):
-            full = rows.present[i]
-            here = full.shape[-1]
-            orders[i] = torch.randperm(here)[: self._count(i, here)].to(full.device)
-            path = [i]
-            while self.sizes[path[0]].parent > 0:
-                path.insert(0, self.sizes[path[0]].parent)
-
-            def taken(x: Tensor, path: list[int] = path) -> Tensor:
-                for axis, j in enumerate(path):
-                    x = x.index_select(lead + axis, orders[j])
-                return x
-
-            inside = taken(full) & present[each.parent].unsqueeze(-1)
-            if len(path) > 1:
-                inside = inside & self._ragged(i, inside)
-            elif each.observed:
-                inside = inside & (torch.rand_like(inside, dtype=torch.float) > EMPTY)
-            kept.append(tuple(map(taken, rows.values[i])))
-            present.append(inside)
-            if left and each.latents:
-                left[i] = taken(left[i])
-        thin = Rows(tuple(kept), tuple(present))
-        return (thin, left) if latents else thin
-
-    def _ragged(self, level: int, inside: Tensor) -> Tensor:
-        """Sets of different sizes within a batch: even in the logarithm of the size, or empty."""
-        most = inside.shape[-1]
-        low = min(int(self.limits[level][0]), most)
-        u = torch.rand(inside.shape[:-1], device=inside.device)
-        sizes = (low * ((most + 1) / low) ** u).floor()
-        empty = torch.rand_like(u) < EMPTY
-        sizes = torch.where(empty, 0.0, sizes) if int(self.limits[level][0]) <= 1 else sizes
-        return torch.arange(most, device=inside.device) < sizes.unsqueeze(-1)
+    def thinned(self, rows: Rows) -> Rows:
+        """As training sees data."""
+        return thinned(self.sizes, rows)[0]
 
     # Summaries and posteriors.
 
     def contexts(self, rows: Rows) -> list[Tensor]:
         """What every level's rows are given of the data, batch + rows + (features,)."""
-        own = self.standardized(rows)
+        data = zip(rows.values, rows.present, strict=True)
+        own = [self._level(i).encoded(*each) for i, each in enumerate(data)]
         around = [torch.cat(each, -1) if each else None for each in own]
         for i, here in enumerate(rows.present):
             if self._level(i).marked:
                 own[i].append(here.unsqueeze(-1).to(own[i][0].dtype))
         found: list[Tensor] = [rows.present[0].new_zeros(0)] * len(self.sizes)
         parts: list[list[Tensor]] = [list(each) for each in own]
+        within: list[list[Moments]] = [[] for _ in self.sizes]
         for i in reversed(range(len(self.sizes))):
             found[i] = torch.cat(parts[i], -1)
             if i:
-                here = rows.present[i]
-                flat = here.reshape(-1, here.shape[-1])
-                encoded = self._level(i).encoder(
-                    found[i].reshape(*flat.shape, found[i].shape[-1]), flat
-                )
+                parent, here = self.sizes[i].parent, rows.present[i]
+                features = [self._set_features(i, found[i], within[i], here)]
+                pooled = [m.pooled() for m in within[i]]
+                data_here = around[i]
+                if self._regressed(i) and data_here is not None:
+                    own_moments = Moments.of(data_here, here)
+                    pooled.insert(0, own_moments)
+                    features.append(own_moments.features())
                 # the first of a row's parts are its own sites', then those of inner plates, in order
-                place = len(own[self.sizes[i].parent])
-                parts[self.sizes[i].parent].insert(place, encoded.reshape(*here.shape[:-1], -1))
+                parts[parent].insert(len(own[parent]), torch.cat(features, -1))
+                within[parent] = pooled + within[parent]
         return [
             torch.cat([*self._data_around(i, around, rows.present), each], -1)
             for i, each in enumerate(found)
         ]
+
+    def _set_features(
+        self, level: int, x: Tensor, within: Sequence[Moments], present: Tensor
+    ) -> Tensor:
+        """Features of the sets of a level's rows, and regressions of data in plates within them.
+
+        Those of the set itself are among its encoder's statistics. Each inner set has a mean of its own,
+        about which its products are taken, and then they are summed: what sets say together of what they
+        share. How their means vary once this is taken out tells of latents of the sets.
+        """
+        common, rows = [], [x]
+        for each in within:
+            pooled = each.pooled()
+            common += [
+                regressions(pooled.scatter, pooled.freedom),
+                pooled.freedom.log1p().unsqueeze(-1),
+            ]
+            if each.mean is not None and each.number is not None:
+                means = residual_means(each.mean, pooled.scatter, pooled.freedom)
+                rows.append(means)
+                common.append(between(means, each.number))
+        broad = [c.unsqueeze(-2).expand(*present.shape, c.shape[-1]) for c in common]
+        row = torch.cat([*rows, *broad], -1)
+        flat = present.reshape(-1, present.shape[-1])
+        encoded = self._level(level).encoder(row.reshape(*flat.shape, row.shape[-1]), flat)
+        return torch.cat([encoded.reshape(*present.shape[:-1], -1), *common], -1)
 
     def _data_around(
         self, level: int, data: Sequence[Tensor | None], present: Sequence[Tensor]
@@ -356,7 +308,7 @@ def observe_levels(
 
     Rows count by their mean, so that the levels' networks learn at the same pace; each has its own optimum.
     """
-    rows, some = posterior.thinned(data, latents)
+    rows, some = thinned(posterior.sizes, data, latents)
     contexts = posterior.contexts(rows)
     simulations = pyro.plate("simulations", len(data.present[0]), dim=-2)
     for level in posterior.latent_levels():
@@ -365,10 +317,14 @@ def observe_levels(
             kept = min(TRAINED, context.shape[axis])
             context, value = context.narrow(axis, 0, kept), value.narrow(axis, 0, kept)
         given = posterior.given(level, some, context)
+        value = posterior.levels[level].latents(value)  # type: ignore[operator]
         given = given.reshape(len(given), -1, given.shape[-1])
+        value = value.reshape(len(given), given.shape[1], -1)
+        # few rows at several noise levels each: as good as more of them, and no set is encoded again
+        copies = max(TRAINED // given.shape[1], 1)
+        given, value = given.repeat(1, copies, 1), value.repeat(1, copies, 1)
         count = given.shape[1]
         diffusion = posterior.diffusion(level, given, objective)
-        value = posterior.levels[level].latents(value)  # type: ignore[operator]
         name = posterior.sizes[level].plate
         with simulations, pyro.plate(f"rows_{name}", count, dim=-1), poutine.scale(scale=1 / count):
-            pyro.sample(f"latents_{name}", diffusion, obs=value.reshape(len(given), count, -1))
+            pyro.sample(f"latents_{name}", diffusion, obs=value)

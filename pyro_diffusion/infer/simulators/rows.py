@@ -1,12 +1,12 @@
 """Between a program's sites and the levels of its plates: data, masks, places in a vector."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
-from pyro_diffusion.infer.simulators.hierarchical_posterior import LevelSizes, Rows
+from pyro_diffusion.infer.simulators.level_networks import LevelSizes, Rows, RowSite
 from pyro_diffusion.infer.simulators.plates import Level, in_rows
 from pyro_diffusion.infer.simulators.simulations import SimulatedSite, Simulator
 from pyro_diffusion.likelihoods.run import Message
@@ -125,7 +125,11 @@ def _rows_of(
 
 
 def level_sizes(
-    simulator: Simulator, levels: Levels, rows: Rows, places: list[Tensor]
+    simulator: Simulator,
+    levels: Levels,
+    rows: Rows,
+    places: list[Tensor],
+    encoded: Collection[str],
 ) -> tuple[LevelSizes, ...]:
     """What networks are to be made for, from the shapes of simulations."""
     return tuple(
@@ -135,12 +139,19 @@ def level_sizes(
             here.shape[-1] if level.plates else 1,
             place.shape[-1] if level.latents else 0,
             tuple(
-                (x.shape[-1], simulator.observed[n].positive)
-                for n, x in zip(level.observed, own, strict=True)
+                _row_site(n, simulator.observed[n], level.dims, n in encoded)
+                for n in level.observed
             ),
         )
-        for level, own, here, place in zip(levels, rows.values, rows.present, places, strict=True)
+        for level, here, place in zip(levels, rows.present, places, strict=True)
     )
+
+
+def _row_site(name: str, site: SimulatedSite, dims: tuple[int, ...], encoded: bool) -> RowSite:
+    """A site with the shape of its values in one row of plates of these dimensions."""
+    taken = {len(site.shape) - site.event_dim + dim for dim in dims}
+    shape = tuple(n for i, n in enumerate(site.shape) if i not in taken)
+    return RowSite(name, shape, site.positive, encoded)
 
 
 def expected_shape(site: SimulatedSite, levels: Levels, node: Message) -> Size:
@@ -162,16 +173,14 @@ def without_masked(value: Tensor, mask: Any, event_dim: int) -> Tensor:
     return torch.where(kept, value, torch.ones_like(value))
 
 
-def check_sizes_seen(
-    sizes: tuple[LevelSizes, ...], limits: Tensor, present: tuple[Tensor, ...]
-) -> None:
+def check_sizes_seen(sizes: tuple[LevelSizes, ...], present: tuple[Tensor, ...]) -> None:
     """Warn of more rows than in training."""
-    for each, (_, high), here in zip(sizes, limits.tolist(), present, strict=True):
+    for each, here in zip(sizes, present, strict=True):
         if not each.plate:
             continue
         most = int(here.sum(-1).max()) if here.numel() else 0
-        if most > high:
+        if most > each.size:
             warn_unreliable(
-                f"plate {each.plate!r}: got {most} rows, expected at most {high}, as in the simulations: "
-                "the posterior is extrapolated there"
+                f"plate {each.plate!r}: got {most} rows, expected at most {each.size}, as in the "
+                "simulations: the posterior is extrapolated there"
             )

@@ -294,12 +294,16 @@ class SimulatedLatents(AutoContinuous):
         values = observations(simulator, args, kwargs)
         found = self._data_of(values)
         if not simulates_alike(simulator, self._call[0], (args, kwargs), values):
-            warn_unreliable(
-                "arguments: got others than those of the first simulations, under which the program "
-                "simulates something else, expected other data alone; the guide answers as if they were the "
-                "same (let what varies, such as a design, be sampled and observed)"
-            )
+            self._warn_other_program("other data alone")
         return found
+
+    def _warn_other_program(self, expected: str) -> None:
+        """Warn of arguments that are not of the program that was learned."""
+        warn_unreliable(
+            "arguments: got others than those of the first simulations, under which the program "
+            f"simulates something else, expected {expected}; the guide answers as if they were the "
+            "same (let what varies, such as a design, be sampled and observed)"
+        )
 
     def _data_of(self, values: Mapping[str, Tensor]) -> tuple[list[Tensor], torch.Size]:
         """Values of observed sites, checked, and the batch shape of the observations."""

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_diffusion.infer.simulators.conditional_posterior import MakeDenoiser, default_denoiser
-from pyro_diffusion.infer.simulators.hierarchical_posterior import HierarchicalPosterior, Rows
+from pyro_diffusion.infer.simulators.designs import rows_alike
+from pyro_diffusion.infer.simulators.hierarchical_posterior import HierarchicalPosterior
+from pyro_diffusion.infer.simulators.level_networks import Rows
 from pyro_diffusion.infer.simulators.plates import Level, find_levels
 from pyro_diffusion.infer.simulators.rows import (
     check_sizes_seen,
@@ -26,6 +28,11 @@ from pyro_diffusion.infer.simulators.simulated_latents import (
     check_data,
 )
 from pyro_diffusion.infer.simulators.simulations import SimulatedSite, Simulator, observed_nodes
+from pyro_diffusion.infer.simulators.site_encoders import (
+    SiteEncoders,
+    check_encoders,
+    check_stored,
+)
 from pyro_diffusion.infer.simulators.standardized import Standardized
 from pyro_diffusion.likelihoods.run import isolated
 
@@ -46,13 +53,14 @@ class SimulatedLevels(SimulatedLatents):
     """Base of :class:`~pyro_diffusion.infer.AutoAmortized`: plates whose rows are a set, of any size.
 
     Args:
-        model: as all but the last, of :class:`SimulatedLatents`.
+        model: as all but the last two, of :class:`SimulatedLatents`.
         summary: of whole data, without plates of rows.
         make_denoiser: of the sizes of latents and context, if given.
         observed: names of the observed sites, if given.
         latents: names of the latents of interest, if given.
         vectorized: whether simulations are one run in a plate, if given.
         plates: names of the plates whose rows are a set, if given.
+        encoders: modules of observed sites, by name.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class SimulatedLevels(SimulatedLatents):
         latents: Collection[str] | None,
         vectorized: bool | None,
         plates: Collection[str] | None,
+        encoders: Mapping[str, nn.Module] | None = None,
     ) -> None:
         make = default_denoiser if make_denoiser is None else make_denoiser
         super().__init__(model, summary, make, observed, latents, vectorized)
@@ -72,10 +81,16 @@ class SimulatedLevels(SimulatedLatents):
                 f"summary: got {type(summary).__name__} for the rows of {plates!r}, expected None: a module "
                 "summarizes whole data"
             )
+        # in a tuple, so that none becomes a submodule before it is built into one
+        self._given_encoders = (check_encoders(encoders, summary),)
         self._plates = () if summary is not None else plates
         self._make_rows = make_denoiser
         self._levels: tuple[Level, ...] = ()
         self._simulated: dict[str, Any] = {}
+
+    @property
+    def _encoders(self) -> dict[str, nn.Module]:
+        return self._given_encoders[0]
 
     @property
     def in_levels(self) -> bool:
@@ -88,6 +103,12 @@ class SimulatedLevels(SimulatedLatents):
             sizes = loaded.sizes if isinstance(loaded, HierarchicalPosterior) else ()
             plates = [each.plate for each in sizes if each.plate]
         simulator = super()._find(args, kwargs)
+        unknown = [name for name in self._encoders if name not in simulator.observed]
+        if unknown:
+            raise ValueError(
+                f"encoders: got {unknown}, expected names of observed sites out of "
+                f"{list(simulator.observed)}"
+            )
         try:
             self._levels = find_levels(simulator, args, kwargs, plates)
         except ValueError as error:
@@ -120,19 +141,29 @@ class SimulatedLevels(SimulatedLatents):
 
     def _build(self, simulator: Simulator) -> nn.Module:
         if not self.in_levels:
+            if self._encoders:
+                self._parts = (
+                    SiteEncoders(list(simulator.observed), self._encoders),
+                    self._parts[1],
+                )
             return super()._build(simulator)
-        return HierarchicalPosterior(self._sizes(simulator), self._make_rows)
+        return HierarchicalPosterior(self._sizes(simulator), self._make_rows, self._encoders)
 
     def _sizes(self, simulator: Simulator) -> Any:
         zeros = {n: torch.zeros(site.shape) for n, site in simulator.observed.items()}
         rows = data_rows(simulator, self._levels, zeros, {}, torch.Size())
-        return level_sizes(simulator, self._levels, rows, self._simulated["_places"])
+        places = self._simulated["_places"]
+        return level_sizes(simulator, self._levels, rows, places, self._encoders)
 
     def _build_stored(self, state_dict: Any, own: str) -> nn.Module | None:
         if f"{own}structure" not in state_dict:
+            if f"{own}summary.sites" in state_dict:
+                names = SiteEncoders.stored(state_dict[f"{own}summary.sites"], self._encoders)
+                self._parts = (SiteEncoders(names, self._encoders), self._parts[1])
             return super()._build_stored(state_dict, own)
         sizes = HierarchicalPosterior.stored(state_dict[f"{own}structure"])
-        return HierarchicalPosterior(sizes, self._make_rows)
+        check_stored({s.name for each in sizes for s in each.observed if s.encoded}, self._encoders)
+        return HierarchicalPosterior(sizes, self._make_rows, self._encoders)
 
     def _check_state(self, simulator: Simulator) -> None:
         if not self.in_levels:
@@ -193,17 +224,18 @@ class SimulatedLevels(SimulatedLatents):
         nodes = observed_nodes(simulator, args, kwargs)
         masks = {name: node["mask"] for name, node in nodes.items()}
         values, shapes = {}, {}
+        given = {name: torch.as_tensor(node["value"]) for name, node in nodes.items()}
         for name, node in nodes.items():
             site = simulator.observed[name]
-            values[name] = without_masked(
-                torch.as_tensor(node["value"]), node["mask"], site.event_dim
-            )
+            values[name] = without_masked(given[name], node["mask"], site.event_dim)
             shapes[name] = expected_shape(site, self._levels, node)
         data, batch = self._checked_rows(values, shapes, masks)
         if self._sizes_of(data) != [place.shape[:-1] for place in self._places]:
             self._take_shapes(args, kwargs)
         posterior: Any = self._modules["posterior"]
-        check_sizes_seen(posterior.sizes, posterior.limits, data.present)
+        check_sizes_seen(posterior.sizes, data.present)
+        if not rows_alike(simulator, self._levels, self._call[0], (args, kwargs), given):
+            self._warn_other_program("other data, other numbers of rows and masks of rows alone")
         return data, batch
 
     def _data_of(self, values: Mapping[str, Tensor]) -> tuple[Any, torch.Size]:
