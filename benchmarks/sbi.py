@@ -15,6 +15,10 @@ of which `--task` chooses:
     calibration   SBC and expected coverage of a right guide and of two that are broken on purpose
     hierarchical  groups and sets of any size, beside closed forms; by itself, and without data
     subsets       any-subset conditioning by AutoJoint; likewise
+    rounds        truncated rounds for one observation beside one round; by itself, on
+                  two_moons with data and against closed forms without
+    ensembles     the mixture of five guides of 1000 simulations beside each; by itself
+    composed      i.i.d. data by composed scores, and by a guide of sets; by itself, and without data
 
 Published C2ST at 1000 / 10,000 simulations (sbibm's NPE; NPSE and Simformer as read from the papers' plots,
 within 0.003), by another classifier:
@@ -34,12 +38,18 @@ from pathlib import Path
 import sbi_hierarchical
 import sbi_subsets
 import torch
-from sbi_parts import TASKS
+from sbi_parts import TASKS, composed, ensembles, rounds
 from sbi_parts.cells import OURS
 from sbi_parts.peer import METHODS
 
 PARTS = ["accuracy", "correction", "calibration", "cost"]
-ALONE = {"hierarchical": sbi_hierarchical.main, "subsets": sbi_subsets.main}
+ALONE = {
+    "hierarchical": sbi_hierarchical.main,
+    "subsets": sbi_subsets.main,
+    "rounds": rounds.main,
+    "ensembles": ensembles.main,
+    "composed": composed.main,
+}
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from pyro_diffusion.denoisers import (
     NPR,
     SN,
     CategoricalDenoiser,
+    ComposedDenoiser,
     Data,
     EDMPreconditioning,
     EstimatedVariance,
@@ -28,6 +29,7 @@ from pyro_diffusion.denoisers import (
     LevelsDenoiser,
     MixtureDenoiser,
     Noise,
+    NormalDenoiser,
     SpectralDenoiser,
     StringTableDenoiser,
     TableDenoiser,
@@ -106,6 +108,10 @@ def mixture(**options):
     return MixtureDenoiser(process, torch.ones(2), torch.eye(2), 0.1, **options)
 
 
+def normal():
+    return NormalDenoiser(GaussianProcess(Cosine()), torch.zeros(2), torch.eye(2))
+
+
 def halved(x0, t):
     return x0 / (1 + t)
 
@@ -164,6 +170,11 @@ DEFINITIONS = [
     (LevelsDenoiser(MLP(2), GaussianProcess(Cosine()), KNOTS), {"context_event_dims": {}}),
     (CategoricalDenoiser(MLP(2), Uniform(Cosine(), 2)), {"process": {"module": "Uniform"}}),
     (mixture(), {"process": {"module": "GaussianProcess"}}),
+    (normal(), {"process": {"module": "GaussianProcess"}}),
+    (
+        ComposedDenoiser(normal(), {}, torch.eye(2)[None], normal(), torch.eye(2)),
+        {"denoiser": {"module": "NormalDenoiser"}, "prior": {"module": "NormalDenoiser"}},
+    ),
     (TableDenoiser(Uniform(Cosine(), 2), torch.ones(2, 2)), {"process": {"module": "Uniform"}}),
     (
         VarianceDenoiser(mixture(), unit_variance),

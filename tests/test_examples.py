@@ -53,6 +53,7 @@ TINY = {
     "missing_covariates": "--prior prior --prior-settings='--steps 3 --batch 8 --width 8' --chain 4 --rows 4"
     " --sweeps 4 --warmup 4 --gibbs-particles 2 --reference-particles 4 --reference-draws 4"
     " --reference-sweeps 16",
+    "epidemic": "--simulations 60 --steps 3 --draws 60 --weighted 20 --particles 5 --datasets 20",
     "schools": "--simulations 60 --steps 3 --schools 8 9 --draws 20 --warmup 10",
     "table": "--steps 3 --batch 8 --width 8 --terms 2 --components 1 2 --shown 2",
     "foreign_model": "--no-diffusers --steps 3 --batch 8 --width 8 --scored 4 --knots 3 --terms 2"

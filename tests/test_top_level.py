@@ -49,7 +49,8 @@ def test_about_twenty_names_are_those_of_the_submodules():
 def test_the_submodules_export_few_names():
     """What a program spells; results and machinery stay in their modules."""
     exported = [importlib.import_module(f"pyro_diffusion.{name}").__all__ for name in SUBMODULES]
-    assert sum(map(len, exported)) <= 218
+    # with what simulators need beyond one guide: ensembles, composed posteriors, truncated rounds
+    assert sum(map(len, exported)) <= 225
 
 
 @pytest.mark.parametrize("name", SUBMODULES)

@@ -6,6 +6,7 @@ from pyro_diffusion.denoisers.analytic import (
     residual_variance,
 )
 from pyro_diffusion.denoisers.base import Denoiser, NetworkDenoiser
+from pyro_diffusion.denoisers.composed import ComposedDenoiser, NormalDenoiser
 from pyro_diffusion.denoisers.discrete import CategoricalDenoiser, LevelsDenoiser, uniform_levels
 from pyro_diffusion.denoisers.exact import MixtureDenoiser, TableDenoiser
 from pyro_diffusion.denoisers.fourier import FourierDenoiser
@@ -34,6 +35,7 @@ __all__ = [
     "NPR",
     "SN",
     "CategoricalDenoiser",
+    "ComposedDenoiser",
     "Data",
     "Denoiser",
     "EDMPreconditioning",
@@ -46,6 +48,7 @@ __all__ = [
     "MixtureDenoiser",
     "NetworkDenoiser",
     "Noise",
+    "NormalDenoiser",
     "Parameterization",
     "Score",
     "SpectralDenoiser",

@@ -11,7 +11,9 @@ from pyro_diffusion.infer.path_elbo import PathELBO
 from pyro_diffusion.infer.reparam import ChainReparam
 from pyro_diffusion.infer.responsibilities import Responsibilities
 from pyro_diffusion.infer.simulators.auto_amortized import AutoAmortized
+from pyro_diffusion.infer.simulators.auto_ensemble import AutoEnsemble
 from pyro_diffusion.infer.simulators.auto_joint import AutoJoint
+from pyro_diffusion.infer.simulators.composed import ComposedPosterior
 from pyro_diffusion.unreliable import UnreliableWarning
 
 __all__ = [
@@ -19,10 +21,12 @@ __all__ = [
     "AnnealedSMC",
     "AutoAmortized",
     "AutoDiffusion",
+    "AutoEnsemble",
     "AutoGuidance",
     "AutoJoint",
     "AutoTwistedSMC",
     "ChainReparam",
+    "ComposedPosterior",
     "DensityRatio",
     "ParticleGibbs",
     "Particles",

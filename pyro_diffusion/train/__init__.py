@@ -6,5 +6,6 @@ writes around it, once; :func:`~pyro_diffusion.train.fit_amortized` is a recipe 
 
 from pyro_diffusion.train.amortized import fit_amortized
 from pyro_diffusion.train.trainer import Trainer
+from pyro_diffusion.train.truncated import fit_truncated
 
-__all__ = ["Trainer", "fit_amortized"]
+__all__ = ["Trainer", "fit_amortized", "fit_truncated"]

@@ -610,6 +610,24 @@ def denoiser_calls() -> list[Call]:
                 }
             ),
         ),
+        Call(
+            "denoisers.NormalDenoiser",
+            functools.partial(built, denoisers.NormalDenoiser),
+            of({"process": PROCESS, "mean": torch.zeros(3), "covariance": torch.eye(3)}),
+        ),
+        Call(
+            "denoisers.ComposedDenoiser",
+            functools.partial(built, denoisers.ComposedDenoiser),
+            of(
+                {
+                    "denoiser": exact(),
+                    "context": {},
+                    "covariances": torch.eye(3).expand(2, 3, 3) / 2,
+                    "prior": exact(),
+                    "prior_covariance": torch.eye(3),
+                }
+            ),
+        ),
         Call("denoisers.MixtureDenoiser.forward", lambda **a: normal(exact()(**a)), of(gauss)),
         Call(
             "denoisers.MixtureDenoiser.marginal",

@@ -262,6 +262,7 @@ def infer_calls() -> list[Call]:
             weight=0.5,
         ),
         *amortized_calls_of(y),
+        *further_amortized_calls(),
         *joint_calls_of(),
         Call(
             "infer.AutoPosterior.quantiles",
@@ -460,6 +461,45 @@ def amortized_calls_of(y: Any) -> list[Call]:
             functools.partial(quantiles_of, guide, point),
             of({"quantiles": [0.1, 0.9], "num_samples": 3}),
             weight=0.5,
+        ),
+    ]
+
+
+def further_amortized_calls() -> list[Call]:
+    """Ensembles, composed posteriors and truncated rounds."""
+    point = torch.tensor([0.5, -0.5, 0.0])
+    members = [amortized() for _ in range(2)]
+    ensemble = infer.AutoEnsemble(members)
+    several = torch.stack([point, -point])
+
+    def composed(x: Any, **arguments: Any) -> Any:
+        return infer.ComposedPosterior(members[0], {"x": x}, **arguments).draw(2)
+
+    def truncated(x: Any, num_simulations: Any, **arguments: Any) -> Any:
+        options = {"steps": 2, "progress": False}
+        return train.fit_truncated(
+            amortized(), {"x": x}, num_simulations, options=options, **arguments
+        ).simulations
+
+    return [
+        Call("infer.AutoEnsemble", infer.AutoEnsemble, lambda: {"members": members}, weight=0.3),
+        Call(
+            "infer.AutoEnsemble.draw",
+            lambda **a: ensemble.draw(a.pop("num_samples"), a),
+            lambda: {"num_samples": 3, "x": point.clone()},
+            weight=0.5,
+        ),
+        Call(
+            "infer.ComposedPosterior",
+            composed,
+            lambda: {"x": several.clone(), "num_draws": 8},
+            weight=0.5,
+        ),
+        Call(
+            "train.fit_truncated",
+            truncated,
+            lambda: {"x": point.clone(), "num_simulations": 30, "rounds": 1, "widen": 0.2},
+            weight=0.3,
         ),
     ]
 

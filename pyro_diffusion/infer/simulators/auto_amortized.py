@@ -223,7 +223,9 @@ class AutoAmortized(SimulatedLevels):
         """The posterior given data, of a batch shape; warns of data unlike those simulated."""
         posterior: Any = self._ready("guide")
         if not self.in_levels:
-            _warn_unlike(posterior.familiar, posterior.rows(data, batch))
+            rows = posterior.rows(data, batch)
+            _warn_unlike(posterior.familiar, rows)
+            _warn_other(posterior.is_other(rows))
             context = posterior.context(data, batch).reshape(*shape, -1)
             flow: FlowPosterior = posterior.flow(context, self._solver)
             return flow
@@ -271,6 +273,16 @@ class AutoAmortized(SimulatedLevels):
 
 def _in_elbo() -> bool:
     return any(name.startswith("pyro.infer") and "elbo" in name for name, _ in callers())
+
+
+def _warn_other(other: Tensor) -> None:
+    """Warn of data other than those that truncated rounds were for."""
+    if bool(other.any()):
+        which = f"{int(other.sum())} of {other.numel()} observations" if other.dim() else "data"
+        warn_unreliable(
+            f"data: got {which} other than those that the guide's truncated rounds were for, expected these: "
+            "it was trained on latents near their posterior, and knows no others"
+        )
 
 
 def _warn_unlike(familiar: Familiar, rows: Tensor) -> None:

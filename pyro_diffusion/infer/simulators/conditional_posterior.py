@@ -33,6 +33,7 @@ __all__ = [
 
 STEPS, CENTRE, WIDTH = 1000, 3.0, 4.0  # of the chain in training: log-SNRs
 CONTEXT = "y"
+NEAR = 1e-3  # of standardized data: other than by rounding, or by a scale that was taken anew
 
 MakeDenoiser = Callable[[int, int], Denoiser]
 
@@ -57,6 +58,7 @@ class ConditionalPosterior(nn.Module):
     """
 
     count: Tensor
+    focus: Tensor
 
     def __init__(
         self,
@@ -79,6 +81,8 @@ class ConditionalPosterior(nn.Module):
         check_denoiser(self.denoiser)
         # simulations that the scales were taken from
         self.register_buffer("count", torch.tensor(0))
+        # the only data that it is to be asked about, standardized; NaN if about any
+        self.register_buffer("focus", torch.full((self.familiar.loc.numel(),), math.nan))
 
     @property
     def _sites(self) -> list[Standardized]:
@@ -104,6 +108,15 @@ class ConditionalPosterior(nn.Module):
     def rows(self, data: Sequence[Tensor], batch: torch.Size) -> Tensor:
         """Standardized data as vectors, batch + (size,)."""
         return torch.cat([x.reshape(*batch, -1) for x in self.standardized(data)], -1)
+
+    def focus_on(self, data: Sequence[Tensor]) -> None:
+        """Be trained for these data alone, one observation."""
+        self.focus.copy_(self.rows(data, torch.Size()))
+
+    def is_other(self, rows: Tensor) -> Tensor:
+        """Whether it was trained for other data alone, of standardized rows (..., size) -> (...)."""
+        far = (rows - self.focus).abs() > NEAR * (1 + self.focus.abs())
+        return far.any(-1)
 
     def context(self, data: Sequence[Tensor], batch: torch.Size) -> Tensor:
         """The summary of data, batch + (features,)."""

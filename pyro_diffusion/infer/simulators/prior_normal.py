@@ -1,0 +1,47 @@
+"""The prior of a program's latents where it is normal in unconstrained space."""
+
+from typing import Any
+
+import torch
+from pyro.distributions import LogNormal, MultivariateNormal, Normal
+from torch import Tensor
+
+from pyro_diffusion.infer.simulators.simulations import trial_runs
+from pyro_diffusion.unwrapping import per_coordinate
+
+__all__ = ["normal_prior"]
+
+
+def normal_prior(guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
+    """Mean and covariance of the packed, unconstrained latents, in double precision; None if not normal.
+
+    That they are known is seen in some runs: every latent is normal, or its logarithm is, with the same
+    parameters in all of them, so that none depends on another.
+    """
+    runs, _ = trial_runs(guide._simulator, args, kwargs)
+    means, covariances = [], []
+    for name, _site in guide.prototype_trace.iter_stochastic_nodes():
+        found = [_moments(run[name]) for run in runs]
+        if any(each is None for each in found):
+            return None
+        mean, covariance = found[0]  # type: ignore[misc]
+        for each in found[1:]:
+            if not (torch.equal(each[0], mean) and torch.equal(each[1], covariance)):  # type: ignore[index]
+                return None
+        means.append(mean)
+        covariances.append(covariance)
+    return torch.cat(means), torch.block_diag(*covariances)
+
+
+def _moments(node: Any) -> tuple[Tensor, Tensor] | None:
+    """Of one site's unconstrained values in one vector."""
+    fn, shape = per_coordinate(node["fn"]), node["value"].shape
+    if type(fn) in (Normal, LogNormal):
+        loc, scale = (x.double().expand(shape).reshape(-1) for x in (fn.loc, fn.scale))
+        return loc, scale.square().diag()
+    if type(fn) is MultivariateNormal:
+        loc = fn.loc.double().expand(shape).reshape(-1)
+        size = shape[-1]
+        full = fn.covariance_matrix.double().expand(*shape, size).reshape(-1, size, size)
+        return loc, torch.block_diag(*full)
+    return None
