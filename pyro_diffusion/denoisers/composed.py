@@ -51,8 +51,10 @@ class NormalDenoiser(Denoiser):
         super().__init__(process)
         _check_process(process)
         check_finite("mean", check_tensor("mean", mean))
-        if mean.dim() != 1:
-            raise ValueError(f"mean: got shape {tuple(mean.shape)}, expected (d,)")
+        if mean.dim() != 1 or not mean.is_floating_point():
+            raise ValueError(
+                f"mean: got shape {tuple(mean.shape)} of {mean.dtype}, expected (d,) of real numbers"
+            )
         check_covariances("covariance", covariance, (len(mean), len(mean)))
         values, vectors = torch.linalg.eigh(covariance.double())
         self.register_buffer("mean", mean.clone())
@@ -63,11 +65,12 @@ class NormalDenoiser(Denoiser):
         """The posterior over x_0, batch and event shape of xt."""
         _check_state(xt, len(self.mean))
         level = self.process.level(t, xt, state="xt")
-        total = level.alpha.square() * self.variances + level.sigma.square()
-        gap = (xt - level.alpha * self.mean) @ self.axes
-        mean = self.mean + (level.alpha * self.variances / total * gap) @ self.axes.mT
-        kept = level.sigma.square() * self.variances / total
-        variance = (kept.unsqueeze(-2) * self.axes.square()).sum(-1)
+        centre, variances, axes = (x.to(xt) for x in (self.mean, self.variances, self.axes))
+        total = level.alpha.square() * variances + level.sigma.square()
+        gap = (xt - level.alpha * centre) @ axes
+        mean = centre + (level.alpha * variances / total * gap) @ axes.mT
+        kept = level.sigma.square() * variances / total
+        variance = (kept.unsqueeze(-2) * axes.square()).sum(-1)
         return Normal(mean, variance.sqrt(), validate_args=False).to_event(1)
 
 
@@ -218,4 +221,7 @@ def check_covariances(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     if bool((value - value.mT).abs().max() > 1e-4 * largest) or not bool(
         (torch.linalg.eigvalsh(value.double()) > 0).all()
     ):
-        raise ValueError(f"{name}: got a matrix that is not symmetric and positive definite")
+        raise ValueError(
+            f"{name}: got {value.flatten()[:3].tolist()} and others, expected a symmetric, positive definite "
+            "matrix"
+        )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_diffusion.infer import AutoAmortized, AutoEnsemble
 from pyro_diffusion.infer.simulators.packed import pack
+from pyro_diffusion.infer.simulators.simulated_latents import LEAST
 from pyro_diffusion.infer.simulators.truncation import Box, simulate_within
 from pyro_diffusion.train.amortized import fit_amortized
 from pyro_diffusion.train.history import History
@@ -107,7 +108,7 @@ def fit_truncated(
     Args:
         guide: with a ``denoiser`` and ``summary`` untrained.
         observations: values of all observed sites by name, one observation.
-        num_simulations: of each round.
+        num_simulations: of each round, 20 or more.
         args: the model's.
         rounds: how many, the first from the whole prior.
         widen: share of its range that a region is widened by, at each end.
@@ -188,7 +189,7 @@ def fit_truncated(
 def _check(guide: Any, num_simulations: Any, rounds: Any, widen: Any) -> None:
     if not isinstance(guide, AutoAmortized) or isinstance(guide, AutoEnsemble):
         raise ValueError(f"guide: got {kind_of(guide)}, expected an AutoAmortized")
-    check_positive_int("num_simulations", num_simulations)
+    check_positive_int("num_simulations", num_simulations, at_least=LEAST)
     check_positive_int("rounds", rounds)
     check_number("widen", widen, above=0, at_most=10)
 

@@ -262,7 +262,7 @@ def infer_calls() -> list[Call]:
             weight=0.5,
         ),
         *amortized_calls_of(y),
-        *further_amortized_calls(),
+        *further_amortized_calls_of(),
         *joint_calls_of(),
         Call(
             "infer.AutoPosterior.quantiles",
@@ -465,7 +465,7 @@ def amortized_calls_of(y: Any) -> list[Call]:
     ]
 
 
-def further_amortized_calls() -> list[Call]:
+def further_amortized_calls_of() -> list[Call]:
     """Ensembles, composed posteriors and truncated rounds."""
     point = torch.tensor([0.5, -0.5, 0.0])
     members = [amortized() for _ in range(2)]
