@@ -29,7 +29,7 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class TruncatedRound:
-    """What one round of :func:`fit_truncated` did.
+    """What one round of :func:`~pyro_diffusion.train.fit_truncated` did.
 
     Attributes:
         simulations: runs of the program in this round.
@@ -51,7 +51,7 @@ class TruncatedRound:
 
 @dataclass(frozen=True)
 class TruncatedFit:
-    """The rounds of :func:`fit_truncated`, and all simulations of the last one.
+    """The rounds of :func:`~pyro_diffusion.train.fit_truncated`, and all simulations of the last one.
 
     Attributes:
         rounds: what each did.
