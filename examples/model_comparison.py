@@ -7,6 +7,7 @@ known. Under equal prior odds the evidences are posterior probabilities of the c
 labels of the test images check.
 
 Run: python examples/model_comparison.py
+On a GPU, with more particles: python examples/model_comparison.py --device cuda --particles 512
 """
 
 import argparse
@@ -33,7 +34,7 @@ SEEN = inpainting()
 
 def program(denoiser: LevelsDenoiser, y: Tensor, args: argparse.Namespace) -> Callable[[], None]:
     """Every reading under every class: two plates, so each pair has particles of its own."""
-    classes = torch.arange(CLASSES).unsqueeze(-1).expand(-1, len(y))
+    classes = torch.arange(CLASSES, device=y.device).unsqueeze(-1).expand(-1, len(y))
     diffusion = conditional_digits.diffusion(denoiser, args.chain, classes)
 
     def model() -> None:
@@ -56,9 +57,10 @@ def evidences(
     values, variances, least = [], [], []
     for _ in range(args.runs):
         done = smc.run()
-        values.append(done.log_evidence_terms.double())
-        variances.append(done.log_evidence_errors.square())
-        least.append(done.ess.amin(0))
+        print(done.verdict)
+        values.append(done.log_evidence_terms.double().cpu())
+        variances.append(done.log_evidence_errors.square().cpu())
+        least.append(done.ess.amin(0).cpu())
     # Z is unbiased, so runs are averaged as Z; an error of log Z by the delta method.
     stacked = torch.stack(values)
     weights = stacked.softmax(0)
@@ -151,6 +153,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     folder = Path("results/conditional_digits")
     parser.add_argument("--prior", type=Path, default=folder, help="of conditional_digits.py")
     parser.add_argument("--prior-settings", default="", help="arguments of it that the prior has")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=4, help="test images")
     parser.add_argument("--sd", type=float, default=3.0, help="of the noise, in grey levels")
@@ -171,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     x = data["test"][: args.images]
     y = SEEN(x.float())
     y = y + args.sd * torch.randn_like(y)
-    log_z, error, ess = evidences(denoiser, y, args)
+    log_z, error, ess = evidences(denoiser.to(args.device), y.to(args.device), args)
     metrics = report(log_z, error, ess, normal(data["train"], y, args), label)
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
     figure = draw(log_z, error, y, x, label)

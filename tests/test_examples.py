@@ -58,7 +58,7 @@ TINY = {
     "table": "--steps 3 --batch 8 --width 8 --terms 2 --components 1 2 --shown 2",
     "foreign_model": "--no-diffusers --steps 3 --batch 8 --width 8 --scored 4 --knots 3 --terms 2"
     " --chain 3 --particles 3 --images 2",
-    "second_network": f"{PRIOR} --width 2 --classifier-steps 3 --steps 3 --particles 3 --draws 3"
+    "second_network": f"{PRIOR} --width 2 --classifier-steps 3 --drawn 4 --steps 3 --particles 3 --draws 3"
     " --prior-draws 5 --shown 2",
 }
 # Warnings are errors there too, but for that by which ArviZ 0.23 announces its 1.x series, that of pandas 3
