@@ -14,6 +14,8 @@ from pyro_diffusion.train import fit_amortized
 from trained_posteriors.prior import chain
 from trained_posteriors.problems import Problem
 
+CLOCKS = (-6.0, -3.0, -1.0, 1.0, 3.0, 5.0, 7.0, 9.0)
+
 
 def learned(
     problem: Problem,
@@ -31,11 +33,11 @@ def learned(
     twist = AmortizedTwist(ProgramLikelihood(program), hidden=hidden).to(y.device)
     drawn = twist.simulate(simulations)
     simulated = time.perf_counter() - start
-    linear, _ = levels_of(twist, drawn, problem)
+    linear = by_level(twist, drawn, problem, denoiser)
     history = fit_amortized(
         twist, drawn, steps=steps, batch_size=min(1024, simulations // 2), progress=False
     )
-    final, _ = levels_of(twist, drawn, problem)
+    final = by_level(twist, drawn, problem, denoiser)
     print(
         f"  twist of {simulations} simulations ({simulated:.0f} s) and {len(history.losses)} steps "
         f"({time.perf_counter() - start - simulated:.0f} s); nats a datum by log-SNR, before and after: "
@@ -47,20 +49,16 @@ def learned(
     return twist.requires_grad_(False)
 
 
-CLOCKS = (-6.0, -3.0, -1.0, 1.0, 3.0, 5.0, 7.0, 9.0)
-
-
 @torch.no_grad()
-def levels_of(
-    twist: AmortizedTwist, drawn: dict[str, Tensor], problem: Problem
-) -> tuple[list[float], None]:
-    """Mean log-twist of simulations at some levels, nats."""
-    process = twist._likelihood[0].prior.denoiser.process
+def by_level(
+    twist: AmortizedTwist, drawn: dict[str, Tensor], problem: Problem, denoiser: Denoiser
+) -> list[float]:
+    """Mean log-twist of some simulations at :data:`CLOCKS`, nats."""
+    process, found = denoiser.process, []
     x0, y = (drawn[name][-2048:] for name in ("x0", "y"))
-    found = []
+    data = x0.reshape(len(x0), *problem.images.shape)
     for clock in CLOCKS:
-        data = x0.reshape(-1, *problem.images.shape)
         t = process.level_of_clock(x0.new_full((1,), clock)).t.flatten()
         xt = process.marginal(data, t).sample().flatten(1)
         found.append(float(twist.log_prob(xt, process.level(t, data), y).mean()))
-    return found, None
+    return found
