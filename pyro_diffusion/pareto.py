@@ -39,7 +39,7 @@ def _khat(log_weights: Tensor) -> Tensor:
 def _fit(x: Tensor) -> Tensor:
     """Posterior mean of k for sorted excesses, under a weak prior around 0.5."""
     count, points = len(x), 30 + math.isqrt(len(x))
-    steps = torch.arange(1, points + 1, dtype=x.dtype)
+    steps = torch.arange(1, points + 1, dtype=x.dtype, device=x.device)
     quartile = x[int(count / 4 + 0.5) - 1]
     b = 1 / x[-1] + (1 - (points / (steps - 0.5)).sqrt()) / (3 * quartile)
     k = torch.log1p(-b.unsqueeze(1) * x).mean(1)

@@ -156,7 +156,7 @@ def _tally(index: Tensor, cost: Tensor, slices: int) -> Tensor:
     """How many costs each step has, their sum, and that of their squares, (3, slices)."""
     where = index.clamp(max=slices - 1).expand(cost.shape).reshape(-1).cpu()
     flat = cost.reshape(-1).to("cpu", torch.float64)
-    sums = torch.zeros(3, slices, dtype=torch.float64)
+    sums = flat.new_zeros(3, slices)
     return sums.index_add_(1, where, torch.stack([torch.ones_like(flat), flat, flat.square()]))
 
 
@@ -164,7 +164,7 @@ def _terms(parts: Tensor, tally: Tensor, log_snr: Tensor) -> Terms:
     """Means over data; unvisited steps take the nearest visited neighbour's."""
     count, total, square = tally
     visited = count.nonzero().squeeze(-1)
-    everywhere = torch.arange(len(count))
+    everywhere = torch.arange(len(count), device=count.device)
     right = torch.searchsorted(visited, everywhere).clamp(max=len(visited) - 1)
     left = (right - 1).clamp(min=0)
     to_left, to_right = ((everywhere - visited[side]).abs() for side in (left, right))

@@ -71,7 +71,7 @@ def stacking_weights(values: Tensor, iterations: int = 1000) -> Tensor:
         values: (models, n) log-likelihoods.
         iterations: steps; each raises the score.
     """
-    weights = torch.full((len(values), 1), 1.0 / len(values), dtype=values.dtype)
+    weights = values.new_full((len(values), 1), 1.0 / len(values))
     for _ in range(iterations):
         weights = (weights.log() + values).softmax(0).mean(1, keepdim=True)
     return weights.squeeze(1)

@@ -179,7 +179,8 @@ def _directions(estimate: LinearEstimate, like: Tensor) -> Tensor:
     order = estimate.values.argsort(descending=True)
     leading = estimate.vectors[:, order[: count // 2]]
     generator = torch.Generator().manual_seed(SEED)
-    others = torch.randn(n, count - leading.shape[1], generator=generator, dtype=torch.float64)
+    size = (n, count - leading.shape[1])
+    others = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
     basis, _ = torch.linalg.qr(torch.cat([leading, others.to(leading)], 1))
     return basis.mT.reshape(count, *like.shape).to(like)
 

@@ -47,10 +47,11 @@ def _directions(event: torch.Size, dtype: torch.dtype, device: torch.device) -> 
     and with signs at random, of unit variance.
     """
     generator = torch.Generator().manual_seed(SEED)
-    share = (torch.arange(PAIRS, dtype=torch.float64) + 0.5) / PAIRS
+    share = (torch.arange(PAIRS, dtype=torch.float64, device="cpu") + 0.5) / PAIRS
     sizes = torch.special.ndtri(0.5 + share / 2)
-    order = torch.rand((PAIRS, *event), generator=generator, dtype=torch.float64).argsort(0)
-    signs = torch.randint(2, (PAIRS, *event), generator=generator) * 2 - 1
+    size = (PAIRS, *event)
+    order = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu").argsort(0)
+    signs = torch.randint(2, size, generator=generator, device="cpu") * 2 - 1
     z = sizes[order] * signs / sizes.square().mean().sqrt()
     return z.to(device, dtype)
 

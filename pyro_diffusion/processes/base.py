@@ -189,8 +189,9 @@ class ForwardProcess(ScaledProcess):
         support, generator = self.support, torch.Generator().manual_seed(0)
         if isinstance(support, constraints.integer_interval):
             low, high = int(support.lower_bound), int(support.upper_bound)
-            return torch.randint(low, high + 1, shape, generator=generator)
-        data: Tensor = transform_to(support)(torch.randn(shape, generator=generator, dtype=dtype))
+            return torch.randint(low, high + 1, shape, generator=generator, device="cpu")
+        noise = torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
+        data: Tensor = transform_to(support)(noise)
         return data
 
     def coefficients(self, s: Level, t: Level, eta: float = 1.0) -> Any:

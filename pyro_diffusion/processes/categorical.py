@@ -151,8 +151,8 @@ class CategoricalProcess(ForwardProcess):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> TorchDistribution:
-        """The marginal at t = 1 of data that is uniform over its symbols."""
-        dtype = dtype or torch.get_default_dtype()
+        """The marginal at t = 1 of data that is uniform over its symbols; where the process is by default."""
+        dtype, device = dtype or torch.get_default_dtype(), device or self.noise.device
         survival = self._until(self._level_at(torch.ones((), dtype=dtype, device=device)))
         uniform = torch.zeros(len(self.noise), dtype=dtype, device=device)
         uniform[: self.states] = 1 / self.states

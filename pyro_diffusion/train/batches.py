@@ -131,7 +131,8 @@ class TensorBatches:
         """Begin an epoch."""
         self.before = self.generator.get_state()
         # to the data's device once an epoch, not once a step
-        self.order = torch.randperm(self.rows, generator=self.generator).to(self.device)
+        order = torch.randperm(self.rows, generator=self.generator, device=self.generator.device)
+        self.order = order.to(self.device)
         self.position = 0
 
     def first(self) -> Arguments:

@@ -123,7 +123,8 @@ def _one(rows: Tensor, weights: Tensor, count: float) -> LocalScales:
 
 def _shrunk(covariance: Tensor, count: Tensor | float) -> Tensor:
     """Shrunk to its diagonal by the share of noise in it."""
-    keep = torch.as_tensor(count / (count + covariance.shape[-1]))[..., None, None]
+    keep = torch.as_tensor(count / (count + covariance.shape[-1]), device=covariance.device)
+    keep = keep[..., None, None]
     diagonal = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))
     return keep * covariance + (1 - keep) * diagonal
 

@@ -18,7 +18,7 @@ MOST = 1000  # coordinates up to which correlations are looked at
 
 def shuffled(count: int) -> Tensor:
     """Rows in an order that is always the same: a table may be sorted, or repeat itself in steps."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 class Standardized(nn.Module):
