@@ -75,11 +75,11 @@ def quadrature(scales: Tensor, particles: infer.Particles) -> dict[str, Any]:
     weights = (log_z + dist.Normal(*PRIOR).log_prob(at)).softmax(0)
     mean = (weights * at).sum()
     sd = (weights * (at - mean).square()).sum().sqrt()
-    noise = infer.filtering.resampling.genealogical_variance(
-        particles.log_weights, particles.root, particles.correction
-    )
-    error = (weights.square() * (at - mean).square() * noise).sum().sqrt()
-    spread = (weights.square() * ((at - mean).square() - sd**2).square() * noise).sum().sqrt()
+    noise = particles.log_evidence_errors.double().square()
+    matters = weights > 1e-6  # an error that is not estimated, infinite, makes one here
+    parts = (weights.square() * noise)[matters]
+    gap = (at - mean).square()[matters]
+    error, spread = ((parts * v).sum().sqrt() for v in (gap, (gap - sd**2).square()))
     found = {"mean": mean, "mean_error": error, "sd": sd, "sd_error": spread / (2 * sd)}
     image = (weights.view(-1, 1, 1, 1) * particles.mean).sum(0)
     return {**{k: float(v) for k, v in found.items()}, "weights": weights, "image": image}
