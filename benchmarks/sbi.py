@@ -76,7 +76,9 @@ def main() -> None:
         "--lr", type=float, default=None, help="of `subsets`; the recipe's by default"
     )
     parser.add_argument("--observations", type=int, default=10, help="that are corrected")
-    parser.add_argument("--device", default="cpu", help="of draws; training is on the processor")
+    parser.add_argument(
+        "--device", default="cpu", help="of draws in `accuracy`; training is on the processor"
+    )
     parser.add_argument(
         "--quick",
         action="store_true",

@@ -57,7 +57,7 @@ def pool(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = evaluate.importance_posterior(model, guide, x, num_samples=CHUNK)
-        theta.append(found.draws["theta"].cpu())
+        theta.append(found.draws["theta"])
         log_weights.append(found.log_weights)
         weights = torch.cat(log_weights).softmax(0)
         if DRAWS * float(weights.max()) <= 1:
@@ -90,15 +90,13 @@ def main(args: argparse.Namespace) -> bool:
     fine = []
     for name in [each for each in args.tasks if each != "two_moons"]:
         guide, data, _ = trained(name, 10_000, args.seeds[0], args)
-        guide.to(args.device)
         model = gaussian_linear
         if name == "bernoulli_glm":
-            model = bernoulli_likelihood(data["design_matrix"].to(args.device))
+            model = bernoulli_likelihood(data["design_matrix"])
         for i in range(args.observations):
             start = time.perf_counter()
             x, reference = data["observations"][i], data["reference_posterior_samples"][i][None]
-            with torch.device(args.device):
-                theta, weights, estimate = pool(model, guide, x.to(args.device))
+            theta, weights, estimate = pool(model, guide, x)
             chosen = resampled(weights)
             before, after = (
                 accuracies([draws], reference)[0] for draws in (theta[:DRAWS], theta[chosen])
