@@ -48,6 +48,9 @@ TINY = {
     "model_comparison": "--prior prior --prior-settings='--steps 3 --classifier-steps 3 --batch 8 --width 8'"
     " --images 2 --chain 3 --particles 2",
     "any_guide": "--steps 20 --particles 16 --samples 20",
+    "label_switching": "--steps 20 --particles 8 --widen 1 --points 12 --samples 20 --clusters 1 3 --data 6",
+    "sequential_bayes": "--steps 3 --batch 8 --width 8 --guide-steps 5 --first-particles 8 --particles 4"
+    " --solver-steps 2 --points 20",
     "missing_data": "--steps 3 --batch 8 --width 8 --chain 4 --rows 3 --draws 4 --particles 4"
     " --components 1 2",
     "missing_covariates": "--prior prior --prior-settings='--steps 3 --batch 8 --width 8' --chain 4 --rows 4"
