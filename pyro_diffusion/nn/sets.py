@@ -25,7 +25,7 @@ class SetEncoder(DefinedModule):
     ``blocks`` in which rows attend to each other, if any. Weights that differ by row are what a mean over
     groups of different precision needs. Means of rows as they are, not only of their features, and, of rows
     of up to 8 numbers, each number's linear regression on the numbers before it in the set,
-    :math:`\beta, v` (:func:`regressions`), let a summary be as exact as the sufficient statistics of a normal
+    :math:`\beta, v` (``regressions``), let a summary be as exact as the sufficient statistics of a normal
     program. Cost is linear in the number of rows without blocks, quadratic with.
 
     Rows that a mask leaves out may hold any values, NaN too: they reach neither the summary nor a gradient.
