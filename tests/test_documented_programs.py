@@ -118,6 +118,8 @@ def test_the_page_on_simulators_runs() -> None:
     assert page["corrected"].log_evidence.value.isfinite()
     assert bool((page["rates"] > 0).all())
     assert page["log_likelihood"].isfinite()
+    assert page["draws_of_both"].shape == (1000, 2)
+    assert page["draws_of_ten"].shape == (50, 2)
 
 
 def test_the_page_on_conditioning_runs() -> None:
