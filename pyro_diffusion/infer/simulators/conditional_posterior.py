@@ -13,6 +13,7 @@ from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
 from pyro_diffusion.distributions.objectives import Objective
 from pyro_diffusion.dynamics import ODESolver
+from pyro_diffusion.infer.simulators.linear_regression import LinearlyRegressed
 from pyro_diffusion.infer.simulators.standardized import Familiar, Standardized
 from pyro_diffusion.nn import ConditionalMLP
 from pyro_diffusion.processes import GaussianProcess
@@ -79,6 +80,9 @@ class ConditionalPosterior(nn.Module):
                 size = check_summary(summary(*zeros), 2).shape[1]
         self.denoiser = make_denoiser(latent_size, size)
         check_denoiser(self.denoiser)
+        known = summary is None and make_denoiser is default_denoiser
+        if known and LinearlyRegressed.fits(self.denoiser, latent_size, size):
+            self.denoiser = LinearlyRegressed(self.denoiser, latent_size, size)
         # simulations that the scales were taken from
         self.register_buffer("count", torch.tensor(0))
         # the only data that it is to be asked about, standardized; NaN if about any
@@ -98,7 +102,10 @@ class ConditionalPosterior(nn.Module):
         self.latents.fit(latents)
         for site, x in zip(self._sites, data, strict=True):
             site.fit(x)
-        self.familiar.fit(self.rows(data, latents.shape[:1]))
+        rows = self.rows(data, latents.shape[:1])
+        self.familiar.fit(rows)
+        if isinstance(self.denoiser, LinearlyRegressed):
+            self.denoiser.fit(self.latents(latents), rows)
         self.count.fill_(len(latents))
 
     def standardized(self, data: Sequence[Tensor]) -> list[Tensor]:
