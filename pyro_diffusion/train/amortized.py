@@ -63,7 +63,7 @@ def fit_amortized(
         ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
         ...     pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
         >>> guide = AutoAmortized(model, observed=["x"])
-        >>> history = fit_amortized(guide, guide.simulate(200), steps=20, progress=False)
+        >>> history = fit_amortized(guide, guide.simulate(200), steps=20, patience=None, progress=False)
         >>> len(history.losses)
         20
     """
