@@ -143,6 +143,26 @@ def test_rounds_that_differ_are_not_to_be_believed():
     assert "rounds before" in str(found)
 
 
+def test_rounds_are_compared_in_the_latents_not_in_coordinates_of_their_own():
+    """Two rounds of a normal, the first from a guide of other scales, are of one posterior.
+
+    Of N(x / 2, 1 / 2): log variance -log 2, mean log joint log Z - log(pi e) / 2. Five standard errors.
+    """
+
+    def two():
+        z = pyro.sample("z", Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", Normal(z, 1.0).to_event(1), obs=torch.tensor([1.0, -2.0]))
+
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+    found = AnnealedSMC(two, AutoNormal(two, init_scale=0.3), 256, 8, rounds=2).run()
+    assert found.verdict.believable and found.verdict.disagreement < 2.5
+    evidence = float(Normal(0.0, math.sqrt(2)).log_prob(torch.tensor([1.0, -2.0])).sum())
+    exact = torch.tensor([evidence - math.log(math.pi * math.e), -math.log(2)]).double()
+    error = found.summaries.std(0) / math.sqrt(8)
+    assert bool(((found.summaries.mean(0) - exact).abs() < 5 * error).all()) and error.max() < 0.1
+
+
 def test_too_few_particles_for_a_covariance_keep_the_base():
     """The next round has twice the temperatures instead."""
 

@@ -309,6 +309,21 @@ def test_bounds_of_paths_in_a_bracket():
         AnnealedSMC(groups, guide)
 
 
+def test_a_bound_of_another_model_is_refused():
+    """Paths score the guide's own program, whatever they are handed."""
+
+    def other():
+        with pyro.plate("groups", 3):
+            mean = pyro.sample("mean", Normal(0.0, 1.0))
+            pyro.sample("x", Normal(mean, 5.0), obs=X)
+
+    guide = normal_base()
+    with pytest.raises(ValueError, match="model: got function that is not the guide's own"):
+        PathELBO(4).loss(other, guide)
+    with pytest.raises(ValueError, match="model: got function that is not the guide's own"):
+        bracket_evidence(other, guide, {"mean": torch.zeros(4, 3)})
+
+
 def test_score_gradients_are_those_of_the_bound():
     """40 draws of each gradient: means within 4.5 errors of each other in every coordinate; and Pyro's ELBO
     has the same gradient as the path's."""

@@ -120,3 +120,20 @@ def test_particles_of_another_model_are_refused():
         ValueError, match=r"posterior: got particles of \['rate'\], expected .*mean"
     ):
         bracket_evidence(groups, AutoMultivariateNormal(groups), particles)
+
+
+def test_particles_whose_sites_are_in_another_order_are_refused():
+    """Their columns would be taken for one another."""
+
+    def of(*names):
+        def model():
+            for name in names:
+                pyro.sample(name, Normal({"a": 0.0, "b": 5.0}[name], 1.0))
+
+        return model
+
+    pyro.clear_param_store()
+    one, other = of("a", "b"), of("b", "a")
+    particles = AnnealedSMC(one, AutoNormal(one, init_scale=1.0), 16, 6, rounds=1).run()
+    with pytest.raises(ValueError, match=r"posterior: got particles of \['a', 'b'\], expected"):
+        bracket_evidence(other, AutoNormal(other), particles)

@@ -97,7 +97,7 @@ def bracket_evidence(
         UnreliableWarning: with the problem.
 
     Raises:
-        ValueError: for draws of other sites or shapes, and as
+        ValueError: for draws of other sites or shapes, for another model than an AutoDiffusion's, and as
             :class:`~pyro_diffusion.infer.AnnealedSMC` does for models and guides.
 
     Example:
@@ -167,6 +167,7 @@ def _of_paths(
     model: Any, guide: AutoDiffusion, posterior: Any, num_samples: int, args: Any, kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     """The same of a guide whose density is that of paths: from its own draws, and back from the posterior."""
+    guide.check_model(model)
     below = guide.log_weights(num_samples, *args, **kwargs).double()
     if isinstance(posterior, AnnealedParticles):
         _check_particles(posterior, {k: v.unsqueeze(0) for k, v in guide(*args, **kwargs).items()})
@@ -179,7 +180,7 @@ def _check_particles(particles: AnnealedParticles, drawn: Mapping[str, Tensor]) 
         {name: tuple(value.shape[1:]) for name, value in each.items()}
         for each in (drawn, particles.draws)
     )
-    if own != theirs:
+    if list(own.items()) != list(theirs.items()):  # in order: columns of rows
         raise ValueError(
             f"posterior: got particles of {list(theirs)}, expected {own}, the latents of the model"
         )

@@ -23,7 +23,7 @@ from pyro_diffusion.infer.annealing.unconstrained import check_guide
 from pyro_diffusion.infer.earlier_draws import EarlierDraws, outer_nesting
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.nn import MLP
-from pyro_diffusion.validation import check_number, check_positive_int, kind_of
+from pyro_diffusion.validation import check_finite, check_number, check_positive_int, kind_of
 
 __all__ = ["AutoDiffusion"]
 
@@ -149,6 +149,18 @@ class AutoDiffusion(EarlierDraws, AutoContinuous):
                 "train_base: got True without pathwise gradients, expected one of them"
             )
 
+    def check_model(self, model: object) -> None:
+        """Refuse another program than the one whose posterior paths lead to.
+
+        Raises:
+            ValueError: for another, whose bound would be that of the guide's own.
+        """
+        if model != self._program[0]:
+            raise ValueError(
+                f"model: got {kind_of(model)} that is not the guide's own, expected the program that "
+                "AutoDiffusion was made of, as it is what its paths score"
+            )
+
     def get_posterior(self, *args: Any, **kwargs: Any) -> AnnealedPath:
         """The law of the packed unconstrained latents, at the present parameters."""
         drawn = self._given()
@@ -203,6 +215,7 @@ class AutoDiffusion(EarlierDraws, AutoContinuous):
         path = self.path(*args, **kwargs)
         assert self._last_model is not None
         rows = self._last_model.scored.unconstrain(posterior)
+        check_finite("posterior (unconstrained)", rows)
         parts = []
         for part in rows.split(AT_ONCE):
             with pyro.validation_enabled(False):

@@ -34,7 +34,7 @@ class PathELBO(ELBO):
         num_particles: N; >= 2 for a guide without pathwise gradients.
 
     Raises:
-        ValueError: for another guide, and for too few particles.
+        ValueError: for another guide, another model than the guide's, and too few particles.
 
     Example:
         >>> import pyro.distributions as dist
@@ -58,6 +58,7 @@ class PathELBO(ELBO):
             raise ValueError(
                 f"guide: got {kind_of(guide)}, expected an AutoDiffusion by itself (Trace_ELBO takes any)"
             )
+        guide.check_model(model)
         path = guide.path(*args, **kwargs).expand(torch.Size([self.num_particles]))
         if not path.pathwise and self.num_particles < 2:
             raise ValueError("num_particles: got 1, expected 2 or more without pathwise gradients")

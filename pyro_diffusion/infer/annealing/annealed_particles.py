@@ -10,6 +10,7 @@ from torch import Tensor
 from pyro_diffusion.estimate import LOWER_BOUND, UNBIASED, Estimate
 from pyro_diffusion.infer.annealing.annealed_chain import AnnealedChain, Stage
 from pyro_diffusion.infer.annealing.annealed_verdict import AnnealedVerdict, judge
+from pyro_diffusion.infer.annealing.guide_chart import GuideChart
 from pyro_diffusion.infer.filtering.particle_filter import ParticleFilter
 from pyro_diffusion.infer.filtering.resampling import (
     effective_ancestors,
@@ -51,7 +52,8 @@ class AnnealedParticles:
         betas: (K + 1,), temperatures.
         ess: (K + 1, R), effective sample size at each of them, before resampling.
         acceptance: (moves,), mean probability of acceptance of each move.
-        summaries: (R, 2), mean log density and mean log variance of the coordinates of each repeat.
+        summaries: (R, 2), mean of log p(x, u) and mean log variance of the unconstrained latents u, of each
+            repeat.
         evaluations: gradients of the model that the run took, each of all N R particles; the pilot's apart.
         verdict: whether the run may be believed: ``print(particles.verdict)``.
     """
@@ -136,7 +138,7 @@ def annealed_particles(
         done: the filter, (N, R).
         stages: K weightings, and the posterior.
         start: (N, R), log p - log q at the guide's draws.
-        change: (R, 2), what the last moves changed in :func:`summary`.
+        change: (R, 2), what the last moves changed in :func:`summary`, in the filter's coordinates.
         rounds: before this run.
     """
     terms = done.log_evidence
@@ -181,7 +183,7 @@ def annealed_particles(
         betas=torch.tensor([stage.beta for stage in stages]),
         ess=ess,
         acceptance=acceptance,
-        summaries=summary(done),
+        summaries=summary(done, chain.chart),
         evaluations=chain.evaluations,
         verdict=judge(verdict),
     )
@@ -227,10 +229,18 @@ def mean_gap(
     return Estimate(float(mean), float(error), kind, "nats", 1)
 
 
-def summary(done: ParticleFilter) -> Tensor:
-    """Mean log density, and mean log variance of the coordinates, of each repeat, (R, 2)."""
-    weights, z = done.log_weights.exp(), done.state["z"].double()
+def summary(done: ParticleFilter, chart: GuideChart | None = None) -> Tensor:
+    """Mean log density, and mean log variance of the coordinates, of each repeat, (R, 2).
+
+    They are those of the filter's own coordinates, or of the latents where its chart is given: rounds with
+    other charts are comparable in these alone.
+    """
+    weights, z = done.log_weights.exp(), done.state["z"]
     log_p = (done.state["log_q"] + done.state["gap"]).double()
+    if chart is not None:
+        z, log_det = chart(z)
+        log_p = log_p - log_det
+    z = z.double()
     density = torch.where(weights > 0, weights * log_p, 0.0).sum(0)
     means = (weights.unsqueeze(-1) * z).sum(0)
     variance = (weights.unsqueeze(-1) * (z - means).square()).sum(0)
