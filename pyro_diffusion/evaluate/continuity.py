@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.denoisers.analytic import check_data, denoised_batches, require_tweedie
+from pyro_diffusion.denoisers.analytic import check_data, denoised_batches
+from pyro_diffusion.processes import Ability
+from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["ContinuityResidual", "continuity_residual"]
@@ -28,8 +30,8 @@ class ContinuityResidual:
 
     @property
     def z(self) -> Tensor:
-        """Residuals in standard errors, near standard normal each for an exact denoiser."""
-        return self.value / self.standard_error
+        """Residuals in standard errors, near standard normal each for an exact denoiser; 0 for one of 0."""
+        return torch.where(self.value == 0, self.value, self.value / self.standard_error)
 
     @property
     def rms(self) -> Tensor:
@@ -55,7 +57,10 @@ def continuity_residual(
     left side is an average too, of the velocity given x_0 and eps, so no finite difference in time is needed:
 
     .. math:: R_\phi(\lambda) = E\big[\nabla\phi(x_t)\cdot(\dot\alpha x_0 + \dot\sigma\epsilon - v(x_t))\big]
-              = \tfrac{\alpha}{2}\, E\big[\nabla\phi(x_t) \cdot (x_0 - \hat x_0(x_t))\big].
+              = \tfrac{\alpha}{2}\, E\big[\nabla\phi(x_t) \cdot (x_0 - \hat x_0(x_t))\big],
+
+    for :math:`v = \dot\alpha\hat x_0 + \tfrac{\dot\sigma}{\sigma}(x_t - \alpha\hat x_0)`, whatever
+    distribution eps has.
 
     Where noise differs by coordinate, each is per unit of the clock: its :math:`\alpha_k` comes with
     :math:`d\lambda_k/d\lambda`, and n is its own.
@@ -70,7 +75,8 @@ def continuity_residual(
     Unbiased. The data should be held out: an overfitted denoiser flatters itself on its own.
 
     Args:
-        denoiser: a denoiser under a Gaussian process, in ``eval()`` mode.
+        denoiser: a denoiser under a process of real data whose noise is independent of them (Gaussian
+            of any kind, Student-t, ``AnyNoise``), in ``eval()`` mode.
         data: real data x_0, (n,) + event, n >= 2.
         levels: log-SNRs, or how many to space evenly between the schedule's ends.
         num_functions: number of test functions, the same at all levels.
@@ -84,8 +90,8 @@ def continuity_residual(
         square over test functions without the Monte-Carlo variance; at the levels ``log_snr``.
 
     Raises:
-        ValueError: for a process that is not Gaussian, bad data or counts, or a context without exactly one
-            row per datum.
+        ValueError: for a process without such a flow (symbols, strings, noise that depends on the data), bad
+            data or counts, or a context without exactly one row per datum.
 
     Example:
         >>> from pyro_diffusion.denoisers import MixtureDenoiser
@@ -99,7 +105,9 @@ def continuity_residual(
         Song et al., arXiv 2011.13456, appendix D.1; Lipman et al., arXiv 2210.02747, theorem 1 (velocities
         given the ends average to the marginal one).
     """
-    process = require_tweedie(denoiser)
+    process = getattr(denoiser, "process", None)
+    abilities = (Ability.LINEAR, Ability.INDEPENDENT, Ability.ODE)
+    require(process, *abilities, argument="denoiser", by=type(denoiser).__name__)
     check_data(data, process.event_dim)
     check_positive_int("num_functions", num_functions)
     check_positive_int("num_samples", num_samples)
