@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.analytic import check_data, denoised_batches
-from pyro_diffusion.processes import Ability
+from pyro_diffusion.processes import Ability, ForwardProcess
 from pyro_diffusion.processes.abilities import require
 from pyro_diffusion.validation import check_positive_int
 
@@ -108,6 +108,7 @@ def continuity_residual(
     process = getattr(denoiser, "process", None)
     abilities = (Ability.LINEAR, Ability.INDEPENDENT, Ability.ODE)
     require(process, *abilities, argument="denoiser", by=type(denoiser).__name__)
+    assert isinstance(process, ForwardProcess)
     check_data(data, process.event_dim)
     check_positive_int("num_functions", num_functions)
     check_positive_int("num_samples", num_samples)
