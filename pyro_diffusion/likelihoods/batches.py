@@ -1,7 +1,8 @@
 """A program on a batch of x_0: the sample dimension left of its plates, or single runs under vmap."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import copy
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Self
 
 import pyro
 import torch
@@ -36,6 +37,13 @@ class BatchedProgram:
         self._kept = [d for d in dims if self._batch_shape[d] != 1] if first.factorized else []
         ones = torch.Size((1,) * len(self._batch_shape))
         self._batch_out = self._batch_shape if first.factorized else ones
+        self._redrawn: Collection[str] = ()
+
+    def drawing(self, names: Collection[str]) -> Self:
+        """The same program, which draws some observed sites anew in every run."""
+        new = copy.copy(self)
+        new._redrawn = names
+        return new
 
     def run(self, x0: Tensor, latents: Mapping[str, Tensor]) -> list[Message]:
         """The observed sites of a single run."""
@@ -47,8 +55,6 @@ class BatchedProgram:
         latents: Mapping[str, Tensor],
         extract: Extract,
         vectorized: Mapping[bool, bool],
-        *,
-        draws: bool = False,
     ) -> tuple[Tensor, ...]:
         """What is extracted from the observed sites at each x_0, tensors of shape sample + ...
 
@@ -58,7 +64,7 @@ class BatchedProgram:
             extract: what is wanted of the sites.
             vectorized: whether a batch is put left of the plates (else it is run under vmap), without
                 (False) and with (True) latents that have sample dimensions.
-            draws: whether ``extract`` draws, which vmap cannot do anew for each x_0: runs are single then.
+                A program that draws, which vmap cannot do anew for each x_0, is run singly in its place.
 
         Raises:
             ValueError: for an x_0 of another shape.
@@ -79,7 +85,7 @@ class BatchedProgram:
             many[name] = value.expand(sample + nominal).reshape(-1, *nominal)
         if vectorized[bool(many)]:
             out = extract(self._run_vectorized(x0, many, one), 1)
-        elif draws:
+        elif self._redrawn:
             runs = [
                 extract(self.run(x, {**one, **{k: v[i] for k, v in many.items()}}), 0)
                 for i, x in enumerate(x0)
@@ -131,7 +137,8 @@ class BatchedProgram:
         return self._run_with(value, {**one, **padded})
 
     def _run_with(self, value: Tensor, latents: Mapping[str, Tensor]) -> list[Message]:
-        sites = observed(self._program, {**self._given, self._site.name: value, **latents})
+        data = {**self._given, self._site.name: value, **latents}
+        sites = observed(self._program, data, self._redrawn)
         return [without_missing(of_each_datum(site)) for site in sites]
 
 

@@ -13,7 +13,7 @@ from pyro_diffusion.likelihoods.analysis import Analysis, analyse
 from pyro_diffusion.likelihoods.base import Likelihood
 from pyro_diffusion.likelihoods.batches import BatchedProgram, Extract
 from pyro_diffusion.likelihoods.first_run import first_run
-from pyro_diffusion.likelihoods.readings import check_complete, values
+from pyro_diffusion.likelihoods.readings import check_complete, downstream, values
 from pyro_diffusion.likelihoods.run import Message, handlers, log_density
 from pyro_diffusion.likelihoods.signature import structure
 from pyro_diffusion.likelihoods.trials import trials
@@ -221,7 +221,8 @@ class ProgramLikelihood(Likelihood):
     def observations(self) -> Tensor:
         """The observed values y that depend on x_0, those of a datum in one vector, batch + (m,).
 
-        Values of all such sites are flattened and concatenated in the order of the program, as real numbers.
+        One that depends on x_0 only by the values of other observed sites is among them. Values of all such
+        sites are flattened and concatenated in the order of the program, as real numbers.
         If the likelihood does not factorize, all data are one datum, and the batch shape is all ones.
 
         Raises:
@@ -229,7 +230,7 @@ class ProgramLikelihood(Likelihood):
         """
         x0 = trials(self.prior)[0]
         latents = self._program.single(self.latents)
-        names = self.analysis.dependence.dependent
+        names, _ = self._readings()
         sites = [s for s in self._program.untouched(x0, latents) if s["name"] in names]
         check_complete(sites)
         return values(sites, 0, self._program.collapse)
@@ -237,27 +238,35 @@ class ProgramLikelihood(Likelihood):
     def simulate(self, x0: Tensor) -> Tensor:
         """Draws of what :meth:`observations` returns, given x_0: sample + batch + (m,).
 
+        Sites are drawn inside of the program, so that one may depend on what ``pyro.sample`` returned of
+        another: such programs are run singly. Sites that do not depend on x_0, nor on others that do, keep
+        their data.
+
         Args:
             x0: the diffusion's own data (before transforms), sample + batch + event.
 
         Raises:
             ValueError: for an x_0 of another shape.
         """
-        names = self.analysis.dependence.dependent
+        names, chained = self._readings()
 
         def drawn(sites: list[Message], lead: int) -> tuple[Tensor]:
-            sites = [
-                {**s, "value": s["fn"](*s["args"], **s["kwargs"])}
-                for s in sites
-                if s["name"] in names
-            ]
+            sites = [site for site in sites if site["name"] in names]
             return (values(sites, lead, self._program.collapse),)
 
+        ways = dict.fromkeys((False, True), False) if chained else self.analysis.vectorized
         with torch.no_grad():
-            (found,) = self._program.run_batch(
-                x0, self.latents, drawn, self.analysis.vectorized, draws=True
-            )
+            (found,) = self._program.drawing(names).run_batch(x0, self.latents, drawn, ways)
         return found
+
+    def _readings(self) -> tuple[frozenset[str], bool]:
+        """Sites that depend on x_0, also by values of others, and whether any depends on others'."""
+        x0, latents = trials(self.prior)[0], self._program.single(self.latents)
+        with torch.no_grad():
+            return downstream(
+                lambda names: self._program.drawing(names).run(x0, latents),
+                self.analysis.dependence.dependent,
+            )
 
     def check_gradient(self) -> None:
         """Refuse a likelihood without a gradient in x_0.

@@ -1,7 +1,8 @@
 """Values of a program's observed sites as vectors of real numbers, one a datum."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
+import pyro
 import torch
 from pyro.distributions import (
     MaskedDistribution,
@@ -10,10 +11,10 @@ from pyro.distributions import (
 )
 from torch import Tensor
 
-from pyro_diffusion.likelihoods.run import Message
+from pyro_diffusion.likelihoods.run import Message, log_density
 from pyro_diffusion.unwrapping import unwrap_to
 
-__all__ = ["check_complete", "values"]
+__all__ = ["check_complete", "downstream", "values"]
 
 PARTIAL = (MaskedDistribution, NanMaskedNormal, NanMaskedMultivariateNormal)
 
@@ -63,3 +64,37 @@ def check_complete(sites: list[Message]) -> None:
             raise ValueError(
                 f"site {name!r}: got {found}, expected complete data of a sample site, as simulations have"
             )
+
+
+def downstream(
+    run: Callable[[Collection[str]], list[Message]], names: Collection[str]
+) -> tuple[frozenset[str], bool]:
+    """Sites of these names and those that depend on their values, and whether any site does.
+
+    One depends on others if its density at its data changes where these are drawn anew.
+
+    Args:
+        run: a single run of the program, that draws some observed sites anew.
+        names: of the sites that depend on x_0 with the data given.
+    """
+    found, chained = frozenset(names), False
+    state = pyro.util.get_rng_state()
+    try:
+        given = {site["name"]: site for site in run(())}
+        while True:
+            drawn = {site["name"]: site for site in run(found)}
+            changed = {n for n, site in given.items() if n in drawn and _moved(site, drawn[n])}
+            chained = chained or bool(changed) or set(drawn) != set(given)
+            if changed <= found:
+                return found, chained
+            found |= changed
+    finally:
+        pyro.util.set_rng_state(state)
+
+
+def _moved(given: Message, drawn: Message) -> bool:
+    """Whether a site's density at its data has changed."""
+    try:
+        return not torch.equal(log_density({**drawn, "value": given["value"]}), log_density(given))
+    except ValueError:  # other data than these are in its support now
+        return True

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
 import torch
@@ -79,9 +79,23 @@ def check_fixed_rows(msg: Message) -> None:
         )
 
 
-def observed(program: Callable[[], Any], data: dict[str, Tensor]) -> list[Message]:
-    """The observed sites of a run with latent values given."""
-    with isolated(), poutine.trace() as tracer, poutine.condition(data=data):
+class _Redrawn(Messenger):
+    """Draws some observed sites anew, where the program is: what comes after them sees the draw."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and msg["name"] in self.names:
+            msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
+
+
+def observed(
+    program: Callable[[], Any], data: dict[str, Tensor], redrawn: Collection[str] = ()
+) -> list[Message]:
+    """The observed sites of a run with latent values given, some of them drawn anew."""
+    with isolated(), poutine.trace() as tracer, poutine.condition(data=data), _Redrawn(redrawn):
         program()
     nodes: Any = tracer.trace.nodes
     return observations(nodes, data)
