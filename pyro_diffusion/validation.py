@@ -104,6 +104,7 @@ def check_number(
     above: float = -math.inf,
     at_least: float = -math.inf,
     at_most: float = math.inf,
+    below: float = math.inf,
 ) -> float:
     """Refuse anything but a finite number within limits.
 
@@ -112,11 +113,13 @@ def check_number(
     """
     real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     number = float(value) if real else math.nan  # type: ignore[arg-type]
-    if not (math.isfinite(number) and number > above and at_least <= number <= at_most):
+    inside = above < number < below and at_least <= number <= at_most
+    if not (math.isfinite(number) and inside):
         limits = [
             *([f"> {above:g}"] if above > -math.inf else []),
             *([f">= {at_least:g}"] if at_least > -math.inf else []),
             *([f"<= {at_most:g}"] if at_most < math.inf else []),
+            *([f"< {below:g}"] if below < math.inf else []),
         ]
         wanted = " and ".join(limits)
         raise ValueError(f"{name}: got {value!r}, expected a finite number {wanted}".rstrip())

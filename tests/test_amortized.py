@@ -480,6 +480,8 @@ def test_bad_data():
     guide = untrained(conjugate)
     with pytest.raises(ValueError, match="site 'x': got no data"):
         guide()
+    with pytest.raises(ValueError, match="site 'x': got NoneType, expected a tensor of numbers"):
+        guide.draw(2, {"x": None})
     with pytest.raises(ValueError, match=r"site 'x': got data of shape \(3,\), expected \(2,\)"):
         guide(torch.zeros(3))
     with pytest.raises(ValueError, match="site 'x'"):

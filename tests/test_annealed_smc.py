@@ -473,7 +473,10 @@ def test_models_without_continuous_latents_are_refused():
         ({"steps": 0}, "steps: got 0"),
         ({"num_particles": 1}, "num_particles: got 1"),
         ({"num_repeats": 5}, "num_repeats: got 5"),
-        ({"conditional_ess": 1.0}, "conditional_ess: got 1"),
+        (
+            {"conditional_ess": 1.0},
+            "conditional_ess: got 1.0, expected a finite number > 0 and < 1",
+        ),
         ({"ess_threshold": 0.0}, "ess_threshold: got 0"),
         ({"max_leapfrog": 0}, "max_leapfrog: got 0"),
         ({"moves": -1}, "moves: got -1"),

@@ -42,6 +42,7 @@ from pyro_diffusion.infer import AnnealedSMC, AutoDiffusion, PathELBO, Unreliabl
 from pyro_diffusion.infer.annealing import path_kernels
 from pyro_diffusion.infer.annealing.annealed_path import AnnealedPath, centred
 from pyro_diffusion.infer.annealing.path_kernels import LangevinKernel, Levels
+from pyro_diffusion.nn import MLP
 
 X = torch.tensor([1.0, -0.5, 2.0])
 FORMS = [
@@ -519,6 +520,57 @@ def test_save_and_load(tmp_path):
     again.median(num_samples=2)
     pyro.set_rng_seed(5)
     torch.testing.assert_close(again()["mean"], drawn)
+
+
+def test_save_and_load_by_pyros_store(tmp_path):
+    guide = normal_base(control=True)
+    svi = SVI(groups, guide, Adam({"lr": 0.05}), PathELBO(8))
+    for _ in range(5):
+        svi.step(X)
+    pyro.set_rng_seed(5)
+    drawn = guide.log_weights(4, X)
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    again = normal_base(control=True)  # its store is empty
+    pyro.get_param_store().load(tmp_path / "store.pt")
+    again.log_weights(2, X)  # makes its parameters, and so draws numbers
+    pyro.set_rng_seed(5)
+    torch.testing.assert_close(again.log_weights(4, X), drawn)
+    SVI(groups, again, Adam({"lr": 0.05}), PathELBO(8)).step(X)
+    assert not torch.equal(again.log_weights(4, X), drawn)
+    moved = dict(again.control.named_parameters())
+    assert all(not torch.equal(p, moved[n]) for n, p in guide.control.named_parameters())
+    other = normal_base(control=MLP(3, (8, 8), embedding=32))
+    pyro.get_param_store().load(tmp_path / "store.pt")
+    with pytest.raises(ValueError, match=r"control: got .* of shape .* in Pyro's store"):
+        other.log_weights(2, X)
+
+
+@pytest.mark.parametrize("steps", [2, 8])
+def test_another_number_of_steps_in_pyros_store_is_refused(steps):
+    """It would silently walk as many steps as the guide before it."""
+    guide = normal_base(steps=4)
+    guide()
+    with pytest.raises(ValueError, match=rf"steps: got {steps} and 3 latents, and 4 and 3 in"):
+        AutoDiffusion(groups, guide.base, steps).log_weights(2)
+    pyro.clear_param_store()
+    assert len(AutoDiffusion(groups, guide.base, steps).path().levels.step_sizes) == steps
+
+
+def test_masked_nan_is_refused_by_name():
+    """Its density is finite and its gradient is not: parameters would be NaN after a step."""
+    x = torch.tensor([1.0, math.nan, 2.0])
+
+    def model(x, mask):
+        mean = pyro.sample("mean", Normal(0.0, 1.0))
+        with pyro.plate("data", 3), poutine.mask(mask=mask):
+            pyro.sample("x", Normal(mean, 1.0, validate_args=False), obs=x)
+
+    guide = AutoDiffusion(model, AutoNormal(model), 2)
+    with pytest.raises(ValueError, match="site 'x': got NaN under a mask"):
+        guide.log_weights(4, x, x == x)
+    with pytest.raises(ValueError, match="site 'x': got NaN under a mask"):
+        AnnealedSMC(model, AutoNormal(model), 8, 6, rounds=1).run(x, x == x)
+    assert bool(guide.log_weights(4, x.nan_to_num(), x == x).isfinite().all())
 
 
 def test_memory_is_flat_and_gradients_are_few():

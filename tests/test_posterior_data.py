@@ -270,6 +270,7 @@ def wide_program():
         ({}, {}, "posterior: got"),
         ([], {}, "posterior: got"),
         (["x"], {}, "expected a dict of draws or Particles"),
+        (3, {}, r"posterior: got \['int'\], expected a dict of draws or Particles"),
         ({"w": torch.zeros(5, 2)}, {"model": program}, "no draws of x"),
         ({"x": torch.zeros(5, 3)}, {"model": program}, "expected \\(2,\\)"),
         ({"x": torch.zeros(5, 2)}, {"num_chains": 0}, "num_chains: got 0"),

@@ -69,7 +69,7 @@ def posterior_to_arviz(
             check_tensor(f"posterior[{name!r}]", value)
         values = {k: v.detach() for k, v in posterior.items() if v.numel()}
     else:
-        runs = [posterior] if isinstance(posterior, Particles) else list(posterior)
+        runs = list(posterior) if isinstance(posterior, Sequence) else [posterior]
         values, stats, num_chains = *_particle_draws(runs, site, num_samples), len(runs)
         groups["sample_stats"] = stats
         # Filters of one batch, in the same dimensions for every figure.
@@ -118,7 +118,9 @@ def _particle_draws(
     """Equally weighted draws of every run, and what each run says of itself."""
     if not runs or not all(isinstance(run, Particles) for run in runs):
         kinds = [type(run).__name__ for run in runs]
-        raise ValueError(f"posterior: got {kinds}, expected a dict of draws or Particles")
+        raise ValueError(
+            f"posterior: got {kinds}, expected a dict of draws or Particles (of AnnealedParticles, sample(n))"
+        )
     count = check_positive_int("num_samples", len(runs[0]) if num_samples is None else num_samples)
     values = torch.cat([run.sample((count,)) for run in runs])
     stats: dict[str, list[Any]] = {

@@ -7,7 +7,8 @@ import pyro
 import torch
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
-from pyro.nn import PyroParam
+from pyro.nn import PyroModule, PyroParam
+from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
 from pyro_diffusion.infer.annealing.annealed_path import AnnealedPath, Control
@@ -263,6 +264,12 @@ class AutoDiffusion(EarlierDraws, AutoContinuous):
         increments: Any = self.increments
         steps: Any = self.step_sizes
         scale: Any = self.scale
+        if (found := (len(steps), len(scale))) != (self.steps, self.latent_dim):
+            raise ValueError(
+                f"steps: got {self.steps} and {self.latent_dim} latents, and {found[0]} and {found[1]} in "
+                f"Pyro's store ('{self._pyro_name}.step_sizes'), expected one guide of a name: "
+                "pyro.clear_param_store() before another"
+            )
         betas = torch.cat(
             [increments.new_zeros(1), increments.cumsum(0)[:-1], increments.new_ones(1)]
         )
@@ -273,7 +280,7 @@ class AutoDiffusion(EarlierDraws, AutoContinuous):
         if not self._controlled:
             return None
         # Once: each reading is a param statement for every parameter.
-        network, (context,), steps = self.control, self._context, self.steps
+        network, (context,), steps = self._stored_control(), self._context, self.steps
         given = {} if context is None else context(*args, **kwargs)
 
         def control(z: Tensor, level: int) -> Tensor:
@@ -284,6 +291,24 @@ class AutoDiffusion(EarlierDraws, AutoContinuous):
             return out.to(z.dtype).reshape(z.shape)
 
         return control
+
+    def _stored_control(self) -> nn.Module:
+        """The control with what Pyro's store has of it, as every other parameter is read."""
+        network: Any = self._modules["control"]
+        local = pyro.settings.get("module_local_params") or isinstance(network, PyroModule)
+        if local or not self._pyro_context.active:
+            return self.control
+        name, store = self._pyro_get_fullname("control"), pyro.get_param_store()
+        for own, value in network.named_parameters():
+            full = param_with_module_name(name, own)
+            if full in store and store[full].shape != value.shape:
+                raise ValueError(
+                    f"control: got {own!r} of shape {tuple(value.shape)} and of {tuple(store[full].shape)} "
+                    "in Pyro's store, expected one network: pyro.clear_param_store() before another"
+                )
+        # Without the update a stored network would neither be used nor, where it is trained, move.
+        out: nn.Module = pyro.module(name, network, update_module_params=True)
+        return out
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with isolated(), torch.no_grad():

@@ -1,6 +1,5 @@
 """Particles from any fitted guide to the posterior: draws, evidence with its error, and a verdict."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -137,8 +136,7 @@ class AnnealedSMC:
         self.steps = None if steps is None else check_positive_int("steps", steps)
         self.moves = check_positive_int("moves", moves, at_least=0)
         self.final_moves = check_positive_int("final_moves", final_moves, at_least=0)
-        below_one = math.nextafter(1, 0)
-        check_number("conditional_ess", conditional_ess, above=0, at_most=below_one)
+        check_number("conditional_ess", conditional_ess, above=0, below=1)
         check_number("ess_threshold", ess_threshold, above=0, at_most=1)
         self.conditional_ess, self.ess_threshold = conditional_ess, ess_threshold
         self.max_leapfrog = check_positive_int("max_leapfrog", max_leapfrog)

@@ -104,9 +104,11 @@ class UnconstrainedModel:
         """See whether a few draws, (n, D), have the same density by themselves, and again.
 
         Raises:
-            ValueError: for a density that changes from run to run.
+            ValueError: for a density that changes from run to run; for NaN that a mask leaves out of it, but
+                not of its gradient.
         """
         some = u[:TRIALS].detach()
+        self._check_masked(some)
         with torch.no_grad(), isolated(), pyro.validation_enabled(False):
             alone = self._one_by_one(some)
             rounding = AGAIN * torch.finfo(alone.dtype).eps
@@ -134,6 +136,31 @@ class UnconstrainedModel:
             f"all draws: {'; '.join(reasons)}",
             stacklevel=2,
         )
+
+    def _check_masked(self, some: Tensor) -> None:
+        """Refuse observed NaN under a mask: 0 times NaN is NaN in the gradient, and nothing would move."""
+        with isolated(), torch.no_grad(), pyro.validation_enabled(False):
+            nodes = self._trace(self.constrain(some[0])).nodes
+        absent = [
+            name
+            for name, node in nodes.items()
+            if node["type"] == "sample"
+            and node["is_observed"]
+            and isinstance(node["value"], Tensor)
+            and node["value"].numel()
+            and bool(node["value"].isnan().any())
+        ]
+        if not absent:
+            return
+        with isolated(), torch.enable_grad(), pyro.validation_enabled(False):
+            rows = some.clone().requires_grad_()
+            out = self._one_by_one(rows)
+            slope = torch.autograd.grad(out.sum(), rows)[0] if out.requires_grad else rows
+        if bool((out.isfinite() & slope.isnan().any(-1)).any()):
+            raise ValueError(
+                f"site {absent[0]!r}: got NaN under a mask, whose gradient is NaN all the same, expected "
+                "numbers there, any: torch.nan_to_num(x)"
+            )
 
     def unpack(self, u: Tensor) -> dict[str, Tensor]:
         """Unconstrained values of each site, (...) + its shape, of (..., D)."""

@@ -311,8 +311,8 @@ class SimulatedLatents(AutoContinuous):
         simulator = self._simulator
         if simulator is None:
             raise ValueError(
-                "guide: got one that has not seen its model, expected simulate or accept first, or data in "
-                "the model's arguments"
+                "guide: got one that has not seen its model, expected simulate or accept first, or, of a "
+                "state that was loaded, a call with data in the model's arguments, guide(x)"
             )
         check_by_name(values)
         found, batch = [], torch.Size()
@@ -373,7 +373,14 @@ def check_data(
     Raises:
         ValueError: naming the site.
     """
-    value = check_tensor(f"site {name!r}", torch.as_tensor(value))
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"site {name!r}: got {kind_of(value)}, expected a tensor of numbers"
+            ) from None
+    value = check_tensor(f"site {name!r}", value)
     lead = value.dim() - len(shape)
     if lead < 0 or value.shape[lead:] != shape:
         raise ValueError(
