@@ -226,3 +226,17 @@ def test_sparse_gradients_are_refused():
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match=r"^params: got one with a sparse gradient"):
         Amos(table.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_decay_below_the_rounding_of_one_is_kept(momentum):
+    """Rate 1e-4: weights in single precision shrink by 1e-5 in 2000 steps, as those in double do."""
+    generator = torch.Generator().manual_seed(0)
+    one, two = (torch.ones(1000, dtype=dtype, requires_grad=True) for dtype in (torch.float32, F64))
+    optimizers = [Amos([weight], lr=1e-4, momentum=momentum) for weight in (one, two)]
+    for _ in range(2000):
+        two.grad = torch.randn(1000, dtype=F64, generator=generator)
+        one.grad = two.grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert abs(float((one.detach() - two.detach()).mean())) < 1e-6

@@ -291,6 +291,28 @@ def test_too_small_a_region_ends_the_rounds(monkeypatch):
     assert len(found.simulations["x"]) == 100
 
 
+def test_simulations_that_fail_do_not_end_the_rounds():
+    """A tenth of the runs are NaN: they are dropped, as in the first round, and the second round is there."""
+
+    def failing(x=None):
+        theta = pyro.sample("theta", Normal(0.0, 1.0))
+        u = pyro.sample("u", Uniform(0.0, 1.0))
+        centre = torch.where(u < 0.1, math.nan, theta)
+        pyro.sample("x", Normal(centre, 0.1, validate_args=False), obs=x)
+
+    pyro.set_rng_seed(0)
+    guide = AutoAmortized(failing, denoiser=tiny, observed=["x"], latents=["theta"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = fit_truncated(
+            guide, {"x": torch.tensor(0.5)}, 200, rounds=2, options={**QUIET, "steps": 20}
+        )
+    assert [each.simulations for each in found.rounds] == [200, 200]
+    # of 200 at a rate of .9, within 5 sd
+    assert all(abs(len(x) - found.rounds[1].usable) < 1 for x in found.simulations.values())
+    assert found.rounds[1].usable > 180 - 22
+
+
 def test_refused():
     guide = AutoAmortized(narrow, observed=["x"], denoiser=tiny)
     for arguments, named in (

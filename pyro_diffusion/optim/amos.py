@@ -124,13 +124,13 @@ class Amos(torch.optim.Optimizer):
         corrected = (v / known).clamp(min=group["eps"])
         gamma = (1 + 0.25 * xi**0.5 * b).rsqrt() * xi**2 * square / corrected
         shorter = 1 / (1 + 0.25 * (xi * eta) ** 0.5 * b)
-        keep, rate = 1 - 0.5 * shorter * gamma, shorter * xi * eta * corrected.rsqrt()
+        decay, rate = 0.5 * shorter * gamma, shorter * xi * eta * corrected.rsqrt()
         b += gamma * (1 + b)
+        # in one step: a decay below the rounding of 1 would be lost in a factor of its own
+        change = decay * parameter.to(square.dtype) + rate * gradient.to(square.dtype)
         if group["momentum"]:
-            change = (1 - keep) * parameter + rate * gradient
-            parameter.sub_(state["m"].lerp_(change.to(square.dtype), 1 - group["momentum"]))
-        else:
-            parameter.mul_(keep.to(parameter.dtype)).sub_(rate.to(parameter.dtype) * gradient)
+            change = state["m"].lerp_(change, 1 - group["momentum"])
+        parameter.sub_(change)
 
 
 def _mean_square(gradient: Tensor, per_output: bool) -> Tensor:

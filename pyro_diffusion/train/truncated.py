@@ -172,8 +172,7 @@ def fit_truncated(
             break
         boxes.append(Box.around(first, widen))
         probability = float(_inside(boxes, second).double().mean())
-        found, tried = _simulate(guide, num_simulations, boxes, args, kwargs)
-        new = len(next(iter(found.values()), ()))
+        found, new, tried = _simulate(guide, num_simulations, boxes, args, kwargs)
         acceptance = new / tried
         if new < num_simulations:
             warn_unreliable(
@@ -221,15 +220,16 @@ def _margin(boxes: list[Box], draws: Tensor) -> tuple[bool, float]:
 
 def _simulate(
     guide: AutoAmortized, count: int, boxes: list[Box], args: Any, kwargs: Any
-) -> tuple[Values, int]:
-    """Simulations inside all boxes, valid ones, and how many draws of the prior were looked at."""
+) -> tuple[Values, int, int]:
+    """Valid simulations inside all boxes, how many there were with others, and draws of the prior."""
 
     def inside(drawn: Values) -> Tensor:
         return _inside(boxes, pack(guide, drawn, next(iter(drawn.values())).shape[:1]))
 
     simulator = guide._prepare(args, kwargs)
     found, tried = simulate_within(simulator, count, args, kwargs, inside, MOST * count)
-    return (guide._valid(found) if found else found), tried
+    count_found = len(next(iter(found.values()), ()))
+    return (guide._valid(found) if found else found), count_found, tried
 
 
 def _usable(guide: AutoAmortized, before: Values, new: Values, boxes: list[Box]) -> Values:
