@@ -461,6 +461,31 @@ def test_in_a_list_it_depends_on_what_was_drawn_before():
     assert guide[1].step_sizes_unconstrained.grad is not None
 
 
+def test_scores_in_a_list_are_refused_where_they_would_be_biased():
+    """Gradients of draws before, and densities of draws after, are none that scores have."""
+    pyro.clear_param_store()
+    bases = {name: AutoNormal(poutine.block(chained, expose=[name])) for name in "ab"}
+    guide = AutoGuideList(chained)
+    guide.append(bases["a"])
+    guide.append(AutoDiffusion(chained, bases["b"], 2, pathwise=False))
+    elbo = Trace_ELBO(num_particles=4, max_plate_nesting=0, vectorize_particles=True)
+    with torch.no_grad():
+        assert math.isfinite(elbo.loss(chained, guide))
+    with pytest.raises(ValueError, match="pathwise: got False after guides of a list whose draws"):
+        elbo.loss_and_grads(chained, guide)
+    guide[0].requires_grad_(False)
+    elbo.loss_and_grads(chained, guide)
+    assert guide[1].step_sizes_unconstrained.grad is not None
+
+    def alone():
+        pyro.sample("a", Normal(0.0, 1.0))
+
+    guide = AutoGuideList(chained)
+    guide.append(AutoDiffusion(alone, AutoNormal(alone), 2, pathwise=False))
+    with pytest.raises(ValueError, match="pathwise: got False in a AutoDiffusion that a AutoDiff"):
+        guide.append(AutoDiffusion(chained, AutoNormal(poutine.block(chained, expose=["b"])), 2))
+
+
 def mixed(y=ROWS):
     loc = pyro.sample("loc", Normal(0.0, 1.0))
     with pyro.plate("rows", 2):

@@ -70,7 +70,8 @@ class AutoDiffusion(EarlierDraws, AutoContinuous):
         step_size: at the start, in units of the base's squared scale, > 0.
         pathwise: gradients through the chain, which take second derivatives of the model. If not, those of
             scores with a leave-one-out baseline: first derivatives, no graph through the chain; Langevin
-            steps only, ``PathELBO`` or ``Trace_ELBO``, with 2 particles or more, vectorized.
+            steps only, ``PathELBO`` or ``Trace_ELBO``, with 2 particles or more, vectorized; in a list last
+            of the guides that see earlier draws, and after none that is trained.
         train_base: whether the base is trained, too; needs ``pathwise``.
 
     Raises:

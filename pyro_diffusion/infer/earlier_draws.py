@@ -8,6 +8,7 @@ from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from torch import Tensor, nn
 
 from pyro_diffusion.distributions.base import plates_entered
+from pyro_diffusion.validation import kind_of
 
 __all__ = ["EarlierDraws", "outer_nesting"]
 
@@ -30,6 +31,12 @@ class EarlierDraws(AutoGuide):
         super()._update_master(master_ref)
         # Not in the list yet: what is there comes before.
         for part in _before(master_ref(), self):
+            if not getattr(part, "_pathwise", True):
+                # Its learning signal in Pyro's ELBOs has no densities of auxiliary draws, such as this one's.
+                raise ValueError(
+                    f"pathwise: got False in a {kind_of(part)} that a {kind_of(self)} after it depends on, "
+                    "expected True: scores would leave out the density of later draws"
+                )
             if id(part) not in self._hooked:
                 self._hooked.add(id(part))
                 part.register_forward_hook(self._keep_draws)

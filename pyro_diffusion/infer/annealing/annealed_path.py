@@ -144,10 +144,18 @@ class AnnealedPath(NoClosedForms, TorchDistribution):
         Without pathwise gradients that is, for N paths with log weights :math:`w_n`, the gradient of
         :math:`\frac1{N - 1} \sum_n (w_n - \bar w) \log F_n + \frac1N \sum_n \log B_n`, weights held fixed:
         that of the ELBO with each path's baseline the mean of the others. A single path has none.
+
+        Raises:
+            ValueError: for such gradients given latents that carry some themselves.
         """
         path = self.path_density(x)
         if self.pathwise:
             return ScoreParts(path.ratio, 0, path.ratio)  # type: ignore[arg-type]
+        if self.given is not None and self.given.requires_grad:
+            raise ValueError(
+                "pathwise: got False after guides of a list whose draws carry gradients, which scores do not "
+                "hand on, expected True, or those guides without parameters to train (requires_grad_(False))"
+            )
         score = centred(path.forward)
         # Pyro's learning signal has the model's densities, not those of a guide's auxiliary sites.
         entropy = path.ratio.detach() * score - path.backward
