@@ -17,6 +17,7 @@ from pyro.distributions import (
     Multinomial,
     Normal,
     Poisson,
+    StudentT,
     constraints,
 )
 from pyro.infer import (
@@ -28,6 +29,7 @@ from pyro.infer import (
     TraceMeanField_ELBO,
 )
 from pyro.infer.autoguide import (
+    AutoContinuous,
     AutoDelta,
     AutoGuideList,
     AutoIAFNormal,
@@ -459,6 +461,25 @@ def test_in_a_list_it_depends_on_what_was_drawn_before():
     guide.zero_grad()
     Trace_ELBO().loss_and_grads(chained, guide)
     assert guide[1].step_sizes_unconstrained.grad is not None
+
+
+class Heavy(AutoContinuous):
+    """A guide that is its own base."""
+
+    def get_posterior(self, *args, **kwargs):
+        return StudentT(3.0, self.loc, torch.ones_like(self.loc)).to_event(1)
+
+    def _setup_prototype(self, *args, **kwargs):
+        super()._setup_prototype(*args, **kwargs)
+        self.loc = nn.Parameter(self._init_loc())
+
+
+def test_a_base_that_no_chart_gives_is_not_trained():
+    """Its draws are constants: gradients would leave out their part."""
+    pyro.clear_param_store()
+    assert AutoDiffusion(groups, Heavy(groups), 2).log_weights(10).shape == (10,)
+    with pytest.raises(ValueError, match="train_base: got True with Heavy, whose posterior"):
+        PathELBO(4).loss(groups, AutoDiffusion(groups, Heavy(groups), 2, train_base=True))
 
 
 def test_scores_in_a_list_are_refused_where_they_would_be_biased():

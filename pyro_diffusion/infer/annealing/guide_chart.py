@@ -11,6 +11,8 @@ from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation, AutoNormal
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, LowRankMultivariateNormal, MultivariateNormal
 
+from pyro_diffusion.validation import kind_of
+
 __all__ = ["GuideChart", "chart_of", "frozen_chart", "normal_chart"]
 
 
@@ -52,7 +54,8 @@ def chart_of(guide: AutoGuide, args: Any, kwargs: Any, *, train: bool = False) -
         train: whether gradients reach the parameters of a normal guide (they do those of a flow).
 
     Raises:
-        ValueError: for a Laplace approximation that has not been made.
+        ValueError: for a Laplace approximation that has not been made, and to train a guide that is its own
+            base.
     """
     if isinstance(guide, AutoLaplaceApproximation):
         raise ValueError(
@@ -74,6 +77,11 @@ def chart_of(guide: AutoGuide, args: Any, kwargs: Any, *, train: bool = False) -
     try:
         base, transform = guide.get_base_dist(), guide.get_transform(*args, **kwargs)
     except NotImplementedError:
+        if train:  # its draws would be constants
+            raise ValueError(
+                f"train_base: got True with {kind_of(guide)}, whose posterior is neither normal nor a "
+                "transformed base, expected False, or another base"
+            ) from None
         return GuideChart(posterior, None, posterior.log_prob)
     return GuideChart(base, transform, posterior.log_prob)
 
