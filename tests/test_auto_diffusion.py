@@ -619,6 +619,32 @@ def test_masked_nan_is_refused_by_name():
     assert bool(guide.log_weights(4, x.nan_to_num(), x == x).isfinite().all())
 
 
+def test_masked_latents_without_a_density_are_refused_by_name():
+    """Observations under ``obs_mask`` leave latents beside them that are flat: an infinite evidence."""
+    seen = torch.tensor([True, False, True])
+
+    def model(mask):
+        with pyro.plate("data", 3):
+            pyro.sample("x", Normal(0.0, 1.0), obs=X, obs_mask=mask)
+
+    def needed():
+        """The mask takes the prior away, but data remain."""
+        with pyro.plate("data", 3):
+            with poutine.mask(mask=seen):
+                z = pyro.sample("z", Normal(0.0, 1.0))
+            pyro.sample("y", Normal(z, 1.0), obs=X)
+
+    with pytest.raises(ValueError, match="site 'x_unobserved': got 2 latents without a density"):
+        AutoDiffusion(model, AutoNormal(model), 2).log_weights(4, seen)
+    with pytest.raises(ValueError, match="site 'x_unobserved': got 2 latents without a density"):
+        AnnealedSMC(model, AutoNormal(model), 8, 6, rounds=1).run(seen)
+    nothing = AutoDiffusion(model, AutoNormal(model), 2)
+    pyro.clear_param_store()
+    assert bool(nothing.log_weights(4, torch.zeros(3, dtype=torch.bool)).isfinite().all())
+    pyro.clear_param_store()
+    assert bool(AutoDiffusion(needed, AutoNormal(needed), 2).log_weights(4).isfinite().all())
+
+
 def test_memory_is_flat_and_gradients_are_few():
     """K + 1 gradients of the model; without a graph no more than a few states are alive at once."""
     alive, most = [], []

@@ -105,10 +105,11 @@ class UnconstrainedModel:
 
         Raises:
             ValueError: for a density that changes from run to run; for NaN that a mask leaves out of it, but
-                not of its gradient.
+                not of its gradient; for latents that a mask leaves without any.
         """
         some = u[:TRIALS].detach()
         self._check_masked(some)
+        self._check_flat(some[0])
         with torch.no_grad(), isolated(), pyro.validation_enabled(False):
             alone = self._one_by_one(some)
             rounding = AGAIN * torch.finfo(alone.dtype).eps
@@ -161,6 +162,34 @@ class UnconstrainedModel:
                 f"site {absent[0]!r}: got NaN under a mask, whose gradient is NaN all the same, expected "
                 "numbers there, any: torch.nan_to_num(x)"
             )
+
+    def _check_flat(self, u: Tensor) -> None:
+        """Refuse latents under a mask on which nothing depends: they are flat, with an infinite evidence."""
+        masks = {name: site.get("mask") for name, site in self._sites.items()}
+        masked = {
+            name: torch.as_tensor(mask)
+            for name, mask in masks.items()
+            if mask is False or (isinstance(mask, Tensor) and not bool(mask.all()))
+        }
+        if not masked:
+            return
+        with isolated(), torch.enable_grad(), pyro.validation_enabled(False):
+            free = {name: x.detach().requires_grad_() for name, x in self.unpack(u).items()}
+            values = {name: biject_to(self._supports[name])(x) for name, x in free.items()}
+            out = self._evaluator.log_prob(self._trace(values))
+            slopes = torch.autograd.grad(
+                out, [free[name] for name in masked], allow_unused=True, materialize_grads=True
+            )
+        for (name, mask), slope in zip(masked.items(), slopes, strict=True):
+            batch = self._sites[name]["fn"].batch_shape
+            still = slope.reshape(*batch, -1).eq(0).all(-1)
+            count = int((still & ~mask.to(still.device).expand(batch)).sum())
+            if count:
+                raise ValueError(
+                    f"site {name!r}: got {count} latents without a density, under a mask, on which nothing "
+                    "depends, expected each to have one: with obs_mask, sample what is missing as a site of "
+                    "its own"
+                )
 
     def unpack(self, u: Tensor) -> dict[str, Tensor]:
         """Unconstrained values of each site, (...) + its shape, of (..., D)."""
