@@ -209,7 +209,13 @@ def test_other_priors_are_none():
         w = pyro.sample("w", Normal(z, 1.0))
         pyro.sample("x", Normal(w, 1.0), obs=x)
 
-    for program in (uniform, dependent):
+    def seldom(x=None):
+        z = pyro.sample("z", Normal(0.0, 1.0))
+        w = pyro.sample("w", Normal(0.0, torch.where(z > 1.5, 5.0, 1.0)))
+        pyro.sample("x", Normal(w, 1.0), obs=x)
+
+    pyro.set_rng_seed(1)
+    for program in (uniform, dependent, seldom):
         guide = AutoAmortized(program, observed=["x"])
         guide.simulate(50)
         assert normal_prior(guide, (), {}) is None

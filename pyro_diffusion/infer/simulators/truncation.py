@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_diffusion.infer.simulators.simulations import Simulator, sites_of, traced
 from pyro_diffusion.likelihoods.run import Message, isolated
 
-__all__ = ["Box", "draw_prior", "simulate_within"]
+__all__ = ["Box", "draw_prior", "first_sites", "simulate_within"]
 
 BLOCK = 10_000  # draws of the prior in one run
 RIDGE = 1e-6  # of the variances along the axes, relative to the largest
@@ -90,7 +90,8 @@ def _without_data(simulator: Simulator) -> Callable[..., None]:
     return drawing
 
 
-def _first_sites(simulator: Simulator, args: Any, kwargs: Any) -> dict[str, Message]:
+def first_sites(simulator: Simulator, args: Any, kwargs: Any) -> dict[str, Message]:
+    """The sites of one run that ends with the last latent."""
     return sites_of(traced(_without_data(simulator), args, kwargs))
 
 
@@ -100,7 +101,7 @@ def draw_prior(simulator: Simulator, num_samples: int, args: Any, kwargs: Any) -
     Returns:
         (num_samples,) + the shape of each site by name.
     """
-    sites = _first_sites(simulator, args, kwargs)
+    sites = first_sites(simulator, args, kwargs)
     program = _without_data(simulator)
     if not simulator.vectorized:
         return _one_by_one(simulator, sites, num_samples, args, kwargs)
@@ -115,7 +116,7 @@ def draw_prior(simulator: Simulator, num_samples: int, args: Any, kwargs: Any) -
 def _one_by_one(
     simulator: Simulator, sites: dict[str, Message], num_samples: int, args: Any, kwargs: Any
 ) -> Values:
-    runs = [_first_sites(simulator, args, kwargs) for _ in range(num_samples)]
+    runs = [first_sites(simulator, args, kwargs) for _ in range(num_samples)]
     other = [n for run in runs for n in run if n not in sites] or [
         n for n in sites if any(n not in run for run in runs)
     ]
@@ -170,7 +171,7 @@ def simulate_within(
 
 def _completed(simulator: Simulator, values: Values, count: int, args: Any, kwargs: Any) -> Values:
     """Runs of the program that begin with these values."""
-    sites = _first_sites(simulator, args, kwargs)
+    sites = first_sites(simulator, args, kwargs)
     wanted = {**simulator.latents, **simulator.observed}
     program = poutine.uncondition(simulator.program)
     if simulator.vectorized:
