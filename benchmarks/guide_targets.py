@@ -166,6 +166,8 @@ def gold(folder: Path, name: str) -> Target:
         x = data["x"]
         model = functools.partial(poisson_process, x, data["k"])
         to_columns = functools.partial(poisson_process_f, x)
+        # a grid over rho and alpha, importance sampling of f around its mode at each point
+        evidence = -47.622, math.nan
         exact = None  # type: ignore[assignment]
     return Target(model, (draws, to_columns), evidence, exact)
 
