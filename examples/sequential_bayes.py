@@ -151,7 +151,7 @@ def report(
 
 def draw(weights: list[Tensor], grid: Tensor, clouds: dict[str, tuple[int, Tensor]]) -> Figure:
     """Clouds of draws over the exact density of the posterior that each is to be of."""
-    figure = Figure(figsize=(10, 3), layout="constrained")
+    figure = Figure(figsize=(11, 3), layout="constrained")
     points = round(len(grid) ** 0.5)
     x, y = (grid[:, k].reshape(points, points) for k in (0, 1))
     for axes, (name, (which, u)) in zip(
@@ -161,7 +161,7 @@ def draw(weights: list[Tensor], grid: Tensor, clouds: dict[str, tuple[int, Tenso
         levels = [float(density.max()) * f for f in (0.01, 0.1, 0.5)]
         axes.plot(u[:, 0], u[:, 1], ".", ms=1.5, alpha=0.4)
         axes.contour(x, y, density, levels=levels, colors="k", linewidths=0.8)
-        axes.set(title=name, xlim=(-4, 4.4), ylim=(-4, 4))
+        axes.set(title=name, xlim=(-4, 4.4), ylim=(-4, 4), aspect="equal")
         axes.plot(*BEACONS.T, "r^", ms=5)
     return figure
 

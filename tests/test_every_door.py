@@ -29,6 +29,7 @@ FREE_OF_SCALES: dict[str, str] = {
     "foreign.load_diffusers": "the call returns the schedule's knots",
     "foreign.save_diffusers": "writes the schedule",
     "infer.AutoAmortized": "simulates, which no noise touches",
+    "train.fit_truncated": "the call returns simulations, likewise",
     "foreign.from_azula": "the foreign denoiser takes its own scales, those of one clock",
 }
 

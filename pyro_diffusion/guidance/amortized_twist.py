@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.distributions.base import dtype_and_device
 from pyro_diffusion.guidance.base import GuidedDenoiser, check_denoiser
 from pyro_diffusion.guidance.learned_twist import LearnedTwist
 from pyro_diffusion.guidance.linear_prediction import LinearPrediction
@@ -246,15 +245,9 @@ def readings_of(likelihood: ProgramLikelihood) -> Tensor:
 
 def _check_prior(likelihood: ProgramLikelihood) -> None:
     prior = likelihood.prior
-    process = prior.denoiser.process
-    require(process, Ability.NUMBERS, Ability.TWEEDIE, argument="likelihood", by="AmortizedTwist")
+    needs = (Ability.NUMBERS, Ability.TWEEDIE, Ability.ISOTROPIC)
+    require(prior.denoiser.process, *needs, argument="likelihood", by="AmortizedTwist")
     if prior.context:
         raise ValueError(
             f"likelihood: got a prior with context {', '.join(prior.context)}, expected one without"
-        )
-    dtype, device = dtype_and_device(prior.denoiser)
-    x = torch.zeros(1, *likelihood.event_shape, dtype=dtype, device=device)
-    if process.level(x.new_full((1,), 0.5), x).alpha.numel() > 1:
-        raise ValueError(
-            "likelihood: got a process whose noise differs by coordinate, expected one level for all"
         )
