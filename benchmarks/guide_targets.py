@@ -166,8 +166,7 @@ def gold(folder: Path, name: str) -> Target:
         x = data["x"]
         model = functools.partial(poisson_process, x, data["k"])
         to_columns = functools.partial(poisson_process_f, x)
-        # a grid over rho and alpha, importance sampling of f around its mode at each point
-        evidence = -47.622, math.nan
+        evidence = -47.622, math.nan  # a grid over rho and alpha, importance sampling of f at each
         exact = None  # type: ignore[assignment]
     return Target(model, (draws, to_columns), evidence, exact)
 

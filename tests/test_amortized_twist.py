@@ -302,3 +302,29 @@ def test_readings_that_depend_on_others_are_simulated_with_them(indexed):
     expected = 0.25 * links @ links.mT
     assert ((y.mean(0) - around) / expected.diagonal().sqrt()).abs().max() < 5 / 4000**0.5
     assert (torch.cov(y.mT) - expected).abs().max() < 5 * 0.75 * (2 / 4000) ** 0.5
+
+
+def test_precision_of_its_own():
+    """A twist in double precision over a prior in single: as in the prior's own, up to that."""
+    pyro.set_rng_seed(0)
+    own = Diffusion(isotropic(MEAN.float(), VARIANCE).float(), (2,), times=uniform(8))
+
+    def model():
+        x = pyro.sample("x", own)
+        pyro.sample("y", dist.Normal(x, SD).to_event(1), obs=Y.float())
+
+    likelihood = ProgramLikelihood(model, ())
+    found = AmortizedTwist(likelihood, hidden=(8,))
+    found.simulate(500)
+    x, level = torch.randn(5, 2), own.denoiser.process.level(torch.tensor(0.5), torch.zeros(2))
+    single = found.log_prob(x, level, Y.float())
+    assert_close(found.double().log_prob(x, level, Y.float()), single, rtol=1e-5, atol=1e-5)
+    assert float(TwistedSMC(own, likelihood, found, num_particles=8).run().log_evidence.value) < 0
+
+
+def test_too_few_draws_for_moments_are_refused():
+    found = AmortizedTwist(
+        ProgramLikelihood(linear_program(prior(), Y[None])), hidden=(8,)
+    ).double()
+    with pytest.raises(ValueError, match="num_samples: got 4 at first"):
+        found.simulate(4)

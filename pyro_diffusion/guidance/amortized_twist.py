@@ -106,7 +106,8 @@ class AmortizedTwist(nn.Module):
         """Draws of the prior and the program's readings of them; the first call takes their moments.
 
         Args:
-            num_samples: N, draws of data; those of a plate are rows of their own.
+            num_samples: N, draws of data; those of a plate are rows of their own. At first more data than
+                they and their readings have numbers, many times as many for good moments.
 
         Returns:
             ``"x0"``, (N times rows, n), and ``"y"``, (N times rows, m).
@@ -114,7 +115,13 @@ class AmortizedTwist(nn.Module):
         check_positive_int("num_samples", num_samples, at_least=2)
         (likelihood,) = self._likelihood
         prior = likelihood.prior
-        one = likelihood.batch_shape.numel() * self.size
+        rows, least = likelihood.batch_shape.numel(), self.size + self.readings
+        if not bool(self.ready) and num_samples * rows <= least:
+            raise ValueError(
+                f"num_samples: got {num_samples} at first, of {rows} data each, expected more than {least} "
+                "data, of which moments are taken"
+            )
+        one = rows * self.size
         found: dict[str, list[Tensor]] = {"x0": [], "y": []}
         for start in range(0, num_samples, most := max(AT_ONCE // one, 1)):
             x = prior.sample(torch.Size([min(most, num_samples - start)]))
@@ -169,7 +176,7 @@ class AmortizedTwist(nn.Module):
             self.linear.scaled(x, alpha, sigma), clock.flatten().to(x).expand(len(x))
         )
         m = self.readings
-        out = out.flatten(1) * self.linear.share(alpha, sigma).to(x)
+        out = out.flatten(1).to(x) * self.linear.share(alpha, sigma).to(x)
         bias, entries = out[:, :m], out[:, m : m + self._rows.shape[1]]
         square = out.new_zeros(len(x), m, m)
         square[:, self._rows[0], self._rows[1]] = entries
