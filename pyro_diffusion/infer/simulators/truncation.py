@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Predictive
@@ -171,27 +170,15 @@ def simulate_within(
 
 def _completed(simulator: Simulator, values: Values, count: int, args: Any, kwargs: Any) -> Values:
     """Runs of the program that begin with these values."""
-    sites = first_sites(simulator, args, kwargs)
     wanted = {**simulator.latents, **simulator.observed}
     program = poutine.uncondition(simulator.program)
     if simulator.vectorized:
-        given = {}
-        for name, value in values.items():  # the plate of simulations is left of the program's
-            missing = simulator.nesting - len(sites[name]["fn"].batch_shape)
-            given[name] = value.reshape(count, *(1,) * missing, *value.shape[1:])
-
-        def together(*args: Any, **kwargs: Any) -> None:
-            with pyro.plate("_num_simulations", count, dim=-simulator.nesting - 1):
-                program(*args, **kwargs)
-
-        nodes = traced(poutine.condition(together, given), args, kwargs).nodes
-        shapes = {name: (count, *site.shape) for name, site in wanted.items()}
-        return {
-            name: nodes[name]["value"].reshape(shape)
-            if nodes[name]["value"].numel() == torch.Size(shape).numel()
-            else nodes[name]["value"].expand(shape)
-            for name, shape in shapes.items()
-        }
+        predictive = Predictive(
+            program, posterior_samples=values, return_sites=tuple(wanted), parallel=True
+        )
+        with isolated(), torch.no_grad():
+            drawn = predictive(*args, **kwargs)
+        return {name: drawn[name].reshape(count, *site.shape) for name, site in wanted.items()}
     runs = [
         traced(poutine.condition(program, {n: v[i] for n, v in values.items()}), args, kwargs)
         for i in range(count)
