@@ -3,8 +3,8 @@
 Run: python benchmarks/guide_diffusion.py --data DIR [--targets ...] [--seeds 0 1 2]
 
 Stock guides are fitted as in `benchmarks/guides.py`, for all `--seconds` (of the processor, one thread). A
-chain's base is fitted for a third of them, and the chain is trained for the rest by `PathELBO` (`--paths`
-paths, Adam at `--lr`, falling tenfold), without control, with the control of CMCD, and with a momentum.
+chain's base is fitted for a share of them, and the chain is trained for the rest by `PathELBO` (`--paths`
+paths, Adam at `--lr`, falling a hundredfold), without control, with the control of CMCD, and with a momentum.
 Gradients are pathwise, but where `-score` is said. ELBO and evidence are of `--draws` of the guide, EUBO of
 up to 5000 exact ones; each with its standard error. Errors of marginals are as there, of draws and of draws
 by weight.
@@ -12,19 +12,16 @@ by weight.
 
 import argparse
 import math
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
-from pyro.infer import SVI, Trace_ELBO
-from pyro.optim import ExponentialLR
 from torch import Tensor
 
 from benchmarks.guide_targets import Target
-from benchmarks.guides import GUIDES, WITH_DATA, WITHOUT, bounds, extra, load, marginals
+from benchmarks.guides import WITH_DATA, WITHOUT, bounds, extra, fitted, load, marginals, train
 from pyro_diffusion.infer import AutoDiffusion, PathELBO
 
 CHAINS: dict[str, dict[str, Any]] = {
@@ -36,29 +33,6 @@ CHAINS: dict[str, dict[str, Any]] = {
     "ula-joint": {"train_base": True},
 }
 AT_ONCE = 2000
-
-
-def train(target: Target, guide: Any, loss: Any, seconds: float, lr: float) -> int:
-    """Steps of SVI in that time of the processor."""
-    optimizer = ExponentialLR(
-        {"optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "gamma": 1.0}, {"clip_norm": 10.0}
-    )
-    svi = SVI(target.model, guide, optimizer, loss)
-    start, steps = time.process_time(), 0
-    while (passed := time.process_time() - start) < seconds:
-        svi.step()
-        steps += 1
-        for scheduler in optimizer.optim_objs.values():
-            scheduler.optimizer.param_groups[0]["lr"] = lr * 0.1 ** (passed / seconds)
-    return steps
-
-
-def fitted(kind: str, target: Target, seconds: float, lr: float) -> tuple[Any, int]:
-    """A stock guide after that time of SVI, one particle a step, and its steps."""
-    pyro.clear_param_store()
-    guide = GUIDES[kind](target.model)
-    guide()
-    return guide, train(target, guide, Trace_ELBO(), seconds, lr)
 
 
 @torch.no_grad()
@@ -111,7 +85,7 @@ def stock(name: str, kind: str, seed: int, args: argparse.Namespace) -> None:
     """A stock guide, fitted for all seconds."""
     pyro.set_rng_seed(seed)
     target = load(name, args.data)
-    guide, steps = fitted(kind, target, args.seconds, args.stock_lr)
+    guide, steps = fitted(kind, target, args.seconds, args.stock_lr, args.svi_particles)
     elbo, eubo = bounds(target, guide)
     with torch.no_grad():
         drawn = [guide() for _ in range(1000)]
@@ -126,10 +100,14 @@ def chain(name: str, kind: str, form: str, seed: int, args: argparse.Namespace) 
     """A chain from a stock guide, for the same seconds in all."""
     pyro.set_rng_seed(seed)
     target = load(name, args.data)
-    base = fitted(kind, target, args.seconds / 3, args.stock_lr)[0]
+    base = fitted(kind, target, args.seconds * args.base_share, args.stock_lr, args.svi_particles)[
+        0
+    ]
     guide = AutoDiffusion(target.model, base, args.steps, step_size=args.step_size, **CHAINS[form])
     before = measured(name, target, guide, AT_ONCE)
-    steps = train(target, guide, PathELBO(args.paths), args.seconds * 2 / 3, args.lr)
+    steps = train(
+        target, guide, PathELBO(args.paths), args.seconds * (1 - args.base_share), args.lr
+    )
     row = measured(name, target, guide, args.draws)
     show([name, seed, kind, f"{form} {args.steps}", f"{args.seconds:.0f}", steps, number(row["elbo"]),
           number(row["eubo"]), number(row["log_z"]), f"{row['ess']:.3f}", pair(row["marginals"]),
@@ -147,6 +125,10 @@ def main() -> None:
     parser.add_argument("--chains", nargs="*", default=["ula", "cmcd"], choices=list(CHAINS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--seconds", type=float, default=45.0, help="of the processor, each row")
+    parser.add_argument(
+        "--base-share", type=float, default=1 / 3, help="of the seconds, a chain's base"
+    )
+    parser.add_argument("--svi-particles", type=int, default=64, help="a step, of stock guides")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--step-size", type=float, default=0.05)
     parser.add_argument("--paths", type=int, default=16)

@@ -1,5 +1,6 @@
-"""The ELBO of a path guide from its own walk, without another run of the model."""
+"""The ELBO of a path, or of a stock guide, over many draws of a model that is written for one."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -8,14 +9,18 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_diffusion.infer.annealing.annealed_path import centred
+from pyro_diffusion.infer.annealing.guide_chart import chart_of
+from pyro_diffusion.infer.annealing.path_model import PathModel
+from pyro_diffusion.infer.annealing.unconstrained import check_guide
 from pyro_diffusion.infer.auto_diffusion import AutoDiffusion
+from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.validation import check_positive_int, kind_of
 
 __all__ = ["PathELBO"]
 
 
 class PathELBO(ELBO):
-    r"""The loss of :class:`~pyro_diffusion.infer.AutoDiffusion` for Pyro's ``SVI``, over N paths at once.
+    r"""The loss of :class:`~pyro_diffusion.infer.AutoDiffusion`, or of a stock guide, over N draws at once.
 
     Minus the mean of log weights :math:`\log w = \log p(x, u_K) - \log \hat q`, a *bound*: nats, at least
     :math:`-\log p(x)` on average. It is ``Trace_ELBO``'s, but the path runs the model by itself and knows
@@ -28,13 +33,17 @@ class PathELBO(ELBO):
         \frac1{N - 1} \sum_n (\log w_n - \overline{\log w})\, \nabla \log F_n
         + \frac1N \sum_n \nabla \log B_n,
 
-    unbiased both. Parameters of the model are not trained; ``Trace_ELBO`` does.
+    unbiased both. A stock guide (``AutoNormal``, or any ``AutoContinuous``) is a path of no steps: the loss
+    is ``Trace_ELBO``'s of N particles, gradients are pathwise, discrete latents are summed over. A flow that
+    is fitted with one particle a step may stay behind one with many, in the same time. Parameters of the
+    model are not trained; ``Trace_ELBO`` does.
 
     Args:
         num_particles: N; >= 2 for a guide without pathwise gradients.
 
     Raises:
-        ValueError: for another guide, another model than the guide's, and too few particles.
+        ValueError: for another guide, another model than the one that an AutoDiffusion was made of, too few
+            particles, and as :class:`~pyro_diffusion.infer.AnnealedSMC` does.
 
     Example:
         >>> import pyro.distributions as dist
@@ -51,13 +60,16 @@ class PathELBO(ELBO):
 
     def __init__(self, num_particles: int = 32) -> None:
         super().__init__(num_particles=check_positive_int("num_particles", num_particles))
+        self._last: tuple[Any, Any, PathModel] | None = None
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, with gradients for the guide's parameters."""
-        if not isinstance(guide, AutoDiffusion) or guide.master is not None:
+        if getattr(guide, "master", None) is not None:
             raise ValueError(
-                f"guide: got {kind_of(guide)}, expected an AutoDiffusion by itself (Trace_ELBO takes any)"
+                f"guide: got {kind_of(guide)} of a list, expected one by itself (Trace_ELBO takes any)"
             )
+        if not isinstance(guide, AutoDiffusion):
+            return -self._without_steps(model, check_guide(guide), args, kwargs).mean()
         guide.check_model(model)
         path = guide.path(*args, **kwargs).expand(torch.Size([self.num_particles]))
         if not path.pathwise and self.num_particles < 2:
@@ -69,6 +81,25 @@ class PathELBO(ELBO):
         signal = density.log_weight.detach()
         surrogate = (signal * centred(density.forward) + density.backward).mean()
         return surrogate.detach() - surrogate - signal.mean()
+
+    def _without_steps(
+        self, model: Callable[..., Any], guide: Any, args: Any, kwargs: Any
+    ) -> Tensor:
+        """Log weights of a stock guide's draws, (N,)."""
+        if guide.prototype_trace is None:
+            with isolated(), torch.no_grad():
+                guide(*args, **kwargs)
+        with guide._pyro_context:  # parameters are seen where they are read within it
+            chart = chart_of(guide, args, kwargs, train=True)
+            last = self._last
+            known = last is not None and last[0] is model and last[1] is guide
+            if last is None or not known or not last[2].fits({}, args, kwargs):
+                last = model, guide, PathModel(model, guide, chart, {}, {}, args, kwargs)
+                self._last = last
+            with pyro.validation_enabled(False):
+                z = chart.base.sample(torch.Size([self.num_particles]))
+                u, log_det = chart(z)
+                return last[2].scored(u) + log_det - chart.base.log_prob(z)
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss, without a graph."""
