@@ -339,6 +339,22 @@ def test_simulations_are_run_at_once_only_if_that_is_the_same():
     assert found == {"branch": False, "mixed": False, "rare": False, "right": True}
 
 
+def test_many_simulations_are_one_run():
+    runs = []
+
+    def model(x=None):
+        runs.append(1)
+        a = pyro.sample("a", Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("x", Normal(a, 1.0), obs=x)
+
+    guide = untrained(model)
+    runs.clear()
+    values = guide.simulate(1000)
+    assert len(runs) == 1
+    assert values["a"].shape == (1000,) and values["x"].shape == (1000, 3)
+
+
 def test_among_other_guides():
     def model(x=None, y=None):
         mean = pyro.sample("mean", Normal(0.0, 1.0))

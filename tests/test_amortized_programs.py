@@ -184,7 +184,10 @@ def test_data_that_the_program_transforms_are_no_design():
 
 
 def test_data_that_may_be_missing_are_part_of_the_program():
-    """Two of unit noise, each missing one time in three: means within 0.2 sd, sds within a fifth."""
+    """Two of unit noise, each missing one time in three: means within 0.2 sd, sds within a fifth.
+
+    Of five seeds the largest were .14 and .17.
+    """
 
     def model(x=None, seen=None):
         z = pyro.sample("z", Normal(0.0, 1.0))
@@ -193,7 +196,8 @@ def test_data_that_may_be_missing_are_part_of_the_program():
         pyro.sample("x", Delta(torch.where(mask > 0, whole, 0.0), event_dim=1), obs=x)
 
     guide = AutoAmortized(model, observed=["x", "seen"], latents=["z"], denoiser=small)
-    fit_amortized(guide, guide.simulate(8000), steps=800, lr=5e-3, progress=False)
+    options = {"steps": 1000, "batch_size": 512, "lr": 5e-3}
+    fit_amortized(guide, guide.simulate(30_000), **options, progress=False)
     seen = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     x = torch.tensor([1.0, -1.6]) * seen
     draws = guide.draw(2000, {"x": x, "seen": seen})["z"]

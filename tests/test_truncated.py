@@ -161,6 +161,25 @@ def test_plates_and_events_in_the_cut_prior():
     assert bool((values["theta"][:, 0] > 0).all())
 
 
+def test_vectors_outside_of_a_plate_are_each_its_own_simulations():
+    """The plate has as many rows as the vector: as its values, every row would see another simulation."""
+
+    def program(x=None):
+        theta = pyro.sample("theta", Normal(torch.zeros(5), 1.0).to_event(1))
+        with pyro.plate("data", 5):
+            pyro.sample("x", Normal(theta.sum(-1), 1e-3), obs=x)
+
+    simulator = sites(program, None)
+    assert simulator.vectorized
+    for count in (5, 30):
+        values, _ = simulate_within(
+            simulator, count, (), {}, lambda v: v["theta"][:, 0] > 0, 10_000
+        )
+        assert values["theta"].shape == values["x"].shape == (count, 5)
+        error = values["x"] - values["theta"].sum(-1, keepdim=True)
+        assert float(error.abs().max()) < 0.01  # ten standard deviations
+
+
 def test_it_gives_up():
     values, tried = simulate_within(
         sites(narrow, None), 5, (), {}, lambda v: v["theta"][:, 0] > 100, 30_000

@@ -35,7 +35,7 @@ def pack(guide: Any, values: Mapping[str, Tensor], batch: torch.Size) -> Tensor:
     """Unconstrained latents in one vector, batch + (latent size,)."""
     frees = [free for _, _, free in unconstrained(guide, values)]
     parts = [x.reshape(*batch, x.shape[len(batch) :].numel()) for x in frees]
-    return torch.cat(parts, -1)
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
 def unpack(guide: Any, packed: Tensor) -> dict[str, Tensor]:

@@ -228,12 +228,12 @@ class SimulatedLatents(AutoContinuous):
         rows = len(next(iter(values.values())))
         parts = self._scaled_parts(values)
         real = [scale._real(x).reshape(rows, -1) for _, scale, x in parts]
+        dropped = 0
+        kept: slice | Tensor = slice(None)
         # a sum is finite only if all its terms are: rows are looked at one by one only where one is not
-        if all(bool(x.sum().isfinite()) for x in real):
-            valid = torch.ones(rows, dtype=torch.bool, device=real[0].device)
-        else:
-            valid = torch.cat(real, -1).isfinite().all(-1)
-        dropped = rows - int(valid.sum())
+        if not all(bool(x.sum().isfinite()) for x in real):
+            kept = torch.cat(real, -1).isfinite().all(-1)
+            dropped = rows - int(kept.sum())
         if dropped:
             self.dropped += dropped
             if dropped == rows:
@@ -245,7 +245,7 @@ class SimulatedLatents(AutoContinuous):
                 "were dropped",
                 stacklevel=3,
             )
-            values = {name: value[valid] for name, value in values.items()}
+            values = {name: value[kept] for name, value in values.items()}
         if not int(posterior.count):
             if rows - dropped < LEAST:
                 raise ValueError(
@@ -254,11 +254,11 @@ class SimulatedLatents(AutoContinuous):
                 )
             self._check_varying(values)
             for name, scale, x in parts:
-                kept = x[valid].reshape(-1, *scale.loc.shape)
-                if bool(scale.loses(kept).any()):
+                valid = x[kept].reshape(-1, *scale.loc.shape)
+                if bool(scale.loses(valid).any()):
                     raise ValueError(
                         f"{name}: got values that vary by less than {scale.loc.dtype} tells apart, about "
-                        f"{float(kept.double().abs().max()):.6g}, expected ones less a number near them"
+                        f"{float(valid.double().abs().max()):.6g}, expected ones less a number near them"
                     )
             self._fit_scales(values)
         return values

@@ -26,7 +26,9 @@ __all__ = [
     "find_sites",
     "observations",
     "observed_nodes",
+    "rows_of",
     "score",
+    "side_by_side",
     "simulate",
     "site_score",
     "sites_of",
@@ -233,24 +235,20 @@ def _is_vectorizable(
     lead = (TRIALS,) + (1,) * nesting
     data = {}
     for name in (n for n in single[0] if all(n in each for each in single)):
-        missing = nesting - len(single[0][name]["fn"].batch_shape)
         values = [each[name]["value"] for each in single]
-        if missing < 0 or any(value.shape != values[0].shape for value in values):
+        batch = len(single[0][name]["fn"].batch_shape)
+        if batch > nesting or any(value.shape != values[0].shape for value in values):
             return False
-        data[name] = torch.stack(values).reshape((TRIALS,) + (1,) * missing + values[0].shape)
-
-    def vectorized(*args: Any, **kwargs: Any) -> None:
-        with pyro.plate("_num_simulations", TRIALS, dim=-nesting - 1):
-            poutine.uncondition(program)(*args, **kwargs)
+        data[name] = torch.stack(values)
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with pyro.validation_enabled(False), _Reads() as reads:  # validation reads, too
-                joint = traced(poutine.condition(vectorized, data), args, kwargs)
+                free = poutine.uncondition(program)
+                together = side_by_side(free, single[0], TRIALS, nesting, args, kwargs, data)
             if reads.found:
                 return False
-            together = sites_of(joint)
             for name in data:
                 own = score(together[name])
                 own = own.expand(torch.broadcast_shapes(own.shape, lead)).reshape(TRIALS, -1).sum(1)
@@ -260,6 +258,51 @@ def _is_vectorizable(
     except Exception:  # whatever a program that knows nothing of plates may raise
         return False
     return True
+
+
+def side_by_side(
+    program: Callable[..., Any],
+    single: dict[str, Message],
+    count: int,
+    nesting: int,
+    args: Any,
+    kwargs: Any,
+    given: Values | None = None,
+) -> dict[str, Message]:
+    """Sites of many runs that are one, inside one more plate on the left of the program's.
+
+    As ``Predictive(parallel=True)``, which runs the program two more times to learn what is known here, and
+    takes values of a site outside of the plates for values inside if they are vectors.
+
+    Args:
+        program: what is run.
+        single: sites of one run, of all that are given at least.
+        count: how many runs.
+        nesting: dimensions of the program's plates.
+        args: the program's.
+        kwargs: likewise.
+        given: values of some sites, (count,) + the shape of each in one run.
+    """
+    data = {}
+    for name, value in (given or {}).items():
+        missing = nesting - len(single[name]["fn"].batch_shape)
+        data[name] = value.reshape(count, *(1,) * missing, *value.shape[1:])
+
+    def together(*args: Any, **kwargs: Any) -> None:
+        with pyro.plate("_num_simulations", count, dim=-nesting - 1):
+            program(*args, **kwargs)
+
+    return sites_of(traced(poutine.condition(together, data) if data else together, args, kwargs))
+
+
+def rows_of(node: Message, count: int, nesting: int, shape: torch.Size) -> Tensor:
+    """A site's value of each of so many runs side by side, (count,) + the shape in one run."""
+    value: Tensor = node["value"]
+    if value.numel() == count * shape.numel():
+        return value.reshape(count, *shape)
+    # one that knows nothing of some of its plates
+    missing = nesting + node["fn"].event_dim - len(shape)
+    return value.expand(count, *(1,) * missing, *shape).reshape(count, *shape)
 
 
 def score(node: Message) -> Tensor:
@@ -283,16 +326,16 @@ def simulate(simulator: Simulator, num_samples: int, args: Any, kwargs: Any) -> 
         ValueError: if a site is missing or of another shape in some run.
     """
     sites = {**simulator.latents, **simulator.observed}
-    predictive = Predictive(
-        poutine.uncondition(simulator.program),
-        num_samples=num_samples,
-        return_sites=tuple(sites),
-        parallel=simulator.vectorized,
-    )
+    program = poutine.uncondition(simulator.program)
     try:
+        if simulator.vectorized:
+            nesting = simulator.nesting
+            nodes = side_by_side(program, {}, num_samples, nesting, args, kwargs)
+            return {n: rows_of(nodes[n], num_samples, nesting, sites[n].shape) for n in sites}
+        predictive = Predictive(program, num_samples=num_samples, return_sites=tuple(sites))
         with isolated(), torch.no_grad():
             drawn = predictive(*args, **kwargs)
-            return {n: drawn[n].reshape(num_samples, *site.shape) for n, site in sites.items()}
+        return {n: drawn[n].reshape(num_samples, *site.shape) for n, site in sites.items()}
     except (KeyError, RuntimeError) as error:
         error.add_note(
             f"model: expected the sites {list(sites)} in every run, each of one shape"

@@ -5,12 +5,17 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.infer import Predictive
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_diffusion.infer.simulators.simulations import Simulator, sites_of, traced
-from pyro_diffusion.likelihoods.run import Message, isolated
+from pyro_diffusion.infer.simulators.simulations import (
+    Simulator,
+    rows_of,
+    side_by_side,
+    sites_of,
+    traced,
+)
+from pyro_diffusion.likelihoods.run import Message
 
 __all__ = ["Box", "draw_prior", "first_sites", "simulate_within"]
 
@@ -104,12 +109,12 @@ def draw_prior(simulator: Simulator, num_samples: int, args: Any, kwargs: Any) -
     program = _without_data(simulator)
     if not simulator.vectorized:
         return _one_by_one(simulator, sites, num_samples, args, kwargs)
-    predictive = Predictive(
-        program, num_samples=num_samples, return_sites=tuple(sites), parallel=True
-    )
-    with isolated(), torch.no_grad():
-        drawn = predictive(*args, **kwargs)
-    return {n: drawn[n].reshape(num_samples, *site["value"].shape) for n, site in sites.items()}
+    nesting = simulator.nesting
+    nodes = side_by_side(program, sites, num_samples, nesting, args, kwargs)
+    return {
+        n: rows_of(nodes[n], num_samples, nesting, torch.as_tensor(site["value"]).shape)
+        for n, site in sites.items()
+    }
 
 
 def _one_by_one(
@@ -173,12 +178,9 @@ def _completed(simulator: Simulator, values: Values, count: int, args: Any, kwar
     wanted = {**simulator.latents, **simulator.observed}
     program = poutine.uncondition(simulator.program)
     if simulator.vectorized:
-        predictive = Predictive(
-            program, posterior_samples=values, return_sites=tuple(wanted), parallel=True
-        )
-        with isolated(), torch.no_grad():
-            drawn = predictive(*args, **kwargs)
-        return {name: drawn[name].reshape(count, *site.shape) for name, site in wanted.items()}
+        sites, nesting = first_sites(simulator, args, kwargs), simulator.nesting
+        nodes = side_by_side(program, sites, count, nesting, args, kwargs, values)
+        return {n: rows_of(nodes[n], count, nesting, site.shape) for n, site in wanted.items()}
     runs = [
         traced(poutine.condition(program, {n: v[i] for n, v in values.items()}), args, kwargs)
         for i in range(count)
