@@ -1,6 +1,7 @@
 """A chain of tempered laws from a guide to a posterior: weights, and moves that keep each law."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from pyro_diffusion.infer.annealing.guide_chart import GuideChart
 from pyro_diffusion.infer.annealing.local_scales import LocalScales
-from pyro_diffusion.infer.annealing.tempered import TemperedDensity, leapfrog
+from pyro_diffusion.infer.annealing.tempered import TemperedDensity, leapfrog, slope
 from pyro_diffusion.infer.annealing.unconstrained import UnconstrainedModel
 
 __all__ = ["AnnealedChain", "Stage"]
@@ -97,32 +98,61 @@ class AnnealedChain:
         """A move: the probability of acceptance of every particle and its part, both (N, R)."""
         old = {key: state[key] for key in ("z", "log_q", "gap", "grad_q", "grad_gap")}
         beta, scales, z = stage.beta, stage.scales, old["z"]
-        part = scales.draw_part(z)
-        root = scales.roots[part] if scales.size > 1 else scales.roots[0]
+        part, *share = scales.draw_part(z)
         jitter = 1 + JITTER * (2 * torch.rand_like(z[..., :1]) - 1)
-        step = stage.step_size[part].unsqueeze(-1) * jitter
+        momentum = torch.randn_like(z)
+        order = _Order(part, scales.size)
+        own, step = order(part), order(stage.step_size[part].unsqueeze(-1) * jitter)
 
-        def in_its_part(values: dict[str, Tensor], z: Tensor, sign: int = 1) -> dict[str, Tensor]:
-            log_share, pull = scales.log_share(z, part)
-            log_q, grad_q = values["log_q"] + sign * log_share, values["grad_q"] + sign * pull
-            return {**values, "log_q": log_q, "grad_q": grad_q}
+        def in_its_part(values: dict[str, Tensor], share: Sequence[Tensor]) -> dict[str, Tensor]:
+            found = slope(values, beta)
+            if scales.size == 1:
+                return {**values, "slope": found}
+            return {**values, "slope": found + share[1], "log_share": share[0]}
 
         def density(z: Tensor) -> dict[str, Tensor]:
-            return in_its_part(self.density(z), z)
+            return in_its_part(self.density(z), scales.log_share(z, own))
 
-        momentum = torch.randn_like(z)
-        new = in_its_part(old, z)
-        before = _energy(new, beta, momentum)
-        for _ in range(stage.leapfrog):
-            new, momentum = leapfrog(density, new, momentum, step, root, (beta, beta))
+        first = in_its_part({k: order(v) for k, v in old.items()}, [order(x) for x in share])
+        momentum = order(momentum)
+        before = _energy(first, beta, momentum)
+        new, momentum = leapfrog(
+            density,
+            first,
+            momentum,
+            lambda x, transpose: step * scales.times(x, order.counts, transpose),
+            steps=stage.leapfrog,
+        )
         ratio = (_energy(new, beta, momentum) - before).nan_to_num(-math.inf, 0.0, -math.inf)
-        accept = ratio.clamp(max=0).exp()
-        new = in_its_part(new, new["z"], -1)
+        accept = order.undone(ratio.clamp(max=0).exp())
         taken = torch.rand_like(accept) < accept
-        for key, value in new.items():
+        for key, value in old.items():
             where = taken.unsqueeze(-1) if value.dim() > taken.dim() else taken
-            state[key] = torch.where(where, value, old[key])
+            state[key] = torch.where(where, order.undone(new[key]), value)
         return accept, part
+
+
+class _Order:
+    """States as rows in the order of their parts, (...) of C, each part by itself."""
+
+    def __init__(self, part: Tensor, size: int) -> None:
+        self._shape, self.counts, rows = part.shape, [part.numel()], part.flatten()
+        self._order: Any = slice(None)
+        self._back: Any = slice(None)
+        if size > 1:
+            self._order = rows.argsort(stable=True)
+            self._back, self.counts = (
+                self._order.argsort(),
+                torch.bincount(rows, minlength=size).tolist(),
+            )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(...) + anything, as (n,) + the same."""
+        return x.flatten(0, len(self._shape) - 1)[self._order]
+
+    def undone(self, x: Tensor) -> Tensor:
+        """The inverse."""
+        return x[self._back].unflatten(0, self._shape)
 
 
 class NoProposal:
@@ -136,5 +166,6 @@ class NoProposal:
 
 
 def _energy(state: dict[str, Tensor], beta: float, momentum: Tensor) -> Tensor:
-    """Log density of state and momentum."""
-    return state["log_q"] + beta * state["gap"] - momentum.square().sum(-1) / 2
+    """Log density of state, its part and momentum."""
+    found = state["log_q"] + beta * state["gap"] - momentum.square().sum(-1) / 2
+    return found + state["log_share"] if "log_share" in state else found

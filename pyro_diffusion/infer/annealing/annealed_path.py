@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyro_diffusion.distributions.no_closed_forms import NoClosedForms
 from pyro_diffusion.infer.annealing.path_kernels import Levels, PathKernel, State
-from pyro_diffusion.infer.annealing.tempered import TemperedDensity
+from pyro_diffusion.infer.annealing.tempered import TemperedDensity, slope
 from pyro_diffusion.validation import Shape
 
 __all__ = ["AnnealedPath", "Control", "PathDensity", "centred"]
@@ -168,8 +168,11 @@ class AnnealedPath(NoClosedForms, TorchDistribution):
         if given is not None and given.dim() > 1:
             given = given.reshape(*z.shape[:-1], -1)
 
+        betas, schedule = self.levels.betas.unbind(), self.kernel.schedule(self.levels)
+
         def arrive(z: Tensor, level: int) -> State:
             state = {"z": z, **self.density(z, given, create_graph=graph)}
+            state["slope"] = slope(state, betas[level])
             if self.control is not None:
                 state["control"] = self.control(z, level)
             return state
@@ -180,7 +183,7 @@ class AnnealedPath(NoClosedForms, TorchDistribution):
         sign = 1 if last > first else -1
         for level in range(first, last, sign):
             state, ahead, behind = self.kernel.step(
-                self.levels, arrive, state, level, level + sign, self.pathwise
+                schedule, arrive, state, level, level + sign, self.pathwise
             )
             there, back = there + ahead, back + behind
         return start, state, there, back + self.kernel.edge(state)

@@ -65,6 +65,10 @@ class NormalMixture:
         """Of (..., D)."""
         return self.scales.log_joint(z).logsumexp(-1)
 
+    def log_prob_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Of (..., D), and its gradient, in closed form."""
+        return self.scales.log_prob_and_slope(z)
+
     def sample(self, shape: Sequence[int]) -> Tensor:
         """Draws, shape + (D,)."""
         count, scales = math.prod(shape), self.scales

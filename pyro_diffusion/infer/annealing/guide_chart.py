@@ -1,11 +1,12 @@
 """A guide's law as a base that is easy to score, and a map of it to the unconstrained latents."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import Normal
+from pyro.distributions import Independent, Normal
 from pyro.distributions.transforms import LowerCholeskyAffine
 from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation, AutoNormal
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.distributions import AffineTransform, LowRankMultivariateNormal, Mult
 
 from pyro_diffusion.validation import kind_of
 
-__all__ = ["GuideChart", "chart_of", "frozen_chart", "normal_chart"]
+__all__ = ["GuideChart", "StandardNormal", "chart_of", "frozen_chart", "normal_chart"]
 
 
 class GuideChart(NamedTuple):
@@ -23,7 +24,8 @@ class GuideChart(NamedTuple):
     is a standard normal, so that moves there are scaled as the guide has it, and no flow is inverted.
 
     Attributes:
-        base: law of z, event shape (D,).
+        base: law of z, event shape (D,). It may have ``log_prob_and_slope``, of z (..., D): its log density,
+            (...), and the gradient.
         transform: f; None for the identity.
         log_prob: log q(u), of (..., D).
     """
@@ -39,6 +41,18 @@ class GuideChart(NamedTuple):
         u = self.transform(z)
         log_det = self.transform.log_abs_det_jacobian(z, u)
         return u, log_det.sum(-1) if log_det.dim() == z.dim() else log_det
+
+
+class StandardNormal(Independent):
+    """Of the shape of a tensor (D,)."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__(Normal(torch.zeros_like(like), torch.ones_like(like)), 1)
+
+    def log_prob_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """At (..., D), in closed form."""
+        constant = z.shape[-1] * math.log(2 * math.pi)
+        return -(z.square().sum(-1) + constant) / 2, -z
 
 
 def chart_of(guide: AutoGuide, args: Any, kwargs: Any, *, train: bool = False) -> GuideChart:
@@ -70,7 +84,7 @@ def chart_of(guide: AutoGuide, args: Any, kwargs: Any, *, train: bool = False) -
         if not train:
             loc, scale = loc.detach(), scale.detach()
         normal = Normal(loc, scale).to_event(1)
-        return GuideChart(_standard(loc), AffineTransform(loc, scale), normal.log_prob)
+        return GuideChart(StandardNormal(loc), AffineTransform(loc, scale), normal.log_prob)
     posterior = guide.get_posterior(*args, **kwargs)
     if isinstance(posterior, LowRankMultivariateNormal | MultivariateNormal):
         return normal_chart(posterior, train=train)
@@ -134,8 +148,4 @@ def normal_chart(normal: Any, *, train: bool = False) -> GuideChart:
     loc, tril = normal.loc, torch.linalg.cholesky(normal.covariance_matrix)
     if not train:
         loc, tril = loc.detach(), tril.detach()
-    return GuideChart(_standard(loc), LowerCholeskyAffine(loc, tril), normal.log_prob)
-
-
-def _standard(loc: Tensor) -> Any:
-    return Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
+    return GuideChart(StandardNormal(loc), LowerCholeskyAffine(loc, tril), normal.log_prob)

@@ -1,6 +1,7 @@
 """Where particles lie and how wide they are there: a mixture of normals fitted to them."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,12 +24,16 @@ class LocalScales(NamedTuple):
         locs: m, (C, D).
         roots: S, (C, D, D) lower triangular, or their diagonals (1, D).
         inverses: of S, the same shape.
+        shifts: inverses times m, (C, D).
+        constants: log weights and normalizing constants, (C,).
     """
 
     log_weights: Tensor
     locs: Tensor
     roots: Tensor
     inverses: Tensor
+    shifts: Tensor
+    constants: Tensor
 
     @property
     def size(self) -> int:
@@ -39,43 +44,73 @@ class LocalScales(NamedTuple):
         """Log of each part's weight and density at (..., D), (..., C)."""
         return self._log_joint(self._white(z))
 
-    def draw_part(self, z: Tensor) -> Tensor:
-        """A part for each z (..., D), by its share there."""
+    def log_prob_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density of the mixture at (..., D), (...), and its gradient."""
+        white = self._white(z)
+        log_joint = self._log_joint(white)
+        return log_joint.logsumexp(-1), self._pull(white, -log_joint.softmax(-1))
+
+    def draw_part(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A part for each z (..., D), by its share there, and what :meth:`log_share` has of it."""
         if self.size == 1:
-            return torch.zeros(z.shape[:-1], dtype=torch.long, device=z.device)
-        logits = self.log_joint(z)
-        return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
+            part = torch.zeros(z.shape[:-1], dtype=torch.long, device=z.device)
+            return part, *self.log_share(z, part)
+        white = self._white(z)
+        logits = self._log_joint(white)
+        part = (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
+        return part, *self._share(white, logits, part)
 
     def log_share(self, z: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
         r"""Log of the share :math:`r(c | z)` of a part at z (..., D), and its gradient."""
         if self.size == 1:
             return z.new_zeros(part.shape), torch.zeros_like(z)
         white = self._white(z)
-        log_shares = self._log_joint(white).log_softmax(-1)
-        found = log_shares.gather(-1, part.unsqueeze(-1)).squeeze(-1)
+        return self._share(white, self._log_joint(white), part)
+
+    def times(self, x: Tensor, counts: Sequence[int], transpose: bool) -> Tensor:
+        """S x, or its transpose times x, of rows (n, D) in the order of their parts, so many of each."""
+        if self.roots.dim() == 2:
+            return x * self.roots
+        maps = self.roots if transpose else self.roots.mT
+        if self.size == 1:
+            return x @ maps[0]
+        return torch.cat([part @ by for part, by in zip(x.split(list(counts)), maps, strict=True)])
+
+    def _share(self, white: Tensor, logits: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        log_shares = logits.log_softmax(-1)
         own = torch.nn.functional.one_hot(part, self.size)
-        pull = (log_shares.exp() - own).unsqueeze(-1) * white
-        return found, pull.flatten(-2) @ self.inverses.flatten(0, 1)
+        found = log_shares.gather(-1, part.unsqueeze(-1)).squeeze(-1)
+        return found, self._pull(white, log_shares.exp() - own)
+
+    def _pull(self, white: Tensor, by: Tensor) -> Tensor:
+        """The transposes of all inverses times what is white, summed with factors (..., C)."""
+        pulled = by.unsqueeze(-1) * white
+        if self.roots.dim() == 2:
+            return (pulled * self.inverses).sum(-2)
+        return pulled.flatten(-2) @ self.inverses.flatten(0, 1)
 
     def _white(self, z: Tensor) -> Tensor:
+        """The inverses times z - m, (..., C, D)."""
         if self.roots.dim() == 2:
-            return (z.unsqueeze(-2) - self.locs) * self.inverses
-        shift = (self.inverses @ self.locs.unsqueeze(-1)).flatten()
-        return (z @ self.inverses.flatten(0, 1).mT - shift).unflatten(-1, (self.size, -1))
+            return z.unsqueeze(-2) * self.inverses - self.shifts
+        white = torch.nn.functional.linear(z, self.inverses.flatten(0, 1), -self.shifts.flatten())
+        return white.unflatten(-1, (self.size, -1))
 
     def _log_joint(self, white: Tensor) -> Tensor:
-        diagonal = self.inverses if self.roots.dim() == 2 else self.inverses.diagonal(0, -2, -1)
-        constant = diagonal.log().sum(-1) - math.log(2 * math.pi) / 2 * white.shape[-1]
-        return self.log_weights + constant - white.square().sum(-1) / 2
+        return self.constants - white.square().sum(-1) / 2
 
 
 def local_scales(log_weights: Tensor, locs: Tensor, roots: Tensor) -> LocalScales:
     """Of these parts."""
     if roots.dim() == 2:
-        return LocalScales(log_weights, locs, roots, 1 / roots)
-    eye = torch.eye(roots.shape[-1], dtype=roots.dtype, device=roots.device)
-    inverses = torch.linalg.solve_triangular(roots, eye, upper=False)
-    return LocalScales(log_weights, locs, roots, inverses)
+        inverses = diagonal = 1 / roots
+        shifts = inverses * locs
+    else:
+        eye = torch.eye(roots.shape[-1], dtype=roots.dtype, device=roots.device)
+        inverses = torch.linalg.solve_triangular(roots, eye, upper=False)
+        shifts, diagonal = (inverses @ locs.unsqueeze(-1)).squeeze(-1), inverses.diagonal(0, -2, -1)
+    constants = log_weights + diagonal.log().sum(-1) - math.log(2 * math.pi) / 2 * locs.shape[-1]
+    return LocalScales(log_weights, locs, roots, inverses, shifts, constants)
 
 
 def fitted(z: Tensor, log_weights: Tensor, near: int | None = None) -> LocalScales:
@@ -101,7 +136,7 @@ def fitted(z: Tensor, log_weights: Tensor, near: int | None = None) -> LocalScal
         if cost < least:
             best, least = found, cost
         parts *= 2
-    best = best._replace(locs=best.locs + centre)
+    best = local_scales(best.log_weights, best.locs + centre, best.roots)
     return LocalScales(*(part.to(z) for part in best))
 
 

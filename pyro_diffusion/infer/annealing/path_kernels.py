@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from pyro_diffusion.infer.annealing.tempered import leapfrog, slope, tamed
+from pyro_diffusion.infer.annealing.tempered import leapfrog, tamed
 
 __all__ = ["LangevinKernel", "Levels", "PathKernel", "UnderdampedKernel"]
 
@@ -35,7 +35,8 @@ class Levels(NamedTuple):
 
 
 State = dict[str, Tensor]
-Arrive = Callable[[Tensor, int], State]  # what a state holds, at z and a level
+# What a state holds, at z and a level: the slope at its temperature, and a control if there is one.
+Arrive = Callable[[Tensor, int], State]
 
 
 class PathKernel(Protocol):
@@ -57,8 +58,12 @@ class PathKernel(Protocol):
         """Log density of what the kernel added, (...)."""
         ...
 
+    def schedule(self, levels: Levels) -> Any:
+        """What all steps of a path need of its levels, made once."""
+        ...
+
     def step(
-        self, levels: Levels, arrive: Arrive, state: State, here: int, there: int, pathwise: bool
+        self, schedule: Any, arrive: Arrive, state: State, here: int, there: int, pathwise: bool
     ) -> tuple[State, Tensor, Tensor]:
         """The next state, and log densities of the step and of the same step back, (...)."""
         ...
@@ -87,24 +92,33 @@ class LangevinKernel:
         """No density."""
         return state["z"].new_zeros(state["z"].shape[:-1])
 
+    def schedule(self, levels: Levels) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """h s^2, h s, the noise's scale, each (D,), and the log of its normalizing constant, of each step."""
+        h, scale = levels.step_sizes.unsqueeze(-1), levels.scale
+        spread = (2 * h).sqrt() * scale
+        constants = spread.log().sum(-1) + len(scale) * math.log(2 * math.pi) / 2
+        parts = (h * scale.square(), h * scale, spread, constants)
+        return list(zip(*(part.unbind() for part in parts), strict=True))
+
     def step(
-        self, levels: Levels, arrive: Arrive, state: State, here: int, there: int, pathwise: bool
+        self, schedule: Any, arrive: Arrive, state: State, here: int, there: int, pathwise: bool
     ) -> tuple[State, Tensor, Tensor]:
         """See the class."""
-        h, sign = levels.step_sizes[min(here, there)], there - here
-        spread = (2 * h).sqrt() * levels.scale
+        rate, reach, spread, constant = schedule[min(here, there)]
 
-        def mean(at: State, level: int, sign: int) -> Tensor:
-            drift = tamed(h * levels.scale.square() * slope(at, levels.betas[level]), LARGEST)
-            if "control" in at:
-                drift = drift + sign * h * levels.scale * at["control"]
-            return at["z"] + drift
+        def mean(at: State, sign: int) -> Tensor:
+            to = at["z"] + tamed(rate * at["slope"], LARGEST)
+            return torch.addcmul(to, at["control"], reach, value=sign) if "control" in at else to
 
-        towards = mean(state, here, sign)
-        z = towards + spread * torch.randn_like(state["z"])
-        new = arrive(z if pathwise else z.detach(), there)
-        back = mean(new, there, -sign)
-        return new, _normal(new["z"], towards, spread), _normal(state["z"], back, spread)
+        towards, noise = mean(state, there - here), torch.randn_like(state["z"])
+        z = torch.addcmul(towards, noise, spread)
+        if not pathwise:
+            z = z.detach()
+            if torch.is_grad_enabled():  # scores are of the mean, the end held fixed
+                noise = (z - towards) / spread
+        new = arrive(z, there)
+        missed = (state["z"] - mean(new, here - there)) / spread
+        return new, _square(noise) - constant, _square(missed) - constant
 
 
 class UnderdampedKernel:
@@ -119,37 +133,46 @@ class UnderdampedKernel:
 
     def start(self, state: State) -> State:
         """A standard normal momentum is added."""
-        return {**state, "momentum": torch.randn_like(state["z"])}
+        momentum = torch.randn_like(state["z"])
+        return {**state, "momentum": momentum, "energy": _standard(momentum)}
 
     def edge(self, state: State) -> Tensor:
         """That of the momentum."""
-        return _standard(state["momentum"])
+        return state["energy"]
+
+    def schedule(self, levels: Levels) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Root h times s of each step, (D,), and the shares of the momentum that is kept and that is new."""
+        reach = levels.step_sizes.sqrt().unsqueeze(-1) * levels.scale
+        return list(reach.unbind()), levels.persistence.sqrt(), (1 - levels.persistence).sqrt()
 
     def step(
-        self, levels: Levels, arrive: Arrive, state: State, here: int, there: int, pathwise: bool
+        self, schedule: Any, arrive: Arrive, state: State, here: int, there: int, pathwise: bool
     ) -> tuple[State, Tensor, Tensor]:
         """See the class. Densities have a factor in common, of each refreshment and its opposite."""
-        sign, keep = there - here, levels.persistence
-        h = levels.step_sizes[min(here, there)].sqrt()
-        betas = levels.betas[here], levels.betas[there]
+        reaches, kept, fresh = schedule
+        reach, back = reaches[min(here, there)], there < here
 
         def refreshed(momentum: Tensor) -> Tensor:
-            return keep.sqrt() * momentum + (1 - keep).sqrt() * torch.randn_like(momentum)
+            return torch.addcmul(kept * momentum, torch.randn_like(momentum), fresh)
 
-        first = state["momentum"]
-        second = refreshed(first)
+        second = refreshed(state["momentum"])
         new, third = leapfrog(
-            lambda z: arrive(z, there), state, sign * second, h, levels.scale, betas, LARGEST
+            lambda z: arrive(z, there),
+            state,
+            -second if back else second,
+            lambda x, _: x * reach,
+            largest=LARGEST,
         )
-        third = sign * third
-        fourth = refreshed(third)
-        new["momentum"] = fourth
-        return new, _standard(second) + _standard(fourth), _standard(first) + _standard(third)
-
-
-def _normal(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    return _standard((x - mean) / scale) - scale.log().sum(-1)
+        third = -third if back else third
+        new["momentum"] = refreshed(third)
+        new["energy"] = _standard(new["momentum"])
+        ahead, behind = _standard(second) + new["energy"], state["energy"] + _standard(third)
+        return new, ahead, behind
 
 
 def _standard(x: Tensor) -> Tensor:
-    return -(x.square() + math.log(2 * math.pi)).sum(-1) / 2
+    return _square(x) - x.shape[-1] * math.log(2 * math.pi) / 2
+
+
+def _square(x: Tensor) -> Tensor:
+    return x.square().sum(-1) / -2

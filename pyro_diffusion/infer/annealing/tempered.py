@@ -44,70 +44,76 @@ class TemperedDensity:
             if not (create_graph and z.requires_grad):
                 # Another object: a chart may keep what it made of the one without gradients.
                 z = z.detach().requires_grad_()
-            log_q = self.chart.base.log_prob(z)
+            log_q, grad_q = self._of_the_base(z, create_graph)
             u, log_det = self.chart(z)
             if given is not None:
                 u = torch.cat([u, given.expand(*u.shape[:-1], -1)], -1)
             log_p = self.model.raw(u) + log_det
-            (grad_q,) = torch.autograd.grad(log_q.sum(), z, create_graph=create_graph)
             (grad_p,) = torch.autograd.grad(log_p.sum(), z, create_graph=create_graph)
         gap = log_p - log_q
         if not create_graph:
-            log_q, gap = log_q.detach(), gap.detach()
+            gap = gap.detach()
         # A model's plus infinity is no density either: it would take all weight.
         gap = torch.where(gap.isfinite(), gap, -math.inf)
         return {"log_q": log_q, "gap": gap, "grad_q": grad_q, "grad_gap": grad_p - grad_q}
 
+    def _of_the_base(self, z: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
+        """Log q and its gradient, in closed form where the base has one."""
+        closed_form = getattr(self.chart.base, "log_prob_and_slope", None)
+        if closed_form is not None:
+            with torch.set_grad_enabled(create_graph):
+                found: tuple[Tensor, Tensor] = closed_form(z)
+            return found
+        log_q = self.chart.base.log_prob(z)
+        (slope,) = torch.autograd.grad(log_q.sum(), z, create_graph=create_graph)
+        return log_q if create_graph else log_q.detach(), slope
+
 
 def slope(state: dict[str, Tensor], beta: float | Tensor) -> Tensor:
     """Gradient of the tempered log density, (..., D)."""
-    return state["grad_q"] + beta * state["grad_gap"]
+    if not isinstance(beta, Tensor):
+        return torch.add(state["grad_q"], state["grad_gap"], alpha=beta)
+    return torch.addcmul(state["grad_q"], state["grad_gap"], beta)
 
 
 def leapfrog(
     density: Callable[[Tensor], dict[str, Tensor]],
     state: dict[str, Tensor],
     momentum: Tensor,
-    step: float | Tensor,
-    root: Tensor,
-    betas: tuple[float | Tensor, float | Tensor],
+    times: Callable[[Tensor, bool], Tensor],
+    *,
     largest: float | None = None,
+    steps: int = 1,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One leapfrog step: half a kick at the first temperature, a drift, half a kick at the second.
+    """Leapfrog steps: half a kick by the slope of a state, a drift, half a kick by that of the next.
 
-    It keeps volume for any temperatures, and is undone by the step from the second to the first with the
-    momentum turned around.
+    They keep volume whatever the slopes are of, and are undone by the same steps with the momentum turned
+    around.
 
     Args:
-        density: what states hold, at z.
+        density: what states hold at z, their "slope" among it.
         state: at z, (..., D).
-        momentum: (..., D), standard normal in the metric of root.
-        step: its size, in units of root.
-        root: (D, D) lower triangular or (D,), or one for each state, (..., D, D).
-        betas: the two temperatures.
+        momentum: (..., D), standard normal in the metric of S.
+        times: h S x, or h times the transpose of S times x, of x (..., D) and whether it is the latter: the
+            size of a step in the root of its metric.
         largest: of a coordinate's half kick, see :func:`tamed`.
+        steps: how many.
     """
 
-    def kick(at: dict[str, Tensor], beta: float | Tensor) -> Tensor:
-        by = step / 2 * _times(slope(at, beta), root, transpose=True)
+    def kick(at: dict[str, Tensor]) -> Tensor:
+        by = times(at["slope"], True) / 2
         return by if largest is None else tamed(by, largest)
 
-    momentum = momentum + kick(state, betas[0])
-    z = state["z"] + step * _times(momentum, root)
-    new = {"z": z, **density(z)}
-    return new, momentum + kick(new, betas[1])
+    half = kick(state)
+    for _ in range(steps):
+        z = state["z"] + times(momentum := momentum + half, False)
+        state = {"z": z, **density(z)}
+        half = kick(state)  # the last of this step, and the first of the next
+        momentum = momentum + half
+    return state, momentum
 
 
 def tamed(x: Tensor, largest: float) -> Tensor:
     """Drifts that do not run away where a density is steep: largest tanh(x / largest), 0 where x is NaN."""
-    x = torch.where(x.isnan(), 0.0, x)
-    return largest * (x / largest).tanh()
-
-
-def _times(x: Tensor, root: Tensor, transpose: bool = False) -> Tensor:
-    """S x, or its transpose times x, of (..., D)."""
-    if root.dim() == 1:
-        return x * root
-    if root.dim() > 2:
-        return torch.einsum("...ij,...i->...j" if transpose else "...ij,...j->...i", root, x)
-    return x @ (root if transpose else root.mT)
+    x = x.nan_to_num(0.0, math.inf, -math.inf)
+    return x.tanh() if largest == 1 else largest * (x / largest).tanh()
