@@ -32,6 +32,7 @@ from torch import Tensor
 from benchmarks import guide_targets as targets
 from benchmarks.guides import load
 from pyro_diffusion.infer import AnnealedSMC, AutoDiffusion
+from pyro_diffusion.infer.annealing.annealed_chain import Stage
 from pyro_diffusion.infer.annealing.guide_chart import chart_of
 from pyro_diffusion.infer.annealing.local_scales import local_scales
 from pyro_diffusion.infer.annealing.unconstrained import UnconstrainedModel
@@ -85,10 +86,8 @@ def chain(target: targets.Target, steps: int, form: dict[str, Any]) -> AutoDiffu
     return guide
 
 
-def particles(
-    target: targets.Target, steps: int | None, parts: int = 1
-) -> tuple[Callable[[], Any], str]:
-    """The reported run of `AnnealedSMC`, and how many metrics its temperatures have."""
+def particles(target: targets.Target, steps: int) -> dict[str, Callable[[], Any]]:
+    """Reported runs of `AnnealedSMC`, with the metrics that the pilot found and with more at each temperature."""
     pyro.clear_param_store()
     guide = AutoMultivariateNormal(target.model, init_loc_fn=targets.start)
     guide()
@@ -97,24 +96,25 @@ def particles(
     with torch.no_grad(), isolated(), pyro.validation_enabled(False):
         chart = chart_of(guide, (), {})
         stages = smc.pilot(model, chart)[0]
-    for k, stage in enumerate(stages if parts > 1 else ()):
-        old, many = stage.scales, (parts, 1, 1)
-        locs = (
-            old.locs[:1]
-            + torch.linspace(-1, 1, parts)[:, None] * old.roots[0].square().sum(-1).sqrt()
-        )
-        scales = local_scales(
-            torch.full((parts,), -math.log(parts)), locs, old.roots[:1].repeat(many)
-        )
-        size = stage.step_size[:1].expand(parts)
-        stages[k] = stage._replace(scales=scales, step_size=size)
-    sizes = [stage.scales.size for stage in stages]
 
-    def call() -> Any:
+    def run(stages: list[Stage]) -> Any:
         with isolated(), pyro.validation_enabled(False):
             return smc._once(model, chart, stages)
 
-    return call, f"metrics {min(sizes)} to {max(sizes)}, {len(stages) - 1} temperatures"
+    sizes = [stage.scales.size for stage in stages]
+    return {
+        f"{min(sizes)} to {max(sizes)} metrics": functools.partial(run, stages),
+        f"{PARTS} metrics": functools.partial(run, [split(stage) for stage in stages]),
+    }
+
+
+def split(stage: Stage) -> Stage:
+    """The first metric of a stage, side by side within its width."""
+    root = stage.scales.roots[:1]
+    locs = stage.scales.locs[:1] + torch.linspace(-1, 1, PARTS)[:, None] * root[0].norm(dim=-1)
+    even = torch.full((PARTS,), -math.log(PARTS))
+    scales = local_scales(even, locs, root.repeat(PARTS, 1, 1))
+    return stage._replace(scales=scales, step_size=stage.step_size[:1].expand(PARTS))
 
 
 def timed(calls: dict[str, Callable[[], Any]], turns: int) -> dict[str, Tensor]:
@@ -157,10 +157,7 @@ def table(name: str, args: argparse.Namespace) -> bool:
     )
     calls["gradients"] = repeated(vectorized, z, steps)
     calls["by hand"] = repeated(functools.partial(bare, by_hand(target)), z, steps)
-    smc = {
-        f"AnnealedSMC, {what}": call
-        for call, what in (particles(target, steps, c) for c in (1, PARTS))
-    }
+    smc = {f"AnnealedSMC, {what}": call for what, call in particles(target, steps).items()}
     taken = {kind: call().evaluations for kind, call in smc.items()}
     calls |= smc | {"gradients of particles": repeated(vectorized, few, steps)}
     found = timed(calls, args.turns)
@@ -192,7 +189,7 @@ def alone(args: argparse.Namespace) -> None:
     if args.memory in CHAINS:
         chain(target, args.steps, CHAINS[args.memory]).log_weights(args.particles)
     else:
-        particles(target, args.steps)[0]()
+        next(iter(particles(target, args.steps).values()))()
     # The peak that resource.getrusage knows is also that of the parent that it was forked from.
     status = Path("/proc/self/status").read_text()
     print(int(status.split("VmHWM:")[1].split()[0]) / 1024)

@@ -6,11 +6,14 @@ import warnings
 import pyro
 import pytest
 import torch
-from pyro.distributions import ImproperUniform, Normal, constraints
+from pyro.distributions import ImproperUniform, MultivariateNormal, Normal, constraints
+from pyro.distributions.transforms import LowerCholeskyAffine
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_diffusion.infer import AnnealedSMC, UnreliableWarning
+from pyro_diffusion.infer.annealing.annealed_chain import _Order
 from pyro_diffusion.infer.annealing.annealed_rounds import NormalMixture, refitted
+from pyro_diffusion.infer.annealing.guide_chart import StandardNormal, normal_chart
 from pyro_diffusion.infer.annealing.local_scales import fitted, local_scales
 from pyro_diffusion.infer.annealing.scale_map import ScaleMap, scale_map
 
@@ -180,3 +183,31 @@ def test_too_few_particles_for_a_covariance_keep_the_base():
     assert len(two.betas) > 1.5 * len(one.betas)
     exact = float(Normal(0.0, math.sqrt(2)).log_prob(torch.tensor(1.0))) * 20
     assert abs(two.log_evidence.value - exact) < 1.0
+
+
+@pytest.mark.parametrize("scales", [SCALES, local_scales(*(SCALES[k][:1] for k in range(3)))])
+def test_slopes_of_bases_in_closed_form(scales):
+    z = torch.randn(5, 3, 2, requires_grad=True)
+    for base in (NormalMixture(scales), StandardNormal(torch.zeros(2))):
+        log_prob, slope = base.log_prob_and_slope(z)
+        torch.testing.assert_close(log_prob, base.log_prob(z))
+        torch.testing.assert_close(slope, torch.autograd.grad(base.log_prob(z).sum(), z)[0])
+
+
+def test_roots_of_rows_in_the_order_of_their_parts():
+    part = torch.tensor([[0, 1, 1], [1, 0, 1]])
+    order = _Order(part, 2)
+    x = torch.randn(2, 3, 2)
+    assert order.counts == [2, 4] and torch.equal(order(part), part.flatten().sort().values)
+    for transpose, equation in ((False, "abij,abj->abi"), (True, "abij,abi->abj")):
+        found = order.undone(SCALES.times(order(x), order.counts, transpose))
+        torch.testing.assert_close(found, torch.einsum(equation, SCALES.roots[part], x))
+
+
+def test_one_product_for_all_rows_is_pyros_map():
+    law = MultivariateNormal(SCALES.locs[0], scale_tril=SCALES.roots[0])
+    mine, theirs = normal_chart(law).transform, LowerCholeskyAffine(law.loc, law.scale_tril)
+    for shape in ((2,), (5, 2), (3, 5, 2)):
+        z = torch.randn(shape)
+        torch.testing.assert_close(mine(z), theirs(z))
+        torch.testing.assert_close(mine.inv(mine(z)), z)

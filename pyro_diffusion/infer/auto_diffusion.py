@@ -286,7 +286,9 @@ class AutoDiffusion(EarlierDraws, AutoContinuous):
 
         def control(z: Tensor, level: int) -> Tensor:
             rows = z.reshape(-1, z.shape[-1])
-            time = rows.new_full((1,), LARGEST_TIME * (2 * level / steps - 1)).expand(len(rows))
+            # An MLP embeds one time for all rows at once.
+            shape = () if type(network) is MLP else (len(rows),)
+            time = rows.new_full(shape, LARGEST_TIME * (2 * level / steps - 1))
             spread = {name: x.expand(len(rows), *x.shape[1:]) for name, x in given.items()}
             out: Tensor = network(rows, time, **spread)
             return out.to(z.dtype).reshape(z.shape)

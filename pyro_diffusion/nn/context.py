@@ -172,13 +172,13 @@ class Conditioning(nn.Module):
         """Embeds one batch.
 
         Args:
-            log_snr: levels, shape ``(count,)``.
+            log_snr: levels, shape ``(count,)``, or ``()`` for one that all rows have.
             count: number N of rows.
             context: tensors by name; a missing name means the null context.
 
         Returns:
-            A tensor of shape ``(count, features)``, of the dtype of the weights; ``(1, features)`` without
-            context where the levels are one that was expanded, which is embedded once.
+            A tensor of shape ``(count, features)``, of the dtype of the weights; ``(1, features)`` for one
+            level without context.
 
         Raises:
             ValueError: for an unknown name, or a shape that does not fit.
@@ -187,12 +187,9 @@ class Conditioning(nn.Module):
         if unknown:
             expected = ", ".join(self.names) or "no context"
             raise ValueError(f"context: got {', '.join(unknown)}, expected {expected}")
-        if check_operand("log_snr", log_snr, self.level_in.weight).shape != (count,):
+        if check_operand("log_snr", log_snr, self.level_in.weight).shape not in ((count,), ()):
             raise ValueError(f"log_snr: got shape {tuple(log_snr.shape)}, expected ({count},)")
-        # A graph that is kept must not take the strides of its first call for those of all.
-        keeps = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if count > 1 and not keeps and log_snr.stride(0) == 0:
-            log_snr = log_snr[:1]
+        log_snr = log_snr.reshape(-1)
         waves = fourier_embedding(log_snr, self.level_in.in_features)
         hidden = nn.functional.silu(self.level_in(waves.to(self.level_in.weight.dtype)))
         total = self.level_out(hidden)

@@ -47,8 +47,8 @@ class MLP(DefinedModule):
             blocks of two linear maps each.
 
     Shapes:
-        x ``(N, d)``, log_snr ``(N,)`` -> ``(N, d)``, or ``(N, d, outputs)`` if ``outputs > 1``, in the
-        dtype of the parameters.
+        x ``(N, d)``, log_snr ``(N,)``, or ``()`` for one level of all rows, which is embedded once ->
+        ``(N, d)``, or ``(N, d, outputs)`` if ``outputs > 1``, in the dtype of the parameters.
 
     Raises:
         ValueError: for sizes below 1, frequencies that are not positive, or when called with a shape that

@@ -304,6 +304,19 @@ def test_no_draw_when_there_is_nothing_to_drop(build, shape):
 
 
 @pytest.mark.parametrize("build, shape", ONE_EACH)
+def test_one_level_of_all_rows(build, shape):
+    network = build(context=contexts())
+    for p in network.parameters():  # a fresh one returns zeros
+        p.data = p.data + 0.1 * torch.randn_like(p)
+    x, level = data(shape), torch.tensor(0.7)
+    network.eval()  # of contexts, too, none are left out by chance
+    for each in ({}, context_values()):
+        torch.testing.assert_close(
+            network(x, level, **each), network(x, level.expand(ROWS), **each)
+        )
+
+
+@pytest.mark.parametrize("build, shape", ONE_EACH)
 def test_wrong_input_is_named(build, shape):
     network = build(context=contexts())
     x, level = data(shape), torch.zeros(ROWS)

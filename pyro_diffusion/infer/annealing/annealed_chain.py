@@ -111,7 +111,8 @@ class AnnealedChain:
             return {**values, "slope": found + share[1], "log_share": share[0]}
 
         def density(z: Tensor) -> dict[str, Tensor]:
-            return in_its_part(self.density(z), scales.log_share(z, own))
+            values = self.density(z)
+            return in_its_part(values, scales.log_share(z, own) if scales.size > 1 else ())
 
         first = in_its_part({k: order(v) for k, v in old.items()}, [order(x) for x in share])
         momentum = order(momentum)
