@@ -87,7 +87,7 @@ def chain(target: targets.Target, steps: int, form: dict[str, Any]) -> AutoDiffu
 
 
 def particles(target: targets.Target, steps: int) -> dict[str, Callable[[], Any]]:
-    """Reported runs of `AnnealedSMC`, with the metrics that the pilot found and with more at each temperature."""
+    """Reported runs of `AnnealedSMC`, with the metrics that the pilot found and with more."""
     pyro.clear_param_store()
     guide = AutoMultivariateNormal(target.model, init_loc_fn=targets.start)
     guide()
