@@ -19,27 +19,42 @@ from pyro_diffusion.infer.annealing.local_scales import LocalScales, fitted, loc
 from pyro_diffusion.infer.annealing.scale_map import scale_map
 from pyro_diffusion.infer.annealing.unconstrained import UnconstrainedModel
 
-__all__ = ["NormalMixture", "of_the_guide", "refitted", "settled"]
+__all__ = ["WIDER", "NormalMixture", "of_the_guide", "refitted", "settled"]
 
-# The base is that much wider than the particles, so that the next find what these just missed.
+# The base is that much wider than the particles, so that the next find what these just missed; with
+# ``widen`` no less than the first was, since a rare mode that is far hardly widens the cloud.
 WIDER = 1.5
 
 
-def refitted(found: AnnealedParticles) -> GuideChart | None:
-    """A base around a run's particles: a mixture of normals in coordinates where they are as wide everywhere.
+def refitted(found: AnnealedParticles, wider: float = WIDER) -> GuideChart | None:
+    r"""A base around a run's particles: one normal in coordinates where they are as wide everywhere.
 
-    None where they are too few for covariances.
+    One for all modes, and no mixture with a part for each of those that have the particles for it. Between
+    base and posterior the particles near mode k have the share :math:`\int_k q^{1-b} p^b`, which is
+    :math:`q_k^{1-b} p_k^b` times how far the two laws overlap there. Where q is as smooth over all modes that
+    factor is about the same in each, and shares go from the base's to the posterior's. A part that fits a
+    common mode, beside none for the rare ones, makes it many times larger in the former: half way rare
+    modes have next to no particles, at any share that base and posterior give them.
+
+    None where they are too few for a covariance.
+
+    Args:
+        found: the run.
+        wider: than its particles, as a ratio of scales.
+
+    References:
+        Woodard, Schmidler & Huber, Electronic Journal of Probability 14 (2009) (modes of other widths lose
+        their share under tempering); Tawn, Roberts & Rosenthal, Statistics and Computing 30 (2020).
     """
     present = found.log_weights > -math.inf
     u, log_weights = found.unconstrained[present], found.log_weights[present]
-    chart = scale_map(u, log_weights)
-    scales = fitted(u if chart is None else chart.inv(u), log_weights)
+    known = scale_map(u, log_weights)
+    scales = fitted(u if known is None else known.inv(u), log_weights, most=1)
     if scales.roots.dim() == 2 and scales.roots.shape[1] > 1:
         return None
-    base = NormalMixture(local_scales(scales.log_weights, scales.locs, WIDER * scales.roots))
-    if chart is None:
+    base = NormalMixture(local_scales(scales.log_weights, scales.locs, wider * scales.roots))
+    if known is None:
         return GuideChart(base, None, base.log_prob)
-    known = chart
 
     def log_prob(u: Tensor) -> Tensor:
         z = known.inv(u)

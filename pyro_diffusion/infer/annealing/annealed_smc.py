@@ -15,11 +15,12 @@ from pyro_diffusion.infer.annealing.annealed_particles import (
     annealed_particles,
     summary,
 )
-from pyro_diffusion.infer.annealing.annealed_rounds import of_the_guide, refitted, settled
+from pyro_diffusion.infer.annealing.annealed_rounds import WIDER, of_the_guide, refitted, settled
 from pyro_diffusion.infer.annealing.annealing_pilot import interpolated, next_stage
 from pyro_diffusion.infer.annealing.guide_chart import GuideChart, chart_of
 from pyro_diffusion.infer.annealing.local_scales import local_scales
 from pyro_diffusion.infer.annealing.unconstrained import UnconstrainedModel, check_guide
+from pyro_diffusion.infer.annealing.widening import WIDER as WIDENED
 from pyro_diffusion.infer.annealing.widening import has_grown, moments, widened
 from pyro_diffusion.infer.filtering.particle_filter import ParticleFilter
 from pyro_diffusion.likelihoods.run import isolated
@@ -52,9 +53,10 @@ class AnnealedSMC:
     systems are independent and run side by side; the error bar comes from their scatter and has no ceiling.
 
     **Rounds.** A guide that is narrow keeps its particles from the ends of a funnel, and no figure of the run
-    shows it. So the next round starts at a base around the particles of the last: a mixture of normals, in
-    coordinates in which the cloud is as wide everywhere (places and log scales linear in
-    a few latents, which takes a centred hierarchy to one that is not). Rounds end when two agree in the log
+    shows it. So the next round starts at a base around the particles of the last: a normal half as wide
+    again, in coordinates in which the cloud is as wide everywhere (places and log scales linear in
+    a few latents, which takes a centred hierarchy to one that is not). It is one normal for all modes: bases
+    with parts that fit some of them starve the others on the way. Rounds end when two agree in the log
     evidence and in the latents' spread. The reported run is one more with the last base, on fresh particles,
     and so as unbiased. Rounds that never agree are a problem of the verdict. What none of them visits, no
     figure can show: particles find modes that a path from the guide leads to.
@@ -85,7 +87,8 @@ class AnnealedSMC:
             next has the same base and twice the temperatures. 1: one run that nothing is compared with.
         widen: look for modes beside the guide's: it gives way to a normal of the pilot's particles, three
             times as wide, again and again, and three times more after each round that finds nothing new,
-            until so many of these have passed. Costs a pilot each, and more temperatures in the end.
+            until so many of these have passed. Costs a pilot each, and more temperatures in the end: bases of
+            later rounds are three times as wide as the particles too, so that rare modes stay.
 
     Raises:
         ValueError: naming the argument, what it was and what was expected.
@@ -196,7 +199,7 @@ class AnnealedSMC:
         self, model: UnconstrainedModel, chart: GuideChart, found: AnnealedParticles
     ) -> tuple[GuideChart, list[Stage]]:
         """The base and the stages of the next round: around the particles, or twice the temperatures."""
-        base = refitted(found)
+        base = refitted(found, WIDENED if self.widen else WIDER)
         stages = self.pilot(model, base or chart)[0]
         if base is None:
             stages = interpolated(stages, 2 * (len(found.betas) - 1))

@@ -113,13 +113,16 @@ def local_scales(log_weights: Tensor, locs: Tensor, roots: Tensor) -> LocalScale
     return LocalScales(log_weights, locs, roots, inverses, shifts, constants)
 
 
-def fitted(z: Tensor, log_weights: Tensor, near: int | None = None) -> LocalScales:
+def fitted(
+    z: Tensor, log_weights: Tensor, near: int | None = None, most: int = MOST_PARTS
+) -> LocalScales:
     r"""The mixture of normals of weighted particles, with about as many parts as the BIC takes.
 
     Args:
         z: (n, D).
         log_weights: (n,), normalized.
         near: parts that were right for particles like these, about which alone to look.
+        most: parts; 1 is the normal of their moments.
     """
     rows, weights = z.double(), log_weights.double().exp()
     dim, count = rows.shape[1], float(weights.square().sum().reciprocal())
@@ -128,8 +131,8 @@ def fitted(z: Tensor, log_weights: Tensor, near: int | None = None) -> LocalScal
     best = one = _one(rows, weights, count)
     least, worse = _bic(one, rows, weights, count), 0
     parts = 2 if near is None else max(2 ** int(math.log2(near)), 2)
-    most = min(MOST_PARTS, count / (DRAWS_PER_PART * dim))
-    while one.roots.dim() == 3 and parts <= most and worse < PATIENCE:
+    largest = min(most, count / (DRAWS_PER_PART * dim))
+    while one.roots.dim() == 3 and parts <= largest and worse < PATIENCE:
         found = _mixture(rows, weights, count, one, parts)
         cost = _bic(found, rows, weights, count)
         worse = worse + 1 if cost >= least else 0

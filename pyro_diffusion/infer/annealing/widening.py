@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pyro_diffusion.infer.annealing.guide_chart import GuideChart, normal_chart
 
-__all__ = ["has_grown", "moments", "widened"]
+__all__ = ["WIDER", "has_grown", "moments", "widened"]
 
 WIDER = 3.0
 GROWTH = 1.5  # of the variance in some direction: less is noise
