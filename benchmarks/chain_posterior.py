@@ -4,15 +4,19 @@ A truth and draws of its posterior are exchangeable, so its rank among them is u
 inference is right: for the chain's own draws that needs no other reference. The network is that of
 ``trained_posterior.py``. Printed per problem and method, over images that the chain drew:
 
-    coverage    share of pixels whose rank among 99 draws lies in 5 .. 94, nominal .90; error by image
+    coverage    share of pixels whose rank among --draws lies in the central 90 % (5 .. 94 of 99 draws, 1 ..
+                18 of 19); error by image
     SBC         p-value of the statistic sum_b (n_b - n/10)^2 over ten bins of ranks, of linear functionals
                 drawn once (and the image's brightness): one rank an image, chi^2 of 9 degrees
-    CRPS        a pixel, from 99 draws; the difference to the same guidance alone, paired by image
+    CRPS        a pixel, from all draws; the difference to the same guidance alone, paired by image
     ancestors   least and median number of distinct ancestors among the first generation
     log Z       standard deviation over --repeats further runs on the first --repeat-images, the printed
                 error beside it (root mean squares over images), and the share of runs that print an error
     chi^2       of a draw, a reading: 1 for the truth
     s           seconds an image, without these further runs
+
+With --swept N draws that have N particles each, after each of --sweeps; "first states" is the share of those
+at t_K that the last one replaced. D draws and S sweeps cost as much as one run of D N S particles.
 
 With --twist N STEPS the same with an ``AmortizedTwist``, trained for each problem on N of its simulations.
 
@@ -47,7 +51,8 @@ from pyro_diffusion.guidance.base import Guidance, GuidedDenoiser
 from pyro_diffusion.guidance.chain_moments import ChainMoments
 from pyro_diffusion.likelihoods import Likelihood
 
-DRAWS, BINS, PROJECTIONS = 99, 10, 8
+BINS, PROJECTIONS = 10, 8
+Row = tuple[str, Tensor, str]  # name, draws, what the method says of them
 
 
 def alone(denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
@@ -71,17 +76,19 @@ def crps(draws: Tensor, truth: Tensor) -> Tensor:
 def calibration(draws: Tensor, truth: Tensor) -> tuple[float, float, float]:
     """Coverage with its error by image, and the p-value of ranks of linear functionals."""
     flat, x = draws.flatten(2).cpu(), truth.flatten(1).cpu()
+    count = len(flat)
+    tail = (count + 1) // 20
     # Ties have a random place.
     noise = torch.rand(flat.shape)
     rank = ((flat < x) | ((flat == x) & (noise < 0.5))).sum(0)
-    inside = ((rank >= 5) & (rank <= 94)).float().mean(-1)
+    inside = ((rank >= tail) & (rank <= count - tail)).float().mean(-1)
     generator = torch.Generator().manual_seed(7)
     directions = torch.randn(PROJECTIONS, x.shape[1], generator=generator)
     directions[0] = 1.0
     ranks = (flat @ directions.T < x @ directions.T).sum(0)  # (images, projections)
     p_values = []
     for column in ranks.T:
-        counts = torch.histc(column.float(), BINS, 0, DRAWS + 1)
+        counts = torch.histc(column.float(), BINS, 0, count + 1)
         expected = len(column) / BINS
         statistic = (counts - expected).square().sum() / expected
         p_values.append(float(torch.special.gammaincc(torch.tensor((BINS - 1) / 2), statistic / 2)))
@@ -90,20 +97,42 @@ def calibration(draws: Tensor, truth: Tensor) -> tuple[float, float, float]:
     return float(inside.mean()), float(inside.std()) / math.sqrt(len(inside)), least
 
 
-def particles(runner: Runner, y: Tensor, count: int) -> tuple[Tensor, str]:
+def particles(runner: Runner, y: Tensor, count: int, draws: int) -> tuple[Tensor, str]:
     """Weighted draws, and how many ancestors they have."""
     parts = runner.parts(y, count)
     roots = torch.cat([part.ancestors[-1] for part in parts]).double()
     said = f"ancestors {float(roots.min()):3.0f} {float(roots.median()):4.0f}"
-    return torch.cat([part.sample((DRAWS,)) for part in parts], 1), said
+    return torch.cat([part.sample((draws,)) for part in parts], 1), said
 
 
-def unweighted(guidance: Guidance, runner: Runner, y: Tensor) -> Tensor:
+def unweighted(guidance: Guidance, runner: Runner, y: Tensor, count: int) -> Tensor:
     """Draws of the guidance alone."""
     problem, denoiser = runner.problem, runner.denoiser
     with torch.no_grad():
-        parts = y.split(max(runner.at_once // DRAWS, 1))
-        return torch.cat([guided(guidance, problem, denoiser, some, DRAWS) for some in parts], 1)
+        parts = y.split(max(runner.at_once // count, 1))
+        return torch.cat([guided(guidance, problem, denoiser, some, count) for some in parts], 1)
+
+
+def swept(runner: Runner, y: Tensor, count: int, args: argparse.Namespace) -> list[Row]:
+    """Draws with particles of their own, after each sweep."""
+    history, renewed = runner.draws(y, count, args.draws, args.sweeps)
+    rows = [(f"{count} a draw, sweep {i + 1}", draws, "") for i, draws in enumerate(history)]
+    if args.sweeps > 1:
+        rows[-1] = (*rows[-1][:2], f"first states {float(renewed.mean()):.2f}")
+    return rows
+
+
+def of_method(
+    runner: Runner, y: Tensor, method: tuple[str, int], guidance: Guidance, args: argparse.Namespace
+) -> list[Row]:
+    """What a method draws, and what it says of itself."""
+    kind, count = method
+    if kind == "swept":
+        return swept(runner, y, count, args)
+    if kind == "particles":
+        return [(f"{count} particles", *particles(runner, y, count, args.draws))]
+    pyro.set_rng_seed(0)
+    return [("guidance alone", unweighted(guidance, runner, y, args.draws), "")]
 
 
 def report(problem: Problem, denoiser: Denoiser, truth: Tensor, args: argparse.Namespace) -> None:
@@ -113,30 +142,25 @@ def report(problem: Problem, denoiser: Denoiser, truth: Tensor, args: argparse.N
     if args.twist:
         twist = learned(problem, denoiser, y, *args.twist)
         choices["learned twist, "] = (twist, twist)
-    for (name, (guidance, of_particles)), count in itertools.product(
-        choices.items(), (0, *args.particles)
-    ):
-        runner, said = Runner(problem, denoiser, args.at_once, guidance=of_particles), ""
+    methods = [("alone", 0)]
+    methods += [("particles", n) for n in args.particles] + [("swept", n) for n in args.swept]
+    for (name, (guidance, of_particles)), method in itertools.product(choices.items(), methods):
+        runner = Runner(problem, denoiser, args.at_once, guidance=of_particles)
         start = time.perf_counter()
-        if count == 0:
-            pyro.set_rng_seed(0)
-            draws = unweighted(guidance, runner, y)
-        else:
-            draws, said = particles(runner, y, count)
-        inside, error, p = calibration(draws, truth)  # waits for the device
-        seconds = (time.perf_counter() - start) / len(truth)
-        score, misfit = crps(draws, truth), float(problem.misfit(draws, y).mean())
-        reference = score if reference is None else reference
-        gap = score - reference
-        if count and args.repeats > 1:
-            said += "  " + runner.evidence(y[: args.repeat_images], count, args.repeats)
-        method = "guidance alone" if count == 0 else f"{count} particles"
-        print(
-            f"  {name + method:30} coverage {inside:.3f} +- {error:.3f}  SBC p {p:.3f}  "
-            f"CRPS {float(score.mean()):.4f} ({float(gap.mean()):+.4f} +- "
-            f"{float(gap.std()) / math.sqrt(len(gap)):.4f})  chi^2 {misfit:.2f}  {seconds:.2f} s  {said}",
-            flush=True,
-        )
+        for label, draws, said in of_method(runner, y, method, guidance, args):
+            inside, error, p = calibration(draws, truth)  # waits for the device
+            seconds = (time.perf_counter() - start) / len(truth)
+            score, misfit = crps(draws, truth), float(problem.misfit(draws, y).mean())
+            reference = score if reference is None else reference
+            gap = score - reference
+            if method[0] == "particles" and args.repeats > 1:
+                said += "  " + runner.evidence(y[: args.repeat_images], method[1], args.repeats)
+            print(
+                f"  {name + label:30} coverage {inside:.3f} +- {error:.3f}  SBC p {p:.3f}  "
+                f"CRPS {float(score.mean()):.4f} ({float(gap.mean()):+.4f} +- "
+                f"{float(gap.std()) / math.sqrt(len(gap)):.4f})  chi^2 {misfit:.2f}  {seconds:.2f} s  {said}",
+                flush=True,
+            )
 
 
 def distances(name: str, found: Found, reference: Found) -> str:
@@ -179,6 +203,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--problems", nargs="*", default=linear, choices=known)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--particles", nargs="*", type=int, default=[64, 512])
+    parser.add_argument("--swept", nargs="*", type=int, default=[], help="particles of every draw")
+    parser.add_argument("--sweeps", type=int, default=1, help="of each of them")
+    parser.add_argument("--draws", type=int, default=99, help="of all methods")
     parser.add_argument("--repeats", type=int, default=10, help="further runs")
     parser.add_argument("--repeat-images", type=int, default=200, help="that they are made on")
     parser.add_argument("--twist", nargs=2, type=int, help="simulations and steps of its training")

@@ -51,13 +51,27 @@ class Runner:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnreliableWarning)
             for some in y.split(max(self.at_once // count, 1)):
-                pyro.set_rng_seed(self.seed)
-                self.seed += 1
-                prior = chain(self.denoiser, self.problem.images.shape)
-                likelihood = ProgramLikelihood(self.problem.program(prior, some))
-                smc = TwistedSMC(prior, likelihood, self.guidance, num_particles=count)
-                found.append(smc.run())
+                found.append(self._next(some, count).run())
         return found
+
+    def draws(self, y: Tensor, count: int, draws: int, sweeps: int) -> tuple[Tensor, Tensor]:
+        """Draws with particles of their own after each sweep, (sweeps, draws, n) + SHAPE, and the share of
+        first states that the last replaced, (n)."""
+        found = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnreliableWarning)
+            for some in y.split(max(self.at_once // (count * draws), 1)):
+                found.append(self._next(some, count).draws(draws, sweeps))
+        renewed = torch.cat([swept.verdict.renewed for swept in found])
+        return torch.cat([swept.history for swept in found], 2), renewed
+
+    def _next(self, y: Tensor, count: int) -> TwistedSMC:
+        """Particles for some observations, at the next seed."""
+        pyro.set_rng_seed(self.seed)
+        self.seed += 1
+        prior = chain(self.denoiser, self.problem.images.shape)
+        likelihood = ProgramLikelihood(self.problem.program(prior, y))
+        return TwistedSMC(prior, likelihood, self.guidance, num_particles=count)
 
     def moments(self, y: Tensor, count: int, repeats: int = 1) -> "Found":
         """What independent runs find, (repeats, n) + SHAPE."""

@@ -13,6 +13,7 @@ from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.guidance import GuidedDenoiser
 from pyro_diffusion.guidance.base import Guidance
 from pyro_diffusion.infer.auto_posterior import AutoPosterior, Density, as_chain
+from pyro_diffusion.infer.filtering.swept import Swept
 from pyro_diffusion.infer.filtering.twisted_smc import Particles, TwistedSMC
 from pyro_diffusion.infer.reparam import reverse_chain
 from pyro_diffusion.likelihoods import ProgramLikelihood
@@ -137,6 +138,10 @@ class AutoTwistedSMC(AutoPosterior):
     vectorized call (``Predictive(parallel=True)``, ``vectorize_particles``) share one run with its
     evidence and ancestors, unless other latents differ between them: then each has a run of its own.
 
+    With ``sweeps`` every draw has particles of its own, be it in one call with others: see
+    :meth:`TwistedSMC.draws <pyro_diffusion.infer.TwistedSMC.draws>`. It has no density then, which
+    ``Predictive`` does not ask for, and ELBOs and ``Importance`` do.
+
     Args:
         model: a Pyro program with one diffusion site (or ``site``) and observed sites.
         guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one; what
@@ -144,11 +149,13 @@ class AutoTwistedSMC(AutoPosterior):
         num_particles: number of particles, >= 2.
         site: name of the diffusion site; may be left out if there is one.
         times: the grid; that of the model's ``Diffusion`` by default.
+        sweeps: conditional sweeps behind every draw; None for draws of one run.
         create_plates: as in Pyro.
         options: of ``TwistedSMC`` (``ess_threshold``, ``progress``, ...).
 
     Attributes:
         particles: the last run's, with evidence and effective sample sizes; None before the first.
+        swept: with ``sweeps`` the last call's draws, with their verdict, in the place of ``particles``.
 
     Raises:
         ValueError: naming the argument, what it was and what was expected.
@@ -162,6 +169,7 @@ class AutoTwistedSMC(AutoPosterior):
         *,
         site: str | None = None,
         times: Tensor | None = None,
+        sweeps: int | None = None,
         create_plates: Callable[..., Any] | None = None,
         **options: Any,
     ) -> None:
@@ -172,8 +180,10 @@ class AutoTwistedSMC(AutoPosterior):
                 "model itself with a Diffusion built outside of it (or AutoGuidance)"
             )
         self._num_particles = check_positive_int("num_particles", num_particles, at_least=2)
+        self._sweeps = None if sweeps is None else check_positive_int("sweeps", sweeps)
         self._options = options
         self.particles: Particles | None = None
+        self.swept: Swept | None = None
 
     def _draw(self, likelihood: ProgramLikelihood, sample: torch.Size) -> tuple[Tensor, Density]:
         own = {k: v.shape[v.dim() - self._dims(k)[1] :] for k, v in likelihood.latents.items()}
@@ -191,6 +201,11 @@ class AutoTwistedSMC(AutoPosterior):
             evidence = evidence.reshape(sample + evidence.shape[1:])
 
         def relative() -> Tensor:
+            if self._sweeps is not None:
+                raise ValueError(
+                    f"sweeps: got {self._sweeps}, whose draws have no density; expected None (Predictive "
+                    "draws with any number of them)"
+                )
             x0 = value
             for transform in reversed(likelihood.transforms):
                 x0 = transform.inv(x0)
@@ -203,11 +218,15 @@ class AutoTwistedSMC(AutoPosterior):
         """Draws of one run, and its log-evidence in the shape that the likelihood gives."""
         chain = as_chain(likelihood.prior, times=self._times)
         smc = TwistedSMC(chain, likelihood, self._guidance[0], self._num_particles, **self._options)
-        self.particles = particles = smc.run(keep_others=False)
-        value = particles.sample(sample)
+        if self._sweeps is None:
+            self.particles = particles = smc.run(keep_others=False)
+            value, terms = particles.sample(sample), particles.log_evidence_terms
+        else:
+            self.swept = smc.draws(sample.numel(), self._sweeps)
+            value = self.swept.value.reshape(sample + self.swept.value.shape[1:])
+            terms = torch.full(smc.chain.filters, torch.nan, device=value.device)
         if likelihood.prior.support.is_discrete and not likelihood.transforms:  # type: ignore[union-attr]
             value = value.round().long()
-        terms = particles.log_evidence_terms
         return value, terms.reshape(terms.shape or (1,) * len(likelihood.batch_shape))
 
 

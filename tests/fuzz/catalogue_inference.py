@@ -258,7 +258,7 @@ def infer_calls() -> list[Call]:
         Call(
             "infer.AutoTwistedSMC",
             functools.partial(guided, infer.AutoTwistedSMC),
-            of({"num_particles": 4, "site": "x", "ess_threshold": 0.5}),
+            of({"num_particles": 4, "site": "x", "ess_threshold": 0.5, "sweeps": None}),
             weight=0.5,
         ),
         *amortized_calls_of(y),
@@ -289,6 +289,12 @@ def infer_calls() -> list[Call]:
                 }
             ),
             True,
+        ),
+        Call(
+            "infer.TwistedSMC.draws",
+            lambda **a: infer.TwistedSMC(prior, read(), num_particles=4).draws(**a).history,
+            of({"num_draws": 3, "sweeps": 2}),
+            weight=0.5,
         ),
         Call(
             "infer.ParticleGibbs",

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.guidance.base import Guidance, check_guidance
-from pyro_diffusion.infer.filtering.conditional_filter import ConditionalFilter
 from pyro_diffusion.infer.filtering.twisted_smc import TwistedSMC
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.unwrapping import unwrap_to
@@ -171,8 +170,7 @@ class ParticleGibbs(MCMCKernel):
         }
         likelihood = self._likelihood.with_latents({k: v.detach() for k, v in given.items()})
         smc = TwistedSMC(likelihood.prior, likelihood, self.guidance, **self._options)
-        particles = smc.filter(ConditionalFilter, reference=self._reference, join=smc.chain.join)
-        self._reference = smc.drive(particles).path()
+        self._reference = smc.sweep(self._reference)
         return likelihood.site_value(smc.chain.encoded(self._reference[-1])).detach()
 
     def _given(self, *args: Any, **kwargs: Any) -> Any:

@@ -26,7 +26,8 @@ SPARED = 0.01
 class TwistedChain:
     """What model and guide share: one guided evaluation at a state gives its twist and the next two kernels.
 
-    The likelihood is the target's; the guided denoiser may know another, which makes its twist. Kernels are
+    A diffusion of more batch dimensions than the likelihood's is that many chains of the same posterior. The
+    likelihood is the target's; the guided denoiser may know another, which makes its twist. Kernels are
     kept in the filter's state as the tensors that define them, under keys such as ``"prior.loc"``, so that
     they are resampled with the particles they belong to.
     """
@@ -45,7 +46,14 @@ class TwistedChain:
         self._like = self.prior.sample()
         self.renew()
         # Data that have observations of their own are filtered side by side.
-        self.filters = diffusion.batch_shape if likelihood.factorized else torch.Size()
+        batch = diffusion.batch_shape
+        chains = batch[: len(batch) - len(likelihood.batch_shape)]
+        self.filters = batch if likelihood.factorized else chains
+
+    def repeated(self, count: int) -> "TwistedChain":
+        """As many chains of the same posterior, side by side."""
+        several = self.diffusion.expand((count, *self.diffusion.batch_shape))
+        return TwistedChain(several, self.guided, self.likelihood)
 
     def renew(self) -> None:
         """Evaluate the schedule as it is now: it may have been trained or loaded since."""

@@ -1,6 +1,7 @@
 """Twisted sequential Monte Carlo: particles of a reverse chain, weighted by the observations."""
 
 import contextlib
+import copy
 import dataclasses
 import math
 from typing import Any, TypeVar
@@ -23,9 +24,11 @@ from pyro_diffusion.guidance import (
 )
 from pyro_diffusion.guidance.base import Guidance, check_guidance
 from pyro_diffusion.guidance.chain_moments import ChainMoments
+from pyro_diffusion.infer.filtering.conditional_filter import ConditionalFilter
 from pyro_diffusion.infer.filtering.particle_filter import ParticleFilter
 from pyro_diffusion.infer.filtering.particles import Particles
 from pyro_diffusion.infer.filtering.resampling import effective_ancestors, evidence_variance
+from pyro_diffusion.infer.filtering.swept import Swept, judged
 from pyro_diffusion.infer.filtering.twisted_chain import Proposal, Target, TwistedChain
 from pyro_diffusion.infer.filtering.verdict import Verdict, judge, misfit
 from pyro_diffusion.likelihoods import Likelihood
@@ -33,6 +36,7 @@ from pyro_diffusion.likelihoods.base import check_likelihood
 from pyro_diffusion.pareto import pareto_khat
 from pyro_diffusion.processes import Ability
 from pyro_diffusion.unreliable import warn_unreliable
+from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["Particles", "TwistedSMC", "default_guidance"]
 
@@ -250,6 +254,66 @@ class TwistedSMC:
             weight_variance=done.weight_variance,
             verdict=verdict,
         )
+
+    def sweep(self, path: list[Tensor] | None = None) -> list[Tensor]:
+        """A path of the chain drawn from a run of particles, one of which follows the path that is given.
+
+        A Markov kernel that leaves the posterior of whole paths invariant, for any number of particles and
+        any guidance; without a path, a draw of an ordinary run. See
+        :class:`~pyro_diffusion.infer.filtering.conditional_filter.ConditionalFilter`.
+
+        Args:
+            path: a state for every step, from noise to data, each batch + event.
+        """
+        particles = self.filter(ConditionalFilter, reference=path, join=self.chain.join)
+        return self.drive(particles).path()
+
+    def draws(self, num_draws: int, sweeps: int = 1) -> Swept:
+        r"""Independent draws, each from particles of its own: the choice under networks, and for spreads.
+
+        Draws of one run share what few ancestors it has kept. Here M chains stand side by side, each with N
+        particles; each gives one draw after S sweeps. The first sweep is an ordinary run. Every other keeps
+        the path :math:`x_{t_K}, \dots, x_{t_0}, x` that was drawn last as one of its N particles, draws the
+        others around it, and then one path of all by its weight. That leaves the posterior as it is for any
+        N, so that a draw's distribution comes nearer to it with every sweep (no divergence between the two
+        can grow) and is exact in the limit of many; one sweep has the bias of order 1/N of a run. M draws are
+        independent whatever N is. They have equal weights and no evidence.
+
+        Network evaluations: M N S (K + 1), as one run of M N S particles; M N particles are held at once,
+        with all of their states.
+
+        Args:
+            num_draws: M, how many draws of every datum.
+            sweeps: S >= 1.
+
+        Warns:
+            UnreliableWarning: with what speaks against the draws.
+
+        Raises:
+            SMCFailed: (a ``ValueError``) if at some step of any chain no particle explains the observations.
+
+        References:
+            Andrieu, Doucet & Holenstein, Particle Markov chain Monte Carlo methods, JRSS B 72 (2010).
+        """
+        count, sweeps = (
+            check_positive_int(name, value)
+            for name, value in (("num_draws", num_draws), ("sweeps", sweeps))
+        )
+        side_by_side = copy.copy(self)
+        side_by_side.chain = self.chain.repeated(count)
+        paths: list[list[Tensor]] = []
+        values = []
+        for _ in range(sweeps):
+            paths = [*paths[-1:], side_by_side.sweep(paths[-1] if paths else None)]
+            x0 = self.chain.encoded(paths[-1][-1])
+            values.append(self.likelihood.site_value(x0))
+        ends = (paths[0], paths[1]) if len(paths) == 2 else None
+        found = judged(
+            torch.stack(values), x0, ends, self.likelihood, self.chain.filters, self.num_particles
+        )
+        if found.verdict.problems:
+            warn_unreliable("TwistedSMC: " + "; ".join(found.verdict.problems))
+        return found
 
     def _verdict(self, done: ParticleFilter, x0: Tensor, evidence: Estimate) -> Verdict:
         """What the filter's history says of it."""

@@ -11,7 +11,7 @@ from pyro_diffusion.estimate import Estimate
 from pyro_diffusion.infer.filtering.resampling import LEAST_ANCESTORS
 from pyro_diffusion.likelihoods import Likelihood
 
-__all__ = ["Verdict", "judge", "misfit"]
+__all__ = ["Verdict", "judge", "largest", "misfit", "number", "which_rows"]
 
 # Chance of a warning that draws miss the observations, a run, if model and posterior are right.
 FALSE_ALARM = 1e-4
@@ -68,11 +68,11 @@ class Verdict:
         worst = int(self.least_ess.argmin()) if filters else 0
         where = _place(self.least_ess_log_snr.flatten()[worst])
         rows = [
-            ("least effective size", f"{_number(self.least_ess.min())} {where}"),
+            ("least effective size", f"{number(self.least_ess.min())} {where}"),
             ("distinct ancestors", f"{int(self.ancestors.min())}"),
-            ("effective ancestors", _number(self.effective_ancestors.min())),
-            ("Pareto k-hat of the weights", _number(_largest(self.khat), 2)),
-            ("misfit chi^2 a residual", _number(_largest(self.misfit), 2)),
+            ("effective ancestors", number(self.effective_ancestors.min())),
+            ("Pareto k-hat of the weights", number(largest(self.khat), 2)),
+            ("misfit chi^2 a residual", number(largest(self.misfit), 2)),
             ("log evidence", str(self.log_evidence)),
             ("verdict", "nothing speaks against it" if self.believable else "not to be believed"),
         ]
@@ -91,12 +91,12 @@ def judge(verdict: Verdict) -> tuple[str, ...]:
     problems = []
     if bool(verdict.dead.any()):
         problems.append(
-            f"no particle explains the observations{_which(verdict.dead)}: evidence 0, no draws (NaN); give "
-            "these observations more noise, use more particles, or another guidance"
+            f"no particle explains the observations{which_rows(verdict.dead)}: evidence 0, no draws (NaN); "
+            "give these observations more noise, use more particles, or another guidance"
         )
     if few and bool(short.any()):
         problems.append(
-            f"{verdict.num_particles} particles are too few to judge a run by{_which(short)}: errors are "
+            f"{verdict.num_particles} particles are too few to judge a run by{which_rows(short)}: errors are "
             f"estimated from {LEAST_ANCESTORS:g} effective ancestors at least; use more particles"
         )
     elif bool(sudden.any()):
@@ -104,22 +104,23 @@ def judge(verdict: Verdict) -> tuple[str, ...]:
     if not few and bool((short & ~sudden).any()):
         left = verdict.effective_ancestors[short & ~sudden].min()
         problems.append(
-            f"{_number(left)} effective ancestors of {verdict.num_particles} are left"
-            f"{_which(short & ~sudden)}, lost a few at a time: errors are not estimated; use more particles"
+            f"{number(left)} effective ancestors of {verdict.num_particles} are left"
+            f"{which_rows(short & ~sudden)}, lost a few at a time: errors are not estimated; use more "
+            "particles"
         )
     sigmas = math.sqrt(2 * math.log(max(verdict.khat.numel(), 1) / FALSE_ALARM))
     heavy = alive & ~short & (verdict.khat - sigmas * _khat_error(verdict) > 0.7)
     if bool(heavy.any()):
         problems.append(
-            f"the final weights have a Pareto k-hat of {_number(_largest(verdict.khat[heavy]), 2)}"
-            f"{_which(heavy)}: averages rest on a few draws, and a larger weight may be missing; use more "
-            "steps near the data, or more particles"
+            f"the final weights have a Pareto k-hat of {number(largest(verdict.khat[heavy]), 2)}"
+            f"{which_rows(heavy)}: averages rest on a few draws, and a larger weight may be missing; use "
+            "more steps near the data, or more particles"
         )
     missed = alive & (verdict.misfit_p_value < FALSE_ALARM / max(alive.sum().item(), 1))
     if bool(missed.any()):
         problems.append(
-            f"draws miss the observations, chi^2 {_number(_largest(verdict.misfit[missed]), 2)} a residual"
-            f"{_which(missed)} where the program's own noise gives 1: inference failed, or the program "
+            f"draws miss the observations, chi^2 {number(largest(verdict.misfit[missed]), 2)} a residual"
+            f"{which_rows(missed)} where the program's own noise gives 1: inference failed, or the program "
             "states too little noise"
         )
     return tuple(problems)
@@ -138,8 +139,8 @@ def _collapse(verdict: Verdict, which: Tensor) -> str:
     else:
         remedy = "more steps there, or another guidance (the default one is checked for networks)"
     return (
-        f"weights collapsed to an effective size of {_number(verdict.least_ess.flatten()[worst])} "
-        f"{_place(place)}{_which(which)}: neither draws nor evidence can be believed, and no error is "
+        f"weights collapsed to an effective size of {number(verdict.least_ess.flatten()[worst])} "
+        f"{_place(place)}{which_rows(which)}: neither draws nor evidence can be believed, and no error is "
         f"estimated; use more particles, {remedy}"
     )
 
@@ -178,13 +179,14 @@ def misfit(likelihood: Likelihood, x0: Tensor, log_weights: Tensor) -> tuple[Ten
     return mean, p_value.where(count > 0, math.nan)
 
 
-def _largest(values: Tensor) -> Tensor:
+def largest(values: Tensor) -> Tensor:
     """The largest that is a number, NaN if none is."""
     numbers = values[~values.isnan()]
     return numbers.max() if numbers.numel() else values.new_tensor(math.nan)
 
 
-def _number(value: Tensor, digits: int = 1) -> str:
+def number(value: Tensor, digits: int = 1) -> str:
+    """A figure, or a dash where there is none."""
     return f"{float(value):.{digits}f}" if math.isfinite(float(value)) else "-"
 
 
@@ -192,7 +194,7 @@ def _place(log_snr: Tensor) -> str:
     return "at the data" if float(log_snr) == math.inf else f"at log-SNR {float(log_snr):.3g}"
 
 
-def _which(rows: Tensor) -> str:
+def which_rows(rows: Tensor) -> str:
     """Which filters, in words; nothing if there is one only."""
     if not rows.dim():
         return ""
