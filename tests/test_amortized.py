@@ -13,6 +13,7 @@ from pyro.distributions import (
     Beta,
     Delta,
     Dirichlet,
+    Gamma,
     HalfNormal,
     LogNormal,
     Normal,
@@ -471,6 +472,24 @@ def test_values_that_single_precision_does_not_tell_apart_are_refused():
     guide.simulate(50, start=100.0)
     AutoAmortized(clock, observed=["x"], denoiser=small).simulate(50, start=0.1, spread=1e-16)
     AutoAmortized(clock, observed=["x"], denoiser=small).simulate(50, spread=0.0)
+
+
+def test_latents_at_the_edge_are_dropped():
+    """Many shares, in a plate of two, are nearer to 1 than single precision tells, and rates to 0."""
+
+    def model(x=None):
+        with pyro.plate("two", 2):
+            share = pyro.sample("share", Beta(2.0, 0.1))
+        rate = pyro.sample("rate", Gamma(0.01, 1.0))
+        pyro.sample("x", Normal(share.sum(-1) + rate.reshape(share.shape[:-1]), 1.0), obs=x)
+
+    guide = AutoAmortized(model, observed=["x"], denoiser=small, vectorized=False, plates=())
+    with pytest.warns(UserWarning, match="at the edge of their support, and were dropped"):
+        simulations = guide.simulate(400)
+    kept = len(simulations["rate"])
+    assert guide.dropped == 400 - kept > 0
+    assert float(simulations["share"].max()) < 1 - torch.finfo(torch.float32).eps
+    assert float(simulations["rate"].min()) > torch.finfo(torch.float32).tiny
 
 
 def test_invalid_simulations_are_dropped():

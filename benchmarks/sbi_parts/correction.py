@@ -17,8 +17,8 @@ from sbi_parts import VARIANCE, bernoulli_likelihood, bernoulli_prior, gaussian_
 from sbi_parts.accuracy import accuracies
 from sbi_parts.cells import DRAWS, trained
 
-CHUNK = 10_000
-LARGEST = 10  # chunks
+CHUNK = 5000
+LARGEST = 20  # chunks
 LONG = 200_000
 
 

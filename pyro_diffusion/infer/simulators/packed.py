@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 from pyro_diffusion.infer.simulators.simulations import SimulatedSite
 from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
 
 __all__ = [
+    "at_edge",
     "pack",
     "packed_log_prob",
     "packed_quantiles",
@@ -29,6 +30,36 @@ def unconstrained(guide: Any, values: Mapping[str, Tensor]) -> list[tuple[str, T
         value = torch.as_tensor(values[name])
         found.append((name, value, transform.inv(value)))
     return found
+
+
+def at_edge(guide: Any, values: Mapping[str, Tensor]) -> Tensor | None:
+    """Which rows, (n,), have a latent that rounding put at the edge of its support; None if there are none.
+
+    Draws are kept off the edge by one rounding, and the inverse of a sigmoid stops there, too: a finite
+    number stands for all that lie beyond.
+    """
+    found = None
+    for name, site in guide.prototype_trace.iter_stochastic_nodes():
+        support, value = site["fn"].support, torch.as_tensor(values[name])
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        lower, upper = (getattr(support, f"{end}_bound", None) for end in ("lower", "upper"))
+        if lower is None or not value.is_floating_point():
+            continue
+        # the extremes take a pass each; rows are looked at only if these touch
+        if bool(_touches(value.amin(0), value.amax(0), lower, upper).any()):
+            rows = _touches(value, value, lower, upper).reshape(len(value), -1).any(-1)
+            found = rows if found is None else found | rows
+    return found
+
+
+def _touches(least: Tensor, most: Tensor, lower: Any, upper: Any) -> Tensor:
+    """Whether values down to ``least`` or up to ``most`` are within one rounding of an end of their range."""
+    ends = torch.finfo(least.dtype)
+    if upper is None:
+        return least - lower <= ends.tiny
+    width = upper - lower
+    return (least - lower <= ends.tiny * width) | (upper - most <= ends.eps * width)
 
 
 def pack(guide: Any, values: Mapping[str, Tensor], batch: torch.Size) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_diffusion.infer.simulators.conditional_posterior import ConditionalPosterior, MakeDenoiser
 from pyro_diffusion.infer.simulators.designs import Call, simulates_alike
-from pyro_diffusion.infer.simulators.packed import pack, unconstrained
+from pyro_diffusion.infer.simulators.packed import at_edge, pack, unconstrained
 from pyro_diffusion.infer.simulators.simulations import (
     Simulator,
     find_sites,
@@ -231,8 +231,10 @@ class SimulatedLatents(AutoContinuous):
         dropped = 0
         kept: slice | Tensor = slice(None)
         # a sum is finite only if all its terms are: rows are looked at one by one only where one is not
-        if not all(bool(x.sum().isfinite()) for x in real):
+        edge = at_edge(self, values)
+        if edge is not None or not all(bool(x.sum().isfinite()) for x in real):
             kept = torch.cat(real, -1).isfinite().all(-1)
+            kept = kept if edge is None else kept & ~edge
             dropped = rows - int(kept.sum())
         if dropped:
             self.dropped += dropped
