@@ -13,6 +13,7 @@ from pyro_diffusion.validation import check_finite, check_positive_int, check_te
 
 __all__ = [
     "at_edge",
+    "is_far",
     "pack",
     "packed_log_prob",
     "packed_quantiles",
@@ -20,6 +21,10 @@ __all__ = [
     "unconstrained",
     "unpack",
 ]
+
+# Logarithm of the least number of single precision, and logit of the last below 1, less rounding; those of
+# double precision are further out.
+FAR = (-87.3, 15.9)
 
 
 def unconstrained(guide: Any, values: Mapping[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
@@ -46,20 +51,22 @@ def at_edge(guide: Any, values: Mapping[str, Tensor]) -> Tensor | None:
         lower, upper = (getattr(support, f"{end}_bound", None) for end in ("lower", "upper"))
         if lower is None or not value.is_floating_point():
             continue
-        # the extremes take a pass each; rows are looked at only if these touch
-        if bool(_touches(value.amin(0), value.amax(0), lower, upper).any()):
-            rows = _touches(value, value, lower, upper).reshape(len(value), -1).any(-1)
-            found = rows if found is None else found | rows
-    return found
+        ends = torch.finfo(value.dtype)
+        width = 1.0 if upper is None else upper - lower
+        touches = value - lower <= ends.tiny * width
+        if upper is not None:
+            touches = touches | (upper - value <= ends.eps * width)
+        rows = touches.reshape(len(value), -1).any(-1)
+        found = rows if found is None else found | rows
+    return None if found is None or not bool(found.any()) else found
 
 
-def _touches(least: Tensor, most: Tensor, lower: Any, upper: Any) -> Tensor:
-    """Whether values down to ``least`` or up to ``most`` are within one rounding of an end of their range."""
-    ends = torch.finfo(least.dtype)
-    if upper is None:
-        return least - lower <= ends.tiny
-    width = upper - lower
-    return (least - lower <= ends.tiny * width) | (upper - most <= ends.eps * width)
+def is_far(free: Tensor) -> bool:
+    """Whether an unconstrained number is so far out that its value may be at an edge: one pass."""
+    if not free.numel():
+        return False
+    low, high = free.aminmax()
+    return not (float(low) > FAR[0] and float(high) < FAR[1])
 
 
 def pack(guide: Any, values: Mapping[str, Tensor], batch: torch.Size) -> Tensor:

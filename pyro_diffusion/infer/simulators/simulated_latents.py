@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_diffusion.infer.simulators.conditional_posterior import ConditionalPosterior, MakeDenoiser
 from pyro_diffusion.infer.simulators.designs import Call, simulates_alike
-from pyro_diffusion.infer.simulators.packed import at_edge, pack, unconstrained
+from pyro_diffusion.infer.simulators.packed import at_edge, is_far, pack, unconstrained
 from pyro_diffusion.infer.simulators.simulations import (
     Simulator,
     find_sites,
@@ -230,8 +230,9 @@ class SimulatedLatents(AutoContinuous):
         real = [scale._real(x).reshape(rows, -1) for _, scale, x in parts]
         dropped = 0
         kept: slice | Tensor = slice(None)
+        latents = [x for (n, _, _), x in zip(parts, real, strict=True) if n.startswith("latents")]
+        edge = at_edge(self, values) if any(is_far(x) for x in latents) else None
         # a sum is finite only if all its terms are: rows are looked at one by one only where one is not
-        edge = at_edge(self, values)
         if edge is not None or not all(bool(x.sum().isfinite()) for x in real):
             kept = torch.cat(real, -1).isfinite().all(-1)
             kept = kept if edge is None else kept & ~edge
