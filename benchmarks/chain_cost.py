@@ -4,7 +4,8 @@ Run: python benchmarks/chain_cost.py --data DIR [--targets ionosphere funnel]
 
 A chain of K steps visits K + 1 states (`AutoDiffusion.log_weights` without a graph). Its seconds are over
 those of K gradients of the model's log density at as many particles: `torch.func.vmap` of `torch.func.grad`,
-what a bare loop would do. Those of K gradients of the same density written by hand for a batch, without Pyro,
+what a bare loop would do (autograd of the density under `vmap` is a little
+faster, and said apart). Those of K gradients of the same density written by hand for a batch, without Pyro,
 are said apart: they are the model's share, no chain's. The run that `AnnealedSMC` reports is over as many
 gradients as it took, with the metrics that the pilot found and with four parts of each. Seconds are of the
 processor, one thread, all of a target in turn; medians, and quartiles of the ratios of one turn. Memory is
@@ -38,9 +39,10 @@ from pyro_diffusion.infer.annealing.local_scales import local_scales
 from pyro_diffusion.infer.annealing.unconstrained import UnconstrainedModel
 from pyro_diffusion.likelihoods.run import isolated
 
+CONTROLLED = "Langevin with control"
 CHAINS: dict[str, dict[str, Any]] = {
     "Langevin": {},
-    "Langevin with control": {"control": True},
+    CONTROLLED: {"control": True},
     "underdamped": {"kernel": "underdamped"},
 }
 WANTED, FLAT, PARTS = 1.2, 1.1, 4
@@ -156,6 +158,8 @@ def table(name: str, args: argparse.Namespace) -> bool:
         torch.func.vmap(torch.func.grad(scored._single)),
     )
     calls["gradients"] = repeated(vectorized, z, steps)
+    density = torch.func.vmap(scored._single)
+    calls["autograd"] = repeated(functools.partial(bare, density), z, steps)
     calls["by hand"] = repeated(functools.partial(bare, by_hand(target)), z, steps)
     smc = {f"AnnealedSMC, {what}": call for what, call in particles(target, steps).items()}
     taken = {kind: call().evaluations for kind, call in smc.items()}
@@ -168,6 +172,13 @@ def table(name: str, args: argparse.Namespace) -> bool:
     good = [row(f"{form}, over {steps} gradients", found[form], own, 1) for form in CHAINS]
     for form in CHAINS:
         row(f"{form}, over {steps + 1} gradients", found[form], own, steps / (steps + 1), False)
+    row(
+        "Langevin with control, over as many of autograd",
+        found[CONTROLLED],
+        found["autograd"],
+        1,
+        False,
+    )
     row("gradients, over those by hand", own, found["by hand"], 1, False)
     each = found["gradients of particles"]
     good += [
