@@ -48,6 +48,8 @@ GOLD = ["eight_schools", "kidiq", "arK", "low_dim_gauss_mix", "gp_pois_regr"]
 WITH_DATA = [*GOLD, "centered", "ionosphere", "german_credit", "brownian"]
 WITHOUT = ["funnel", "mixture", "wells"]
 ELBO_DRAWS = 100_000
+DRAWS = 2000
+EVEN = torch.full((DRAWS,), 1 / DRAWS, dtype=torch.double)
 
 
 def load(name: str, folder: Path) -> Target:
@@ -114,14 +116,13 @@ def bounds(target: Target, guide: Any) -> tuple[float, float]:
 
 
 def extra(name: str, draws: dict[str, Tensor], weights: Tensor) -> str:
-    """What else a target asks for: the funnel's width, the modes found and their weights."""
+    """What else a target asks for: the funnel's width, the modes that have draws, and their weights."""
     if name == "funnel":
         x = draws["x"][:, 0]
         return f"sd(x_0) {float((weights @ (x - weights @ x).square()).sqrt()):.2f}"
     if name not in ("mixture", "wells"):
         return ""
-    index = torch.multinomial(weights, 2000, replacement=True)
-    x = draws["x"][index]
+    x = draws["x"]
     if name == "mixture":
         locs = targets.mixture()[1]
         nearest = torch.cdist(x, locs).argmin(-1)
@@ -133,10 +134,9 @@ def extra(name: str, draws: dict[str, Tensor], weights: Tensor) -> str:
         assert sample is not None
         true = ((sample(200_000)["x"][:, 0::2] > 0) * halves).sum(-1)
         right = torch.bincount(true, minlength=32) / len(true)
-    counts = torch.bincount(nearest, minlength=len(right)) / len(x)
-    shares = torch.zeros_like(right).index_add_(0, nearest, torch.full((len(x),), 1 / len(x)))
+    shares = torch.zeros_like(right).index_add_(0, nearest, weights.to(right))
     distance = float((shares - right).abs().sum() / 2)
-    return f"modes {int((counts > 0).sum())} of {len(right)}, TV {distance:.3f}"
+    return f"modes {int((shares > 0).sum())} of {len(right)}, TV {distance:.3f}"
 
 
 def particles(name: str, target: Target, guide: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def particles(name: str, target: Target, guide: Any, args: argparse.Namespace) -
         "believable": found.verdict.believable,
         "rounds": ", ".join(f"{x.value:.3f}" for x in found.verdict.rounds),
         "bound": float(found.log_evidence_terms.mean()),
-        "extra": extra(name, found.draws, weights),
+        "extra": extra(name, found.sample(DRAWS), EVEN),
     }
 
 
@@ -188,13 +188,12 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
         guide, steps = fitted(kind, target, args.seconds, args.lr, args.svi_particles)
         elbo, eubo = bounds(target, guide)
         with torch.no_grad():
-            draws = [guide() for _ in range(1000)]
+            draws = [guide() for _ in range(DRAWS)]
         stacked = {k: torch.stack([d[k] for d in draws]) for k in draws[0]}
-        even = torch.full((1000,), 1e-3)
-        means, sds = marginals(target, stacked, even)
+        means, sds = marginals(target, stacked, EVEN)
         print(
             f"{name:<18} {seed:>4} {kind:<12} {args.seconds:>5.0f} {steps:>6} {elbo:>10.3f} {eubo:>10.3f} "
-            f"{means:>6.2f} {sds:>6.2f}  {extra(name, stacked, even)}",
+            f"{means:>6.2f} {sds:>6.2f}  {extra(name, stacked, EVEN)}",
             flush=True,
         )
         if kind not in args.start:

@@ -3,8 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from pyro.distributions import MultivariateNormal
 from torch import Tensor
 
 from pyro_diffusion.infer.annealing.annealed_particles import (
@@ -14,12 +16,12 @@ from pyro_diffusion.infer.annealing.annealed_particles import (
     mean_gap,
 )
 from pyro_diffusion.infer.annealing.annealed_verdict import AGREE
-from pyro_diffusion.infer.annealing.guide_chart import GuideChart
-from pyro_diffusion.infer.annealing.local_scales import LocalScales, fitted, local_scales
-from pyro_diffusion.infer.annealing.scale_map import scale_map
+from pyro_diffusion.infer.annealing.guide_chart import GuideChart, normal_chart
+from pyro_diffusion.infer.annealing.local_scales import fitted
+from pyro_diffusion.infer.annealing.scale_map import ScaleMap, scale_map
 from pyro_diffusion.infer.annealing.unconstrained import UnconstrainedModel
 
-__all__ = ["WIDER", "NormalMixture", "of_the_guide", "refitted", "settled"]
+__all__ = ["WIDER", "of_the_guide", "refitted", "settled"]
 
 # The base is that much wider than the particles, so that the next find what these just missed; with
 # ``widen`` no less than the first was, since a rare mode that is far hardly widens the cloud.
@@ -49,18 +51,21 @@ def refitted(found: AnnealedParticles, wider: float = WIDER) -> GuideChart | Non
     present = found.log_weights > -math.inf
     u, log_weights = found.unconstrained[present], found.log_weights[present]
     known = scale_map(u, log_weights)
+    dim = u.shape[1]
     scales = fitted(u if known is None else known.inv(u), log_weights, most=1)
-    if scales.roots.dim() == 2 and scales.roots.shape[1] > 1:
+    if scales.roots.dim() == 2 and dim > 1:
         return None
-    base = NormalMixture(local_scales(scales.log_weights, scales.locs, wider * scales.roots))
+    # Of one dimension the root is a diagonal, (1, 1), too.
+    normal = MultivariateNormal(scales.locs[0], scale_tril=wider * scales.roots.reshape(dim, dim))
+    chart = normal_chart(normal)
     if known is None:
-        return GuideChart(base, None, base.log_prob)
+        return chart
 
     def log_prob(u: Tensor) -> Tensor:
         z = known.inv(u)
-        return base.log_prob(z) - known.log_abs_det_jacobian(z, u)
+        return normal.log_prob(z) - known.log_abs_det_jacobian(z, u)
 
-    return GuideChart(base, known, log_prob)
+    return GuideChart(chart.base, _Both(chart.transform, known), log_prob)
 
 
 def settled(rounds: Sequence[AnnealedParticles]) -> bool:
@@ -70,32 +75,25 @@ def settled(rounds: Sequence[AnnealedParticles]) -> bool:
     return disagreement(rounds[-2], rounds[-1]) < AGREE
 
 
-class NormalMixture:
-    """The law of scales: what a chart asks of its base."""
+class _Both:
+    """One map after another."""
 
-    def __init__(self, scales: LocalScales) -> None:
-        self.scales = scales
+    def __init__(self, first: Any, second: ScaleMap) -> None:
+        self._first, self._second = first, second
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Of (..., D)."""
-        return self.scales.log_joint(z).logsumexp(-1)
+    def __call__(self, z: Tensor) -> Tensor:
+        return self._second(self._first(z))
 
-    def log_prob_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Of (..., D), and its gradient, in closed form."""
-        return self.scales.log_prob_and_slope(z)
+    def inv(self, u: Tensor) -> Tensor:
+        """The inverse."""
+        found: Tensor = self._first.inv(self._second.inv(u))
+        return found
 
-    def sample(self, shape: Sequence[int]) -> Tensor:
-        """Draws, shape + (D,)."""
-        count, scales = math.prod(shape), self.scales
-        part = torch.multinomial(scales.log_weights.exp(), count, replacement=True)
-        noise = torch.randn(
-            count, scales.locs.shape[1], dtype=scales.locs.dtype, device=part.device
-        )
-        if scales.roots.dim() == 2:
-            moved = scales.roots[part] * noise
-        else:
-            moved = torch.einsum("nij,nj->ni", scales.roots[part], noise)
-        return (scales.locs[part] + moved).reshape(*shape, -1)
+    def log_abs_det_jacobian(self, z: Tensor, u: Tensor) -> Tensor:
+        """(...)."""
+        between = self._first(z)
+        found: Tensor = self._first.log_abs_det_jacobian(z, between)
+        return found + self._second.log_abs_det_jacobian(between, u)
 
 
 def of_the_guide(

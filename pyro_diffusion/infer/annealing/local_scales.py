@@ -44,12 +44,6 @@ class LocalScales(NamedTuple):
         """Log of each part's weight and density at (..., D), (..., C)."""
         return self._log_joint(self._white(z))
 
-    def log_prob_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Log density of the mixture at (..., D), (...), and its gradient."""
-        white = self._white(z)
-        log_joint = self._log_joint(white)
-        return log_joint.logsumexp(-1), self._pull(white, -log_joint.softmax(-1))
-
     def draw_part(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A part for each z (..., D), by its share there, and what :meth:`log_share` has of it."""
         if self.size == 1:
