@@ -258,11 +258,12 @@ def folded():
 def test_training():
     """A fold, which no covariance sees: c tells a's size and not its sign, as b does; draws have both signs.
 
-    Given b = 1.2 the size of a is near 1.1, of sd .29; untrained it is .8, of sd .6.
+    Given b = 1.2 the size of a is near 1.1, of sd .29; untrained it is .8, of sd .6. By four seeds, sizes
+    were 1.07 to 1.12, their sds .26 to .36, and means given a 1.27 to 1.48.
     """
     pyro.set_rng_seed(2)
     joint = AutoJoint(folded, denoiser=small)
-    fit_amortized(joint, joint.simulate(4000), steps=400, batch_size=128, lr=5e-3, progress=False)
+    fit_amortized(joint, joint.simulate(8000), steps=800, batch_size=128, lr=5e-3, progress=False)
     draws = joint.condition({"b": torch.tensor(1.2)}).sample((1000,))["a"]
     assert abs(float(draws.abs().mean()) - 1.1) < 0.15
     assert float(draws.abs().std()) < 0.4
