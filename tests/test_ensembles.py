@@ -191,7 +191,7 @@ def test_members_are_trained_apart():
 
 
 def test_members_of_sets():
-    """A program with rows in a plate, asked with other numbers of them; of each data it warns once in 1000."""
+    """A program with rows in a plate, asked with other numbers of them; one datum in 1000 warns."""
 
     def groups(x=None, rows=6):
         mean = pyro.sample("mean", Normal(0.0, 1.0))
