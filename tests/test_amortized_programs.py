@@ -217,3 +217,32 @@ def test_a_latent_that_is_constant_is_refused():
     with pytest.raises(ValueError, match="site 'fixed': got a latent that is the same in all"):
         ready(model)
     ready(model, latents=["z"])
+
+
+# --- plates without latents around them -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_plate_that_no_latent_is_around_is_trained_by_the_recipe(grouped):
+    """Its set is summarized for nobody: a network that no loss reaches was made, and refused in training."""
+
+    def model(x=None, rows=4):
+        rows = rows if x is None else x.shape[-1]
+        with pyro.plate("groups", 3, dim=-2):
+            center = pyro.sample("center", Normal(0.0, 1.0)) if grouped else torch.zeros(3, 1)
+            with pyro.plate("data", rows, dim=-1):
+                local = pyro.sample("local", Normal(center, 1.0))
+                pyro.sample("x", Normal(local, 0.5), obs=x)
+
+    pyro.clear_param_store()
+    guide = ready(model)
+    fit_amortized(guide, guide.simulate(50), steps=2, progress=False)
+    assert guide(torch.zeros(3, 2))["local"].shape == (3, 2)
+    # rows are independent: what one holds is nothing to the others
+    values = {name: torch.zeros_like(value) for name, value in guide(torch.zeros(3, 4)).items()}
+    x = torch.zeros(3, 4)
+    before = guide.log_prob(values, x)
+    x[0, 0] = 1.0
+    one = guide.log_prob(values, x)
+    x[1, 0] = 1.0
+    torch.testing.assert_close(guide.log_prob(values, x) - one, one - before, rtol=1e-3, atol=1e-4)

@@ -77,7 +77,8 @@ class HierarchicalPosterior(nn.Module):
             given = sum(self.sizes[j].latents for j in self._around(i))
             given += sum(widths[j] + bool(self.sizes[j].plate) for j in self._seen(i))
             make = make_denoiser or (default_row_denoiser if each.plate else default_denoiser)
-            pooled = self._pooled_size(i)[0]
+            # a set is summarized for latents around it, and for nothing else
+            pooled = self._pooled_size(i)[0] if self._around(i) else None
             self.levels.append(LevelNetworks(each, known, inner, pooled, given, make))
         numbers = [sum(site.size for site in each.observed) for each in self.sizes]
         self.familiar = Familiar(numbers[0] + 2 * sum(numbers[1:]))
@@ -193,12 +194,14 @@ class HierarchicalPosterior(nn.Module):
         for i, here in enumerate(rows.present):
             if self._level(i).marked:
                 own[i].append(here.unsqueeze(-1).to(own[i][0].dtype))
-        found: list[Tensor] = [rows.present[0].new_zeros(0)] * len(self.sizes)
+        dtype = next(x.dtype for values in rows.values for x in values)
+        found = [here.unsqueeze(-1)[..., :0].to(dtype) for here in rows.present]
         parts: list[list[Tensor]] = [list(each) for each in own]
         within: list[list[Moments]] = [[] for _ in self.sizes]
         for i in reversed(range(len(self.sizes))):
-            found[i] = torch.cat(parts[i], -1)
-            if i:
+            if parts[i]:
+                found[i] = torch.cat(parts[i], -1)
+            if self._around(i):
                 parent, here = self.sizes[i].parent, rows.present[i]
                 features = [self._set_features(i, found[i], within[i], here)]
                 pooled = [m.pooled() for m in within[i]]

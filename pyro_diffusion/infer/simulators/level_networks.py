@@ -96,7 +96,8 @@ class LevelNetworks(nn.Module):
         sizes: what they are made for.
         encoders: modules of the observed sites that have one, by name.
         inner: features of sets of rows within one of its rows.
-        pooled: features of all its rows together that each is encoded with.
+        pooled: features of all its rows together that each is encoded with; None where no set of them is
+            encoded.
         given: features of latents and data around it.
         make: of the denoiser.
     """
@@ -106,7 +107,7 @@ class LevelNetworks(nn.Module):
         sizes: LevelSizes,
         encoders: Mapping[str, nn.Module],
         inner: int,
-        pooled: int,
+        pooled: int | None,
         given: int,
         make: MakeDenoiser,
     ) -> None:
@@ -121,7 +122,7 @@ class LevelNetworks(nn.Module):
         # whether a row has data of its own is among its features
         self.marked = bool(sizes.plate and sizes.observed and sizes.latents)
         row = sum(row_widths(sizes, encoders)) + inner + self.marked
-        self.encoder = SetEncoder(row + pooled, FEATURES) if sizes.plate else None
+        self.encoder = None if pooled is None else SetEncoder(row + pooled, FEATURES)
         if sizes.latents:
             self.latents = Standardized((sizes.latents,))
             self.denoiser = make(sizes.latents, given + row)
