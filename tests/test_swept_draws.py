@@ -109,6 +109,8 @@ def test_the_verdict_says_how_far_sweeps_still_change():
     once, settled = smc.draws(50).verdict, smc.draws(200, sweeps=30).verdict
     assert once.believable and once.change.isnan().all() and once.moved.isnan().all()
     assert "means moved, in sds          - (by chance -)" in str(once)
+    assert str(once).startswith("50 chains, 1 sweep of 3 particles, the worst of 2 filters")
+    assert str(smc.draws(1, sweeps=2).verdict).startswith("1 chain, 2 sweeps of 3 particles")
     assert settled.believable and 0.05 < settled.renewed.min() < settled.renewed.max() < 0.9
     # Change and chance agree once nothing changes: a chi^2 of two coordinates, |t| < 4.5 each.
     assert (settled.change < 4.5 * settled.change_by_chance).all()

@@ -324,6 +324,20 @@ def test_misfit_of_right_and_of_wrong_draws():
     assert (p_value < 1e-4).all() and (chi2 > 10).all()
 
 
+def test_a_few_draws_that_fit_do_not_hide_those_that_do_not():
+    # The mean of the p-values of 20 draws was above 1e-4 with one of .002, whatever the others were.
+    likelihood, draws = posterior_draws(0.5, 10)
+    draws[5:] += 3.0
+    even = torch.full((20, 2000), -math.log(20), dtype=F64)
+    assert (misfit(likelihood, draws, even)[1] < 1e-4).all()
+    # Draws that have most of the weight decide.
+    uneven = torch.full((20, 2000), 0.4 / 15, dtype=F64)
+    uneven[:5] = 0.6 / 5
+    assert (misfit(likelihood, draws, uneven.log())[1] > 1e-6).all()
+    uneven[:5], uneven[5:] = 0.3 / 5, 0.7 / 15
+    assert (misfit(likelihood, draws, uneven.log())[1] < 1e-4).all()
+
+
 def test_masked_observations_are_no_residuals():
     law = prior(4)
     y = torch.zeros(4, dtype=F64)

@@ -63,7 +63,8 @@ class SweptVerdict:
         return not self.problems
 
     def __str__(self) -> str:
-        title = f"{self.num_chains} chains, {self.sweeps} sweeps of {self.num_particles} particles"
+        chains, sweeps = _counted(self.num_chains, "chain"), _counted(self.sweeps, "sweep")
+        title = f"{chains}, {sweeps} of {self.num_particles} particles"
         count = self.renewed.numel()
         title += f", the worst of {count} filters" if count > 1 else ""
         by_chance = number(largest(self.change_by_chance), 2)
@@ -136,6 +137,10 @@ def judged(
     figures = (renewed, moved, change, by_chance, chi2, p_value)
     verdict = SweptVerdict(num_particles, chains, sweeps, *figures)
     return Swept(history, dataclasses.replace(verdict, problems=_problems(verdict)))
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count > 1 else ''}"
 
 
 def _problems(verdict: SweptVerdict) -> tuple[str, ...]:

@@ -243,9 +243,10 @@ class SimulatedLatents(AutoContinuous):
                 raise ValueError(
                     f"simulations: got {rows} simulations none of which is finite, expected some that are"
                 )
+            cut = "" if edge is None else f"; {int(edge.sum())} at an edge, where the prior is cut"
             warnings.warn(
                 f"simulations: {dropped} of {rows} were NaN, infinite or at the edge of their support, and "
-                "were dropped",
+                f"were dropped{cut}",
                 stacklevel=3,
             )
             values = {name: value[kept] for name, value in values.items()}
