@@ -43,8 +43,8 @@ class Verdict:
         problems: one sentence each; empty if nothing speaks against the run.
 
     References:
-        Vehtari et al., JMLR 25(72), 2024 (k-hat); Rüger, Das maximale Signifikanzniveau des Tests "Lehne H0 ab,
-        wenn k unter n gegebenen Tests zur Ablehnung führen", Metrika 25 (1978).
+        Vehtari et al., JMLR 25(72), 2024 (k-hat); Rüger, Das maximale Signifikanzniveau des Tests "Lehne H0
+        ab, wenn k unter n gegebenen Tests zur Ablehnung führen", Metrika 25 (1978).
     """
 
     num_particles: int
