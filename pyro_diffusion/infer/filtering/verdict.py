@@ -178,7 +178,7 @@ def misfit(likelihood: Likelihood, x0: Tensor, log_weights: Tensor) -> tuple[Ten
     tail = torch.special.gammaincc(count.clamp(min=1) / 2, chi2 / 2)
     mean = (weights * chi2).sum(0) / count
     ordered, order = tail.sort(0)
-    below = weights.gather(0, order).cumsum(0) < 0.5 - 1e-9  # the lower of an even number's two medians
+    below = weights.gather(0, order).cumsum(0) < 0.5 - 1e-9  # the lower of two medians
     median = ordered.gather(0, below.sum(0, keepdim=True).clamp(max=len(tail) - 1))[0]
     return mean, (2 * median).clamp(max=1).where(count > 0, math.nan)
 
