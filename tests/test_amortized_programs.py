@@ -6,7 +6,14 @@ import warnings
 import pyro
 import pytest
 import torch
-from pyro.distributions import Bernoulli, Delta, Normal, TransformedDistribution, constraints
+from pyro.distributions import (
+    Bernoulli,
+    Delta,
+    Normal,
+    TransformedDistribution,
+    Uniform,
+    constraints,
+)
 from torch.distributions import biject_to
 
 from pyro_diffusion.denoisers import GaussianDenoiser
@@ -108,6 +115,23 @@ def test_density_on_every_support(name):
     alone = guide.log_prob({"z": values[0]}, x)
     torch.testing.assert_close(alone, found[0], atol=2e-3, rtol=1e-3)
     assert bool(support.check(guide(x)["z"]).all())
+
+
+@pytest.mark.parametrize("value", [-0.5, 2.5])
+def test_a_value_outside_of_an_interval_has_no_density(value):
+    """The inverse of a sigmoid stops at the ends: values beyond had the density of the last one before."""
+
+    def model(x=None):
+        a = pyro.sample("a", Uniform(0.0, 2.0).expand([2]).to_event(1))
+        pyro.sample("x", Normal(a.sum(-1), 0.5), obs=x)
+
+    guide = ready(model)
+    x, inside = torch.tensor(1.0), torch.tensor([1.0, 2.0])
+    assert guide.log_prob({"a": inside}, x).isfinite()  # draws may be rounded to an end
+    with pytest.raises(ValueError, match=r"^latents\['a'\]: got a value outside of its support"):
+        guide.log_prob({"a": torch.tensor([1.0, value])}, x)
+    with pytest.raises(ValueError, match="none of which is finite and inside of its support"):
+        guide.accept({"a": torch.full((5, 2), value), "x": torch.zeros(5)})
 
 
 def test_a_support_that_takes_no_batch_is_refused():

@@ -37,6 +37,25 @@ def unconstrained(guide: Any, values: Mapping[str, Tensor]) -> list[tuple[str, T
     return found
 
 
+def _bounds(support: Any) -> tuple[Any, Any]:
+    """Both ends of a support, None where there is none."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
+
+
+def _check_inside(name: str, value: Tensor, support: Any) -> None:
+    """Refuse values beyond an end by more than a draw is rounded: the inverse of a sigmoid takes them."""
+    lower, upper = _bounds(support)
+    if lower is None or upper is None:
+        return  # the logarithm of what is outside is NaN
+    rounding = 2 * torch.finfo(value.dtype).eps * (abs(lower) + abs(upper))
+    if bool(((value < lower - rounding) | (value > upper + rounding)).any()):
+        raise ValueError(
+            f"latents[{name!r}]: got a value outside of its support, expected {support}"
+        )
+
+
 def at_edge(guide: Any, values: Mapping[str, Tensor]) -> Tensor | None:
     """Which rows, (n,), have a latent that rounding put at the edge of its support; None if there are none.
 
@@ -45,10 +64,8 @@ def at_edge(guide: Any, values: Mapping[str, Tensor]) -> Tensor | None:
     """
     found = None
     for name, site in guide.prototype_trace.iter_stochastic_nodes():
-        support, value = site["fn"].support, torch.as_tensor(values[name])
-        while isinstance(support, constraints.independent):
-            support = support.base_constraint
-        lower, upper = (getattr(support, f"{end}_bound", None) for end in ("lower", "upper"))
+        value = torch.as_tensor(values[name])
+        lower, upper = _bounds(site["fn"].support)
         if lower is None or not value.is_floating_point():
             continue
         ends = torch.finfo(value.dtype)
@@ -125,6 +142,8 @@ def packed_log_prob(
     batch = batches.pop()
     if not batch.numel():
         raise ValueError(f"latents: got an empty batch of shape {tuple(batch)}, expected values")
+    for name in sites:
+        _check_inside(name, latents[name], guide.prototype_trace.nodes[name]["fn"].support)
     packed = pack(guide, latents, batch)
     check_finite("latents (unconstrained)", packed)
     plates = (1,) * nesting if posterior.batch_shape else ()

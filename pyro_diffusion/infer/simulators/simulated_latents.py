@@ -241,12 +241,13 @@ class SimulatedLatents(AutoContinuous):
             self.dropped += dropped
             if dropped == rows:
                 raise ValueError(
-                    f"simulations: got {rows} simulations none of which is finite, expected some that are"
+                    f"simulations: got {rows} simulations none of which is finite and inside of its "
+                    "support, expected some that are"
                 )
-            cut = "" if edge is None else f"; {int(edge.sum())} at an edge, where the prior is cut"
+            cut = "" if edge is None else f"; {int(edge.sum())} there, where the prior is cut"
             warnings.warn(
-                f"simulations: {dropped} of {rows} were NaN, infinite or at the edge of their support, and "
-                f"were dropped{cut}",
+                f"simulations: {dropped} of {rows} were NaN, infinite, or at the edge of their support "
+                f"or beyond, and were dropped{cut}",
                 stacklevel=3,
             )
             values = {name: value[kept] for name, value in values.items()}
