@@ -298,11 +298,11 @@ def test_stock_svi():
     svi = SVI(joint.training_model, lambda **_: None, Adam({"lr": 1e-2}), Trace_ELBO())
     table = joint.simulate(256)
     losses = []
-    for _ in range(2):
-        pyro.set_rng_seed(4)  # the same levels and noise
-        losses.append(svi.evaluate_loss(**table))
-        for _ in range(40):
+    for steps in (0, 120):
+        for _ in range(steps):
             svi.step(**table)
+        pyro.set_rng_seed(4)  # the same levels and noise, ten times: those of one draw may go up
+        losses.append(sum(svi.evaluate_loss(**table) for _ in range(10)))
     assert losses[1] < 0.99 * losses[0]
 
 
