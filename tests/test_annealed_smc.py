@@ -35,7 +35,7 @@ from pyro.infer.autoguide import (
 )
 
 from pyro_diffusion.evaluate import posterior_to_arviz
-from pyro_diffusion.infer import AnnealedSMC, UnreliableWarning
+from pyro_diffusion.infer import AnnealedSMC, PathELBO, UnreliableWarning
 from pyro_diffusion.infer.annealing.annealed_chain import AnnealedChain, Stage
 from pyro_diffusion.infer.annealing.annealed_particles import mean_gap
 from pyro_diffusion.infer.annealing.annealing_pilot import interpolated
@@ -403,7 +403,13 @@ def varying():
 
 def impossible():
     z = pyro.sample("z", Normal(0.0, 1.0))
-    pyro.sample("x", Normal(z, 1.0, validate_args=False), obs=torch.tensor(math.nan))
+    pyro.sample("x", Normal(z * math.nan, 1.0, validate_args=False), obs=torch.tensor(0.0))
+
+
+def without_data():
+    z = pyro.sample("z", Normal(0.0, 1.0))
+    data = torch.tensor([0.0, math.nan])
+    pyro.sample("x", Normal(z, 1.0, validate_args=False).expand([2]).to_event(1), obs=data)
 
 
 def noisy():
@@ -460,6 +466,15 @@ def test_no_density_at_the_start_names_the_site():
         pytest.raises(ValueError, match=r"site 'x' \(Normal\): got nan at a draw of the guide"),
     ):
         AnnealedSMC(impossible, guide, 8, 6).run()
+
+
+def test_data_that_are_nan_are_named_and_not_the_guide():
+    pyro.clear_param_store()
+    guide, message = AutoNormal(without_data), r"site 'x' \(Independent\): got NaN or infinite data"
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match=message):
+        AnnealedSMC(without_data, guide, 8, 6).run()
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match=message):
+        PathELBO(8).loss(without_data, guide)
 
 
 def test_models_without_continuous_latents_are_refused():

@@ -245,13 +245,22 @@ class UnconstrainedModel:
         return torch.cat(parts, -1)
 
     def blame(self, u: Tensor) -> str:
-        """The site whose density is not finite at one draw, (D,), and what it is."""
+        """The site whose density is not finite at one draw, (D,), and what it is.
+
+        Raises:
+            ValueError: if that is so for its data, which no draw changes.
+        """
         with isolated(), torch.no_grad(), pyro.validation_enabled(False):
             for name, node in self._trace(self.constrain(u)).nodes.items():
                 if node["type"] != "sample" or site_is_subsample(node):
                     continue
                 log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
                 if not bool(log_prob.sum().isfinite()):
+                    if node["is_observed"] and not bool(node["value"].isfinite().all()):
+                        raise ValueError(
+                            f"site {name!r} ({type(node['fn']).__name__}): got NaN or infinite data, "
+                            "expected finite numbers"
+                        )
                     return (
                         f"site {name!r} ({type(node['fn']).__name__}): got {float(log_prob.sum())}"
                     )
