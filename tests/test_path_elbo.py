@@ -21,7 +21,7 @@ from pyro.infer.autoguide import (
 from pyro.infer.autoguide.initialization import init_to_value
 from pyro.optim import Adam
 
-from pyro_diffusion.infer import PathELBO
+from pyro_diffusion.infer import AutoDiffusion, PathELBO
 
 GUIDES = [
     AutoNormal,
@@ -141,6 +141,43 @@ def test_other_data_and_models_are_scored_anew():
     assert loss.loss(mixed, guide, far) > first + 50
     assert loss.loss(lambda y: mixed(30.0), guide, near) > first + 50
     assert abs(loss.loss(mixed, guide, near) - first) < 1
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("kind", [AutoNormal, lambda m: AutoDiffusion(m, AutoNormal(m), 3)])
+def test_the_models_parameters_keep_no_gradient_for_the_next_loss(kind, local):
+    """SVI clears those that it trains: gradients of this loss would be added to those of the next."""
+
+    class Model(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.loc = torch.nn.Parameter(torch.tensor(0.3))
+
+        def forward(self):
+            z = pyro.sample("z", Normal(self.loc, 1.0))
+            pyro.sample("x", Normal(z, 1.0), obs=torch.tensor(2.0))
+
+    with pyro.settings.context(module_local_params=local):
+        pyro.clear_param_store()
+        model = Model()
+        guide = kind(model)
+        svi = SVI(model, guide, Adam({"lr": 0.01}), PathELBO(4))
+        before = svi.evaluate_loss() and [p.clone() for p in guide.parameters()]
+        for _ in range(3):
+            svi.step()
+        assert model.loc.grad is None and model.loc == 0.3
+        assert any(not torch.equal(p, q) for p, q in zip(before, guide.parameters(), strict=True))
+        guide.requires_grad_(False)
+        assert PathELBO(4).loss_and_grads(model, guide) > 0
+
+
+def test_all_parameters_of_a_flow_are_trained():
+    guide = started(GUIDES[-1])
+    svi = SVI(counts, guide, Adam({"lr": 0.01}), PathELBO(16))
+    before = [p.clone() for p in guide.parameters()]
+    svi.step()
+    pairs = list(zip(before, guide.parameters(), strict=True))
+    assert len(pairs) > 5 and not any(torch.equal(p, q) for p, q in pairs)
 
 
 def test_what_has_no_density_and_lists_are_refused():

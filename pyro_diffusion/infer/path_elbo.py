@@ -107,9 +107,14 @@ class PathELBO(ELBO):
             return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss, and gradients added to those of parameters."""
+        """The loss, and gradients added to those of the guide's parameters, and of no others.
+
+        The model's, which SVI does not see here and would not clear, would wait for the next loss that does.
+        """
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        loss.backward()
+        trained = [p for p in guide.parameters() if p.requires_grad]
+        if trained and loss.requires_grad:
+            loss.backward(inputs=trained)
         return float(loss.detach())
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
