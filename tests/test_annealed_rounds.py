@@ -7,7 +7,13 @@ from types import SimpleNamespace
 import pyro
 import pytest
 import torch
-from pyro.distributions import ImproperUniform, MultivariateNormal, Normal, constraints
+from pyro.distributions import (
+    ImproperUniform,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    constraints,
+)
 from pyro.distributions.transforms import LowerCholeskyAffine
 from pyro.infer.autoguide import AutoNormal
 
@@ -276,3 +282,14 @@ def test_one_product_for_all_rows_is_pyros_map():
         z = torch.randn(shape)
         torch.testing.assert_close(mine(z), theirs(z))
         torch.testing.assert_close(mine.inv(mine(z)), z)
+
+
+def test_a_chart_keeps_the_precision_of_a_normals_own_root():
+    """Intercept and slope over years, correlated to 1 - 1e-9: their covariance has no root any more."""
+    root = torch.tensor([[10.0, 0.0], [-5e-3, 2e-7]])
+    law = MultivariateNormal(torch.tensor([3.0, 1.0]), scale_tril=root)
+    assert torch.equal(normal_chart(law).transform.scale_tril, root)
+    factor = torch.tensor([[1.0], [2.0]])
+    low = LowRankMultivariateNormal(torch.zeros(2), factor, torch.tensor([1e-3, 1e-3]))
+    tril = normal_chart(low).transform.scale_tril
+    torch.testing.assert_close(tril @ tril.mT, low.covariance_matrix)

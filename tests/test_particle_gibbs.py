@@ -112,6 +112,28 @@ def test_the_first_particle_walks_the_reference():
     assert not any(drawn[-1][i].equal(path[-1][i]) for i in range(5))
 
 
+def test_the_reference_finds_a_past_of_next_to_no_weight():
+    # The others' weights are e^1000 times that of the one past from which the reference goes on.
+    start = torch.tensor(3.0)
+
+    class Guide:
+        def init(self, state):
+            return pyro.sample("x", dist.Normal(torch.zeros(4), 1.0))
+
+    class Model(Guide):
+        def init(self, state):
+            state["x"] = super().init(state)
+            pyro.factor("weight", 1000.0 * (state["x"] != start))
+
+    def join(state, x, place):
+        return torch.where(state["x"] == start, 0.0, -2000.0)
+
+    path = [start, start]
+    found = ConditionalFilter(Model(), Guide(), 4, reference=path, join=join, ess_threshold=1.0)
+    found.init()
+    assert found.parents[0][0] == 0 and (found.parents[0][1:] > 0).all()
+
+
 def scaled(law: Diffusion, data: torch.Tensor):
     def model():
         scale = pyro.sample("scale", dist.LogNormal(torch.tensor(-0.5, dtype=F64), 0.5))

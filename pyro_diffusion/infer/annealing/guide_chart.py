@@ -157,7 +157,8 @@ def _constant(module: nn.Module) -> Iterator[None]:
 
 def normal_chart(normal: Any, *, train: bool = False) -> GuideChart:
     """The chart of a normal, from a standard one."""
-    loc, tril = normal.loc, torch.linalg.cholesky(normal.covariance_matrix)
+    # Its own root: that of the covariance takes a square, which single precision has no room for.
+    loc, tril = normal.loc, normal.scale_tril
     if not train:
         loc, tril = loc.detach(), tril.detach()
     return GuideChart(StandardNormal(loc), _Affine(loc, tril), normal.log_prob)

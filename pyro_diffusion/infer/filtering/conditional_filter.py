@@ -82,7 +82,9 @@ class ConditionalFilter(ParticleFilter):
         index = multinomial_ancestors(probs, uniform[:-1])
         if self.reference is not None:
             place = len(self.visited)
-            log_weights = probs.log() + self.join(self.state, self.reference[place], place)
+            # Of weights, not of their exponentials: one that is 0 there may be made up for by the joint.
+            joined = self.join(self.state, self.reference[place], place)
+            log_weights = self.state._log_weights + joined
             index[:1] = multinomial_ancestors(log_weights.softmax(0), uniform[-1:])
         return index
 
