@@ -43,7 +43,7 @@ from pyro_diffusion.evaluate import bracket_evidence
 from pyro_diffusion.infer import AnnealedSMC, AutoDiffusion, PathELBO, UnreliableWarning
 from pyro_diffusion.infer.annealing import path_kernels
 from pyro_diffusion.infer.annealing.annealed_path import AnnealedPath, centred
-from pyro_diffusion.infer.annealing.path_kernels import LangevinKernel, Levels
+from pyro_diffusion.infer.annealing.path_kernels import LangevinKernel, Levels, UnderdampedKernel
 from pyro_diffusion.nn import MLP
 
 X = torch.tensor([1.0, -0.5, 2.0])
@@ -297,6 +297,44 @@ def test_walks_back_have_the_law_of_the_draws(kernel):
         error = (terms.var(-1).sum() / 4000 + (drawn**power).var() / 40_000).sqrt()
         assert abs(terms.mean(-1).sum() - (drawn**power).mean()) < 4.5 * error
         assert error < 0.1
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_step_of_a_momentum_by_hand(sign):
+    """The same noise: states, and the densities of both refreshments and of their opposites."""
+    kernel, scale = UnderdampedKernel(), torch.tensor([0.7, 1.6], dtype=torch.double)
+    step, eta = torch.tensor(0.09, dtype=torch.double), torch.tensor(0.6, dtype=torch.double)
+    schedule = kernel.schedule(Levels(torch.tensor([0.0, 1.0]), step[None], scale, eta))
+    here, there = (0, 1) if sign > 0 else (1, 0)
+
+    def slope_of(z, level):
+        return -z if level == 0 else 2 * (1 - z)
+
+    def arrive(z, level):
+        return {"z": z, "slope": slope_of(z, level)}
+
+    z = torch.tensor([[0.3, -1.2], [2.0, 0.5]], dtype=torch.double)
+    pyro.set_rng_seed(1)
+    state = kernel.start(arrive(z, here))
+    new, ahead, behind = kernel.step(schedule, arrive, state, here, there, True)
+    pyro.set_rng_seed(1)
+    first, noise, more = (torch.randn_like(z) for _ in range(3))
+    second = eta.sqrt() * first + (1 - eta).sqrt() * noise
+    half = sign * second + (0.15 * scale * slope_of(z, here)).tanh()
+    end = z + 0.3 * scale * half
+    third = sign * (half + (0.15 * scale * slope_of(end, there)).tanh())
+    fourth = eta.sqrt() * third + (1 - eta).sqrt() * more
+
+    def law(momentum):
+        return Normal(eta.sqrt() * momentum, (1 - eta).sqrt()).to_event(1)
+
+    ratio = law(first).log_prob(second) + law(third).log_prob(fourth)
+    ratio = ratio - law(second).log_prob(first) - law(fourth).log_prob(third)
+    torch.testing.assert_close(ahead - behind, ratio)
+    for at, momentum, place in ((state, first, z), (new, fourth, end)):
+        torch.testing.assert_close(at["momentum"], momentum)
+        torch.testing.assert_close(at["z"], place)
+        torch.testing.assert_close(kernel.edge(at), Normal(0.0, 1.0).log_prob(momentum).sum(-1))
 
 
 def test_bounds_of_paths_in_a_bracket():
