@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 TRIALS = 3
+CROWD = 1000  # runs side by side, of which what mixes one in hundreds with the others shows
 RUNS = 8  # in which a fair coin falls alike in 1 of 128 cases
 Values = dict[str, Tensor]
 
@@ -229,10 +230,10 @@ def _is_vectorizable(
     """Whether the runs, repeated side by side in one more plate, score as they do one by one.
 
     A program that reads a number may branch on it. A branch that is rare in three runs is sure in a thousand
-    of them side by side, so that a read is enough.
+    of them side by side, so that a read is enough. What mixes runs without a read, ``torch.where`` of their
+    largest value say, is looked for in a crowd of them.
     """
     single = [sites_of(run) for run in runs]
-    lead = (TRIALS,) + (1,) * nesting
     data = {}
     for name in (n for n in single[0] if all(n in each for each in single)):
         values = [each[name]["value"] for each in single]
@@ -241,22 +242,39 @@ def _is_vectorizable(
             return False
         data[name] = torch.stack(values)
 
+    free = poutine.uncondition(program)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with pyro.validation_enabled(False), _Reads() as reads:  # validation reads, too
-                free = poutine.uncondition(program)
                 together = side_by_side(free, single[0], TRIALS, nesting, args, kwargs, data)
-            if reads.found:
+            if reads.found or not _score_alike(together, single, list(data), TRIALS, nesting):
                 return False
-            for name in data:
-                own = score(together[name])
-                own = own.expand(torch.broadcast_shapes(own.shape, lead)).reshape(TRIALS, -1).sum(1)
-                alone = torch.stack([score(each[name]).sum() for each in single])
-                if not torch.allclose(own, alone, rtol=1e-4, atol=1e-4, equal_nan=True):
-                    return False
+            crowd = side_by_side(free, single[0], CROWD, nesting, args, kwargs)
+            rows = {n: rows_of(crowd[n], CROWD, nesting, v.shape[1:]) for n, v in data.items()}
+            for i, each in enumerate(single):
+                again = poutine.condition(free, {n: value[i] for n, value in rows.items()})
+                single[i] = {**each, **sites_of(traced(again, args, kwargs))}
+            return _score_alike(crowd, single, list(data), CROWD, nesting)
     except Exception:  # whatever a program that knows nothing of plates may raise
         return False
+
+
+def _score_alike(
+    together: dict[str, Message],
+    single: list[dict[str, Message]],
+    names: list[str],
+    count: int,
+    nesting: int,
+) -> bool:
+    """Whether the first of so many runs side by side score as these, which have their values."""
+    lead = (count,) + (1,) * nesting
+    for name in names:
+        own = score(together[name])
+        own = own.expand(torch.broadcast_shapes(own.shape, lead)).reshape(count, -1).sum(1)
+        alone = torch.stack([score(each[name]).sum() for each in single])
+        if not torch.allclose(own[: len(single)], alone, rtol=1e-4, atol=1e-4, equal_nan=True):
+            return False
     return True
 
 
