@@ -101,6 +101,12 @@ def test_one_joint_datum_and_no_plate():
         smc.draws(0)
     with pytest.raises(ValueError, match=r"^sweeps: got 0"):
         smc.draws(2, sweeps=0)
+    path = smc.sweep()
+    for wrong in (path[1:], [x[..., :1] for x in path], []):
+        with pytest.raises(
+            ValueError, match=r"^path: got \d+ states of shapes .*, expected \d+ of"
+        ):
+            smc.sweep(wrong)
 
 
 def test_the_verdict_says_how_far_sweeps_still_change():

@@ -119,7 +119,8 @@ def _particle_draws(
     if not runs or not all(isinstance(run, Particles) for run in runs):
         kinds = [type(run).__name__ for run in runs]
         raise ValueError(
-            f"posterior: got {kinds}, expected a dict of draws or Particles (of AnnealedParticles, sample(n))"
+            f"posterior: got {kinds}, expected a dict of draws or Particles (of AnnealedParticles, "
+            "sample(n); of Swept, its value by the name of its site)"
         )
     count = check_positive_int("num_samples", len(runs[0]) if num_samples is None else num_samples)
     values = torch.cat([run.sample((count,)) for run in runs])

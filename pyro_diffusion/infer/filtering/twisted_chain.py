@@ -1,6 +1,7 @@
 """A reverse chain under twists, as the model and the guide of a particle filter."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pyro
@@ -54,6 +55,16 @@ class TwistedChain:
         """As many chains of the same posterior, side by side."""
         several = self.diffusion.expand((count, *self.diffusion.batch_shape))
         return TwistedChain(several, self.guided, self.likelihood)
+
+    def check_path(self, path: Sequence[Tensor]) -> None:
+        """Refuse what is no path: a state at every time, all alike, and the data at its end."""
+        count, shape = len(self.diffusion.times) + 1, self._like.shape
+        shapes = {tuple(x.shape) for x in path[:-1]}
+        if len(path) != count or shapes != {tuple(shape)}:
+            raise ValueError(
+                f"path: got {len(path)} states of shapes {sorted(shapes)}, expected {count} of shape "
+                f"{tuple(shape)}, from noise to data, as a sweep returns them"
+            )
 
     def renew(self) -> None:
         """Evaluate the schedule as it is now: it may have been trained or loaded since."""

@@ -264,7 +264,12 @@ class TwistedSMC:
 
         Args:
             path: a state for every step, from noise to data, each batch + event.
+
+        Raises:
+            ValueError: for a path of another length or shape.
         """
+        if path is not None:
+            self.chain.check_path(path)
         particles = self.filter(ConditionalFilter, reference=path, join=self.chain.join)
         return self.drive(particles).path()
 
