@@ -24,6 +24,7 @@ from pyro.infer import SVI, Importance, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from pyro.optim import Adam
 from torch import nn
+from torch.distributions import biject_to, constraints
 
 from pyro_diffusion import checkpoint
 from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser
@@ -497,6 +498,24 @@ def test_latents_at_the_edge_are_dropped():
     assert guide.dropped == 400 - kept > 0
     assert float(simulations["share"].max()) < 1 - torch.finfo(torch.float32).eps
     assert float(simulations["rate"].min()) > torch.finfo(torch.float32).tiny
+
+
+def test_shares_too_small_for_their_stick_are_dropped():
+    """Of a sparse Dirichlet what is left beside a share near 1 is less than rounding."""
+
+    def model(x=None):
+        share = pyro.sample("share", Dirichlet(torch.full((1, 3), 0.1)).to_event(1))
+        pyro.sample("x", Normal(share, 0.5).to_event(2), obs=x)
+
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    guide = AutoAmortized(model, observed=["x"], denoiser=small)
+    with pytest.warns(UserWarning, match="there, where the prior is cut"):
+        share = guide.simulate(2000)["share"]
+    assert guide.dropped == 2000 - len(share) > 100
+    there = biject_to(constraints.simplex)
+    gap = (there(there.inv(share)).log() - share.log()).abs()
+    assert gap.max() < 1  # all that is kept comes back; that of those dropped was up to 88
 
 
 def test_invalid_simulations_are_dropped():

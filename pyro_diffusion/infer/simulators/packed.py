@@ -37,10 +37,16 @@ def unconstrained(guide: Any, values: Mapping[str, Tensor]) -> list[tuple[str, T
     return found
 
 
-def _bounds(support: Any) -> tuple[Any, Any]:
-    """Both ends of a support, None where there is none."""
+def _of_one(support: Any) -> Any:
+    """The support of what is independent."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
+    return support
+
+
+def _bounds(support: Any) -> tuple[Any, Any]:
+    """Both ends of a support, None where there is none."""
+    support = _of_one(support)
     return getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
 
 
@@ -66,13 +72,18 @@ def at_edge(guide: Any, values: Mapping[str, Tensor]) -> Tensor | None:
     for name, site in guide.prototype_trace.iter_stochastic_nodes():
         value = torch.as_tensor(values[name])
         lower, upper = _bounds(site["fn"].support)
-        if lower is None or not value.is_floating_point():
+        simplex = _of_one(site["fn"].support) is constraints.simplex
+        if not (simplex or lower is not None) or not value.is_floating_point():
             continue
         ends = torch.finfo(value.dtype)
-        width = 1.0 if upper is None else upper - lower
-        touches = value - lower <= ends.tiny * width
-        if upper is not None:
-            touches = touches | (upper - value <= ends.eps * width)
+        if simplex:  # by breaking a stick: what is left of it is what is unknown
+            left = 1 - value[..., :-1].cumsum(-1)
+            touches = (value <= ends.tiny).any(-1) | (left <= ends.eps).any(-1)
+        else:
+            width = 1.0 if upper is None else upper - lower
+            touches = value - lower <= ends.tiny * width
+            if upper is not None:
+                touches = touches | (upper - value <= ends.eps * width)
         rows = touches.reshape(len(value), -1).any(-1)
         found = rows if found is None else found | rows
     return None if found is None or not bool(found.any()) else found
