@@ -309,7 +309,14 @@ class TwistedSMC:
         paths: list[list[Tensor]] = []
         values = []
         for _ in range(sweeps):
-            paths = [*paths[-1:], side_by_side.sweep(paths[-1] if paths else None)]
+            try:
+                path = side_by_side.sweep(paths[-1] if paths else None)
+            except SMCFailed as error:
+                raise SMCFailed(
+                    f"draws: got some of {count} without a particle left (rows are numbered by draw, then by "
+                    f"datum), expected one in each: {error}"
+                ) from error
+            paths = [*paths[-1:], path]
             x0 = self.chain.encoded(paths[-1][-1])
             values.append(self.likelihood.site_value(x0))
         ends = (paths[0], paths[1]) if len(paths) == 2 else None
