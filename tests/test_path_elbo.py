@@ -194,3 +194,18 @@ def test_what_has_no_density_and_lists_are_refused():
         loss.loss(counts, both)
     with pytest.raises(ValueError, match="guide: got AutoNormal of a list, expected one by itself"):
         loss.loss(counts, both[0])
+
+
+def test_a_loss_without_a_density_warns():
+    """Some of 50 draws of the guide are where the model has none."""
+
+    def cut():
+        x = pyro.sample("x", Normal(0.0, 1.0))
+        pyro.factor("data", torch.where(x > 1.0, -math.inf, 0.0 * x))
+
+    pyro.clear_param_store()
+    guide = AutoNormal(
+        cut, init_scale=1.0, init_loc_fn=init_to_value(values={"x": torch.zeros(())})
+    )
+    with pytest.warns(UserWarning, match="Encountered .*inf"):
+        assert PathELBO(50).loss_and_grads(cut, guide) == math.inf

@@ -6,6 +6,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import ELBO
+from pyro.util import warn_if_inf, warn_if_nan
 from torch import Tensor
 
 from pyro_diffusion.infer.annealing.annealed_path import centred
@@ -36,7 +37,8 @@ class PathELBO(ELBO):
     unbiased both. A stock guide (``AutoNormal``, or any ``AutoContinuous``) is a path of no steps: the loss
     is ``Trace_ELBO``'s of N particles, gradients are pathwise, discrete latents are summed over. A flow that
     is fitted with one particle a step may stay behind one with many, in the same time. Parameters of the
-    model are not trained; ``Trace_ELBO`` does.
+    model are not trained; ``Trace_ELBO`` does. As Pyro's losses do, it warns of a loss that is NaN, and of
+    gradients of one that is infinite: they are NaN, and so is what is trained by them.
 
     Args:
         num_particles: N; >= 2 for a guide without pathwise gradients.
@@ -104,7 +106,9 @@ class PathELBO(ELBO):
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss, without a graph."""
         with torch.no_grad():
-            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+            value = float(self.differentiable_loss(model, guide, *args, **kwargs))
+        warn_if_nan(value, "loss")
+        return value
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss, and gradients added to those of the guide's parameters, and of no others.
@@ -115,7 +119,8 @@ class PathELBO(ELBO):
         trained = [p for p in guide.parameters() if p.requires_grad]
         if trained and loss.requires_grad:
             loss.backward(inputs=trained)
-        return float(loss.detach())
+        value = warn_if_inf(warn_if_nan(loss.detach(), "loss"), "loss")
+        return float(value)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("PathELBO: a path needs no traces of model and guide")
