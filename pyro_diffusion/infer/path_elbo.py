@@ -106,9 +106,8 @@ class PathELBO(ELBO):
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss, without a graph."""
         with torch.no_grad():
-            value = float(self.differentiable_loss(model, guide, *args, **kwargs))
-        warn_if_nan(value, "loss")
-        return value
+            value = self.differentiable_loss(model, guide, *args, **kwargs)
+        return float(warn_if_nan(value, "loss"))
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss, and gradients added to those of the guide's parameters, and of no others.
