@@ -257,6 +257,8 @@ def exact_guide(noise: float) -> AutoAmortized:
     return guide
 
 
+# Of a hundred data some are beyond the limit of one in two hundred, which is right to say.
+@pytest.mark.filterwarnings("ignore:data.*by chance:pyro_diffusion.unreliable.UnreliableWarning")
 @pytest.mark.parametrize(("count", "noise"), [(1, 1.0), (20, 1.0), (100, 3.0), (100, 10.0)])
 def test_draws_of_an_exact_guide(count, noise):
     """2000 draws: mean and sd within 4 errors (3e-4 in all) and 3% of the sd, of many weak data too."""

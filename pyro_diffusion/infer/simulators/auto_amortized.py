@@ -293,9 +293,10 @@ def _warn_unlike(familiar: Familiar, rows: Tensor) -> None:
     if bool(beyond.any()):
         many = beyond.dim() > 0
         which = f"{int(beyond.sum())} of {beyond.numel()} observations" if many else "data"
+        chance = f" ({familiar.expected(beyond.numel()):.1g} of them by chance)" if many else ""
         warn_unreliable(
             f"data: got {which} at a Mahalanobis distance of {float(distances.max()):.3g} from the "
             f"mean of the simulations, beyond {float(familiar.limit):.3g}, which a simulation "
-            f"exceeds with a probability of {float(familiar.rate):.1g} at most: the posterior "
-            "is extrapolated there"
+            f"exceeds with a probability of {float(familiar.rate):.1g} at most{chance}: the "
+            "posterior is extrapolated there"
         )

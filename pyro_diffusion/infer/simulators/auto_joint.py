@@ -304,11 +304,14 @@ class AutoJoint(SimulatedLatents):
         distances = familiar.distance(packed[..., conditioned])
         beyond = distances > familiar.limit
         if bool(beyond.any()):
-            which = f"{int(beyond.sum())} of {beyond.numel()}" if beyond.dim() else "values"
+            many, count = beyond.dim() > 0, beyond.numel()
+            which = f"{int(beyond.sum())} of {count}" if many else "values"
+            chance = f" ({familiar.expected(count):.1g} of them by chance)" if many else ""
             warn_unreliable(
                 f"values: got {which} at a Mahalanobis distance of {float(distances.max()):.3g} from the "
                 f"mean of the simulations, beyond {float(familiar.limit):.3g}, which a simulation exceeds "
-                f"with a probability of {float(familiar.rate):.1g} at most: the law is extrapolated there"
+                f"with a probability of {float(familiar.rate):.1g} at most{chance}: the law is extrapolated "
+                "there"
             )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

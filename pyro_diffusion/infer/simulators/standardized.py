@@ -110,6 +110,10 @@ class Familiar(nn.Module):
         self.limit.copy_(distances[rank - 1] * (1 + ROUNDING) + ROUNDING)
         self.rate.fill_((len(second) + 1 - rank) / (len(second) + 1))
 
+    def expected(self, count: int) -> float:
+        """How many of so many simulations are beyond the limit, at most."""
+        return count * float(self.rate)
+
     def distance(self, rows: Tensor) -> Tensor:
         """Mahalanobis distances of standardized data, (..., size) -> (...)."""
         centred = rows - self.loc
