@@ -143,6 +143,7 @@ def test_other_data_and_models_are_scored_anew():
     assert abs(loss.loss(mixed, guide, near) - first) < 1
 
 
+@pytest.mark.filterwarnings("ignore:model. PathELBO does not train")
 @pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("kind", [AutoNormal, lambda m: AutoDiffusion(m, AutoNormal(m), 3)])
 def test_the_models_parameters_keep_no_gradient_for_the_next_loss(kind, local):
@@ -209,3 +210,25 @@ def test_a_loss_without_a_density_warns():
     )
     with pytest.warns(UserWarning, match="Encountered .*inf"):
         assert PathELBO(50).loss_and_grads(cut, guide) == math.inf
+
+
+def test_parameters_of_the_model_that_stay_are_named():
+    """Once, and not where there are none; draws are those without the look."""
+
+    def scaled():
+        scale = pyro.param("scale", torch.tensor(1.0))
+        z = pyro.sample("z", Normal(0.0, scale))
+        pyro.sample("y", Normal(z, 1.0), obs=torch.tensor(3.0))
+
+    pyro.clear_param_store()
+    guide, loss = AutoNormal(scaled), PathELBO(4)
+    with pytest.warns(
+        UserWarning, match="model: PathELBO does not train its parameters, scale; Tr"
+    ):
+        loss.loss_and_grads(scaled, guide)
+    pyro.set_rng_seed(0)
+    told = loss.loss_and_grads(scaled, guide), torch.rand(())
+    pyro.set_rng_seed(0)
+    loss._seen = None
+    with pytest.warns(UserWarning, match="scale"):
+        assert told == (loss.loss_and_grads(scaled, guide), torch.rand(()))

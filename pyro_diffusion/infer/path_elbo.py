@@ -1,10 +1,12 @@
 """The ELBO of a path, or of a stock guide, over many draws of a model that is written for one."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import ELBO
 from pyro.util import warn_if_inf, warn_if_nan
 from torch import Tensor
@@ -37,8 +39,8 @@ class PathELBO(ELBO):
     unbiased both. A stock guide (``AutoNormal``, or any ``AutoContinuous``) is a path of no steps: the loss
     is ``Trace_ELBO``'s of N particles, gradients are pathwise, discrete latents are summed over. A flow that
     is fitted with one particle a step may stay behind one with many, in the same time. Parameters of the
-    model are not trained; ``Trace_ELBO`` does. As Pyro's losses do, it warns of a loss that is NaN, and of
-    gradients of one that is infinite: they are NaN, and so is what is trained by them.
+    model are not trained, which a warning says; ``Trace_ELBO`` does. As Pyro's losses do, it warns of a loss
+    that is NaN, and of gradients of one that is infinite: they are NaN, and so is what is trained by them.
 
     Args:
         num_particles: N; >= 2 for a guide without pathwise gradients.
@@ -63,6 +65,7 @@ class PathELBO(ELBO):
     def __init__(self, num_particles: int = 32) -> None:
         super().__init__(num_particles=check_positive_int("num_particles", num_particles))
         self._last: tuple[Any, Any, PathModel] | None = None
+        self._seen: Any = None
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, with gradients for the guide's parameters."""
@@ -115,11 +118,31 @@ class PathELBO(ELBO):
         The model's, which SVI does not see here and would not clear, would wait for the next loss that does.
         """
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        self._warn_of_parameters(model, guide, args, kwargs)
         trained = [p for p in guide.parameters() if p.requires_grad]
         if trained and loss.requires_grad:
             loss.backward(inputs=trained)
         value = warn_if_inf(warn_if_nan(loss.detach(), "loss"), "loss")
         return float(value)
+
+    def _warn_of_parameters(
+        self, model: Callable[..., Any], guide: Any, args: Any, kwargs: Any
+    ) -> None:
+        """Say once, of each model, that what it would train stays as it is."""
+        if self._seen is model:
+            return
+        self._seen = model
+        with torch.random.fork_rng(devices=[]), isolated(), torch.no_grad():
+            drawn = guide(*args, **kwargs)
+            run = poutine.trace(poutine.condition(model, data=drawn), param_only=True)
+            with pyro.validation_enabled(False):
+                nodes = run.get_trace(*args, **kwargs).nodes
+        own = [name for name, node in nodes.items() if node["type"] == "param"]
+        if own:
+            warnings.warn(
+                f"model: PathELBO does not train its parameters, {', '.join(own)}; Trace_ELBO does",
+                stacklevel=3,
+            )
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("PathELBO: a path needs no traces of model and guide")
