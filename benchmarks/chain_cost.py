@@ -4,13 +4,12 @@ Run: python benchmarks/chain_cost.py --data DIR [--targets ionosphere funnel]
 
 A chain of K steps visits K + 1 states (`AutoDiffusion.log_weights` without a graph). Its seconds are over
 those of K gradients of the model's log density at as many particles: `torch.func.vmap` of `torch.func.grad`,
-what a bare loop would do (autograd of the density under `vmap` is a little
-faster, and said apart). Those of K gradients of the same density written by hand for a batch, without Pyro,
-are said apart: they are the model's share, no chain's. The run that `AnnealedSMC` reports is over as many
-gradients as it took, with the metrics that the pilot found and with four parts of each. Seconds are of the
-processor, one thread, all of a target in turn; medians, and quartiles of the ratios of one turn. Memory is
-the peak of a process of its own. Wanted: at most 1.2 times the vectorized gradients, memory with 64 steps at
-most 1.1 times that with 8.
+what a bare loop would do. Autograd of the density under `vmap` is a little faster, and said apart, as are K
+gradients of the same density written by hand for a batch, without Pyro: the model's share, no chain's. The
+run that `AnnealedSMC` reports is over as many gradients as it took, with the metrics that the pilot found and
+with four parts of each. Seconds are of the processor, one thread, all of a target in turn; medians, and
+quartiles of the ratios of one turn. Memory is the peak of a process of its own. Wanted: at most 1.2 times the
+vectorized gradients, memory with 64 steps at most 1.1 times that with 8.
 """
 
 import argparse

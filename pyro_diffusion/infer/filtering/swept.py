@@ -11,6 +11,7 @@ from pyro_diffusion.infer.filtering.verdict import (
     FALSE_ALARM,
     largest,
     misfit,
+    misses,
     number,
     which_rows,
 )
@@ -154,9 +155,5 @@ def _problems(verdict: SweptVerdict) -> tuple[str, ...]:
         )
     missed = verdict.misfit_p_value < FALSE_ALARM / max(verdict.misfit_p_value.numel(), 1)
     if bool(missed.any()):
-        problems.append(
-            f"draws miss the observations, chi^2 {number(largest(verdict.misfit[missed]), 2)} a residual"
-            f"{which_rows(missed)} where the program's own noise gives 1: inference failed, or the program "
-            "states too little noise"
-        )
+        problems.append(misses(verdict.misfit, missed))
     return tuple(problems)

@@ -11,7 +11,7 @@ from pyro_diffusion.estimate import Estimate
 from pyro_diffusion.infer.filtering.resampling import LEAST_ANCESTORS
 from pyro_diffusion.likelihoods import Likelihood
 
-__all__ = ["Verdict", "judge", "largest", "misfit", "number", "which_rows"]
+__all__ = ["Verdict", "judge", "largest", "misfit", "misses", "number", "which_rows"]
 
 # Chance of a warning that draws miss the observations, a run, if model and posterior are right.
 FALSE_ALARM = 1e-4
@@ -119,11 +119,7 @@ def judge(verdict: Verdict) -> tuple[str, ...]:
         )
     missed = alive & (verdict.misfit_p_value < FALSE_ALARM / max(alive.sum().item(), 1))
     if bool(missed.any()):
-        problems.append(
-            f"draws miss the observations, chi^2 {number(largest(verdict.misfit[missed]), 2)} a residual"
-            f"{which_rows(missed)} where the program's own noise gives 1: inference failed, or the program "
-            "states too little noise"
-        )
+        problems.append(misses(verdict.misfit, missed))
     return tuple(problems)
 
 
@@ -181,6 +177,15 @@ def misfit(likelihood: Likelihood, x0: Tensor, log_weights: Tensor) -> tuple[Ten
     below = weights.gather(0, order).cumsum(0) < 0.5 - 1e-9  # the lower of two medians
     median = ordered.gather(0, below.sum(0, keepdim=True).clamp(max=len(tail) - 1))[0]
     return mean, (2 * median).clamp(max=1).where(count > 0, math.nan)
+
+
+def misses(chi2: Tensor, missed: Tensor) -> str:
+    """That draws of these filters miss the observations, in words."""
+    return (
+        f"draws miss the observations, chi^2 {number(largest(chi2[missed]), 2)} a residual"
+        f"{which_rows(missed)} where the program's own noise gives 1: inference failed, or the program "
+        "states too little noise"
+    )
 
 
 def largest(values: Tensor) -> Tensor:
