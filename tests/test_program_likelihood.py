@@ -778,3 +778,23 @@ def test_latents_that_no_gradient_shows_are_asked_for():
     for model in (compared, upstream):
         with pytest.raises(ValueError, match="value for z"):
             ProgramLikelihood(model)
+
+
+@pytest.mark.parametrize("likely", [False, True], ids=["never", "always"])
+def test_trials_that_say_nothing_do_not_choose_how_batches_run(likely):
+    # A joint sum over the plate, observed without a dimension for it: batches must be run one by one. Its
+    # log-density is -inf, or 0, for all trial draws, and so is a sum of them over wrong rows.
+    prior = Diffusion(DENOISER, (2,), steps=4)
+
+    def model():
+        with pyro.plate("data", N):
+            x = pyro.sample("x", prior)
+        small = x.sum((-2, -1)).abs() < 1e3
+        pyro.factor("y", torch.where(small == likely, 0.0, -math.inf))
+
+    likelihood = ProgramLikelihood(model)
+    assert likelihood.analysis.vectorized == {False: False}
+    x = torch.zeros(3, N, 2, dtype=D)
+    x[1, 0, 0] = 1e4
+    there = [0.0, -math.inf, 0.0] if likely else [-math.inf, 0.0, -math.inf]
+    assert likelihood.log_prob(x).flatten().tolist() == there

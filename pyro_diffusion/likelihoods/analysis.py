@@ -65,7 +65,7 @@ def analyse(
         def log_prob(way: bool, many: bool = many, copies: Latents = copies) -> Tensor:
             return program.run_batch(draws[index], copies, program.log_prob, {many: way})[0]
 
-        vectorized[many] = choose_vectorization(log_prob, expected)
+        vectorized[many] = choose_vectorization(log_prob, expected, dependence.silent)
     return Analysis(signature, dependence, vectorized)
 
 

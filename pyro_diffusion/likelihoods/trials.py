@@ -29,6 +29,8 @@ class Dependence(NamedTuple):
         batch_size: a number of draws that no dimension of the program has: a wrong broadcast then fails, or
             shows in the numbers.
         varying: names of those whose log-density differs between the trial draws.
+        silent: whether some site is 0 or infinite for all of them: a sum over wrong rows is the same, so that
+            agreement says nothing.
     """
 
     dependent: frozenset[str]
@@ -36,6 +38,7 @@ class Dependence(NamedTuple):
     without_residual: dict[str, tuple[str, str]]
     batch_size: int
     varying: frozenset[str]
+    silent: bool = False
 
 
 def trials(prior: DenoisedDistribution) -> Tensor:
@@ -75,6 +78,7 @@ def find_dependence(run: Callable[[Tensor], list[Message]], draws: Tensor) -> De
                 densities.setdefault(name, []).append(log_prob.detach())
                 sizes |= {*log_prob.shape, *site["fn"].event_shape}
     varying = {k for k, v in densities.items() if not all(torch.equal(v[0], x) for x in v)}
+    constant = [v[0] for k, v in densities.items() if k not in varying and _counts(sites[k])]
     dependent = frozenset(linked | varying)
     without_residual = {}
     for kind in RESIDUALS:
@@ -88,35 +92,40 @@ def find_dependence(run: Callable[[Tensor], list[Message]], draws: Tensor) -> De
         without_residual,
         batch_size,
         frozenset(varying),
+        any(bool(((v == 0) | v.isinf()).all()) for v in constant),
     )
 
 
-def choose_vectorization(log_prob: Callable[[bool], Tensor], expected: Tensor) -> bool:
+def choose_vectorization(
+    log_prob: Callable[[bool], Tensor], expected: Tensor, silent: bool = False
+) -> bool:
     """Whether a batch can be put left of a program's plates (True), or must be run under vmap (False).
 
     Args:
         log_prob: log-probabilities of trial draws, run in that way.
         expected: those of single runs.
+        silent: of :class:`Dependence`: then vmap, which needs no proof, comes first.
 
     Raises:
         ValueError: if neither gives the same numbers.
     """
-    failures = []
-    for vectorized in (True, False):
+    failures = {}
+    for vectorized in (False, True) if silent else (True, False):
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
                 got = log_prob(vectorized)
         except Exception as error:  # whatever a program that is not written for batches may raise
-            failures.append(f"{type(error).__name__}: {error}".strip().splitlines()[0])
+            failures[vectorized] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             continue
         if agree(got, expected):
             return vectorized
-        failures.append("other numbers than single runs")
+        failures[vectorized] = "other numbers than single runs"
     raise ValueError(
-        f"model: got no batch of x_0 through it. With a dimension left of all plates: {failures[0]}. Under "
-        f"torch.func.vmap: {failures[1]}. Expected a program without randomness of its own that indexes data "
-        "from the right (x[..., 0], sum(-1)), or one that vmap can run (no branch on values)"
+        f"model: got no batch of x_0 through it. With a dimension left of all plates: {failures[True]}. "
+        f"Under torch.func.vmap: {failures[False]}. Expected a program without randomness of its own "
+        "that indexes data from the right (x[..., 0], sum(-1)), or one that vmap can run (no branch on "
+        "values)"
     )
 
 
@@ -126,6 +135,13 @@ def agree(got: Tensor, expected: Tensor) -> bool:
     tolerance = 1e-3 if expected.dtype.itemsize < 8 else 1e-6
     slack = tolerance * float(finite.max()) if len(finite) else 0.0
     return got.shape == expected.shape and torch.allclose(got, expected, tolerance, slack)
+
+
+def _counts(site: Message) -> bool:
+    """Whether a site has a datum that no mask and no scale takes away."""
+    masks = [mask for mask, _ in unwrap(site["fn"]).masks]
+    given = (site["scale"], site["mask"], *masks)
+    return all(v is None or bool(torch.as_tensor(v).any()) for v in given)
 
 
 def _distribution_name(site: Message) -> str:
