@@ -11,12 +11,14 @@ inference is right: for the chain's own draws that needs no other reference. The
     CRPS        a pixel, from all draws; the difference to the same guidance alone, paired by image
     ancestors   least and median number of distinct ancestors among the first generation
     log Z       standard deviation over --repeats further runs on the first --repeat-images, the printed
-                error beside it (root mean squares over images), and the share of runs that print an error
+                error beside it (root mean squares over images), and the share of runs that print an error;
+                of --swept by all small runs of an image
     chi^2       of a draw, a reading: 1 for the truth
     s           seconds an image, without these further runs
 
 With --swept N draws that have N particles each, after each of --sweeps; "first states" is the share of those
-at t_K that the last one replaced. D draws and S sweeps cost as much as one run of D N S particles.
+at t_K that the last one replaced, "effective runs" the median number that evidence rests on. D draws and S
+sweeps cost as much as one run of D N S particles.
 
 With --twist N STEPS the same with an ``AmortizedTwist``, trained for each problem on N of its simulations.
 
@@ -115,10 +117,15 @@ def unweighted(guidance: Guidance, runner: Runner, y: Tensor, count: int) -> Ten
 
 def swept(runner: Runner, y: Tensor, count: int, args: argparse.Namespace) -> list[Row]:
     """Draws with particles of their own, after each sweep."""
-    history, renewed = runner.draws(y, count, args.draws, args.sweeps)
+    found = runner.draws(y, count, args.draws, args.sweeps)
+    history = torch.cat([swept.history for swept in found], 2)
     rows = [(f"{count} a draw, sweep {i + 1}", draws, "") for i, draws in enumerate(history)]
+    runs = torch.cat([swept.verdict.effective_runs for swept in found])
+    said = f"effective runs {float(runs.median()):.1f}"
     if args.sweeps > 1:
-        rows[-1] = (*rows[-1][:2], f"first states {float(renewed.mean()):.2f}")
+        renewed = torch.cat([swept.verdict.renewed for swept in found])
+        said += f"  first states {float(renewed.mean()):.2f}"
+    rows[-1] = (*rows[-1][:2], said)
     return rows
 
 
@@ -153,8 +160,10 @@ def report(problem: Problem, denoiser: Denoiser, truth: Tensor, args: argparse.N
             score, misfit = crps(draws, truth), float(problem.misfit(draws, y).mean())
             reference = score if reference is None else reference
             gap = score - reference
-            if method[0] == "particles" and args.repeats > 1:
-                said += "  " + runner.evidence(y[: args.repeat_images], method[1], args.repeats)
+            if said and args.repeats > 1:
+                small = args.draws if method[0] == "swept" else 0
+                some = y[: args.repeat_images]
+                said += "  " + runner.evidence(some, method[1], args.repeats, small)
             print(
                 f"  {name + label:30} coverage {inside:.3f} +- {error:.3f}  SBC p {p:.3f}  "
                 f"CRPS {float(score.mean()):.4f} ({float(gap.mean()):+.4f} +- "

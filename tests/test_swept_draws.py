@@ -7,7 +7,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Predictive
-from pyro.infer.smcfilter import SMCFailed
 from scipy import stats
 
 from pyro_diffusion.denoisers import TableDenoiser
@@ -144,8 +143,6 @@ def test_the_guide_draws_by_sweeps():
     assert guide.median()["x"].shape == (2,)
     one_by_one = Predictive(model, guide=guide, num_samples=3)()["x"]
     assert len(one_by_one.unique(dim=0)) == 3
-    with pytest.raises(ValueError, match=r"sweeps: got 2, whose draws have no density"):
-        pyro.poutine.trace(guide).get_trace().log_prob_sum()
     with pytest.raises(ValueError, match=r"^sweeps: got 0"):
         AutoTwistedSMC(model, sweeps=0)
 
@@ -162,19 +159,3 @@ def test_symbols():
 
     found = TwistedSMC(law, ProgramLikelihood(model), SampledGuidance, 8).draws(30, sweeps=3).value
     assert found.shape == (30, 2) and (found.sum(-1) >= 3).double().mean() > 0.7
-
-
-def test_a_draw_without_a_particle_left_is_told():
-    # Of 50 runs of two particles all hit an interval of .01 in no seed that anyone will meet.
-    law = chain()
-
-    def model():
-        x = pyro.sample("x", law)
-        near = dist.Uniform(x[..., 0] - 0.01, x[..., 0] + 0.01, validate_args=False)
-        pyro.sample("y", near, obs=torch.tensor(0.0, dtype=F64))
-
-    smc = TwistedSMC(law, ProgramLikelihood(model), SampledGuidance, num_particles=2)
-    with pytest.raises(
-        SMCFailed, match=r"^draws: got some of 50 without .*\(rows are numbered by draw"
-    ):
-        smc.draws(50)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.guidance.base import Guidance
 from pyro_diffusion.infer import TwistedSMC
 from pyro_diffusion.infer.filtering.particles import Particles
+from pyro_diffusion.infer.filtering.swept import Swept
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.unreliable import UnreliableWarning
 from trained_posteriors.prior import chain
@@ -54,16 +56,14 @@ class Runner:
                 found.append(self._next(some, count).run())
         return found
 
-    def draws(self, y: Tensor, count: int, draws: int, sweeps: int) -> tuple[Tensor, Tensor]:
-        """Draws with particles of their own after each sweep, (sweeps, draws, n) + SHAPE, and the share of
-        first states that the last replaced, (n)."""
+    def draws(self, y: Tensor, count: int, draws: int, sweeps: int = 1) -> list[Swept]:
+        """Draws with particles of their own, in parts of images, in order."""
         found = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnreliableWarning)
             for some in y.split(max(self.at_once // (count * draws), 1)):
                 found.append(self._next(some, count).draws(draws, sweeps))
-        renewed = torch.cat([swept.verdict.renewed for swept in found])
-        return torch.cat([swept.history for swept in found], 2), renewed
+        return found
 
     def _next(self, y: Tensor, count: int) -> TwistedSMC:
         """Particles for some observations, at the next seed."""
@@ -82,9 +82,13 @@ class Runner:
         values = (v.unflatten(0, (repeats, -1)) for v in (mean, variance.sqrt(), ancestors))
         return Found(*values)
 
-    def evidence(self, y: Tensor, count: int, repeats: int) -> str:
-        """How log-evidence scatters over independent runs, and what error they print."""
-        found = self.parts(y.repeat(repeats, 1), count)
+    def evidence(self, y: Tensor, count: int, repeats: int, draws: int = 0) -> str:
+        """How log-evidence scatters over repeats, and what error they print: of one run, or of so many small
+        ones."""
+        several = y.repeat(repeats, 1)
+        found: Sequence[Particles | Swept] = (
+            self.draws(several, count, draws) if draws else self.parts(several, count)
+        )
         z, error = (
             torch.cat(values).unflatten(0, (repeats, -1))
             for values in (

@@ -1,5 +1,6 @@
 """AutoGuides that draw a diffusion site from its posterior: by guidance, or by twisted particles."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
+from pyro.infer.smcfilter import SMCFailed
 from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
@@ -139,8 +141,9 @@ class AutoTwistedSMC(AutoPosterior):
     evidence and ancestors, unless other latents differ between them: then each has a run of its own.
 
     With ``sweeps`` every draw has particles of its own, be it in one call with others: see
-    :meth:`TwistedSMC.draws <pyro_diffusion.infer.TwistedSMC.draws>`. It has no density then, which
-    ``Predictive`` does not ask for, and ELBOs and ``Importance`` do.
+    :meth:`TwistedSMC.draws <pyro_diffusion.infer.TwistedSMC.draws>`. Its :math:`\hat Z` is that of its own
+    first run, whatever sweeps follow: weights are proper and the ELBO is a bound as without, a looser one if
+    the particles are fewer.
 
     Args:
         model: a Pyro program with one diffusion site (or ``site``) and observed sites.
@@ -201,10 +204,10 @@ class AutoTwistedSMC(AutoPosterior):
             evidence = evidence.reshape(sample + evidence.shape[1:])
 
         def relative() -> Tensor:
-            if self._sweeps is not None:
-                raise ValueError(
-                    f"sweeps: got {self._sweeps}, whose draws have no density; expected None (Predictive "
-                    "draws with any number of them)"
+            if self._sweeps is not None and bool((evidence == -math.inf).any()):
+                raise SMCFailed(
+                    f"num_particles: got {self._num_particles}, of which a draw's first run was left with "
+                    "none, so that its weight is 0; expected more of them where a density is asked for"
                 )
             x0 = value
             for transform in reversed(likelihood.transforms):
@@ -215,19 +218,21 @@ class AutoTwistedSMC(AutoPosterior):
         return value, relative
 
     def _run(self, likelihood: ProgramLikelihood, sample: torch.Size) -> tuple[Tensor, Tensor]:
-        """Draws of one run, and its log-evidence in the shape that the likelihood gives."""
+        """Draws, and log-evidence, of one run for all or of each draw's, in the shape of the likelihood."""
         chain = as_chain(likelihood.prior, times=self._times)
         smc = TwistedSMC(chain, likelihood, self._guidance[0], self._num_particles, **self._options)
         if self._sweeps is None:
             self.particles = particles = smc.run(keep_others=False)
             value, terms = particles.sample(sample), particles.log_evidence_terms
         else:
-            self.swept = smc.draws(sample.numel(), self._sweeps)
-            value = self.swept.value.reshape(sample + self.swept.value.shape[1:])
-            terms = torch.full(smc.chain.filters, torch.nan, device=value.device)
+            self.swept = swept = smc.draws(sample.numel(), self._sweeps, keep_others=False)
+            both = swept.value, swept.log_evidence_runs
+            value, terms = (v.reshape(sample + v.shape[1:]) for v in both)
         if likelihood.prior.support.is_discrete and not likelihood.transforms:  # type: ignore[union-attr]
             value = value.round().long()
-        return value, terms.reshape(terms.shape or (1,) * len(likelihood.batch_shape))
+        own = smc.chain.filters or (1,) * len(likelihood.batch_shape)
+        lead = terms.shape[: terms.dim() - len(smc.chain.filters)]
+        return value, terms.reshape(lead + own)
 
 
 def _transformed(likelihood: ProgramLikelihood, x: Tensor) -> Tensor:

@@ -293,7 +293,7 @@ def infer_calls() -> list[Call]:
         Call(
             "infer.TwistedSMC.draws",
             lambda **a: infer.TwistedSMC(prior, read(), num_particles=4).draws(**a).history,
-            of({"num_draws": 3, "sweeps": 2}),
+            of({"num_draws": 3, "sweeps": 2, "keep_others": True}),
             weight=0.5,
         ),
         Call(

@@ -24,7 +24,7 @@ class ConditionalFilter(ParticleFilter):
     sampling), without which it would hold on to the past it has.
 
     Resampling is multinomial, as invariance wants it. All states are kept: memory grows with steps times
-    particles. Without a reference it is an ordinary filter that keeps its paths.
+    particles. Without a reference it is an ordinary filter that keeps its paths, and resamples as one.
 
     Args:
         model: object with ``init`` and ``step``; it writes ``state["x"]``, the value of its site "x".
@@ -33,7 +33,8 @@ class ConditionalFilter(ParticleFilter):
         reference: a state for every step, each of the shape of one particle's; None for none.
         join: ``join(state, x, place)``, (N,) + batch: log-density of going on to x, the state at a place of
             the path, divided by each particle's twist.
-        options: those of ``ParticleFilter``.
+        systematic: how to resample without a reference.
+        options: the others of ``ParticleFilter``.
 
     References:
         Andrieu, Doucet & Holenstein, JRSS B 72 (2010), section 2.4.3;
@@ -48,9 +49,10 @@ class ConditionalFilter(ParticleFilter):
         *,
         reference: list[Tensor] | None = None,
         join: Join,
+        systematic: bool = True,
         **options: Any,
     ) -> None:
-        options = {**options, "systematic": False}
+        options["systematic"] = systematic and reference is None
         super().__init__(model, _Pinned(guide, self), num_particles, **options)
         self.reference, self.join = reference, join
         self.visited: list[Tensor] = []
@@ -76,16 +78,17 @@ class ConditionalFilter(ParticleFilter):
 
     @property
     def _draws(self) -> int:
-        return self.num_particles + 1
+        return super()._draws + (self.reference is not None)
 
     def _ancestors(self, probs: Tensor, uniform: Tensor) -> Tensor:
+        if self.reference is None:
+            return super()._ancestors(probs, uniform)
         index = multinomial_ancestors(probs, uniform[:-1])
-        if self.reference is not None:
-            place = len(self.visited)
-            # Of weights, not of their exponentials: one that is 0 there may be made up for by the joint.
-            joined = self.join(self.state, self.reference[place], place)
-            log_weights = self.state._log_weights + joined
-            index[:1] = multinomial_ancestors(log_weights.softmax(0), uniform[-1:])
+        place = len(self.visited)
+        # Of weights, not of their exponentials: one that is 0 there may be made up for by the joint.
+        joined = self.join(self.state, self.reference[place], place)
+        log_weights = self.state._log_weights + joined
+        index[:1] = multinomial_ancestors(log_weights.softmax(0), uniform[-1:])
         return index
 
 

@@ -28,6 +28,7 @@ from pyro_diffusion.infer.filtering.conditional_filter import ConditionalFilter
 from pyro_diffusion.infer.filtering.particle_filter import ParticleFilter
 from pyro_diffusion.infer.filtering.particles import Particles
 from pyro_diffusion.infer.filtering.resampling import effective_ancestors, evidence_variance
+from pyro_diffusion.infer.filtering.small_runs import no_run_left, small_runs
 from pyro_diffusion.infer.filtering.swept import Swept, judged
 from pyro_diffusion.infer.filtering.twisted_chain import Proposal, Target, TwistedChain
 from pyro_diffusion.infer.filtering.verdict import Verdict, judge, misfit
@@ -237,12 +238,8 @@ class TwistedSMC:
         verdict = self._verdict(done, x0, evidence)
         if verdict.problems:
             warn_unreliable("TwistedSMC: " + "; ".join(verdict.problems))
-        value = self.likelihood.site_value(x0)
-        if bool(done.dead.any()):
-            row = done.dead.reshape(done.dead.shape + (1,) * (value.dim() - done.dead.dim() - 1))
-            value = value.masked_fill(row, math.nan)
         return Particles(
-            value=value,
+            value=self._value(done.state["x"], done.dead),
             log_weights=log_weights,
             log_evidence=evidence,
             log_evidence_terms=done.log_evidence,
@@ -270,10 +267,14 @@ class TwistedSMC:
         """
         if path is not None:
             self.chain.check_path(path)
-        particles = self.filter(ConditionalFilter, reference=path, join=self.chain.join)
-        return self.drive(particles).path()
+        return self._swept(path).path()
 
-    def draws(self, num_draws: int, sweeps: int = 1) -> Swept:
+    def _swept(self, path: list[Tensor] | None, **options: Any) -> ConditionalFilter:
+        """The filter of one sweep, done."""
+        join = self.chain.join
+        return self.drive(self.filter(ConditionalFilter, reference=path, join=join, **options))
+
+    def draws(self, num_draws: int, sweeps: int = 1, *, keep_others: bool = True) -> Swept:
         r"""Independent draws, each from particles of its own: the choice under networks, and for spreads.
 
         Draws of one run share what few ancestors it has kept. Here M chains stand side by side, each with N
@@ -282,20 +283,29 @@ class TwistedSMC:
         others around it, and then one path of all by its weight. That leaves the posterior as it is for any
         N, so that a draw's distribution comes nearer to it with every sweep (no divergence between the two
         can grow) and is exact in the limit of many; one sweep has the bias of order 1/N of a run. M draws are
-        independent whatever N is. They have equal weights and no evidence.
+        independent whatever N is. They have equal weights; by ``log_weights`` of the result, the evidences of
+        the first runs, there is no bias, and fewer draws count.
 
-        Network evaluations: M N S (K + 1), as one run of M N S particles; M N particles are held at once,
-        with all of their states.
+        Under observations that deny most of x, runs may be left without a particle. These are made again, up
+        to four times, so that their draws are those of a run that survives: a bias of the order of the share
+        that died, which goes with more particles or sweeps; the verdict tells it. The evidence counts them
+        as 0 and is unbiased.
+
+        Network evaluations: M N S (K + 1), as one run of M N S particles, and those of repeats; M N particles
+        are held at once, with all of their states.
 
         Args:
             num_draws: M, how many draws of every datum.
             sweeps: S >= 1.
+            keep_others: whether a plate's datum that no run explains leaves the others alone: its draws are
+                NaN, its evidence is 0, a warning names it. Data of symbols have no NaN, and raise.
 
         Warns:
             UnreliableWarning: with what speaks against the draws.
 
         Raises:
-            SMCFailed: (a ``ValueError``) if at some step of any chain no particle explains the observations.
+            SMCFailed: (a ``ValueError``) if no run explains the observations of any datum, or without
+                ``keep_others`` of one; or if a sweep meets densities that are NaN.
 
         References:
             Andrieu, Doucet & Holenstein, Particle Markov chain Monte Carlo methods, JRSS B 72 (2010).
@@ -304,28 +314,36 @@ class TwistedSMC:
             check_positive_int(name, value)
             for name, value in (("num_draws", num_draws), ("sweeps", sweeps))
         )
-        side_by_side = copy.copy(self)
-        side_by_side.chain = self.chain.repeated(count)
-        paths: list[list[Tensor]] = []
-        values = []
-        for _ in range(sweeps):
-            try:
-                path = side_by_side.sweep(paths[-1] if paths else None)
-            except SMCFailed as error:
+        keep_others = keep_others and Ability.NUMBERS in self.diffusion.denoiser.process.abilities
+        first = small_runs(self, count)
+        if bool(first.dead.any()) and not keep_others:
+            raise SMCFailed(no_run_left(count, self.num_particles, first.dead))
+        several = copy.copy(self)
+        several.chain = self.chain.repeated(count)
+        paths = [first.path]
+        values = [self._value(first.path[-1], first.dead)]
+        for _ in range(sweeps - 1):
+            done = several._swept(paths[-1], keep_others=keep_others)
+            if bool((done.dead & ~first.dead).any()):
                 raise SMCFailed(
-                    f"draws: got some of {count} without a particle left (rows are numbered by draw, then by "
-                    f"datum), expected one in each: {error}"
-                ) from error
-            paths = [*paths[-1:], path]
-            x0 = self.chain.encoded(paths[-1][-1])
-            values.append(self.likelihood.site_value(x0))
+                    "draws: got densities that are NaN in a later sweep, expected finite ones"
+                )
+            paths = [paths[-1], done.path()]
+            values.append(self._value(paths[-1][-1], first.dead))
         ends = (paths[0], paths[1]) if len(paths) == 2 else None
-        found = judged(
-            torch.stack(values), x0, ends, self.likelihood, self.chain.filters, self.num_particles
-        )
+        x0 = self.chain.encoded(paths[-1][-1])
+        found = judged(torch.stack(values), x0, ends, first, self.likelihood, self.num_particles)
         if found.verdict.problems:
             warn_unreliable("TwistedSMC: " + "; ".join(found.verdict.problems))
         return found
+
+    def _value(self, x: Tensor, dead: Tensor) -> Tensor:
+        """Data as values of the site, (n,) + batch + event, NaN for filters that are dead."""
+        value = self.likelihood.site_value(self.chain.encoded(x))
+        if not bool(dead.any()):
+            return value
+        row = dead.reshape(dead.shape + (1,) * (value.dim() - dead.dim() - 1))
+        return value.masked_fill(row, math.nan)
 
     def _verdict(self, done: ParticleFilter, x0: Tensor, evidence: Estimate) -> Verdict:
         """What the filter's history says of it."""

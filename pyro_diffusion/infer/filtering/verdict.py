@@ -15,6 +15,10 @@ __all__ = ["Verdict", "judge", "largest", "misfit", "misses", "number", "which_r
 
 # Chance of a warning that draws miss the observations, a run, if model and posterior are right.
 FALSE_ALARM = 1e-4
+OWN_PARTICLES = (
+    "draws with few particles of their own share no ancestors (TwistedSMC.draws, "
+    "AutoTwistedSMC(model, num_particles=8, sweeps=1))"
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def judge(verdict: Verdict) -> tuple[str, ...]:
         problems.append(
             f"{number(left)} effective ancestors of {verdict.num_particles} are left"
             f"{which_rows(short & ~sudden)}, lost a few at a time: errors are not estimated; use more "
-            "particles"
+            f"particles, or {OWN_PARTICLES}"
         )
     sigmas = math.sqrt(2 * math.log(max(verdict.khat.numel(), 1) / FALSE_ALARM))
     heavy = alive & ~short & (verdict.khat - sigmas * _khat_error(verdict) > 0.7)
@@ -138,7 +142,7 @@ def _collapse(verdict: Verdict, which: Tensor) -> str:
     return (
         f"weights collapsed to an effective size of {number(verdict.least_ess.flatten()[worst])} "
         f"{_place(place)}{which_rows(which)}: neither draws nor evidence can be believed, and no error is "
-        f"estimated; use more particles, {remedy}"
+        f"estimated; use more particles, {remedy}; {OWN_PARTICLES}"
     )
 
 
