@@ -57,7 +57,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder, for accuracy and correction")
     parser.add_argument("--task", nargs="+", default=PARTS, choices=[*PARTS, *ALONE])
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=[*TASKS, *ALONE])
-    parser.add_argument("--programs", nargs="+", default=["gaussian", "tree"], help="of `subsets`")
+    parser.add_argument(
+        "--programs",
+        nargs="+",
+        default=["gaussian", "tree", "grouped", "single"],
+        choices=[*sbi_subsets.PROGRAMS, "grouped", "single"],
+        help="of `subsets` and `hierarchical`",
+    )
     parser.add_argument("--simulations", nargs="+", type=int, default=[1000, 10_000])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument(

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from pyro_diffusion.denoisers import GaussianDenoiser
 from pyro_diffusion.infer import AutoAmortized
 from pyro_diffusion.infer.simulators.conditional_posterior import default_denoiser
-from pyro_diffusion.infer.simulators.linear_regression import LinearlyRegressed
+from pyro_diffusion.infer.simulators.linear_regression import Column, LinearlyRegressed
 from pyro_diffusion.nn import ConditionalMLP
 
 
@@ -25,7 +25,7 @@ def test_the_mean_is_that_of_a_dense_system():
     torch.manual_seed(0)
     y = torch.randn(5000, 2, dtype=torch.float64)
     x0 = y @ torch.randn(2, 3).double() + torch.randn(5000, 3).double() @ torch.randn(3, 3).double()
-    denoiser = LinearlyRegressed(default_denoiser(3, 2), 3, 2).double()
+    denoiser = LinearlyRegressed(default_denoiser(3, 2), 3, [Column.VALUE] * 2).double()
     denoiser.fit(x0, y)
     slopes = denoiser.slopes @ denoiser.basis.mT
     own = denoiser.basis @ denoiser.variances.diag() @ denoiser.basis.mT

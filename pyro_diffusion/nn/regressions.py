@@ -87,14 +87,15 @@ def residual_means(means: Tensor, scatter: Tensor, freedom: Tensor) -> Tensor:
 
 
 def between(means: Tensor, count: Tensor) -> Tensor:
-    """How means of sets vary from set to set, each set counting alike, and each by its rows.
+    """How means of sets vary from set to set, each set counting alike, and each by its rows; their number.
 
     Args:
         means: of every set, (..., sets, d).
         count: rows of every set, (..., sets).
 
     Returns:
-        (..., 4 d + 1): mean and logarithm of the sd by either weight, and the mean of 1 / rows.
+        (..., 4 d + 3): mean and logarithm of the sd by either weight; of the sets that have rows, the mean of
+        1 / rows, and log(1 + n) and 1 / (1 + n) of their number n.
     """
     there = (count > 0).to(means.dtype)
     found = []
@@ -105,5 +106,6 @@ def between(means: Tensor, count: Tensor) -> Tensor:
         squares = (weight.unsqueeze(-1) * (means - centre.unsqueeze(-2)).square()).sum(-2)
         freedom = total - (weight.square().sum(-1, keepdim=True) / total.clamp(min=PRIOR))
         found += [centre, 0.5 * ((squares + PRIOR) / (freedom + PRIOR)).log()]
-    inverse = (there / count.clamp(min=1)).sum(-1) / there.sum(-1).clamp(min=1)
-    return torch.cat([*found, inverse.unsqueeze(-1)], -1)
+    number = there.sum(-1)
+    inverse = (there / count.clamp(min=1)).sum(-1) / number.clamp(min=1)
+    return torch.cat([*found, torch.stack([inverse, number.log1p(), 1 / (1 + number)], -1)], -1)

@@ -87,7 +87,9 @@ class AutoAmortized(SimulatedLevels):
             the summary as context ``y``; by default a
             :class:`~pyro_diffusion.nn.ConditionalMLP` of three blocks of 128, of two of 64 for latents of
             rows, whose context is the latents outside and the row's data. Without a ``summary``, and up to
-            64 latents and data, the default one adds to the linear regression of latents on data.
+            64 latents and data, the default one adds to the linear regression of latents on data; with plates
+            of rows, on the latents outside and statistics of the sets, by coefficients and variances that
+            depend on their sizes.
         objective: of training; the evidence lower bound by default.
         solver: of the probability flow; dopri5 with tolerances of 1e-4 by default.
         vectorized: whether simulations may be one run of the program inside one more plate; found out by a

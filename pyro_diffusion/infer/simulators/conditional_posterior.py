@@ -13,7 +13,7 @@ from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
 from pyro_diffusion.distributions.objectives import Objective
 from pyro_diffusion.dynamics import ODESolver
-from pyro_diffusion.infer.simulators.linear_regression import LinearlyRegressed
+from pyro_diffusion.infer.simulators.linear_regression import Column, LinearlyRegressed, regressed
 from pyro_diffusion.infer.simulators.standardized import Familiar, Standardized
 from pyro_diffusion.nn import ConditionalMLP
 from pyro_diffusion.processes import GaussianProcess
@@ -80,9 +80,8 @@ class ConditionalPosterior(nn.Module):
                 size = check_summary(summary(*zeros), 2).shape[1]
         self.denoiser = make_denoiser(latent_size, size)
         check_denoiser(self.denoiser)
-        known = summary is None and make_denoiser is default_denoiser
-        if known and LinearlyRegressed.fits(self.denoiser, latent_size, size):
-            self.denoiser = LinearlyRegressed(self.denoiser, latent_size, size)
+        if summary is None and make_denoiser is default_denoiser:
+            self.denoiser = regressed(self.denoiser, latent_size, [Column.VALUE] * size)
         # simulations that the scales were taken from
         self.register_buffer("count", torch.tensor(0))
         # the only data that it is to be asked about, standardized; NaN if about any

@@ -1,7 +1,7 @@
 """What is learned of a program with plates of rows: an encoder of sets and a denoiser for every level."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -19,29 +19,24 @@ from pyro_diffusion.infer.simulators.conditional_posterior import (
     observed_diffusion,
 )
 from pyro_diffusion.infer.simulators.hierarchical_flow import HierarchicalFlow
+from pyro_diffusion.infer.simulators.level_columns import LevelColumns
 from pyro_diffusion.infer.simulators.level_networks import (
-    FEATURES,
     LevelNetworks,
     LevelSizes,
     Rows,
     RowSite,
     default_row_denoiser,
-    row_widths,
 )
+from pyro_diffusion.infer.simulators.linear_regression import LinearlyRegressed, regressed
 from pyro_diffusion.infer.simulators.moments import Moments
-from pyro_diffusion.infer.simulators.standardized import Familiar
+from pyro_diffusion.infer.simulators.standardized import Familiar, shuffled
 from pyro_diffusion.infer.simulators.thinned_rows import thinned
-from pyro_diffusion.nn.regressions import (
-    MOMENTS,
-    between,
-    regression_size,
-    regressions,
-    residual_means,
-)
+from pyro_diffusion.nn.regressions import between, regressions, residual_means
 
 __all__ = ["HierarchicalPosterior", "observe_levels"]
 
 TRAINED = 4  # rows of a plate whose latents one step learns from
+REGRESSED, PARTS = 20_000, 64  # simulations in regressions at most; parts, of a number of rows each
 
 
 class HierarchicalPosterior(nn.Module):
@@ -49,7 +44,8 @@ class HierarchicalPosterior(nn.Module):
 
     Data go up: a set of rows becomes a summary, which is part of the row around it. Latents go down:
     every level's are given those around it, its row's data, and the data of the rows around it that are in no
-    inner plate, which it may depend on.
+    inner plate, which it may depend on. Default denoisers add to the linear regression of a row's latents on
+    these and on the moments of its sets.
 
     Args:
         sizes: of every level, outer ones first.
@@ -69,17 +65,17 @@ class HierarchicalPosterior(nn.Module):
         super().__init__()
         self.sizes = tuple(sizes)
         known = {} if encoders is None else dict(encoders)
-        widths = [sum(row_widths(each, known)) for each in self.sizes]
+        self.columns = LevelColumns(self.sizes, known)
         self.levels = nn.ModuleList()
         for i, each in enumerate(self.sizes):
-            children = [j for j, other in enumerate(self.sizes) if other.parent == i]
-            inner = sum(FEATURES + self._pooled_size(j)[1] + self._own_size(j) for j in children)
-            given = sum(self.sizes[j].latents for j in self._around(i))
-            given += sum(widths[j] + bool(self.sizes[j].plate) for j in self._seen(i))
+            given, row = self.columns.given(i), self.columns.row(i)
             make = make_denoiser or (default_row_denoiser if each.plate else default_denoiser)
             # a set is summarized for latents around it, and for nothing else
-            pooled = self._pooled_size(i)[0] if self._around(i) else None
-            self.levels.append(LevelNetworks(each, known, inner, pooled, given, make))
+            pooled = self.columns.pooled_size(i) if self.columns.around(i) else None
+            own = LevelNetworks(each, known, len(row), pooled, len(given), make)
+            if make_denoiser is None and own.has_latents:
+                own.denoiser = regressed(own.denoiser, each.latents, given + row)
+            self.levels.append(own)
         numbers = [sum(site.size for site in each.observed) for each in self.sizes]
         self.familiar = Familiar(numbers[0] + 2 * sum(numbers[1:]))
         # simulations that the scales were taken from
@@ -104,46 +100,6 @@ class HierarchicalPosterior(nn.Module):
     def _level(self, index: int) -> Any:
         return self.levels[index]
 
-    def _outer(self, index: int) -> list[int]:
-        """Levels around a level, outermost first."""
-        found: list[int] = []
-        parent = self.sizes[index].parent
-        while parent >= 0:
-            found.insert(0, parent)
-            parent = self.sizes[parent].parent
-        return found
-
-    def _around(self, index: int) -> list[int]:
-        """Levels of latents around a level, outermost first."""
-        return [j for j in self._outer(index) if self.sizes[j].latents]
-
-    def _seen(self, index: int) -> list[int]:
-        """Levels with data around a level of latents, which may depend on these data, too."""
-        outer = self._outer(index) if self.sizes[index].latents else []
-        return [j for j in outer if self.sizes[j].observed]
-
-    def _regressed(self, level: int) -> bool:
-        """Whether a level's rows are so few numbers that regressions among them are of use."""
-        sites = self.sizes[level].observed
-        numbers = sum(site.size for site in sites)
-        return 0 < numbers <= MOMENTS and not any(site.encoded for site in sites)
-
-    def _pooled_size(self, level: int) -> tuple[int, int]:
-        """Numbers that :meth:`_set_features` adds to a level's rows, and to their sets' features."""
-        common, rows = 0, 0
-        for j in range(len(self.sizes)):
-            if level and level in self._outer(j) and self._regressed(j):
-                size = sum(site.size for site in self.sizes[j].observed)
-                direct = self.sizes[j].parent == level
-                common += regression_size(size) + 1 + direct * (4 * size + 1)
-                rows += direct * size
-        return rows + common, common
-
-    def _own_size(self, level: int) -> int:
-        """Numbers of the moments of a level's own data."""
-        size = sum(site.size for site in self.sizes[level].observed)
-        return size + regression_size(size) + 2 if self._regressed(level) else 0
-
     def latent_levels(self) -> list[int]:
         """Levels that have latents."""
         return [i for i, each in enumerate(self.sizes) if each.latents]
@@ -159,7 +115,23 @@ class HierarchicalPosterior(nn.Module):
             for scale, x in zip(own.observed, rows.values[i], strict=True):
                 scale.fit(x.flatten(0, -2))
         self.familiar.fit(self.moments(self.thinned(rows)))
+        self._fit_regressions(latents, rows)
         self.count.fill_(len(rows.present[0]))
+
+    @torch.no_grad()
+    def _fit_regressions(self, latents: Sequence[Tensor], rows: Rows) -> None:
+        """Take the denoisers' linear parts from simulations with as many rows as training sees."""
+        pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for part in shuffled(len(rows.present[0]))[:REGRESSED].chunk(PARTS):
+            index = part.to(rows.present[0].device)
+            values = tuple(tuple(x[index] for x in xs) for xs in rows.values)
+            some = Rows(values, tuple(here[index] for here in rows.present))
+            for level, given, value in self.examples([z[index] for z in latents], some):
+                pairs.setdefault(level, []).append((value.flatten(0, 1), given.flatten(0, 1)))
+        for level, found in pairs.items():
+            denoiser = self._level(level).denoiser
+            if isinstance(denoiser, LinearlyRegressed):
+                denoiser.fit(*(torch.cat(each) for each in zip(*found, strict=True)))
 
     def standardized(self, rows: Rows) -> list[list[Tensor]]:
         """Data on the scale of the simulations, zero where a row is absent."""
@@ -201,12 +173,12 @@ class HierarchicalPosterior(nn.Module):
         for i in reversed(range(len(self.sizes))):
             if parts[i]:
                 found[i] = torch.cat(parts[i], -1)
-            if self._around(i):
+            if self.columns.around(i):
                 parent, here = self.sizes[i].parent, rows.present[i]
                 features = [self._set_features(i, found[i], within[i], here)]
                 pooled = [m.pooled() for m in within[i]]
                 data_here = around[i]
-                if self._regressed(i) and data_here is not None:
+                if self.columns.regressed(i) and data_here is not None:
                     own_moments = Moments.of(data_here, here)
                     pooled.insert(0, own_moments)
                     features.append(own_moments.features())
@@ -249,7 +221,7 @@ class HierarchicalPosterior(nn.Module):
     ) -> list[Tensor]:
         """Data of the rows that a level's rows are in, and in plates whether there are any."""
         rows, found = present[level].shape, []
-        for j in self._seen(level):
+        for j in self.columns.seen(level):
             value: Any = data[j]
             if self.sizes[j].plate:
                 value = torch.cat([value, present[j].unsqueeze(-1).to(value.dtype)], -1)
@@ -262,7 +234,7 @@ class HierarchicalPosterior(nn.Module):
         """The context of a level's denoiser: standardized latents around it, and its rows' data."""
         rows = context.shape[:-1]
         parts = []
-        for j in self._around(level):
+        for j in self.columns.around(level):
             value = self._level(j).latents(latents[j])
             for axis in range(1, value.dim() - 1):
                 value = value.narrow(axis, 0, context.shape[axis])
@@ -271,6 +243,27 @@ class HierarchicalPosterior(nn.Module):
             )
             parts.append(value.expand(*rows, value.shape[-1]))
         return torch.cat([*parts, context], -1)
+
+    def examples(
+        self, latents: Sequence[Tensor], data: Rows
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Of every level with latents, what a step learns from, given some of the rows.
+
+        Returns:
+            The level, contexts (simulations, rows, features), standardized latents (simulations, rows,
+            latents); at most :data:`TRAINED` rows of a plate.
+        """
+        rows, some = thinned(self.sizes, data, latents)
+        contexts = self.contexts(rows)
+        for level in self.latent_levels():
+            context, value = contexts[level], some[level]
+            for axis in range(1, context.dim() - 1):
+                kept = min(TRAINED, context.shape[axis])
+                context, value = context.narrow(axis, 0, kept), value.narrow(axis, 0, kept)
+            given = self.given(level, some, context)
+            given = given.reshape(len(given), -1, given.shape[-1])
+            value = self._level(level).latents(value)
+            yield level, given, value.reshape(len(given), given.shape[1], -1)
 
     def flow(
         self, contexts: Sequence[Tensor], places: Sequence[Tensor], solver: ODESolver
@@ -285,7 +278,7 @@ class HierarchicalPosterior(nn.Module):
             [conditional(level) if level.has_latents else None for level in levels],
             contexts,
             places,
-            [[(j, levels[j].latents) for j in self._around(i)] for i in range(len(levels))],
+            [[(j, levels[j].latents) for j in self.columns.around(i)] for i in range(len(levels))],
         )
 
     def diffusion(self, level: int, context: Tensor, objective: Objective | None) -> Diffusion:
@@ -311,18 +304,8 @@ def observe_levels(
 
     Rows count by their mean, so that the levels' networks learn at the same pace; each has its own optimum.
     """
-    rows, some = thinned(posterior.sizes, data, latents)
-    contexts = posterior.contexts(rows)
     simulations = pyro.plate("simulations", len(data.present[0]), dim=-2)
-    for level in posterior.latent_levels():
-        context, value = contexts[level], some[level]
-        for axis in range(1, context.dim() - 1):
-            kept = min(TRAINED, context.shape[axis])
-            context, value = context.narrow(axis, 0, kept), value.narrow(axis, 0, kept)
-        given = posterior.given(level, some, context)
-        value = posterior.levels[level].latents(value)  # type: ignore[operator]
-        given = given.reshape(len(given), -1, given.shape[-1])
-        value = value.reshape(len(given), given.shape[1], -1)
+    for level, given, value in posterior.examples(latents, data):
         # few rows at several noise levels each: as good as more of them, and no set is encoded again
         copies = max(TRAINED // given.shape[1], 1)
         given, value = given.repeat(1, copies, 1), value.repeat(1, copies, 1)

@@ -70,6 +70,11 @@ class LevelSizes(NamedTuple):
     latents: int
     observed: tuple[RowSite, ...]
 
+    @property
+    def marked(self) -> bool:
+        """Whether a row says if it has data of its own."""
+        return bool(self.plate and self.observed and self.latents)
+
 
 class Rows(NamedTuple):
     """Data by level, each batch + rows of its plates.
@@ -95,7 +100,7 @@ class LevelNetworks(nn.Module):
     Args:
         sizes: what they are made for.
         encoders: modules of the observed sites that have one, by name.
-        inner: features of sets of rows within one of its rows.
+        row: numbers of one of its rows, those of sets within it among them.
         pooled: features of all its rows together that each is encoded with; None where no set of them is
             encoded.
         given: features of latents and data around it.
@@ -106,7 +111,7 @@ class LevelNetworks(nn.Module):
         self,
         sizes: LevelSizes,
         encoders: Mapping[str, nn.Module],
-        inner: int,
+        row: int,
         pooled: int | None,
         given: int,
         make: MakeDenoiser,
@@ -119,9 +124,7 @@ class LevelNetworks(nn.Module):
         self.encoders = nn.ModuleList(
             encoders[site.name] if site.encoded else nn.Identity() for site in sizes.observed
         )
-        # whether a row has data of its own is among its features
-        self.marked = bool(sizes.plate and sizes.observed and sizes.latents)
-        row = sum(row_widths(sizes, encoders)) + inner + self.marked
+        self.marked = sizes.marked
         self.encoder = None if pooled is None else SetEncoder(row + pooled, FEATURES)
         if sizes.latents:
             self.latents = Standardized((sizes.latents,))

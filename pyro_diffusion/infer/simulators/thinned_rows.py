@@ -62,9 +62,15 @@ def _count(most: int) -> int:
 
 
 def _ragged(inside: Tensor) -> Tensor:
-    """Sets of different sizes within a batch: even in the logarithm of the size, or empty."""
+    """Sets of different sizes within a batch: full, even in the logarithm of the size, or empty.
+
+    The share of full ones is any, from one simulation to the next: sets of many rows, and of the same number,
+    are what guides are asked about most, and were rare if all sizes were drawn.
+    """
     most = inside.shape[-1]
     u = torch.rand(inside.shape[:-1], device=inside.device)
     sizes = ((most + 1.0) ** u).floor()
+    share = torch.rand_like(u[(slice(None), *(slice(0, 1),) * (u.dim() - 1))])
+    sizes = torch.where(torch.rand_like(u) < share, float(most), sizes)
     sizes = torch.where(torch.rand_like(u) < EMPTY, 0.0, sizes)
     return torch.arange(most, device=inside.device) < sizes.unsqueeze(-1)
