@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_diffusion.estimate import LogLikelihoodEstimate
 from pyro_diffusion.evaluate.importance import from_log_weights
 from pyro_diffusion.infer.simulators.simulations import WholeData
+from pyro_diffusion.likelihoods.run import is_computed
 from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_positive_int
 
@@ -88,12 +89,16 @@ def _sites(model: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
         for name, node in nodes.items()
         if node["type"] == "sample" and not site_is_subsample(node)
     }
-    if not any(node["is_observed"] for node in sites.values()):
+    if not _data(sites):
         raise ValueError(
             f"model: got no observed site when run with these arguments (its sites: {list(sites)}), "
             "expected data in the arguments"
         )
     return sites
+
+
+def _data(sites: dict[str, Any]) -> list[Any]:
+    return [node for node in sites.values() if node["is_observed"] and not is_computed(node)]
 
 
 def _check_possible(trace: Any) -> None:
@@ -187,11 +192,7 @@ def importance_posterior(
         )
     _check_possible(trace)
     log_weights = log_weights.detach().double().cpu()
-    observed = sum(
-        torch.as_tensor(node["value"]).numel()
-        for node in sites.values()
-        if node["is_observed"] and "_deterministic" not in node["infer"]
-    )
+    observed = sum(torch.as_tensor(node["value"]).numel() for node in _data(sites))
     estimate = from_log_weights(log_weights.unsqueeze(1), 0, max(observed, 1))
     draws = {}
     for name, node in sites.items():

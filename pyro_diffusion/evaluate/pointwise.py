@@ -14,6 +14,7 @@ from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.likelihoods.run import (
     Message,
     check_fixed_rows,
+    is_computed,
     log_density,
     observations,
     of_each_datum,
@@ -42,7 +43,7 @@ def pointwise_log_likelihood(
             model(*args, **kwargs)
         nodes: Any = tracer.trace.nodes
         for node in map(of_each_datum, observations(nodes, data)):
-            if type(node["fn"]).__name__ == "Unit":
+            if type(node["fn"]).__name__ == "Unit" or is_computed(node):
                 continue
             _check_pointwise(node, observed.setdefault(node["name"], node["value"]))
             rows.setdefault(node["name"], []).append(log_density(node))

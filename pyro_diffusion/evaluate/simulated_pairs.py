@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_diffusion.infer import AutoAmortized
-from pyro_diffusion.likelihoods.run import check_fixed_rows
+from pyro_diffusion.likelihoods.run import check_fixed_rows, is_computed, unconditioned
 from pyro_diffusion.unreliable import UnreliableWarning
 from pyro_diffusion.validation import check_finite, kind_of
 
@@ -46,7 +46,7 @@ def simulate(
     model: Callable[..., Any], num_samples: int, args: Any, kwargs: Any, parallel: bool
 ) -> Values:
     """Joint draws of all sites, (num_samples,) + the shape of each."""
-    program = poutine.uncondition(model)
+    program = unconditioned(model)
     predictive = Predictive(program, num_samples=num_samples, return_sites=None, parallel=parallel)
     drawn = predictive(*args, **kwargs)
     sites = {name: value.detach() for name, value in drawn.items() if isinstance(value, Tensor)}
@@ -91,14 +91,16 @@ def observed_sites(
 ) -> list[str]:
     """Names of the observed sites, checked."""
     with _WholeData():
-        nodes = poutine.trace(poutine.block(model, hide_types=["param"])).get_trace(*args, **kwargs)
-    factors = [n for n in nodes.observation_nodes if type(nodes.nodes[n]["fn"]).__name__ == "Unit"]
+        tracer = poutine.trace(poutine.block(model, hide_types=["param"]))
+        nodes: Any = tracer.get_trace(*args, **kwargs)
+    data = [n for n in nodes.observation_nodes if not is_computed(nodes.nodes[n])]
+    factors = [n for n in data if type(nodes.nodes[n]["fn"]).__name__ == "Unit"]
     if factors:
         raise ValueError(
             f"model: got pyro.factor sites {factors}, which say nothing of how data arise; expected a "
             "pyro.sample site for every observation"
         )
-    found = nodes.observation_nodes if names is None else list(names)
+    found = data if names is None else list(names)
     unknown = [name for name in found if name not in nodes.nodes]
     if names is None and not found:
         raise ValueError(
@@ -108,7 +110,7 @@ def observed_sites(
     if not found or unknown:
         raise ValueError(
             f"observed: got {found}, expected sites of the model out of "
-            f"{nodes.stochastic_nodes + nodes.observation_nodes}"
+            f"{nodes.stochastic_nodes + data}"
         )
     return found
 

@@ -9,10 +9,12 @@ from typing import Any, cast
 
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.reparam_messenger import ReparamHandler
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -21,11 +23,13 @@ __all__ = [
     "check_fixed_rows",
     "collapse",
     "handlers",
+    "is_computed",
     "isolated",
     "log_density",
     "observations",
     "observed",
     "of_each_datum",
+    "unconditioned",
 ]
 
 Message = dict[str, Any]
@@ -154,8 +158,41 @@ def isolated() -> Iterator[None]:
             enumerator.__dict__.update(dims)
 
 
+def is_computed(site: Message) -> bool:
+    """Whether a site is neither drawn nor data: `pyro.deterministic`, or what a reparametrizer made a latent.
+
+    That is, as far as Pyro says, an observation, of a point mass by the very tensor that is its point.
+    """
+    infer = site["infer"]
+    if infer.get("_deterministic"):
+        return True
+    base = site["fn"]
+    while hasattr(base, "base_dist"):
+        base = base.base_dist
+    # `poutine.uncondition` of Pyro's draws again, and keeps what was observed
+    value = infer.get("obs") if infer.get("was_observed") else site["is_observed"] and site["value"]
+    return isinstance(base, Delta) and base.v is value
+
+
+class _Uncondition(UnconditionMessenger):
+    """Leaves alone what is computed: a plate around would draw a whole batch of it for each of the batch."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not is_computed(msg):
+            super()._pyro_sample(msg)
+
+
+def unconditioned(program: Callable[..., Any]) -> Callable[..., Any]:
+    """The program without its data, as `poutine.uncondition`, in plates of any number of runs, too."""
+    out: Callable[..., Any] = _Uncondition()(program)
+    return out
+
+
 def observations(nodes: dict[str, Message], given: dict[str, Tensor]) -> list[Message]:
-    """The observed sites of a trace, factors among them; not what is given and not `pyro.deterministic`."""
+    """The observed sites of a trace, factors among them; not what is given and not `pyro.deterministic`.
+
+    What a reparametrizer computed is among them: it may have a density, that of a change of variables.
+    """
     return [
         node
         for name, node in nodes.items()

@@ -12,6 +12,7 @@ from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyro_diffusion.likelihoods.run import is_computed
 from pyro_diffusion.train.batches import Arguments, rows_of, to_device
 from pyro_diffusion.train.units import Unit
 from pyro_diffusion.validation import kind_of
@@ -184,7 +185,7 @@ class _Run(Messenger):
             size, full = int(frame.size), int(frame.full_size or frame.size)
             self.plates[frame.name] = size, full
             share *= size / full
-        observed = msg["is_observed"] and not msg["infer"].get("_deterministic")
+        observed = msg["is_observed"] and not is_computed(msg)
         if observed and isinstance(msg["value"], Tensor):
             self.observed[msg["name"]] = msg["value"].numel() / share
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
@@ -24,6 +23,7 @@ from pyro_diffusion.infer.simulators.joint_law import (
 from pyro_diffusion.infer.simulators.random_conditions import check_conditions, draw_conditioned
 from pyro_diffusion.infer.simulators.simulated_latents import SimulatedLatents
 from pyro_diffusion.infer.simulators.simulations import Simulator, find_joint, traced
+from pyro_diffusion.likelihoods.run import unconditioned
 from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_finite, check_tensor
 
@@ -115,7 +115,7 @@ class AutoJoint(SimulatedLatents):
         if objective is not None and not isinstance(objective, Objective):
             raise ValueError(f"objective: got {type(objective).__name__}, expected an Objective")
         make: Any = default_site_denoiser if denoiser is None else denoiser
-        super().__init__(poutine.uncondition(model), None, make, observed, sites, vectorized)
+        super().__init__(unconditioned(model), None, make, observed, sites, vectorized)
         self._original, self._graph = (model,), _checked_graph(graph)
         self._conditions = check_conditions(conditions)
         self._objective = FlowMatching() if objective is None else objective

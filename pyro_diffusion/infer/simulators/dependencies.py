@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_diffusion.infer.simulators.simulations import score, site_score, sites_of, traced
-from pyro_diffusion.likelihoods.run import Message, isolated
+from pyro_diffusion.likelihoods.run import Message, isolated, unconditioned
 
 __all__ = ["moral_graph"]
 
@@ -83,7 +83,7 @@ def moral_graph(
     Raises:
         ValueError: for parents, or of sites, that the program has not.
     """
-    program = poutine.uncondition(program)
+    program = unconditioned(program)
     nodes = sites_of(traced(program, args, kwargs))
     if parents is None:
         parents = _parents(program, args, kwargs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_diffusion.infer.simulators.plates import Level
 from pyro_diffusion.infer.simulators.simulations import Simulator, site_score, sites_of, traced
-from pyro_diffusion.likelihoods.run import Message
+from pyro_diffusion.likelihoods.run import Message, unconditioned
 
 __all__ = ["Call", "rows_alike", "simulates_alike"]
 
@@ -69,7 +69,7 @@ def rows_alike(
     as_many = all(sizes[name] == tuple(site.shape) for name, site in simulator.observed.items())
     if as_many and _only_data(simulator, first, now, data):
         return True
-    program = poutine.uncondition(simulator.program)
+    program = unconditioned(simulator.program)
     state = pyro.util.get_rng_state()
     pyro.util.set_rng_seed(0)
     try:
@@ -149,7 +149,7 @@ def _drawn(simulator: Simulator, call: Call) -> dict[str, Tensor]:
     state = pyro.util.get_rng_state()
     pyro.util.set_rng_seed(0)
     try:
-        nodes = traced(poutine.uncondition(simulator.program), *call).nodes
+        nodes = traced(unconditioned(simulator.program), *call).nodes
     finally:
         pyro.util.set_rng_state(state)
     return {

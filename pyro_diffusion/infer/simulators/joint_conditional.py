@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_diffusion.infer.simulators.conditional_posterior import FlowPosterior
 from pyro_diffusion.infer.simulators.packed import packed_log_prob, packed_quantiles, packed_values
 from pyro_diffusion.infer.simulators.simulations import SimulatedSite
-from pyro_diffusion.likelihoods.run import isolated
+from pyro_diffusion.likelihoods.run import isolated, unconditioned
 from pyro_diffusion.validation import Shape, check_sizes
 
 __all__ = ["JointConditional"]
@@ -56,7 +56,7 @@ class JointConditional(AutoContinuous):
     ) -> None:
         free = frozenset(sites)
         super().__init__(
-            poutine.block(poutine.uncondition(program), hide_fn=lambda m: _hidden(m, free)),
+            poutine.block(unconditioned(program), hide_fn=lambda m: _hidden(m, free)),
             init_to_sample,
         )
         # in tuples, so that none becomes a submodule

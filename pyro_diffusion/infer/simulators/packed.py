@@ -25,6 +25,7 @@ __all__ = [
 # Logarithm of the least number of single precision, and logit of the last below 1, less rounding; those of
 # double precision are further out.
 FAR = (-87.3, 15.9)
+CLOSE = 1e-3  # of the largest number of a value: what a transform and its inverse may lose
 
 
 def unconstrained(guide: Any, values: Mapping[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
@@ -51,12 +52,18 @@ def _bounds(support: Any) -> tuple[Any, Any]:
 
 
 def _check_inside(name: str, value: Tensor, support: Any) -> None:
-    """Refuse values beyond an end by more than a draw is rounded: the inverse of a sigmoid takes them."""
+    """Refuse values beyond an end by more than a draw is rounded: the inverse of a sigmoid takes them.
+
+    So does that of a stick whose shares do not add up; a value of a support without two ends must come back.
+    """
     lower, upper = _bounds(support)
     if lower is None or upper is None:
-        return  # the logarithm of what is outside is NaN
-    rounding = 2 * torch.finfo(value.dtype).eps * (abs(lower) + abs(upper))
-    if bool(((value < lower - rounding) | (value > upper + rounding)).any()):
+        transform, x = biject_to(support), value.detach()
+        outside = ~((transform(transform.inv(x)) - x).abs() <= CLOSE * x.abs().amax()).all()
+    else:
+        rounding = 2 * torch.finfo(value.dtype).eps * (abs(lower) + abs(upper))
+        outside = ((value < lower - rounding) | (value > upper + rounding)).any()
+    if bool(outside):
         raise ValueError(
             f"latents[{name!r}]: got a value outside of its support, expected {support}"
         )

@@ -12,14 +12,16 @@ from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor, nn
 
 from pyro_diffusion.infer.simulators.conditional_posterior import ConditionalPosterior, MakeDenoiser
+from pyro_diffusion.infer.simulators.described import check_described, described
 from pyro_diffusion.infer.simulators.designs import Call, simulates_alike
 from pyro_diffusion.infer.simulators.packed import at_edge, is_far, pack, unconstrained
 from pyro_diffusion.infer.simulators.simulations import (
     Simulator,
     find_sites,
-    observations,
+    observed_nodes,
     simulate,
 )
+from pyro_diffusion.infer.simulators.site_checks import check_whole
 from pyro_diffusion.infer.simulators.standardized import Standardized
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.unreliable import warn_unreliable
@@ -47,6 +49,8 @@ class SimulatedLatents(AutoContinuous):
     """
 
     prototype_trace: Any
+    posterior: Any
+    structure: Tensor
     _unconstrained_shapes: dict[str, torch.Size]
 
     def __init__(
@@ -79,6 +83,7 @@ class SimulatedLatents(AutoContinuous):
         self._call: tuple[
             Call, ...
         ] = ()  # of the first simulations; in a tuple, as it may hold modules
+        self._described, self._compared = torch.empty(0, dtype=torch.uint8), False
         self.dropped = 0
 
     def simulate(self, num_samples: int, *args: Any, **kwargs: Any) -> Values:
@@ -140,6 +145,7 @@ class SimulatedLatents(AutoContinuous):
         with isolated():
             super()._setup_prototype(*args, **kwargs)
         pyro.util.set_rng_state(state)
+        self._described = described(self._simulator, self.prototype_trace)
 
     def _prepare(self, args: Any, kwargs: Any) -> Simulator:
         """Look at the program, once, and build what is learned if no state was loaded."""
@@ -151,6 +157,11 @@ class SimulatedLatents(AutoContinuous):
             self.posterior = self._build(simulator)
         try:
             self._check_state(simulator)
+            if "structure" not in self._buffers:
+                self.register_buffer("structure", self._described.to(self.posterior.count.device))
+            elif not self._compared:
+                check_described(self._described, self.structure)
+            self._compared = True
         except ValueError:
             self._simulator = None
             raise
@@ -296,7 +307,9 @@ class SimulatedLatents(AutoContinuous):
     def _data(self, args: Any, kwargs: Any) -> tuple[list[Tensor], torch.Size]:
         """The observed values in the model's arguments, checked, and the batch shape of the observations."""
         simulator = self._prepare(args, kwargs)
-        values = observations(simulator, args, kwargs)
+        nodes = observed_nodes(simulator, args, kwargs)
+        check_whole(nodes)
+        values = {name: torch.as_tensor(node["value"]) for name, node in nodes.items()}
         found = self._data_of(values)
         if not simulates_alike(simulator, self._call[0], (args, kwargs), values):
             self._warn_other_program("other data alone")
@@ -359,6 +372,15 @@ class SimulatedLatents(AutoContinuous):
             built = self._build_stored(state_dict, f"{prefix}posterior.")
             if built is not None:
                 self.posterior = built
+        if f"{prefix}structure" in state_dict:
+            stored = state_dict[f"{prefix}structure"]
+            if self._simulator is not None:  # otherwise once it has seen its program
+                try:
+                    check_described(self._described, stored)
+                except ValueError as error:
+                    args[-1].append(str(error))
+                    return
+            self.register_buffer("structure", stored.clone())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

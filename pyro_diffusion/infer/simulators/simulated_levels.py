@@ -28,6 +28,7 @@ from pyro_diffusion.infer.simulators.simulated_latents import (
     check_data,
 )
 from pyro_diffusion.infer.simulators.simulations import SimulatedSite, Simulator, observed_nodes
+from pyro_diffusion.infer.simulators.site_checks import check_whole
 from pyro_diffusion.infer.simulators.site_encoders import (
     SiteEncoders,
     check_encoders,
@@ -222,6 +223,7 @@ class SimulatedLevels(SimulatedLatents):
         if not self.in_levels:
             return super()._data(args, kwargs)
         nodes = observed_nodes(simulator, args, kwargs)
+        check_whole({name: {**node, "mask": None} for name, node in nodes.items()})
         masks = {name: node["mask"] for name, node in nodes.items()}
         values, shapes = {}, {}
         given = {name: torch.as_tensor(node["value"]) for name, node in nodes.items()}

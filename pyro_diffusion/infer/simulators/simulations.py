@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, ZeroInflatedDistribution
 from pyro.infer import Predictive
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -15,8 +15,20 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_diffusion.infer.simulators.site_checks import check_same, is_reweighted, known
-from pyro_diffusion.likelihoods.run import Message, check_fixed_rows, isolated
+from pyro_diffusion.infer.simulators.site_checks import (
+    check_same,
+    is_reweighted,
+    known,
+    with_own_mask,
+)
+from pyro_diffusion.likelihoods.run import (
+    Message,
+    check_fixed_rows,
+    is_computed,
+    isolated,
+    unconditioned,
+)
+from pyro_diffusion.unwrapping import unwrap
 
 __all__ = [
     "SimulatedSite",
@@ -24,7 +36,6 @@ __all__ = [
     "WholeData",
     "find_joint",
     "find_sites",
-    "observations",
     "observed_nodes",
     "rows_of",
     "score",
@@ -104,13 +115,11 @@ def traced(program: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 def sites_of(trace: Any) -> dict[str, Message]:
-    """Sample sites, without those of plates and of `pyro.deterministic`."""
+    """Sample sites, without those of plates and what is computed, each with its masks in `mask`."""
     return {
-        name: node
+        name: with_own_mask(node)
         for name, node in trace.nodes.items()
-        if node["type"] == "sample"
-        and not site_is_subsample(node)
-        and not node["infer"].get("_deterministic")
+        if node["type"] == "sample" and not site_is_subsample(node) and not is_computed(node)
     }
 
 
@@ -178,11 +187,12 @@ def _drawn(program: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, di
             f"model: got pyro.factor sites {factors}, which say nothing of how data arise; expected a "
             "pyro.sample site for every observation"
         )
-    reweighted = [n for n, node in data.items() if is_reweighted(node)]
+    nodes = [n for n in trace.nodes.values() if n["type"] == "sample" and not site_is_subsample(n)]
+    reweighted = [n["name"] for n in nodes if is_reweighted(n)]
     if reweighted:
         raise ValueError(
-            f"model: got a mask or scale at {reweighted}, which say nothing of how data arise; expected "
-            "sites without"
+            f"model: got a mask, scale or change of variables at {reweighted}, which say nothing of how data "
+            "arise; expected sites without"
         )
     return trace, data
 
@@ -197,7 +207,7 @@ def _simulator(
     argument: str,
 ) -> Simulator:
     """The program with its latents and observed sites, which are in every run and alike there."""
-    runs = [traced(poutine.uncondition(program), args, kwargs) for _ in range(TRIALS)]
+    runs = [traced(unconditioned(program), args, kwargs) for _ in range(TRIALS)]
     sites = [sites_of(run) for run in runs]
     for name in (*hidden, *names):
         check_same(name, [each.get(name) for each in sites], name in hidden, argument)
@@ -221,6 +231,8 @@ def _simulated_site(node: Message) -> SimulatedSite:
         support = support.base_constraint
     bounds = constraints.greater_than | constraints.greater_than_eq
     positive = isinstance(support, bounds) and not bool(torch.as_tensor(support.lower_bound).any())
+    # Pyro gives these the support of what they inflate, and zero is not among positive numbers
+    positive = positive and not isinstance(unwrap(node["fn"]).base, ZeroInflatedDistribution)
     return SimulatedSite(node["value"].shape, positive, node["fn"].event_dim)
 
 
@@ -242,7 +254,7 @@ def _is_vectorizable(
             return False
         data[name] = torch.stack(values)
 
-    free = poutine.uncondition(program)
+    free = unconditioned(program)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -344,7 +356,7 @@ def simulate(simulator: Simulator, num_samples: int, args: Any, kwargs: Any) -> 
         ValueError: if a site is missing or of another shape in some run.
     """
     sites = {**simulator.latents, **simulator.observed}
-    program = poutine.uncondition(simulator.program)
+    program = unconditioned(simulator.program)
     try:
         if simulator.vectorized:
             nesting = simulator.nesting
@@ -368,7 +380,7 @@ def observed_nodes(simulator: Simulator, args: Any, kwargs: Any) -> dict[str, Me
     Raises:
         ValueError: if an observed site has none.
     """
-    nodes = traced(simulator.program, args, kwargs).nodes
+    nodes = sites_of(traced(simulator.program, args, kwargs))
     without = [n for n in simulator.observed if n not in nodes or not nodes[n]["is_observed"]]
     if without:
         raise ValueError(
@@ -378,21 +390,11 @@ def observed_nodes(simulator: Simulator, args: Any, kwargs: Any) -> dict[str, Me
     return {name: nodes[name] for name in simulator.observed}
 
 
-def observations(simulator: Simulator, args: Any, kwargs: Any) -> Values:
-    """The data in the program's arguments.
-
-    Raises:
-        ValueError: if an observed site has none.
-    """
-    found = observed_nodes(simulator, args, kwargs)
-    return {name: torch.as_tensor(node["value"]) for name, node in found.items()}
-
-
 def trial_runs(
     simulator: Simulator, args: Any, kwargs: Any
 ) -> tuple[list[dict[str, Message]], Callable[[Values], dict[str, Message]]]:
     """The sites of some runs without data, and a function that runs the program at values of all sites."""
-    program = poutine.uncondition(simulator.program)
+    program = unconditioned(simulator.program)
 
     def rerun(values: Values) -> dict[str, Message]:
         return sites_of(traced(poutine.condition(program, data=values), args, kwargs))

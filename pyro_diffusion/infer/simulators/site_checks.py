@@ -1,26 +1,58 @@
 """What the sites of a simulator must be like, in all of its trial runs."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from pyro.distributions import Delta
+from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_diffusion.likelihoods.run import Message
+from pyro_diffusion.likelihoods.run import Message, is_computed
+from pyro_diffusion.unwrapping import unwrap
 
-__all__ = ["check_same", "is_reweighted", "known"]
+__all__ = ["check_same", "check_whole", "is_reweighted", "known", "with_own_mask"]
+
+
+def with_own_mask(node: Message) -> Message:
+    """A site whose distribution's own masks, those of whole events, are the site's."""
+    fn, mask = node["fn"], node["mask"]
+    while isinstance(fn, MaskedDistribution):
+        mask = fn._mask if mask is None else torch.as_tensor(mask) & torch.as_tensor(fn._mask)
+        fn = fn.base_dist
+    return {**node, "fn": fn, "mask": mask}
 
 
 def is_reweighted(node: Message) -> bool:
     """Whether its density counts for more or less than once, other than in a plate of some rows."""
+    if is_computed(node):
+        point = unwrap(node["fn"]).base
+        return isinstance(point, Delta) and bool(point.log_density.any())
+    node = with_own_mask(node)
     of_rows = math.prod(
         (f.full_size or f.size) / f.size for f in node["cond_indep_stack"] if f.size
     )
     scale = torch.as_tensor(node["scale"], dtype=torch.float64)
-    masked = node["mask"] is not None and not bool(torch.as_tensor(node["mask"]).all())
+    masks = [node["mask"], *(mask for mask, _ in unwrap(node["fn"]).masks)]
+    masked = any(mask is not None and not bool(torch.as_tensor(mask).all()) for mask in masks)
     return masked or not torch.allclose(scale, torch.full_like(scale, of_rows))
+
+
+def check_whole(nodes: Mapping[str, Message]) -> None:
+    """Refuse data of which some are to count less: a guide takes all that it is given.
+
+    Raises:
+        ValueError: naming the first such site.
+    """
+    for name, node in nodes.items():
+        if is_reweighted(node):
+            raise ValueError(
+                f"site {name!r}: got data under a mask or scale, of which the guide knows nothing, expected "
+                "whole data (rows can be left out of a plate whose rows are a set, by poutine.mask; what "
+                "else may be missing is to be part of the simulator)"
+            )
 
 
 def known(

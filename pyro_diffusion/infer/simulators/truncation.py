@@ -15,7 +15,7 @@ from pyro_diffusion.infer.simulators.simulations import (
     sites_of,
     traced,
 )
-from pyro_diffusion.likelihoods.run import Message
+from pyro_diffusion.likelihoods.run import Message, unconditioned
 
 __all__ = ["Box", "draw_prior", "first_sites", "simulate_within"]
 
@@ -82,7 +82,7 @@ class _UpTo(Messenger):
 
 def _without_data(simulator: Simulator) -> Callable[..., None]:
     """The program as far as its last latent."""
-    program = poutine.uncondition(simulator.program)
+    program = unconditioned(simulator.program)
 
     def drawing(*args: Any, **kwargs: Any) -> None:
         try:
@@ -176,7 +176,7 @@ def simulate_within(
 def _completed(simulator: Simulator, values: Values, count: int, args: Any, kwargs: Any) -> Values:
     """Runs of the program that begin with these values."""
     wanted = {**simulator.latents, **simulator.observed}
-    program = poutine.uncondition(simulator.program)
+    program = unconditioned(simulator.program)
     if simulator.vectorized:
         sites, nesting = first_sites(simulator, args, kwargs), simulator.nesting
         nodes = side_by_side(program, sites, count, nesting, args, kwargs, values)
