@@ -18,8 +18,8 @@ from pyro_diffusion.infer.simulators.packed import _check_inside
 def centered(x=None):
     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
     local = pyro.sample("local", dist.Normal(mean, 2.0))
-    pyro.deterministic("twice", 2 * local)
-    pyro.sample("x", dist.Normal(local, 1.0), obs=x)
+    twice = pyro.deterministic("twice", 2 * local)
+    pyro.sample("x", dist.Normal(twice / 2, 1.0), obs=x)
 
 
 decentered = poutine.reparam(centered, config={"local": LocScaleReparam(0.0)})
