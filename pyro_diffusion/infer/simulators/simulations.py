@@ -191,8 +191,8 @@ def _drawn(program: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, di
     reweighted = [n["name"] for n in nodes if is_reweighted(n)]
     if reweighted:
         raise ValueError(
-            f"model: got a mask, scale or change of variables at {reweighted}, which say nothing of how data "
-            "arise; expected sites without"
+            f"model: got a mask or scale at {reweighted}, or a change of variables, which say nothing of how "
+            "data arise; expected sites without"
         )
     return trace, data
 
