@@ -18,6 +18,8 @@ of which `--task` chooses:
     rounds        truncated rounds for one observation beside one round; by itself, on
                   two_moons with data and against closed forms without
     ensembles     the mixture of five guides of 1000 simulations beside each; by itself
+    held_out      C2ST on four tasks that nothing was tuned to, at the guide's defaults; by itself, without
+                  data (of our own seeds) or with them (sbibm's observations)
     composed      i.i.d. data by composed scores, and by a guide of sets; by itself, and without data
 
 Published C2ST at 1000 / 10,000 simulations (sbibm's NPE; NPSE and Simformer as read from the papers' plots,
@@ -38,9 +40,10 @@ from pathlib import Path
 import sbi_hierarchical
 import sbi_subsets
 import torch
-from sbi_parts import TASKS, composed, ensembles, rounds
+from sbi_parts import TASKS, composed, ensembles, held_out, rounds
 from sbi_parts.cells import OURS
 from sbi_parts.peer import METHODS
+from sbi_parts.programs import HELD_OUT
 
 PARTS = ["accuracy", "correction", "calibration", "cost"]
 ALONE = {
@@ -49,6 +52,7 @@ ALONE = {
     "rounds": rounds.main,
     "ensembles": ensembles.main,
     "composed": composed.main,
+    "held_out": held_out.main,
 }
 
 
@@ -56,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder, for accuracy and correction")
     parser.add_argument("--task", nargs="+", default=PARTS, choices=[*PARTS, *ALONE])
-    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=[*TASKS, *ALONE])
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=[*TASKS, *HELD_OUT, *ALONE])
     parser.add_argument(
         "--programs",
         nargs="+",

@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import (
     Bernoulli,
+    Binomial,
     Categorical,
     Delta,
     HalfNormal,
@@ -206,6 +207,20 @@ def crossed(x=None):
 )
 def test_plates_whose_rows_are_no_set_are_left_alone(model):
     assert len(levels(model)) == 1
+
+
+def an_epidemic(x=None):
+    """Counts on six days, which are all 0 in three of ten runs and tell nothing of the days there."""
+    growth = pyro.sample("growth", Normal(1.0, 2.0))
+    with pyro.plate("days", 6):
+        pyro.sample("x", Binomial(100, logits=growth * 3 * torch.arange(6.0) - 18), obs=x)
+
+
+def test_days_are_no_set_where_the_first_run_says_nothing_of_them():
+    # eight runs of nothing: one seed of 15 000
+    for seed in range(12):
+        pyro.set_rng_seed(seed)
+        assert len(levels(an_epidemic)) == 1
 
 
 def test_point_masses_of_rows_alike_are_a_set():

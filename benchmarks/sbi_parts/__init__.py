@@ -1,5 +1,6 @@
 """Programs of sbibm, and the parts of `benchmarks/sbi.py`."""
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from sbi_parts.programs import HELD_OUT, base, in_program, observation
+from sbi_parts.references import reference
+
 __all__ = ["TASKS", "bernoulli_design", "gaussian_linear", "task", "two_moons"]
 
 TASKS = ["two_moons", "gaussian_linear", "bernoulli_glm"]
 VARIANCE = 0.1
+FIRST = 1000  # seed of the first observation of our own
 
 
 def two_moons(x: Tensor | None = None) -> None:
@@ -74,8 +79,26 @@ def load(name: str, folder: Path) -> dict[str, Tensor]:
         return {k: torch.from_numpy(file[k]) for k in file}
 
 
-def task(name: str, folder: Path) -> tuple[Callable[..., None], dict[str, Tensor]]:
-    """A program and its reference posteriors."""
+@functools.cache
+def _reference(name: str, i: int) -> tuple[Tensor, Tensor]:
+    x = observation(name, FIRST + i)
+    return x, reference(name, x, i)
+
+
+def own_references(name: str) -> dict[str, Tensor]:
+    """Observations that the program returns for ten seeds, and draws of their posteriors."""
+    pairs = [_reference(name, i) for i in range(10)]
+    x, draws = (torch.stack(each) for each in zip(*pairs, strict=True))
+    return {"observations": x, "reference_posterior_samples": draws}
+
+
+def task(name: str, folder: Path | None) -> tuple[Callable[..., None], dict[str, Tensor]]:
+    """A program and its reference posteriors: those of a folder, or of observations of our own."""
+    if name in HELD_OUT:
+        data = load(base(name), folder) if folder else own_references(base(name))
+        data["observations"] = in_program(name, data["observations"])
+        return HELD_OUT[name], data
+    assert folder is not None
     data = load(name, folder)
     if name == "bernoulli_glm":
         return bernoulli_glm(data["design_matrix"]), data

@@ -18,6 +18,10 @@ WANTED = {
     ("gaussian_linear", 10_000): 0.58,
     ("bernoulli_glm", 10_000): 0.66,
 }
+HEADER = (
+    f"{'task':<16} {'n':>6} {'method':<8} {'seed':>4} {'C2ST':>6} {'error':>6} {'min':>6} {'max':>6} "
+    f"{'weights':>8} {'steps':>7} {'train s':>7} {'cpu s':>7} {'draw s':>7}"
+)
 MINUTES = 5.0  # two_moons at 10,000 simulations
 
 Found = dict[
@@ -87,10 +91,7 @@ def compare(results: Found, methods: list[str]) -> bool:
 
 def main(args: argparse.Namespace) -> bool:
     """Every task, number of simulations, method and seed."""
-    print(
-        f"{'task':<16} {'n':>6} {'method':<8} {'seed':>4} {'C2ST':>6} {'error':>6} {'min':>6} {'max':>6} "
-        f"{'weights':>8} {'steps':>7} {'train s':>7} {'cpu s':>7} {'draw s':>7}"
-    )
+    print(HEADER)
     methods = [each for each in args.methods if each != OURS]
     if methods and args.keep is None and peer.toolbox() is None:
         methods = []

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_diffusion.infer import AutoAmortized
 from pyro_diffusion.train import fit_amortized
 from sbi_parts import peer, task
+from sbi_parts.programs import LATENTS, base
 
 __all__ = ["DRAWS", "OURS", "cell", "trained"]
 
@@ -25,14 +26,25 @@ Trained = tuple[AutoAmortized, dict[str, Tensor], dict[str, Any]]
 _TRAINED: dict[tuple[str, int, int], Trained] = {}  # parts of one run share guides
 
 
+def latents(name: str) -> list[str]:
+    """A task's latents of interest."""
+    return LATENTS.get(base(name), ["theta"])
+
+
+def vectors(name: str, values: dict[str, Tensor]) -> Tensor:
+    """A task's latents in one vector."""
+    sites = latents(name)
+    return values[sites[0]] if len(sites) == 1 else torch.stack([values[n] for n in sites], -1)
+
+
 def simulated(
-    name: str, count: int, seed: int, folder: Path
+    name: str, count: int, seed: int, folder: Path | None
 ) -> tuple[AutoAmortized, dict[str, Tensor], dict[str, Tensor]]:
     """A guide before its training, its simulations and the references: a function of the seed."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     model, data = task(name, folder)
-    guide = AutoAmortized(model, observed=["x"], latents=["theta"])
+    guide = AutoAmortized(model, observed=["x"], latents=latents(name))
     return guide, guide.simulate(count), data
 
 
@@ -60,13 +72,15 @@ def trained(name: str, count: int, seed: int, args: argparse.Namespace) -> Train
     return guide, data, took
 
 
-def own_draws(guide: AutoAmortized, observations: Tensor, device: str) -> list[Tensor]:
+def own_draws(name: str, guide: AutoAmortized, observations: Tensor, device: str) -> list[Tensor]:
     """Draws of the guide at every observation."""
     guide.to(device)
-    with torch.device(device), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of observations at the edge: one in a thousand
-        draws = [guide.draw(DRAWS, {"x": x.to(device)})["theta"].cpu() for x in observations]
+    with torch.device(device), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")  # of observations at the edge: one in a thousand
+        draws = [vectors(name, guide.draw(DRAWS, {"x": x.to(device)})).cpu() for x in observations]
     guide.to("cpu")
+    for each in dict.fromkeys(str(warning.message) for warning in told):
+        print(f"{name}: {each}", flush=True)
     return draws
 
 
@@ -93,7 +107,7 @@ def cell(
     if method == OURS:
         guide, data, took = trained(name, count, seed, args)
         start = time.perf_counter()
-        draws = on(args.device, lambda device: own_draws(guide, data["observations"], device))
+        draws = on(args.device, lambda device: own_draws(name, guide, data["observations"], device))
     else:
         seconds = args.seconds or cell(name, count, seed, OURS, args)[1]["cpu"]
         guide, simulations, data = simulated(name, count, seed, args.data)
