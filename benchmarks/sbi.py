@@ -85,14 +85,14 @@ def main() -> None:
     parser.add_argument(
         "--lr", type=float, default=None, help="of `subsets`; the recipe's by default"
     )
-    parser.add_argument("--observations", type=int, default=10, help="that are corrected")
+    parser.add_argument("--observations", type=int, default=10, help="the first of each task")
     parser.add_argument(
         "--device", default="cpu", help="of draws in `accuracy`; training is on the processor"
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="1000 simulations in `accuracy`, two corrected observations",
+        help="1000 simulations in `accuracy`, two observations",
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--progress", action="store_true")

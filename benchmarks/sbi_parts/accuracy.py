@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> bool:
         methods = []
     fine, results = [], {}
     for name in args.tasks:
-        references = load(name, args.data)["reference_posterior_samples"]
+        references = load(name, args.data)["reference_posterior_samples"][: args.observations]
         for count in args.simulations:
             rows = [(OURS, seed) for seed in args.seeds if OURS in args.methods]
             rows += [(method, args.seeds[0]) for method in methods]

@@ -106,8 +106,9 @@ def cell(
             return list(torch.from_numpy(file["draws"])), took
     if method == OURS:
         guide, data, took = trained(name, count, seed, args)
+        chosen = data["observations"][: args.observations]
         start = time.perf_counter()
-        draws = on(args.device, lambda device: own_draws(name, guide, data["observations"], device))
+        draws = on(args.device, lambda device: own_draws(name, guide, chosen, device))
     else:
         seconds = args.seconds or cell(name, count, seed, OURS, args)[1]["cpu"]
         guide, simulations, data = simulated(name, count, seed, args.data)
@@ -118,7 +119,7 @@ def cell(
             args.device,
             lambda device: [
                 peer.draw(posterior(device), DRAWS, x.to(device)).cpu()
-                for x in data["observations"]
+                for x in data["observations"][: args.observations]
             ],
         )
     took["drawing"] = time.perf_counter() - start
