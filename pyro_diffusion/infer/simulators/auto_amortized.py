@@ -79,7 +79,7 @@ class AutoAmortized(SimulatedLevels):
         model: a Pyro program: latents, and observed sites that are sampled where they are not given.
         summary: a module called with the standardized values of every observed site, each (N,) + its shape,
             that returns (N, features); None for the values themselves in one vector. Values of a positive
-            support are taken by their logarithms.
+            support are taken by their logarithms, counts outside of sets by those of the counts plus one.
         observed: names of the observed sites; those that are observed when the model is run with the
             arguments of the first call, if None.
         latents: names of the latents of interest; all that are not observed, if None.

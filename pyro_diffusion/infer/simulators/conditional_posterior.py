@@ -50,7 +50,7 @@ class ConditionalPosterior(nn.Module):
 
     Args:
         latent_size: length of the vector of unconstrained latents.
-        observed: the shape of each observed site, and whether its logarithm is taken.
+        observed: the shape of each observed site, and which logarithm is taken, see ``Standardized``.
         summary: a module from standardized data to vectors; None for the data themselves.
         make_denoiser: a function of the sizes of latents and summary.
 
@@ -64,7 +64,7 @@ class ConditionalPosterior(nn.Module):
     def __init__(
         self,
         latent_size: int,
-        observed: Sequence[tuple[torch.Size, bool]],
+        observed: Sequence[tuple[torch.Size, int]],
         summary: nn.Module | None,
         make_denoiser: MakeDenoiser,
     ) -> None:

@@ -16,13 +16,18 @@ from pyro_diffusion.infer.simulators.described import check_described, described
 from pyro_diffusion.infer.simulators.designs import Call, simulates_alike
 from pyro_diffusion.infer.simulators.packed import at_edge, is_far, pack, unconstrained
 from pyro_diffusion.infer.simulators.simulations import (
+    SimulatedSite,
     Simulator,
     find_sites,
     observed_nodes,
     simulate,
 )
 from pyro_diffusion.infer.simulators.site_checks import check_whole
-from pyro_diffusion.infer.simulators.standardized import Standardized
+from pyro_diffusion.infer.simulators.standardized import (
+    LOG,
+    LOG_OF_COUNTS,
+    Standardized,
+)
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor, kind_of
@@ -174,20 +179,26 @@ class SimulatedLatents(AutoContinuous):
 
     def _build(self, simulator: Simulator) -> nn.Module:
         """What is learned, untrained."""
-        shapes = [(site.shape, site.positive) for site in simulator.observed.values()]
+        shapes = [(site.shape, site.log) for site in simulator.observed.values()]
         return ConditionalPosterior(self.latent_dim, shapes, *self._parts)
 
     def _check_state(self, simulator: Simulator) -> None:
         """Refuse a state that was loaded and is not of this program."""
         shapes = [(site.shape, site.positive) for site in simulator.observed.values()]
         own: Any = self._modules["posterior"]
-        found = (own.latent_size, [(s.loc.shape, bool(s.log)) for s in own._sites])
+        found = (own.latent_size, [(s.loc.shape, int(s.log) == LOG) for s in own._sites])
         if found != (self.latent_dim, shapes):
             raise ValueError(
                 f"model: got {self.latent_dim} unconstrained latents and data of shapes "
                 f"{[tuple(s) for s, _ in shapes]}, expected {found[0]} and "
                 f"{[tuple(s) for s, _ in found[1]]}, those of the state that was loaded"
             )
+        # a state of counts that were seen as they are goes on seeing them so
+        for s, (name, site) in zip(own._sites, simulator.observed.items(), strict=True):
+            if int(s.log) == LOG_OF_COUNTS and not site.counts:
+                raise ValueError(
+                    f"site {name!r}: got one of other data, expected counts, as in the state that was loaded"
+                )
 
     def _ready(self, name: str) -> Any:
         posterior: Any = self._modules.get("posterior")
@@ -337,7 +348,7 @@ class SimulatedLatents(AutoContinuous):
         for name, site in simulator.observed.items():
             if name not in values:
                 raise ValueError(f"site {name!r}: got no data, expected values of it")
-            value = check_data(name, values[name], site.shape, site.positive)
+            value = check_data(name, values[name], site.shape, site)
             lead = value.dim() - len(site.shape)
             found.append(value)
             batch = torch.broadcast_shapes(batch, value.shape[:lead])
@@ -363,7 +374,7 @@ class SimulatedLatents(AutoContinuous):
         while f"{own}observed.{count}.loc" in state_dict:
             count += 1
         sites = [f"{own}observed.{i}." for i in range(count)]
-        shapes = [(state_dict[f"{s}loc"].shape, bool(state_dict[f"{s}log"])) for s in sites]
+        shapes = [(state_dict[f"{s}loc"].shape, int(state_dict[f"{s}log"])) for s in sites]
         return ConditionalPosterior(state_dict[f"{own}latents.loc"].numel(), shapes, *self._parts)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -393,9 +404,9 @@ def check_by_name(values: Any) -> None:
 
 
 def check_data(
-    name: str, value: Any, shape: torch.Size, positive: bool, expected: str = "simulated"
+    name: str, value: Any, shape: torch.Size, site: SimulatedSite, expected: str = "simulated"
 ) -> Tensor:
-    """An observed site's data, if they are finite, of the shape or a batch of it, and positive if need be.
+    """An observed site's data, if they are finite, of the shape or a batch of it, and not below its support.
 
     Raises:
         ValueError: naming the site.
@@ -419,10 +430,12 @@ def check_data(
             f"site {name!r}: got data of shape {tuple(value.shape)}, expected one observation at least"
         )
     check_finite(f"site {name!r}", value)
-    if positive and not bool((value > 0).all()):
+    below = value <= 0 if site.positive else value < 0
+    if (site.positive or site.counts) and bool(below.any()):
+        kind = "positive ones" if site.positive else "0 or more"
         raise ValueError(
-            f"site {name!r}: got {float(value.min()):.6g} as least value, expected positive ones, as "
-            "its distribution has them"
+            f"site {name!r}: got {float(value.min()):.6g} as least value, expected {kind}, as its "
+            "distribution has them"
         )
     return value
 

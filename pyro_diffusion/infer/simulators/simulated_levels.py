@@ -263,7 +263,7 @@ class SimulatedLevels(SimulatedLatents):
             said = "simulated" if shape == site.shape else "the plates of this run have it"
             if not masks:
                 said += " (the guide itself, called as the model is, takes other numbers of rows)"
-            found[name] = check_data(name, values[name], shape, site.positive, said)
+            found[name] = check_data(name, values[name], shape, site, said)
             lead = found[name].dim() - len(shape)
             batch = torch.broadcast_shapes(batch, found[name].shape[:lead])
         full = {name: x.expand(batch + shapes[name]) for name, x in found.items()}

@@ -21,6 +21,7 @@ from pyro_diffusion.infer.simulators.site_checks import (
     known,
     with_own_mask,
 )
+from pyro_diffusion.infer.simulators.standardized import LOG, LOG_OF_COUNTS, PLAIN
 from pyro_diffusion.likelihoods.run import (
     Message,
     check_fixed_rows,
@@ -60,11 +61,18 @@ class SimulatedSite(NamedTuple):
         shape: of one value, its plates and its event.
         positive: whether its values are positive reals.
         event_dim: how many dimensions of the value are the event's.
+        counts: whether its values are numbers of something, from 0 on.
     """
 
     shape: torch.Size
     positive: bool
     event_dim: int
+    counts: bool = False
+
+    @property
+    def log(self) -> int:
+        """Which logarithm of its values is taken, as ``Standardized`` has it."""
+        return LOG if self.positive else LOG_OF_COUNTS if self.counts else PLAIN
 
 
 class Simulator(NamedTuple):
@@ -233,7 +241,17 @@ def _simulated_site(node: Message) -> SimulatedSite:
     positive = isinstance(support, bounds) and not bool(torch.as_tensor(support.lower_bound).any())
     # Pyro gives these the support of what they inflate, and zero is not among positive numbers
     positive = positive and not isinstance(unwrap(node["fn"]).base, ZeroInflatedDistribution)
-    return SimulatedSite(node["value"].shape, positive, node["fn"].event_dim)
+    return SimulatedSite(
+        node["value"].shape, positive, node["fn"].event_dim, _counts(node["fn"], support)
+    )
+
+
+def _counts(fn: Any, support: Any) -> bool:
+    """Whether a distribution is of counts: integers from 0 on that are no labels."""
+    if isinstance(unwrap(fn).base, torch.distributions.Categorical):
+        return False
+    integers = type(constraints.nonnegative_integer), constraints.integer_interval
+    return isinstance(support, integers) and not bool(torch.as_tensor(support.lower_bound).any())
 
 
 def _is_vectorizable(

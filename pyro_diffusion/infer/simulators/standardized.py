@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from pyro_diffusion.validation import Shape
 
-__all__ = ["Familiar", "Standardized", "shuffled"]
+__all__ = ["LOG", "LOG_OF_COUNTS", "PLAIN", "Familiar", "Standardized", "shuffled"]
 
+PLAIN, LOG, LOG_OF_COUNTS = 0, 1, 2
 RATE = 1e-3
 # Of variables of unit variance: what varies less than this is taken to vary so much.
 RIDGE = 1e-4
@@ -26,18 +27,18 @@ class Standardized(nn.Module):
 
     Args:
         shape: of one value.
-        log: whether u is the logarithm of the value.
+        log: 0 if u is the value, 1 if its logarithm, 2 if that of the value and one, as for counts.
     """
 
     loc: Tensor
     scale: Tensor
     log: Tensor
 
-    def __init__(self, shape: Shape, log: bool = False) -> None:
+    def __init__(self, shape: Shape, log: int = PLAIN) -> None:
         super().__init__()
         self.register_buffer("loc", torch.zeros(shape))
         self.register_buffer("scale", torch.ones(shape))
-        self.register_buffer("log", torch.tensor(log))
+        self.register_buffer("log", torch.tensor(int(log)))
 
     def fit(self, x: Tensor) -> None:
         """Take the moments of values, (n,) + shape; a constant coordinate keeps a scale of 1."""
@@ -48,9 +49,7 @@ class Standardized(nn.Module):
 
     def loses(self, x: Tensor) -> Tensor:
         """Which coordinates of values vary by less than the buffers' precision, and would be lost."""
-        exact, kept = x.double(), x.to(self.loc).double()
-        if bool(self.log):
-            exact, kept = exact.log(), kept.log()
+        exact, kept = (self._seen(each.double()) for each in (x, x.to(self.loc)))
         scale = exact.std(0)
         # what varies by no more than the rounding of doubles is constant
         varies = scale > 1e-12 * exact.abs().amax(0)
@@ -61,8 +60,11 @@ class Standardized(nn.Module):
         return (self._real(x) - self.loc) / self.scale
 
     def _real(self, x: Tensor) -> Tensor:
-        x = x.to(self.loc)
-        return x.log() if bool(self.log) else x
+        return self._seen(x.to(self.loc))
+
+    def _seen(self, x: Tensor) -> Tensor:
+        log = int(self.log)
+        return x if log == PLAIN else x.log() if log == LOG else x.log1p()
 
 
 class Familiar(nn.Module):
