@@ -63,7 +63,7 @@ def epidemic(x: Tensor) -> Density:
     return density
 
 
-def by_grid(density: Density, count: int, side: int = 100) -> Tensor:
+def by_grid(density: Density, count: int, side: int = 160) -> Tensor:
     """Draws from a grid of two standardized latents, narrowed twice to where the mass is, even in cells."""
     low, high = torch.full((2,), -6.0).double(), torch.full((2,), 6.0).double()
     for _ in range(3):
