@@ -24,11 +24,16 @@ With --twist N STEPS the same with an ``AmortizedTwist``, trained for each probl
 
 With --reference N in their place, over all images: how far two runs of N particles are from one another,
 which go by different guidance, and how far --repeats runs of --particles are from the first of them: means
-in posterior standard deviations and logarithms of standard deviations, root mean squares over pixels.
+in posterior standard deviations and logarithms of standard deviations, root mean squares over pixels. With
+--of-draws M the reference is M independent draws with N particles each; beside it stand M others, M with
+each number of --swept, and M of guidance alone. Chance alone puts the means of two such sets sqrt(2 / M) and
+the logarithms of their standard deviations sqrt(1 / M) apart, if draws are normal; a set's distance beyond
+that, the root of the difference of squares, is printed after it.
 
     python benchmarks/chain_posterior.py --problems "half missing, 0.05" --images 20 --particles 64 512
     python benchmarks/chain_posterior.py --repeat-images 20 --at-once 65536 --device cuda
     python benchmarks/chain_posterior.py --problems "half missing, 0.05" --images 3 --reference 20000
+    python benchmarks/chain_posterior.py --images 3 --reference 16 --of-draws 400 --swept 8
 """
 
 import argparse
@@ -41,29 +46,17 @@ import pyro
 import torch
 from torch import Tensor
 from trained_posteriors.images import digits
-from trained_posteriors.methods import by_residuals, guided
+from trained_posteriors.long_runs import alone, refer, refer_to_draws, unweighted
 from trained_posteriors.prior import OBJECTIVES, chain, trained
 from trained_posteriors.problems import Problem, problems
-from trained_posteriors.runs import Found, Runner
+from trained_posteriors.runs import Runner
 from trained_posteriors.twists import learned
 
 from pyro_diffusion.denoisers import Denoiser
-from pyro_diffusion.guidance import CalibratedCovariance
-from pyro_diffusion.guidance.base import Guidance, GuidedDenoiser
-from pyro_diffusion.guidance.chain_moments import ChainMoments
-from pyro_diffusion.likelihoods import Likelihood
+from pyro_diffusion.guidance.base import Guidance
 
 BINS, PROJECTIONS = 10, 8
 Row = tuple[str, Tensor, str]  # name, draws, what the method says of them
-
-
-def alone(denoiser: Denoiser, likelihood: Likelihood) -> GuidedDenoiser:
-    """The guidance of the particles."""
-    return ChainMoments(
-        denoiser,
-        likelihood.with_residuals("deviance"),
-        times=chain(denoiser, likelihood.event_shape).times,
-    )
 
 
 def crps(draws: Tensor, truth: Tensor) -> Tensor:
@@ -105,14 +98,6 @@ def particles(runner: Runner, y: Tensor, count: int, draws: int) -> tuple[Tensor
     roots = torch.cat([part.ancestors[-1] for part in parts]).double()
     said = f"ancestors {float(roots.min()):3.0f} {float(roots.median()):4.0f}"
     return torch.cat([part.sample((draws,)) for part in parts], 1), said
-
-
-def unweighted(guidance: Guidance, runner: Runner, y: Tensor, count: int) -> Tensor:
-    """Draws of the guidance alone."""
-    problem, denoiser = runner.problem, runner.denoiser
-    with torch.no_grad():
-        parts = y.split(max(runner.at_once // count, 1))
-        return torch.cat([guided(guidance, problem, denoiser, some, count) for some in parts], 1)
 
 
 def swept(runner: Runner, y: Tensor, count: int, args: argparse.Namespace) -> list[Row]:
@@ -172,36 +157,6 @@ def report(problem: Problem, denoiser: Denoiser, truth: Tensor, args: argparse.N
             )
 
 
-def distances(name: str, found: Found, reference: Found) -> str:
-    """A row, of means and standard deviations from those of the reference (1, n) + SHAPE."""
-    away, ratio = (found.mean - reference.mean) / reference.sd, (found.sd / reference.sd).log()
-    rows = [f"{float(part.square().mean().sqrt()):.3f}" for part in away.unbind(1)]
-    return (
-        f"  {name:40} means {float(away.square().mean().sqrt()):.3f} sd (by image {', '.join(rows)}), "
-        f"log of sds {float(ratio.square().mean().sqrt()):.3f}, on average {float(ratio.mean()):+.3f}, "
-        f"least effective ancestors {float(found.effective_ancestors.min()):.1f}"
-    )
-
-
-def refer(problem: Problem, denoiser: Denoiser, truth: Tensor, args: argparse.Namespace) -> None:
-    """The rows of a problem beside a long run."""
-    y = problem.observe(truth)
-    runner = Runner(problem, denoiser, args.at_once, seed=1000)
-    reference = runner.moments(y, args.reference)
-    other = Runner(problem, denoiser, args.at_once, 2000, by_residuals(CalibratedCovariance))
-    least = float(reference.effective_ancestors.min())
-    print(
-        f"  {args.reference} particles, least effective ancestors {least:.1f}; from these",
-        flush=True,
-    )
-    for name, by in (("once more", runner), ("under other guidance", other)):
-        found = by.moments(y, args.reference)
-        print(distances(f"{args.reference} {name}", found, reference), flush=True)
-    for count in args.particles:
-        found = runner.moments(y, count, args.repeats)
-        print(distances(f"{count} particles", found, reference), flush=True)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -219,6 +174,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat-images", type=int, default=200, help="that they are made on")
     parser.add_argument("--twist", nargs=2, type=int, help="simulations and steps of its training")
     parser.add_argument("--reference", type=int, help="particles of the long runs")
+    parser.add_argument("--of-draws", type=int, help="independent draws that are the reference")
     parser.add_argument(
         "--at-once", type=int, default=4096, help="particles of all images together"
     )
@@ -240,7 +196,7 @@ def main() -> None:
     print(f"{args.images} images of the chain")
     for key in args.problems:
         print(key, flush=True)
-        rows = report if args.reference is None else refer
+        rows = report if args.reference is None else refer_to_draws if args.of_draws else refer
         rows(problems(args.data)[key], denoiser, truth, args)
 
 
