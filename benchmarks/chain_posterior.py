@@ -25,8 +25,8 @@ With --twist N STEPS the same with an ``AmortizedTwist``, trained for each probl
 With --reference N in their place, over all images: how far two runs of N particles are from one another,
 which go by different guidance, and how far --repeats runs of --particles are from the first of them: means
 in posterior standard deviations and logarithms of standard deviations, root mean squares over pixels. With
---of-draws M the reference is M independent draws with N particles each; beside it stand M others, M with
-each number of --swept, and M of guidance alone. Chance alone puts the means of two such sets sqrt(2 / M) and
+--of-draws M the reference is M independent draws with N particles each; beside it stand M others with each
+number of --swept, and M of guidance alone. Chance alone puts the means of two such sets sqrt(2 / M) and
 the logarithms of their standard deviations sqrt(1 / M) apart, if draws are normal; a set's distance beyond
 that, the root of the difference of squares, is printed after it.
 

@@ -87,10 +87,8 @@ def refer_to_draws(
 
     reference = drawn(args.reference)
     sd = reference.std(0)
-    rows = [(f"{args.reference} particles a draw once more", args.reference)]
-    rows += [(f"{number} particles a draw", number) for number in args.swept] + [
-        ("guidance alone", 0)
-    ]
+    rows = [(f"{number} particles a draw", number) for number in args.swept]
+    rows += [("guidance alone", 0)]
     for name, number in rows:
         start = time.perf_counter()
         draws = drawn(number)
