@@ -83,7 +83,7 @@ def refer_to_draws(
         """Independent draws, with so many particles each or by guidance alone."""
         if not particles:
             return unweighted(alone, runner, y, count)
-        return runner.draws(y, particles, count, 1)[0][-1]
+        return torch.cat([some.history[-1] for some in runner.draws(y, particles, count)], 1)
 
     reference = drawn(args.reference)
     sd = reference.std(0)
