@@ -8,8 +8,12 @@ import pytest
 import torch
 from pyro.distributions import Delta, HalfNormal, Normal
 
+from pyro_diffusion.denoisers import MixtureDenoiser
+from pyro_diffusion.distributions import Diffusion
 from pyro_diffusion.evaluate import importance_posterior
-from pyro_diffusion.infer import UnreliableWarning
+from pyro_diffusion.infer import AutoTwistedSMC, UnreliableWarning
+from pyro_diffusion.processes import GaussianProcess
+from pyro_diffusion.schedules import LogLinear
 
 X = torch.tensor([1.0, -0.5, 2.0])
 
@@ -76,6 +80,22 @@ def test_a_program_that_is_another_in_a_plate_is_told():
 
     with pytest.warns(UnreliableWarning, match=r"model: got a log-density of .* by itself"):
         importance_posterior(mixed, prior, torch.tensor(2.0), num_samples=100)
+
+
+def test_estimated_densities_are_no_fault_of_the_program():
+    """A chain's density is another estimate at every call, and its guide's has the same noise."""
+    process = GaussianProcess(LogLinear(10, -10))
+    denoiser = MixtureDenoiser(process, torch.ones(8), torch.eye(8), 0.1)
+    prior = Diffusion(denoiser, (8,), steps=32)
+
+    def observed(y):
+        x = pyro.sample("x", prior)
+        pyro.sample("y", Normal(x, 0.5).to_event(1), obs=y)
+
+    guide = AutoTwistedSMC(observed, num_particles=16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnreliableWarning)
+        importance_posterior(observed, guide, torch.full((8,), 0.1), num_samples=100)
 
 
 def test_weights_that_are_all_alike_are_believed():

@@ -14,11 +14,13 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.estimate import LogLikelihoodEstimate
 from pyro_diffusion.evaluate.importance import from_log_weights
 from pyro_diffusion.infer.simulators.simulations import WholeData
 from pyro_diffusion.likelihoods.run import is_computed
 from pyro_diffusion.unreliable import warn_unreliable
+from pyro_diffusion.unwrapping import unwrap_to
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["WeightedDraws", "importance_posterior"]
@@ -111,14 +113,22 @@ def _check_possible(trace: Any) -> None:
             )
 
 
+def _has_density(name: str, node: Any) -> bool:
+    """Whether a site's log_prob is a number, not an estimate as a diffusion's."""
+    return unwrap_to(node["fn"], DenoisedDistribution) is None
+
+
 def _check_alone(
     model: Callable[..., Any], draws: dict[str, Tensor], together: Tensor, args: Any, kwargs: Any
 ) -> None:
-    """Warn if the first draws have other densities by themselves than in the plate of all."""
+    """Warn if the first draws have other densities by themselves than in the plate of all.
+
+    Sites whose density is itself an estimate are left out, as it is another at every call.
+    """
     for i, expected in enumerate(together[:TRIALS].tolist()):
         one = poutine.condition(model, data={name: value[i] for name, value in draws.items()})
         tracer = poutine.trace(poutine.block(one, hide_types=["param"]))
-        alone = float(tracer.get_trace(*args, **kwargs).log_prob_sum())
+        alone = float(tracer.get_trace(*args, **kwargs).log_prob_sum(site_filter=_has_density))
         if not math.isclose(alone, expected, rel_tol=1e-4, abs_tol=1e-2):
             warn_unreliable(
                 f"model: got a log-density of {expected:.6g} for a draw in a plate of all, and {alone:.6g} "
@@ -200,6 +210,9 @@ def importance_posterior(
             value, shape = trace.nodes[name]["value"], (num_samples, *node["value"].shape)
             whole = value.numel() == torch.Size(shape).numel()
             draws[name] = (value.reshape(shape) if whole else value.expand(shape)).detach()
+    for name, node in list(trace.nodes.items()):
+        if node["type"] == "sample" and not _has_density(name, node):
+            trace.remove_node(name)
     together = plate_log_prob_sum(trace, guide_trace.plate_to_symbol["num_particles_vectorized"])
     _check_alone(_FromPrior(left_out)(model), draws, together, args, kwargs)
     found = WeightedDraws(draws, log_weights, estimate)
