@@ -15,7 +15,6 @@ __all__ = ["Column", "LinearlyRegressed", "regressed"]
 
 MOST = 64  # latents and values up to which there is a regression
 FEWEST = 10  # simulations for each coefficient of a latent
-REWEIGHTED = 2  # times that rows are weighed by their variances
 HEAVY = 4.0  # kurtosis of what is left, 3 of normals, above which sizes do not say how wide it is
 RIDGE = 1e-4  # of unit variances: data, and latents given data, may be functions of others
 
@@ -44,13 +43,14 @@ class LinearlyRegressed(Denoiser):
     Of the context y, *values* v enter linearly. How much they weigh depends on how many data they stand for,
     as a group's mean does that is drawn to the mean of all: with functions c of such *counts*, standardized,
 
-    .. math:: \varphi = (v \otimes (1, c), c), \qquad \Lambda_k = \lambda_k \exp(\gamma_k^\top c).
+    .. math:: \varphi = (v \otimes (1, c), c, 1), \qquad \Lambda_k = \lambda_k \exp(\gamma_k^\top c).
 
-    Without counts :math:`\varphi = v` and :math:`\Lambda` is one matrix: jointly normal latents and data are
-    right without training, as are normal rows in sets of any size. If what the regression leaves has heavy
-    tails instead, its variances depend on more than counts, as on a noise that is a latent: then there is no
-    linear part with counts, as a network takes longer to undo a wrong one than to learn without. Learned
-    features are the network's.
+    Statistics of sets, such as logarithms of sds of few data, and products with counts are not centred: hence
+    the constant. Without counts v is standardized, :math:`\varphi = v` and :math:`\Lambda` is one matrix:
+    jointly normal latents and data are right without training, as are normal rows in sets of any size. If
+    what the regression leaves has heavy tails instead, its variances depend on more than counts, as on a
+    noise that is a latent: then there is no linear part with counts, as a network takes longer to undo a
+    wrong one than to learn without. Learned features are the network's.
 
     Args:
         denoiser: one whose posterior is a point mass, with the data as context ``y``.
@@ -78,7 +78,7 @@ class LinearlyRegressed(Denoiser):
         self.register_buffer("variances", torch.ones(latents))
         self.register_buffer("widths", torch.zeros(c, latents))  # gamma
         # U^T B phi is phi times these
-        self.register_buffer("slopes", torch.zeros(v * (1 + c) + c, latents))
+        self.register_buffer("slopes", torch.zeros(v * (1 + c) + (c + 1 if c else 0), latents))
 
     def _counts(self, y: Tensor) -> Tensor:
         """Standardized functions of counts, (..., counts)."""
@@ -91,7 +91,7 @@ class LinearlyRegressed(Denoiser):
         if self.scale is None:
             return values
         products = [values * counts[..., k, None] for k in range(counts.shape[-1])]
-        return torch.cat([values, *products, counts], -1)
+        return torch.cat([values, *products, counts, torch.ones_like(values[..., :1])], -1)
 
     def fit(self, latents: Tensor, data: Tensor) -> None:
         """Regress standardized latents (n, latents) on contexts (n, context), if n is large."""
@@ -104,8 +104,8 @@ class LinearlyRegressed(Denoiser):
         c = self._counts(data)
         y = self._features(data, c)
         weights = torch.ones_like(y[:, :1])
-        # where variances differ, rows weigh by them, which takes one regression to know
-        for _ in range(1 if self.scale is None else 1 + REWEIGHTED):
+        # where variances differ, rows weigh by them, which takes one regression to know; a third adds nothing
+        for _ in range(1 if self.scale is None else 2):
             slopes = _least_squares(y, x0, weights / weights.mean())
             left = x0 - y @ slopes
             basis = torch.linalg.eigh(left.mT @ (weights * left)).eigenvectors
