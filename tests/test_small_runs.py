@@ -103,6 +103,34 @@ def test_errors_of_log_normal_weights(count, beyond):
     assert float(independent_variance(half)) == math.inf  # of twelve that are left
 
 
+def test_runs_far_below_the_mean_are_as_if_they_had_died():
+    # 40 of 64 runs miss by 40 nats: their distance was taken for a spread, and the error for 20 nats or none.
+    log_z = 0.5 * torch.randn(64, 1, dtype=F64)
+    missed = torch.arange(64)[:, None] < 40
+    far, gone = log_z - 40 * missed, log_z.masked_fill(missed, -math.inf)
+    assert float(independent_variance(far)) == pytest.approx(float(independent_variance(gone)))
+    assert float(independent_variance(far)) < 0.1
+    log_z[12:] -= 40
+    assert float(independent_variance(log_z)) == math.inf  # of twelve that say something
+
+
+def test_first_runs_that_all_died_have_no_weights(monkeypatch):
+    law, tries, side_by_side = chain(), [], small_runs._side_by_side
+
+    def at_first_dead(smc, count):
+        path, log_evidence, why = side_by_side(smc, count)
+        tries.append(count)
+        if len(tries) == 1:
+            log_evidence = torch.full_like(log_evidence, -math.inf)
+        return path, log_evidence, why
+
+    monkeypatch.setattr(small_runs, "_side_by_side", at_first_dead)
+    with pytest.warns(UnreliableWarning, match=r"100 % of 20 .*all died, log_weights are NaN"):
+        found = TwistedSMC(law, within(law, 0.0), SampledGuidance, 64).draws(20)
+    assert (found.value[..., 0].abs() <= WIDTH).all() and not found.verdict.dead.any()
+    assert float(found.verdict.effective_runs) == 0 and found.log_evidence.value == -math.inf
+
+
 def test_runs_that_die_are_made_again():
     # y = x +- 1/2: x is a normal cut to an interval. A quarter of runs of two particles die; 5 z-tests, a
     # false alarm in 7e-6 of seeds each; the bias of runs that survive is .13 (.03) sds of 1000 draws.

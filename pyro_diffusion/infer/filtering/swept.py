@@ -126,7 +126,10 @@ class Swept:
 
     @property
     def log_weights(self) -> Tensor:
-        """The runs' shares of the evidence, normalized, of the shape of ``log_evidence_runs``."""
+        """The runs' shares of the evidence, normalized, of the shape of ``log_evidence_runs``.
+
+        NaN for a datum none of whose first runs survived, which the verdict tells.
+        """
         return self.log_evidence_runs.log_softmax(0)
 
     @property
@@ -183,7 +186,8 @@ def judged(
         change = (step.mean(0).square().mean(-1) / scale).sqrt()
         by_chance = (noise / chains / scale).sqrt()
     chi2, p_value = misfit(likelihood, x0, torch.full_like(log_z, -math.log(chains)))
-    shares = log_z.where(~dead, 0.0).softmax(0)
+    none = (log_z == -math.inf).all(0)  # some may have survived when made again
+    shares = log_z.where(~none, 0.0).softmax(0)
     verdict = SweptVerdict(
         num_particles,
         chains,
@@ -197,7 +201,7 @@ def judged(
         died=(log_z == -math.inf).double().mean(0),
         copied=runs.copied.double().mean(0).where(~dead, 0.0),
         dead=dead,
-        effective_runs=shares.square().sum(0).reciprocal().where(~dead, 0.0),
+        effective_runs=shares.square().sum(0).reciprocal().where(~none, 0.0),
         log_evidence=Estimate(
             float(_log_mean(log_z).sum()),
             float(independent_variance(log_z).sum().sqrt()),
@@ -227,13 +231,17 @@ def _problems(verdict: SweptVerdict) -> tuple[str, ...]:
         )
     many = ~verdict.dead & ((verdict.died > MANY_DIE) | (verdict.copied > 0))
     if bool(many.any()):
-        copied = verdict.copied[many].max()
+        copied, weighted = verdict.copied[many].max(), bool((verdict.died[many] < 1).all())
         problems.append(
             f"{number(100 * verdict.died[many].max(), 0)} % of {verdict.num_chains} runs were left without a "
             f"particle{which_rows(many)} and made again"
             + (f" (in vain {number(100 * copied, 0)} %, which copy others)" if copied > 0 else "")
-            + ": draws are biased towards where runs survive; use more particles a run, another guidance, or "
-            "log_weights, which are not"
+            + ": draws are biased towards where runs survive; use more particles a run, another guidance"
+            + (
+                ", or log_weights, which are not"
+                if weighted
+                else " (where all died, log_weights are NaN)"
+            )
         )
     going = verdict.change.square() > STILL_CHANGING * verdict.change_by_chance.square()
     if verdict.num_chains >= LEAST_CHAINS and bool(going.any()):
