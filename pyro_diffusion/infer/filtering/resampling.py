@@ -7,11 +7,9 @@ from torch import Tensor
 
 __all__ = [
     "LEAST_ANCESTORS",
-    "LEAST_RUNS",
     "effective_ancestors",
     "evidence_variance",
     "genealogical_variance",
-    "independent_variance",
     "multinomial_ancestors",
     "resampled",
     "systematic_ancestors",
@@ -20,10 +18,6 @@ __all__ = [
 # A variance estimated from n ancestors has n - 1 degrees of freedom; from three, its root is within a factor
 # of 1.5 two times in three. With fewer no error is given.
 LEAST_ANCESTORS = 4.0
-# The spread of independent runs is told from so many.
-LEAST_RUNS = 16
-# Runs this many nats below their mean add nothing to it: as if they had died.
-NOTHING = 20.0
 
 
 def systematic_ancestors(
@@ -187,40 +181,3 @@ def evidence_variance(
     if weight_variance is not None:
         variance = torch.maximum(variance, weight_variance)
     return torch.where(enough, variance, math.inf)
-
-
-def independent_variance(log_z: Tensor) -> Tensor:
-    r"""Variance of :math:`\log \bar Z`, the mean of M independent unbiased :math:`\hat Z_m`.
-
-    The larger of two. The sample variance of the mean over its square, which knows of drawn weights only and
-    cannot exceed 1; and that of log-normal :math:`\hat Z_m`, of which the share p is not 0,
-
-    .. math:: \log\Big(1 + \frac{e^{s^2} / p - 1}{M}\Big),
-
-    with :math:`s^2` the mean square of :math:`\log \hat Z_m` above their median: the upper tail is what a
-    mean depends on. Runs that are :math:`e^{-20}` of the mean or less, as those that miss by far,
-    add nothing to it and count as 0: how far they miss is no spread. Where few of many runs have all the
-    weight the first misses most of the error; this one is too large, by two fifths where s is 2 and M 64. Of
-    log-normal runs with any s up to 3, at most 1.4 % of means are off by more than three errors if M is 64,
-    and 7 % if M is 16.
-
-    Args:
-        log_z: (M,) + batch, -inf for runs of evidence 0.
-
-    Returns:
-        Batch; infinite, for "not estimated", where fewer than ``LEAST_RUNS`` are not 0.
-    """
-    count = len(log_z)
-    told = log_z > log_z.logsumexp(0) - math.log(count) - NOTHING
-    left = told.sum(0)
-    enough = left >= LEAST_RUNS
-    if not bool(enough.any()):
-        return torch.full_like(log_z[0], math.inf)
-    own = torch.arange(count, device=log_z.device).reshape(-1, *(1,) * (log_z.dim() - 1))
-    log_weights = log_z.where(enough, 0.0).log_softmax(0)
-    correction = torch.full_like(log_z[0], count / (count - 1))
-    plain = genealogical_variance(log_weights, own.expand(log_z.shape), correction)
-    above = (log_z - log_z.where(told, math.nan).nanquantile(0.5, 0)).clamp(min=0)
-    square = 2 * above.square().sum(0) / (left - 1).clamp(min=1)
-    log_normal = torch.log1p((square.exp() * count / left - 1) / count)
-    return torch.maximum(plain, log_normal).where(enough, math.inf)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.estimate import UNBIASED, Estimate
-from pyro_diffusion.infer.filtering.resampling import independent_variance
+from pyro_diffusion.infer.filtering.independent_runs import independent_variance
 from pyro_diffusion.infer.filtering.small_runs import SmallRuns, no_run_left
 from pyro_diffusion.infer.filtering.verdict import (
     FALSE_ALARM,
