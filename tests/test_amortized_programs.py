@@ -88,7 +88,8 @@ SUPPORTS = {
 
 
 def test_the_table_has_every_support_that_a_transform_is_known_for():
-    assert {kind.__name__ for kind in biject_to._registry} == set(SUPPORTS)
+    known = {kind.__name__ for kind in biject_to._registry} - {"NormalInterval"}  # the guides' own
+    assert known == set(SUPPORTS)
 
 
 @pytest.mark.parametrize("name", SUPPORTS)
@@ -102,7 +103,7 @@ def test_density_on_every_support(name):
 
     guide = ready(model, vectorized=False)
     x = guide.simulate(200)["x"].median()
-    transform = biject_to(support)
+    transform = biject_to(guide.prototype_trace.nodes["z"]["fn"].support)
     free = 0.5 * torch.randn(3, *shape)
     values = torch.stack([transform(each) for each in free])
     assert bool(support.check(values).all())

@@ -199,9 +199,20 @@ def test_a_correlated_normal_prior_is_read():
     assert torch.allclose(covariance.float(), torch.block_diag(full, full))
 
 
+def test_a_uniform_prior_is_normal_by_its_quantiles():
+    def program(x=None):
+        z = pyro.sample("z", Uniform(-1.0, torch.tensor([3.0, 5.0])).to_event(1))
+        pyro.sample("x", Normal(z, 1.0).to_event(1), obs=x)
+
+    guide = AutoAmortized(program, observed=["x"])
+    guide.simulate(50)
+    mean, covariance = normal_prior(guide, (), {})
+    assert mean.equal(torch.zeros(2, dtype=F64)) and covariance.equal(torch.eye(2, dtype=F64))
+
+
 def test_other_priors_are_none():
-    def uniform(x=None):
-        z = pyro.sample("z", Uniform(0.0, 1.0))
+    def positive(x=None):
+        z = pyro.sample("z", Exponential(1.0))
         pyro.sample("x", Normal(z, 1.0), obs=x)
 
     def dependent(x=None):
@@ -215,7 +226,7 @@ def test_other_priors_are_none():
         pyro.sample("x", Normal(w, 1.0), obs=x)
 
     pyro.set_rng_seed(1)
-    for program in (uniform, dependent, seldom):
+    for program in (positive, dependent, seldom):
         guide = AutoAmortized(program, observed=["x"])
         guide.simulate(50)
         assert normal_prior(guide, (), {}) is None

@@ -28,8 +28,8 @@ class AutoAmortized(SimulatedLevels):
     r"""Posterior of a program's latents given any data, learned from the program's own simulations.
 
     The guide is :math:`q(\theta | x)`, a conditional diffusion over the program's continuous latents, each
-    through ``biject_to`` its support, together in one vector and standardized, given a summary of the
-    observed sites. Training maximizes a lower bound of :math:`E_{p(\theta, x)} \log q(\theta | x)`, whose
+    through ``biject_to`` its support (an interval by normal quantiles, so that a uniform prior is standard
+    normal), together in one vector and standardized, given a summary of the observed sites. Training maximizes a lower bound of :math:`E_{p(\theta, x)} \log q(\theta | x)`, whose
     maximum is the posterior: simulated latents are *observed*, distributed as the guide has it
     (:meth:`training_model`; Pyro's ``CSIS`` has the same objective). No likelihood is evaluated, so the
     program may be any simulator::
@@ -87,7 +87,8 @@ class AutoAmortized(SimulatedLevels):
             the summary as context ``y``; by default a
             :class:`~pyro_diffusion.nn.ConditionalMLP` of three blocks of 128, of two of 64 for latents of
             rows, whose context is the latents outside and the row's data. Without a ``summary``, and up to
-            64 latents and data, the default one adds to the linear regression of latents on data; with plates
+            64 latents and data, the default one adds to the linear regression of latents on data and, where
+            latents lie in an interval, on what a regression of their places in it predicts; with plates
             of rows, on the latents outside and statistics of the sets, by coefficients and variances that
             depend on their sizes.
         objective: of training; the evidence lower bound by default.

@@ -37,7 +37,7 @@ class ComposedPosterior:
     the data, ``AutoAmortized``) has no such error, and costs simulations of whole sets.
 
     The prior is that of the latents in unconstrained space: exact where all of them are independent
-    ``Normal``, ``LogNormal`` or ``MultivariateNormal`` of fixed parameters; otherwise the normal of the mean
+    ``Normal``, ``LogNormal``, ``Uniform`` or ``MultivariateNormal`` of fixed parameters; otherwise the normal of the mean
     and covariance of 10,000 draws, an approximation whose error counts n - 1 times. For such priors give a
     ``prior``: a denoiser of the latents' ``standardized`` draws.
 

@@ -13,7 +13,13 @@ from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
 from pyro_diffusion.distributions.objectives import Objective
 from pyro_diffusion.dynamics import ODESolver
-from pyro_diffusion.infer.simulators.linear_regression import Column, LinearlyRegressed, regressed
+from pyro_diffusion.infer.simulators.bounded_prediction import BoundedPrediction
+from pyro_diffusion.infer.simulators.linear_regression import (
+    MOST,
+    Column,
+    LinearlyRegressed,
+    regressed,
+)
 from pyro_diffusion.infer.simulators.standardized import Familiar, Standardized
 from pyro_diffusion.nn import ConditionalMLP
 from pyro_diffusion.processes import GaussianProcess
@@ -53,6 +59,8 @@ class ConditionalPosterior(nn.Module):
         observed: the shape of each observed site, and which logarithm is taken, see ``Standardized``.
         summary: a module from standardized data to vectors; None for the data themselves.
         make_denoiser: a function of the sizes of latents and summary.
+        bounded: which of the latents lie in an interval. The default denoiser sees data, without a summary,
+            beside what a regression of these latents on them predicts.
 
     Raises:
         ValueError: for a summary or a denoiser of another kind.
@@ -67,6 +75,7 @@ class ConditionalPosterior(nn.Module):
         observed: Sequence[tuple[torch.Size, int]],
         summary: nn.Module | None,
         make_denoiser: MakeDenoiser,
+        bounded: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.latents = Standardized((latent_size,))
@@ -78,9 +87,13 @@ class ConditionalPosterior(nn.Module):
             zeros = [each.loc.new_zeros((2, *each.loc.shape)) for each in self._sites]
             with torch.no_grad():
                 size = check_summary(summary(*zeros), 2).shape[1]
+        plain = summary is None and make_denoiser is default_denoiser
+        # as for the regression of unconstrained latents, of few data
+        self.prediction = BoundedPrediction(bounded if plain and size <= MOST else (), size)
+        size += self.prediction.size
         self.denoiser = make_denoiser(latent_size, size)
         check_denoiser(self.denoiser)
-        if summary is None and make_denoiser is default_denoiser:
+        if plain:
             self.denoiser = regressed(self.denoiser, latent_size, [Column.VALUE] * size)
         # simulations that the scales were taken from
         self.register_buffer("count", torch.tensor(0))
@@ -103,8 +116,9 @@ class ConditionalPosterior(nn.Module):
             site.fit(x)
         rows = self.rows(data, latents.shape[:1])
         self.familiar.fit(rows)
+        self.prediction.fit(latents, rows)
         if isinstance(self.denoiser, LinearlyRegressed):
-            self.denoiser.fit(self.latents(latents), rows)
+            self.denoiser.fit(self.latents(latents), self._predicted(rows))
         self.count.fill_(len(latents))
 
     def standardized(self, data: Sequence[Tensor]) -> list[Tensor]:
@@ -127,12 +141,18 @@ class ConditionalPosterior(nn.Module):
     def context(self, data: Sequence[Tensor], batch: torch.Size) -> Tensor:
         """The summary of data, batch + (features,)."""
         if self.summary is None:
-            return self.rows(data, batch)
+            return self._predicted(self.rows(data, batch))
         flat = [
             x.reshape(-1, *site.loc.shape)
             for x, site in zip(self.standardized(data), self._sites, strict=True)
         ]
         return check_summary(self.summary(*flat), len(flat[0])).reshape(*batch, -1)
+
+    def _predicted(self, rows: Tensor) -> Tensor:
+        """Standardized data, and what they predict of bounded latents, batch + (features,)."""
+        if not self.prediction.size:
+            return rows
+        return torch.cat([rows, self.prediction(rows, self.latents)], -1)
 
     def diffusion(self, context: Tensor, objective: Objective | None) -> Diffusion:
         """How standardized latents are distributed; simulated ones are observed under it."""

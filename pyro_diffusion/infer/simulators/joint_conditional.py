@@ -11,6 +11,7 @@ from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
 from pyro_diffusion.infer.simulators.conditional_posterior import FlowPosterior
+from pyro_diffusion.infer.simulators.intervals import by_normal_quantiles
 from pyro_diffusion.infer.simulators.packed import packed_log_prob, packed_quantiles, packed_values
 from pyro_diffusion.infer.simulators.simulations import SimulatedSite
 from pyro_diffusion.likelihoods.run import isolated, unconditioned
@@ -64,6 +65,7 @@ class JointConditional(AutoContinuous):
         state = pyro.util.get_rng_state()
         with isolated():
             self._setup_prototype(*args, **kwargs)
+        by_normal_quantiles(self.prototype_trace)
         pyro.util.set_rng_state(state)
 
     @property

@@ -11,7 +11,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.infer.simulators.standardized import Standardized
 from pyro_diffusion.schedules import Level
 
-__all__ = ["Column", "LinearlyRegressed", "regressed"]
+__all__ = ["MOST", "Column", "LinearlyRegressed", "regressed"]
 
 MOST = 64  # latents and values up to which there is a regression
 FEWEST = 10  # simulations for each coefficient of a latent

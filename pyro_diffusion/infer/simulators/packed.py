@@ -22,9 +22,9 @@ __all__ = [
     "unpack",
 ]
 
-# Logarithm of the least number of single precision, and logit of the last below 1, less rounding; those of
-# double precision are further out.
-FAR = (-87.3, 15.9)
+# Normal quantiles of the least number of single precision and of the last below 1, less rounding; logits and
+# logarithms of these, and those of double precision, are further out.
+FAR = (-12.9, 5.1)
 CLOSE = 1e-3  # of the largest number of a value: what a transform and its inverse may lose
 
 

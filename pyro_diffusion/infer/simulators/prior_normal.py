@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from pyro.distributions import LogNormal, MultivariateNormal, Normal
+from pyro.distributions import LogNormal, MultivariateNormal, Normal, Uniform
 from torch import Tensor
 
 from pyro_diffusion.infer.simulators.truncation import first_sites
@@ -17,7 +17,7 @@ RUNS = 100  # up to the last latent: a branch that one in twenty takes is missed
 def normal_prior(guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
     """Mean and covariance of the packed, unconstrained latents, in double precision; None if not normal.
 
-    That they are known is seen in many runs without data: every latent is normal, or its logarithm is, with
+    That they are known is seen in many runs without data: every latent is normal, log-normal or uniform, with
     the same parameters in all of them, so that none depends on another.
     """
     runs = [first_sites(guide._simulator, args, kwargs) for _ in range(RUNS)]
@@ -41,6 +41,9 @@ def _moments(node: Any) -> tuple[Tensor, Tensor] | None:
     if type(fn) in (Normal, LogNormal):
         loc, scale = (x.double().expand(shape).reshape(-1) for x in (fn.loc, fn.scale))
         return loc, scale.square().diag()
+    if type(fn) is Uniform:  # by normal quantiles
+        size = shape.numel()
+        return torch.zeros(size, dtype=torch.float64), torch.eye(size, dtype=torch.float64)
     if type(fn) is MultivariateNormal:
         loc = fn.loc.double().expand(shape).reshape(-1)
         size = shape[-1]

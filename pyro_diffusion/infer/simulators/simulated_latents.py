@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyro_diffusion.infer.simulators.conditional_posterior import ConditionalPosterior, MakeDenoiser
 from pyro_diffusion.infer.simulators.described import check_described, described
 from pyro_diffusion.infer.simulators.designs import Call, simulates_alike
+from pyro_diffusion.infer.simulators.intervals import bounded_places, by_normal_quantiles
 from pyro_diffusion.infer.simulators.packed import at_edge, is_far, pack, unconstrained
 from pyro_diffusion.infer.simulators.simulations import (
     SimulatedSite,
@@ -149,6 +150,7 @@ class SimulatedLatents(AutoContinuous):
         self._shown[0].update(self._simulator.latents)
         with isolated():
             super()._setup_prototype(*args, **kwargs)
+        by_normal_quantiles(self.prototype_trace)
         pyro.util.set_rng_state(state)
         self._described = described(self._simulator, self.prototype_trace)
 
@@ -180,7 +182,8 @@ class SimulatedLatents(AutoContinuous):
     def _build(self, simulator: Simulator) -> nn.Module:
         """What is learned, untrained."""
         shapes = [(site.shape, site.log) for site in simulator.observed.values()]
-        return ConditionalPosterior(self.latent_dim, shapes, *self._parts)
+        bounded = bounded_places(self.prototype_trace, self._unconstrained_shapes)
+        return ConditionalPosterior(self.latent_dim, shapes, *self._parts, bounded)
 
     def _check_state(self, simulator: Simulator) -> None:
         """Refuse a state that was loaded and is not of this program."""
@@ -375,7 +378,9 @@ class SimulatedLatents(AutoContinuous):
             count += 1
         sites = [f"{own}observed.{i}." for i in range(count)]
         shapes = [(state_dict[f"{s}loc"].shape, int(state_dict[f"{s}log"])) for s in sites]
-        return ConditionalPosterior(state_dict[f"{own}latents.loc"].numel(), shapes, *self._parts)
+        size = state_dict[f"{own}latents.loc"].numel()
+        bounded = state_dict.get(f"{own}prediction.bounded", torch.zeros(0)).tolist()
+        return ConditionalPosterior(size, shapes, *self._parts, bounded)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # A fresh guide is built from the shapes of what it loads.
