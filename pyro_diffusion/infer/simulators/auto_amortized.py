@@ -29,10 +29,10 @@ class AutoAmortized(SimulatedLevels):
 
     The guide is :math:`q(\theta | x)`, a conditional diffusion over the program's continuous latents, each
     through ``biject_to`` its support (an interval by normal quantiles, so that a uniform prior is standard
-    normal), together in one vector and standardized, given a summary of the observed sites. Training maximizes a lower bound of :math:`E_{p(\theta, x)} \log q(\theta | x)`, whose
-    maximum is the posterior: simulated latents are *observed*, distributed as the guide has it
-    (:meth:`training_model`; Pyro's ``CSIS`` has the same objective). No likelihood is evaluated, so the
-    program may be any simulator::
+    normal), together in one vector and standardized, given a summary of the observed sites. Training
+    maximizes a lower bound of :math:`E_{p(\theta, x)} \log q(\theta | x)`, whose maximum is the posterior:
+    simulated latents are *observed*, distributed as the guide has it (:meth:`training_model`; Pyro's ``CSIS``
+    has the same objective). No likelihood is evaluated, so the program may be any simulator::
 
         guide = AutoAmortized(model, observed=["x"])
         svi = SVI(guide.training_model, lambda **simulations: None, Adam({"lr": 1e-3}), Trace_ELBO())

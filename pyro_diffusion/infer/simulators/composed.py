@@ -37,9 +37,9 @@ class ComposedPosterior:
     the data, ``AutoAmortized``) has no such error, and costs simulations of whole sets.
 
     The prior is that of the latents in unconstrained space: exact where all of them are independent
-    ``Normal``, ``LogNormal``, ``Uniform`` or ``MultivariateNormal`` of fixed parameters; otherwise the normal of the mean
-    and covariance of 10,000 draws, an approximation whose error counts n - 1 times. For such priors give a
-    ``prior``: a denoiser of the latents' ``standardized`` draws.
+    ``Normal``, ``LogNormal``, ``Uniform`` or ``MultivariateNormal`` of fixed parameters; otherwise the normal
+    of the mean and covariance of 10,000 draws, an approximation whose error counts n - 1 times. For such
+    priors give a ``prior``: a denoiser of the latents' ``standardized`` draws.
 
     Args:
         guide: trained on single observations, without plates of rows.
