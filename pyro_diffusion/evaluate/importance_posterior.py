@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_diffusion.distributions.base import DenoisedDistribution
 from pyro_diffusion.estimate import LogLikelihoodEstimate
 from pyro_diffusion.evaluate.importance import from_log_weights
-from pyro_diffusion.infer.simulators.simulations import WholeData
+from pyro_diffusion.infer.simulators.runs import WholeData
 from pyro_diffusion.likelihoods.run import is_computed
 from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.unwrapping import unwrap_to

@@ -21,8 +21,9 @@ from pyro_diffusion.infer.simulators.joint_law import (
     default_site_denoiser,
 )
 from pyro_diffusion.infer.simulators.random_conditions import check_conditions, draw_conditioned
+from pyro_diffusion.infer.simulators.runs import traced
 from pyro_diffusion.infer.simulators.simulated_latents import SimulatedLatents
-from pyro_diffusion.infer.simulators.simulations import Simulator, find_joint, traced
+from pyro_diffusion.infer.simulators.simulations import Simulator, find_joint
 from pyro_diffusion.likelihoods.run import unconditioned
 from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_finite, check_tensor

@@ -12,7 +12,7 @@ from pyro.ops.provenance import get_provenance
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_diffusion.infer.simulators.simulations import score, site_score, sites_of, traced
+from pyro_diffusion.infer.simulators.runs import score, site_score, sites_of, traced
 from pyro_diffusion.likelihoods.run import Message, isolated, unconditioned
 
 __all__ = ["moral_graph"]

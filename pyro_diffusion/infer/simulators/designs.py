@@ -10,7 +10,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_diffusion.infer.simulators.plates import Level
-from pyro_diffusion.infer.simulators.simulations import Simulator, site_score, sites_of, traced
+from pyro_diffusion.infer.simulators.runs import site_score, sites_of, traced
+from pyro_diffusion.infer.simulators.simulations import Simulator
 from pyro_diffusion.likelihoods.run import Message, unconditioned
 
 __all__ = ["Call", "rows_alike", "simulates_alike"]

@@ -8,7 +8,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_diffusion.infer.simulators.simulations import Simulator, site_score, trial_runs
+from pyro_diffusion.infer.simulators.runs import site_score
+from pyro_diffusion.infer.simulators.simulations import Simulator, trial_runs
 from pyro_diffusion.likelihoods.run import Message
 
 __all__ = ["Level", "find_levels", "in_rows"]

@@ -15,9 +15,9 @@ from pyro_diffusion.infer.simulators.conditional_posterior import ConditionalPos
 from pyro_diffusion.infer.simulators.described import check_described, described
 from pyro_diffusion.infer.simulators.designs import Call, simulates_alike
 from pyro_diffusion.infer.simulators.intervals import bounded_places, by_normal_quantiles
+from pyro_diffusion.infer.simulators.observed_data import check_by_name, check_data
 from pyro_diffusion.infer.simulators.packed import at_edge, is_far, pack, unconstrained
 from pyro_diffusion.infer.simulators.simulations import (
-    SimulatedSite,
     Simulator,
     find_sites,
     observed_nodes,
@@ -31,7 +31,7 @@ from pyro_diffusion.infer.simulators.standardized import (
 )
 from pyro_diffusion.likelihoods.run import isolated
 from pyro_diffusion.unreliable import warn_unreliable
-from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor, kind_of
+from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
 
 __all__ = ["SimulatedLatents", "Values", "check_data"]
 
@@ -398,51 +398,6 @@ class SimulatedLatents(AutoContinuous):
                     return
             self.register_buffer("structure", stored.clone())
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def check_by_name(values: Any) -> None:
-    """Refuse observations that are no dictionary."""
-    if not isinstance(values, Mapping):
-        raise ValueError(
-            f"observations: got {kind_of(values)}, expected a dictionary by the names of observed sites"
-        )
-
-
-def check_data(
-    name: str, value: Any, shape: torch.Size, site: SimulatedSite, expected: str = "simulated"
-) -> Tensor:
-    """An observed site's data, if they are finite, of the shape or a batch of it, and not below its support.
-
-    Raises:
-        ValueError: naming the site.
-    """
-    if not isinstance(value, Tensor):
-        try:
-            value = torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(
-                f"site {name!r}: got {kind_of(value)}, expected a tensor of numbers"
-            ) from None
-    value = check_tensor(f"site {name!r}", value)
-    lead = value.dim() - len(shape)
-    if lead < 0 or value.shape[lead:] != shape:
-        raise ValueError(
-            f"site {name!r}: got data of shape {tuple(value.shape)}, expected {tuple(shape)}, as "
-            f"{expected}, or further batch dimensions on its left"
-        )
-    if not value.numel():
-        raise ValueError(
-            f"site {name!r}: got data of shape {tuple(value.shape)}, expected one observation at least"
-        )
-    check_finite(f"site {name!r}", value)
-    below = value <= 0 if site.positive else value < 0
-    if (site.positive or site.counts) and bool(below.any()):
-        kind = "positive ones" if site.positive else "0 or more"
-        raise ValueError(
-            f"site {name!r}: got {float(value.min()):.6g} as least value, expected {kind}, as its "
-            "distribution has them"
-        )
-    return value
 
 
 def _hidden(msg: Any, shown: set[str]) -> bool:

@@ -11,6 +11,7 @@ from pyro_diffusion.infer.simulators.conditional_posterior import MakeDenoiser, 
 from pyro_diffusion.infer.simulators.designs import rows_alike
 from pyro_diffusion.infer.simulators.hierarchical_posterior import HierarchicalPosterior
 from pyro_diffusion.infer.simulators.level_networks import Rows
+from pyro_diffusion.infer.simulators.observed_data import check_by_name, check_data
 from pyro_diffusion.infer.simulators.plates import Level, find_levels
 from pyro_diffusion.infer.simulators.rows import (
     check_sizes_seen,
@@ -24,8 +25,6 @@ from pyro_diffusion.infer.simulators.rows import (
 from pyro_diffusion.infer.simulators.simulated_latents import (
     SimulatedLatents,
     Values,
-    check_by_name,
-    check_data,
 )
 from pyro_diffusion.infer.simulators.simulations import SimulatedSite, Simulator, observed_nodes
 from pyro_diffusion.infer.simulators.site_checks import check_whole

@@ -1,31 +1,26 @@
 """A program as a simulator: its latents, its observed sites, and joint draws of both."""
 
-import warnings
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, ZeroInflatedDistribution
+from pyro.distributions import ZeroInflatedDistribution
 from pyro.infer import Predictive
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_diffusion.infer.simulators.runs import sites_of, traced
 from pyro_diffusion.infer.simulators.site_checks import (
     check_same,
     is_reweighted,
     known,
-    with_own_mask,
 )
 from pyro_diffusion.infer.simulators.standardized import LOG, LOG_OF_COUNTS, PLAIN
+from pyro_diffusion.infer.simulators.vectorization import is_vectorizable, rows_of, side_by_side
 from pyro_diffusion.likelihoods.run import (
     Message,
-    check_fixed_rows,
-    is_computed,
     isolated,
     unconditioned,
 )
@@ -34,22 +29,14 @@ from pyro_diffusion.unwrapping import unwrap
 __all__ = [
     "SimulatedSite",
     "Simulator",
-    "WholeData",
     "find_joint",
     "find_sites",
     "observed_nodes",
-    "rows_of",
-    "score",
-    "side_by_side",
     "simulate",
-    "site_score",
-    "sites_of",
-    "traced",
     "trial_runs",
 ]
 
 TRIALS = 3
-CROWD = 1000  # runs side by side, of which what mixes one in hundreds with the others shows
 RUNS = 8  # in which a fair coin falls alike in 1 of 128 cases
 Values = dict[str, Tensor]
 
@@ -91,44 +78,6 @@ class Simulator(NamedTuple):
     observed: dict[str, SimulatedSite]
     nesting: int
     vectorized: bool
-
-
-class WholeData(Messenger):
-    """Refuses plates that draw their rows."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        check_fixed_rows(msg)
-
-
-class _Reads(TorchDispatchMode):
-    """Notices whether a number leaves a tensor: by `if`, `float`, `item`."""
-
-    found = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found |= func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-def traced(program: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """A trace of one run, as if nothing were around it."""
-    with isolated(), torch.no_grad(), WholeData():
-        try:
-            return poutine.trace(poutine.block(program, hide_types=["param"])).get_trace(
-                *args, **kwargs
-            )
-        except NotImplementedError as error:
-            error.add_note("model: got a site without draws, expected one that can be simulated")
-            raise
-
-
-def sites_of(trace: Any) -> dict[str, Message]:
-    """Sample sites, without those of plates and what is computed, each with its masks in `mask`."""
-    return {
-        name: with_own_mask(node)
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and not site_is_subsample(node) and not is_computed(node)
-    }
 
 
 def find_sites(
@@ -222,7 +171,7 @@ def _simulator(
     frames = [f for node in sites[0].values() for f in node["cond_indep_stack"]]
     nesting = max([-f.dim for f in frames if f.dim is not None], default=0)
     if vectorized is None:
-        vectorized = _is_vectorizable(program, args, kwargs, runs, nesting)
+        vectorized = is_vectorizable(program, args, kwargs, runs, nesting)
     found = {n: _simulated_site(sites[0][n]) for n in (*hidden, *names)}
     return Simulator(
         program,
@@ -252,119 +201,6 @@ def _counts(fn: Any, support: Any) -> bool:
         return False
     integers = type(constraints.nonnegative_integer), constraints.integer_interval
     return isinstance(support, integers) and not bool(torch.as_tensor(support.lower_bound).any())
-
-
-def _is_vectorizable(
-    program: Callable[..., Any], args: Any, kwargs: Any, runs: list[Any], nesting: int
-) -> bool:
-    """Whether the runs, repeated side by side in one more plate, score as they do one by one.
-
-    A program that reads a number may branch on it. A branch that is rare in three runs is sure in a thousand
-    of them side by side, so that a read is enough. What mixes runs without a read, ``torch.where`` of their
-    largest value say, is looked for in a crowd of them.
-    """
-    single = [sites_of(run) for run in runs]
-    data = {}
-    for name in (n for n in single[0] if all(n in each for each in single)):
-        values = [each[name]["value"] for each in single]
-        batch = len(single[0][name]["fn"].batch_shape)
-        if batch > nesting or any(value.shape != values[0].shape for value in values):
-            return False
-        data[name] = torch.stack(values)
-
-    free = unconditioned(program)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with pyro.validation_enabled(False), _Reads() as reads:  # validation reads, too
-                together = side_by_side(free, single[0], TRIALS, nesting, args, kwargs, data)
-            if reads.found or not _score_alike(together, single, list(data), TRIALS, nesting):
-                return False
-            crowd = side_by_side(free, single[0], CROWD, nesting, args, kwargs)
-            rows = {n: rows_of(crowd[n], CROWD, nesting, v.shape[1:]) for n, v in data.items()}
-            for i, each in enumerate(single):
-                again = poutine.condition(free, {n: value[i] for n, value in rows.items()})
-                single[i] = {**each, **sites_of(traced(again, args, kwargs))}
-            return _score_alike(crowd, single, list(data), CROWD, nesting)
-    except Exception:  # whatever a program that knows nothing of plates may raise
-        return False
-
-
-def _score_alike(
-    together: dict[str, Message],
-    single: list[dict[str, Message]],
-    names: list[str],
-    count: int,
-    nesting: int,
-) -> bool:
-    """Whether the first of so many runs side by side score as these, which have their values."""
-    lead = (count,) + (1,) * nesting
-    for name in names:
-        own = score(together[name])
-        own = own.expand(torch.broadcast_shapes(own.shape, lead)).reshape(count, -1).sum(1)
-        alone = torch.stack([score(each[name]).sum() for each in single])
-        if not torch.allclose(own[: len(single)], alone, rtol=1e-4, atol=1e-4, equal_nan=True):
-            return False
-    return True
-
-
-def side_by_side(
-    program: Callable[..., Any],
-    single: dict[str, Message],
-    count: int,
-    nesting: int,
-    args: Any,
-    kwargs: Any,
-    given: Values | None = None,
-) -> dict[str, Message]:
-    """Sites of many runs that are one, inside one more plate on the left of the program's.
-
-    As ``Predictive(parallel=True)``, which runs the program two more times to learn what is known here, and
-    takes values of a site outside of the plates for values inside if they are vectors.
-
-    Args:
-        program: what is run.
-        single: sites of one run, of all that are given at least.
-        count: how many runs.
-        nesting: dimensions of the program's plates.
-        args: the program's.
-        kwargs: likewise.
-        given: values of some sites, (count,) + the shape of each in one run.
-    """
-    data = {}
-    for name, value in (given or {}).items():
-        missing = nesting - len(single[name]["fn"].batch_shape)
-        data[name] = value.reshape(count, *(1,) * missing, *value.shape[1:])
-
-    def together(*args: Any, **kwargs: Any) -> None:
-        with pyro.plate("_num_simulations", count, dim=-nesting - 1):
-            program(*args, **kwargs)
-
-    return sites_of(traced(poutine.condition(together, data) if data else together, args, kwargs))
-
-
-def rows_of(node: Message, count: int, nesting: int, shape: torch.Size) -> Tensor:
-    """A site's value of each of so many runs side by side, (count,) + the shape in one run."""
-    value: Tensor = node["value"]
-    if value.numel() == count * shape.numel():
-        return value.reshape(count, *shape)
-    # one that knows nothing of some of its plates
-    missing = nesting + node["fn"].event_dim - len(shape)
-    return value.expand(count, *(1,) * missing, *shape).reshape(count, *shape)
-
-
-def score(node: Message) -> Tensor:
-    """Log-density of a site's value; of a point mass, the point."""
-    fn = node["fn"]
-    base = fn
-    while hasattr(base, "base_dist"):
-        base = base.base_dist
-    if not isinstance(base, Delta):
-        out: Tensor = fn.log_prob(node["value"])
-        return out
-    point: Tensor = base.v.double()
-    event = tuple(range(point.dim() - fn.event_dim, point.dim()))
-    return point.sum(event) if event else point
 
 
 def simulate(simulator: Simulator, num_samples: int, args: Any, kwargs: Any) -> Values:
@@ -418,8 +254,3 @@ def trial_runs(
         return sites_of(traced(poutine.condition(program, data=values), args, kwargs))
 
     return [sites_of(traced(program, args, kwargs)) for _ in range(RUNS)], rerun
-
-
-def site_score(node: Message) -> Tensor:
-    """Log-density of a site's value, of its batch shape; of a point mass, the point."""
-    return score(node).expand(node["fn"].batch_shape)

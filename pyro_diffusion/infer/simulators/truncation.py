@@ -8,13 +8,9 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_diffusion.infer.simulators.simulations import (
-    Simulator,
-    rows_of,
-    side_by_side,
-    sites_of,
-    traced,
-)
+from pyro_diffusion.infer.simulators.runs import sites_of, traced
+from pyro_diffusion.infer.simulators.simulations import Simulator
+from pyro_diffusion.infer.simulators.vectorization import rows_of, side_by_side
 from pyro_diffusion.likelihoods.run import Message, unconditioned
 
 __all__ = ["Box", "draw_prior", "first_sites", "simulate_within"]
