@@ -128,3 +128,21 @@ def test_a_state_brings_its_prediction():
     assert fresh.posterior.context([x], torch.Size()).equal(
         first.posterior.context([x], torch.Size())
     )
+
+
+def rows(count, x=None):
+    m = pyro.sample("m", Uniform(-3.0, 3.0))
+    with pyro.plate("rows", count):
+        z = pyro.sample("z", Uniform(-1.0, 1.0))
+        pyro.sample("x", Normal(m + z, 0.3), obs=x)
+
+
+def test_other_numbers_of_rows_keep_the_map():
+    pyro.set_rng_seed(0)
+    guide = AutoAmortized(rows, observed=["x"])
+    guide.simulate(100, 6)
+    for count in (6, 3, 6):
+        guide(count, torch.zeros(count))
+        values = {"m": torch.tensor(1.5), "z": torch.full((count,), 0.5)}
+        free = pack(guide, values, torch.Size())
+        torch.testing.assert_close(free, torch.full((count + 1,), stats.norm.ppf(0.75)).float())

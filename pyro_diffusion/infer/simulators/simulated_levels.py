@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pyro_diffusion.infer.simulators.conditional_posterior import MakeDenoiser, default_denoiser
 from pyro_diffusion.infer.simulators.designs import rows_alike
 from pyro_diffusion.infer.simulators.hierarchical_posterior import HierarchicalPosterior
+from pyro_diffusion.infer.simulators.intervals import by_normal_quantiles
 from pyro_diffusion.infer.simulators.level_networks import Rows
 from pyro_diffusion.infer.simulators.observed_data import check_by_name, check_data
 from pyro_diffusion.infer.simulators.plates import Level, find_levels
@@ -131,6 +132,7 @@ class SimulatedLevels(SimulatedLatents):
         state = pyro.util.get_rng_state()
         with isolated():
             super(SimulatedLatents, self)._setup_prototype(*args, **kwargs)
+        by_normal_quantiles(self.prototype_trace)
         pyro.util.set_rng_state(state)
         self._find_places()
 
