@@ -9,6 +9,7 @@ from torch.distributions import biject_to, constraints
 
 from pyro_diffusion.infer import AutoAmortized, AutoJoint
 from pyro_diffusion.infer.simulators.intervals import NormalCdf, NormalInterval
+from pyro_diffusion.infer.simulators.linear_regression import LinearlyRegressed
 from pyro_diffusion.infer.simulators.packed import pack
 
 F64 = torch.float64
@@ -128,6 +129,46 @@ def test_a_state_brings_its_prediction():
     assert fresh.posterior.context([x], torch.Size()).equal(
         first.posterior.context([x], torch.Size())
     )
+
+
+def test_many_data_keep_their_linear_part():
+    # up to 64 data and latents have one: with a prediction of each latent these would be 68
+    def many(x=None):
+        z = pyro.sample("z", Uniform(-1.0, torch.ones(8)).to_event(1))
+        loc = z.sum(-1, keepdim=True).expand(*z.shape[:-1], 60)
+        pyro.sample("x", Normal(loc, 0.5).to_event(1), obs=x)
+
+    guide = AutoAmortized(many, observed=["x"])
+    guide.simulate(50)
+    assert isinstance(guide.posterior.denoiser, LinearlyRegressed)
+    assert guide.posterior.context([torch.ones(60)], torch.Size()).shape == (60,)
+
+    def pixels(x=None):
+        z = pyro.sample("z", Uniform(-1.0, torch.ones(65)).to_event(1))
+        pyro.sample("x", Normal(z.sum(-1), 0.5), obs=x)
+
+    guide = AutoAmortized(pixels, observed=["x"])
+    guide.simulate(50)
+    assert guide.posterior.context([torch.tensor(1.0)], torch.Size()).shape == (1,)
+
+
+def test_a_state_without_intervals_has_nothing_of_them():
+    # and so states from before there were any are still read
+    def unbounded(x=None):
+        z = pyro.sample("z", Normal(0.0, 1.0))
+        pyro.sample("x", Normal(z, 1.0), obs=x)
+
+    guide = AutoAmortized(unbounded, observed=["x"])
+    guide.simulate(50)
+    assert not [key for key in guide.state_dict() if "prediction" in key]
+
+
+def test_messages_name_an_interval():
+    guide = AutoAmortized(model, observed=["x"])
+    guide.simulate(50)
+    values = {"z": torch.zeros(2), "share": torch.tensor(2.0)}
+    with pytest.raises(ValueError, match=r"expected Interval\(lower_bound=0.0, upper_bound=1.0\)"):
+        guide.log_prob(values, torch.tensor(0.0))
 
 
 def rows(count, x=None):

@@ -88,7 +88,8 @@ class AutoAmortized(SimulatedLevels):
             :class:`~pyro_diffusion.nn.ConditionalMLP` of three blocks of 128, of two of 64 for latents of
             rows, whose context is the latents outside and the row's data. Without a ``summary``, and up to
             64 latents and data, the default one adds to the linear regression of latents on data and, where
-            latents lie in an interval, on what a regression of their places in it predicts; with plates
+            latents lie in an interval and are 64 with the data at most, on what a regression of their places
+            in it predicts; with plates
             of rows, on the latents outside and statistics of the sets, by coefficients and variances that
             depend on their sizes.
         objective: of training; the evidence lower bound by default.

@@ -35,10 +35,12 @@ class BoundedPrediction(nn.Module):
 
     def __init__(self, bounded: Sequence[int], values: int) -> None:
         super().__init__()
-        self.register_buffer("bounded", torch.tensor(bounded, dtype=torch.long))
         slopes = torch.zeros(values + 1, len(bounded))
         slopes[-1] = 0.5
-        self.register_buffer("slopes", slopes)
+        # states of programs without intervals have nothing of it
+        kept, at = len(bounded) > 0, torch.tensor(bounded, dtype=torch.long)
+        self.register_buffer("bounded", at, persistent=kept)
+        self.register_buffer("slopes", slopes, persistent=kept)
 
     @property
     def size(self) -> int:

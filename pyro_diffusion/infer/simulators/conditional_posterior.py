@@ -88,8 +88,9 @@ class ConditionalPosterior(nn.Module):
             with torch.no_grad():
                 size = check_summary(summary(*zeros), 2).shape[1]
         plain = summary is None and make_denoiser is default_denoiser
-        # as for the regression of unconstrained latents, of few data
-        self.prediction = BoundedPrediction(bounded if plain and size <= MOST else (), size)
+        # what is added is regressed on in turn, which has limits: none where it would be too many
+        few = latent_size <= MOST and size + len(bounded) <= MOST
+        self.prediction = BoundedPrediction(bounded if plain and few else (), size)
         size += self.prediction.size
         self.denoiser = make_denoiser(latent_size, size)
         check_denoiser(self.denoiser)

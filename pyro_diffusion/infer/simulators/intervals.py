@@ -53,6 +53,10 @@ def _inside(x: Tensor) -> Tensor:
 class NormalInterval(constraints.interval):
     """An interval that ``biject_to`` takes to the reals by normal quantiles."""
 
+    def __repr__(self) -> str:
+        # torch's leaves out the first letter of the class's name, in its own an underscore
+        return f"Interval(lower_bound={self.lower_bound}, upper_bound={self.upper_bound})"
+
 
 @biject_to.register(NormalInterval)
 def _(support: NormalInterval) -> Transform:
