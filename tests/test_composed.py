@@ -234,6 +234,20 @@ def test_other_priors_are_none():
         assert not found.normal
 
 
+def test_a_uniform_prior_with_other_ends_at_times_is_none():
+    # Ends of one run in 18 are others: seen in 100 runs (but for .3 % of seeds) and not in the trial runs of
+    # this seed, which raise if they see it.
+    def seldom(x=None):
+        w = pyro.sample("w", Normal(0.0, 1.0))
+        z = pyro.sample("z", Uniform(-1.0, 1.0 if w < 1.6 else 0.5))
+        pyro.sample("x", Normal(z, 1.0), obs=x)
+
+    pyro.set_rng_seed(0)
+    guide = AutoAmortized(seldom, observed=["x"])
+    guide.simulate(50)
+    assert normal_prior(guide, (), {}) is None
+
+
 class Exact(Denoiser):
     """p(z | z_t, y) for z ~ N(0, 1) and x ~ N(z, noise^2), standardized by what ``scales`` holds."""
 

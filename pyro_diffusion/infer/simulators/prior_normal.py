@@ -26,24 +26,25 @@ def normal_prior(guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | 
         found = [_moments(run[name]) for run in runs]
         if any(each is None for each in found):
             return None
-        mean, covariance = found[0]  # type: ignore[misc]
+        mean, covariance, *_ = first = found[0]  # type: ignore[misc]
         for each in found[1:]:
-            if not (torch.equal(each[0], mean) and torch.equal(each[1], covariance)):  # type: ignore[index]
+            if not all(map(torch.equal, each, first)):  # type: ignore[arg-type]
                 return None
         means.append(mean)
         covariances.append(covariance)
     return torch.cat(means), torch.block_diag(*covariances)
 
 
-def _moments(node: Any) -> tuple[Tensor, Tensor] | None:
-    """Of one site's unconstrained values in one vector."""
+def _moments(node: Any) -> tuple[Tensor, ...] | None:
+    """Of one site's unconstrained values in one vector, and what else is to be the same in all runs."""
     fn, shape = per_coordinate(node["fn"]), node["value"].shape
     if type(fn) in (Normal, LogNormal):
         loc, scale = (x.double().expand(shape).reshape(-1) for x in (fn.loc, fn.scale))
         return loc, scale.square().diag()
-    if type(fn) is Uniform:  # by normal quantiles
+    if type(fn) is Uniform:  # by normal quantiles, between the ends of any run
         size = shape.numel()
-        return torch.zeros(size, dtype=torch.float64), torch.eye(size, dtype=torch.float64)
+        mean, covariance = torch.zeros(size).double(), torch.eye(size).double()
+        return mean, covariance, fn.low, fn.high
     if type(fn) is MultivariateNormal:
         loc = fn.loc.double().expand(shape).reshape(-1)
         size = shape[-1]
