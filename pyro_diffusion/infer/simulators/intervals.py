@@ -35,7 +35,8 @@ class NormalCdf(Transform):
         return isinstance(other, NormalCdf)
 
     def _call(self, x: Tensor) -> Tensor:
-        return _inside(torch.special.ndtr(x))
+        # torch's ndtr adds 1 to an erf, and so is 0 where Phi is less than a rounding of 1
+        return _inside(0.5 * torch.erfc(-math.sqrt(0.5) * x))
 
     def _inverse(self, y: Tensor) -> Tensor:
         return torch.special.ndtri(_inside(y))
