@@ -23,11 +23,12 @@ from scipy import stats
 from pyro_diffusion.denoisers import MixtureDenoiser, TableDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
 from pyro_diffusion.dynamics import ODESolver
-from pyro_diffusion.guidance import MMPS, SampledGuidance
+from pyro_diffusion.guidance import MMPS, GuidedDenoiser, SampledGuidance
 from pyro_diffusion.infer import AutoGuidance, AutoTwistedSMC, ChainReparam
 from pyro_diffusion.processes import Absorbing, GaussianProcess
 from pyro_diffusion.samplers import DDIM
 from pyro_diffusion.schedules import LogLinear, Rectified
+from pyro_diffusion.unreliable import UnreliableWarning
 from tests.small_diffusions import conditional
 
 STEPS = 8
@@ -522,3 +523,62 @@ def test_the_prior_s_own_context_is_no_prediction():
 
     with pytest.raises(ValueError, match="latents: got no draws of context"):
         AutoTwistedSMC(model)()
+
+
+# --- what speaks against guided draws --------------------------------------------------------------
+
+
+class Deaf(GuidedDenoiser):
+    """Guidance that does not listen."""
+
+    def forward(self, xt, t, **context):
+        return self.denoiser(xt, t, **context)
+
+
+def deaf(denoiser, likelihood):
+    return Deaf(denoiser)
+
+
+def two(sd=0.05):
+    with pyro.plate("data", 2):
+        x = pyro.sample("x", PRIOR)
+        y = torch.tensor([[9.0, -9.0], [0.0, 0.0]], dtype=torch.float64)
+        noise = torch.tensor([[sd], [20.0]], dtype=torch.float64)
+        pyro.sample("y", Normal(x, noise).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize("sampler", [None, DDIM()])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_guided_draws_that_miss_the_observations_are_told(sampler, parallel):
+    # The second datum, which says next to nothing, is as good as ever.
+    guide = AutoGuidance(two, deaf, sampler=sampler)
+    with pytest.warns(UnreliableWarning, match=r"miss the observations.* in 1 of 2 rows \(0\)"):
+        Predictive(two, guide=guide, num_samples=4, parallel=parallel)()
+    with pytest.warns(UnreliableWarning, match=r"num_particles=8, sweeps=1"):
+        guide()
+
+
+def test_right_draws_raise_no_alarm():
+    # 400 calls of two data: four false alarms in a hundred seeds if draws are exact (warnings are errors).
+    guide = AutoGuidance(two, MMPS)
+    for count in (1, 5):
+        for _ in range(200):
+            Predictive(two, guide=guide, num_samples=count, parallel=True)()
+
+
+def test_observations_without_residuals_are_not_judged():
+    def symbols():
+        x = pyro.sample("x", PRIOR)
+        pyro.sample("y", Categorical(logits=50 * x), obs=torch.tensor(1))
+
+    AutoGuidance(symbols, deaf)()
+
+
+def test_masked_observations_do_not_count():
+    def masked():
+        x = pyro.sample("x", PRIOR)
+        y = torch.tensor([50.0, 0.0], dtype=torch.float64)
+        keep = torch.tensor([False, True])
+        pyro.sample("y", Normal(x, 5.0).mask(keep).to_event(1), obs=y)
+
+    AutoGuidance(masked, deaf)()

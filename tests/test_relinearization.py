@@ -19,6 +19,7 @@ from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.likelihoods.whitening import Whitened
 from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.schedules import Cosine
+from pyro_diffusion.unreliable import UnreliableWarning
 
 F64 = torch.float64
 MEANS = torch.tensor([[-0.7, 0.4, 0.1], [0.6, -0.5, 0.8]], dtype=F64)
@@ -128,7 +129,9 @@ def misfit(operator, passes, seed=0):
 
 def test_draws_of_clipped_observations_fit_them():
     """chi^2 was 0.9 to 1.3 over seeds 0 to 4, and over 3 without; one seed is run, so no false alarms."""
-    assert 0.8 < misfit("clipping", 2) < 1.4 < misfit("clipping", 0)
+    assert 0.8 < misfit("clipping", 2) < 1.4
+    with pytest.warns(UnreliableWarning, match="AutoGuidance: draws miss the observations"):
+        assert misfit("clipping", 0) > 1.4
 
 
 @pytest.mark.parametrize("kind", ["MMPS", "PiGDM", "DataCovariance"])

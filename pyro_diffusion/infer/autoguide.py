@@ -17,10 +17,12 @@ from pyro_diffusion.guidance.base import Guidance
 from pyro_diffusion.infer.auto_posterior import AutoPosterior, Density, as_chain
 from pyro_diffusion.infer.filtering.swept import Swept
 from pyro_diffusion.infer.filtering.twisted_smc import Particles, TwistedSMC
+from pyro_diffusion.infer.filtering.verdict import FALSE_ALARM, OWN_PARTICLES, misfit, misses
 from pyro_diffusion.infer.reparam import reverse_chain
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.samplers import Ancestral, Sampler
 from pyro_diffusion.samplers.base import check_sampler
+from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["AutoGuidance", "AutoTwistedSMC"]
@@ -36,6 +38,10 @@ class AutoGuidance(AutoPosterior):
 
     hence a density for ELBOs and ``Importance``, computed when asked for by one more pass of the unguided
     chain over the same states. Other samplers have draws alone, all that ``Predictive`` needs.
+
+    Nothing weighs a guided draw. Those that miss the observations by far more than the program's noise does
+    are told (``UnreliableWarning``; a false alarm in 1e-4 of calls, of draws that are the posterior's);
+    draws that fit need not be right.
 
     If ``model`` is ``poutine.reparam(model, config={"x": ChainReparam()})``, the guide emits the chain's own
     sites with exact densities, and does not ask how the model builds its ``Diffusion``.
@@ -113,9 +119,12 @@ class AutoGuidance(AutoPosterior):
         chain = self._guided(likelihood)
         chain = chain.expand(sample + chain.batch_shape)
         if not isinstance(chain.sampler, Ancestral):
-            return _transformed(likelihood, chain.sample()), self._no_density
+            x = chain.sample()
+            self._check_fit(likelihood, x, sample)
+            return _transformed(likelihood, x), self._no_density
         with poutine.trace() as trajectory:
             x = pyro.sample("x", reverse_chain("x", chain))
+        self._check_fit(likelihood, x, sample)
 
         def relative() -> Tensor:
             free = as_chain(likelihood.prior, times=self._times).expand(chain.batch_shape)
@@ -124,6 +133,17 @@ class AutoGuidance(AutoPosterior):
             return _log_joint(trajectory.trace) - _log_joint(again.trace)
 
         return _transformed(likelihood, x), relative
+
+    def _check_fit(self, likelihood: ProgramLikelihood, x: Tensor, sample: torch.Size) -> None:
+        """Say so where draws miss the observations by far: guidance has no weights that would tell."""
+        x0 = likelihood.prior.encode(x.detach())
+        draws = x0.reshape(sample.numel(), *x0.shape[len(sample) :])
+        own = likelihood.batch_shape if likelihood.factorized else torch.Size()
+        even = x0.new_full((len(draws), *own), -math.log(len(draws)), dtype=torch.float64)
+        chi2, p_value = misfit(likelihood, draws, even)
+        missed = p_value < FALSE_ALARM / max(p_value.numel(), 1)
+        if bool(missed.any()):
+            warn_unreliable(f"AutoGuidance: {misses(chi2, missed)}; {OWN_PARTICLES}")
 
     def _no_density(self) -> Tensor:
         raise ValueError(

@@ -11,12 +11,22 @@ from pyro_diffusion.estimate import Estimate
 from pyro_diffusion.infer.filtering.resampling import LEAST_ANCESTORS
 from pyro_diffusion.likelihoods import Likelihood
 
-__all__ = ["Verdict", "judge", "largest", "misfit", "misses", "number", "which_rows"]
+__all__ = [
+    "FALSE_ALARM",
+    "OWN_PARTICLES",
+    "Verdict",
+    "judge",
+    "largest",
+    "misfit",
+    "misses",
+    "number",
+    "which_rows",
+]
 
 # Chance of a warning that draws miss the observations, a run, if model and posterior are right.
 FALSE_ALARM = 1e-4
 OWN_PARTICLES = (
-    "draws with few particles of their own share no ancestors (TwistedSMC.draws, "
+    "draws with few particles of their own share no ancestors and are weighed (TwistedSMC.draws, "
     "AutoTwistedSMC(model, num_particles=8, sweeps=1))"
 )
 
