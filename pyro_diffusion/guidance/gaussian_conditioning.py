@@ -139,7 +139,7 @@ class GaussianConditioning(GuidedDenoiser):
         self.relinearizations = check_positive_int("relinearizations", relinearizations, at_least=0)
 
     def covariance(self, at: LinearizedDenoiser, level: Level, v: Tensor) -> Tensor:
-        """V v in data space."""
+        """V v in data space; of further dimensions on the left, unless V goes through the denoiser."""
         raise NotImplementedError
 
     def multiplies_by_jacobian(self, at: LinearizedDenoiser) -> bool:
@@ -246,7 +246,10 @@ class GaussianConditioning(GuidedDenoiser):
     def _direct(self, at: LinearizedDenoiser, level: Level) -> Solved:
         """The system formed and solved."""
         rows = at.rows()
-        images = torch.stack([self.covariance(at, level, row) for row in rows])
+        if self.multiplies_by_jacobian(at):
+            images = torch.stack([self.covariance(at, level, row) for row in rows])
+        else:
+            images = self.covariance(at, level, rows)
         readings = Readings.of(at.residual, at.flat(rows), at.flat(images))
         u, log_evidence = solve(readings.gap, at.residual)
         pushed = matmul(u.unsqueeze(-2), readings.gap).squeeze(-2)
