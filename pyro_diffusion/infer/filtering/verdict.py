@@ -121,7 +121,7 @@ def judge(verdict: Verdict) -> tuple[str, ...]:
         problems.append(
             f"{number(left)} effective ancestors of {verdict.num_particles} are left"
             f"{which_rows(short & ~sudden)}, lost a few at a time: errors are not estimated; use more "
-            f"particles, or {OWN_PARTICLES}"
+            f"particles; {OWN_PARTICLES}"
         )
     sigmas = math.sqrt(2 * math.log(max(verdict.khat.numel(), 1) / FALSE_ALARM))
     heavy = alive & ~short & (verdict.khat - sigmas * _khat_error(verdict) > 0.7)
