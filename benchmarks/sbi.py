@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="1000 simulations in `accuracy`, two observations",
+        help="1000 simulations and two observations in `accuracy`, one observation in `correction`",
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--progress", action="store_true")

@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> bool:
         model = gaussian_linear
         if name == "bernoulli_glm":
             model = bernoulli_likelihood(data["design_matrix"])
-        for i in range(args.observations):
+        for i in range(1 if args.quick else args.observations):
             start = time.perf_counter()
             x, reference = data["observations"][i], data["reference_posterior_samples"][i][None]
             theta, weights, estimate = pool(model, guide, x)
