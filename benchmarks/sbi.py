@@ -18,7 +18,7 @@ of which `--task` chooses:
     rounds        truncated rounds for one observation beside one round; by itself, on
                   two_moons with data and against closed forms without
     ensembles     the mixture of five guides of 1000 simulations beside each; by itself
-    held_out      C2ST on four tasks that nothing was tuned to, at the guide's defaults; by itself, without
+    held_out      C2ST on four tasks that no recipe was tuned to, at the guide's defaults; by itself, without
                   data (of our own seeds) or with them (sbibm's observations)
     composed      i.i.d. data by composed scores, and by a guide of sets; by itself, and without data
 
