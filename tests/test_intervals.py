@@ -94,6 +94,20 @@ def test_draws_and_densities_of_a_guide_are_inside():
     torch.testing.assert_close(guide.log_prob(values, x), expected.float(), atol=1e-4, rtol=1e-4)
 
 
+def test_conditionals_of_a_joint_have_the_same_map():
+    # They are guides with a prototype of their own; by a sigmoid draws and densities were other ones.
+    pyro.set_rng_seed(0)
+    joint = AutoJoint(model)
+    conditional = joint.condition({"x": joint.simulate(400)["x"].median()})
+    values = {"z": torch.tensor([0.5, 3.0]), "share": torch.tensor(0.3)}
+    free = torch.special.ndtri(torch.tensor([1.5 / 4, 4 / 6, 0.3]))
+    slopes = Normal(0.0, 1.0).log_prob(free).exp() * torch.tensor([4.0, 6.0, 1.0])
+    expected = conditional.get_posterior().log_prob(free) - slopes.log().sum()
+    torch.testing.assert_close(conditional.log_prob(values), expected, atol=1e-4, rtol=1e-4)
+    drawn = conditional.sample((500,))
+    assert (drawn["z"] > LOW).all() and (drawn["z"] < HIGH).all()
+
+
 def place(x=None):
     z = pyro.sample("z", Uniform(-10.0, torch.tensor([10.0, 20.0])).to_event(1))
     pyro.sample("x", Normal(z, 0.5).to_event(1), obs=x)
