@@ -12,6 +12,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.infer import AutoAmortized
 from pyro_diffusion.train import fit_amortized
 from sbi_parts import peer, task
@@ -23,7 +24,7 @@ DRAWS = 2000
 OURS = "ours"
 
 Trained = tuple[AutoAmortized, dict[str, Tensor], dict[str, Any]]
-_TRAINED: dict[tuple[str, int, int], Trained] = {}  # parts of one run share guides
+_TRAINED: dict[tuple[Any, ...], Trained] = {}  # parts of one run share guides
 
 
 def latents(name: str) -> list[str]:
@@ -38,22 +39,24 @@ def vectors(name: str, values: dict[str, Tensor]) -> Tensor:
 
 
 def simulated(
-    name: str, count: int, seed: int, folder: Path | None
+    name: str, count: int, seed: int, folder: Path | None, solver: ODESolver | None = None
 ) -> tuple[AutoAmortized, dict[str, Tensor], dict[str, Tensor]]:
     """A guide before its training, its simulations and the references: a function of the seed."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     model, data = task(name, folder)
-    guide = AutoAmortized(model, observed=["x"], latents=latents(name))
+    guide = AutoAmortized(model, observed=["x"], latents=latents(name), solver=solver)
     return guide, guide.simulate(count), data
 
 
-def trained(name: str, count: int, seed: int, args: argparse.Namespace) -> Trained:
+def trained(
+    name: str, count: int, seed: int, args: argparse.Namespace, solver: ODESolver | None = None
+) -> Trained:
     """A guide, the references, and what its training took."""
-    if (name, count, seed) in _TRAINED:
-        return _TRAINED[name, count, seed]
+    if (name, count, seed, solver) in _TRAINED:
+        return _TRAINED[name, count, seed, solver]
     start, cpu = time.perf_counter(), time.process_time()
-    guide, simulations, data = simulated(name, count, seed, args.data)
+    guide, simulations, data = simulated(name, count, seed, args.data, solver)
     options: dict[str, Any] = {} if args.steps is None else {"steps": args.steps}
     if args.keep:
         args.keep.mkdir(parents=True, exist_ok=True)
@@ -68,7 +71,7 @@ def trained(name: str, count: int, seed: int, args: argparse.Namespace) -> Train
         "cpu": cpu * whole / seconds,
         "parameters": sum(each.numel() for each in guide.parameters()),
     }
-    _TRAINED[name, count, seed] = guide, data, took
+    _TRAINED[name, count, seed, solver] = guide, data, took
     return guide, data, took
 
 
