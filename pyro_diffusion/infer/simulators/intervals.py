@@ -20,7 +20,7 @@ from torch.distributions import (
     constraints,
 )
 
-__all__ = ["NormalCdf", "NormalInterval", "bounded_places", "by_normal_quantiles"]
+__all__ = ["NormalCdf", "NormalInterval", "bounded_places", "by_normal_quantiles", "of_one"]
 
 
 class NormalCdf(Transform):
@@ -93,7 +93,7 @@ def by_normal_quantiles(trace: Any) -> None:
     A prototype's distributions are what Pyro's guides, and ours, take supports from.
     """
     for _, node in trace.iter_stochastic_nodes():
-        support, dims = _of_one(node["fn"].support)
+        support, dims = of_one(node["fn"].support)
         if type(support) in (constraints.interval, constraints.half_open_interval):
             support = NormalInterval(support.lower_bound, support.upper_bound)
             node["fn"] = _Within(
@@ -112,13 +112,13 @@ def bounded_places(trace: Any, shapes: Mapping[str, Size]) -> list[int]:
     start = 0
     for name, node in trace.iter_stochastic_nodes():
         size = shapes[name].numel()
-        if type(_of_one(node["fn"].support)[0]) is NormalInterval:
+        if type(of_one(node["fn"].support)[0]) is NormalInterval:
             found += range(start, start + size)
         start += size
     return found
 
 
-def _of_one(support: Any) -> tuple[Any, int]:
+def of_one(support: Any) -> tuple[Any, int]:
     """The support of what is independent, and how many dimensions are."""
     dims = 0
     while isinstance(support, constraints.independent):

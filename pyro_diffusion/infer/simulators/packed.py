@@ -8,6 +8,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from pyro_diffusion.infer.simulators.intervals import of_one
 from pyro_diffusion.infer.simulators.simulations import SimulatedSite
 from pyro_diffusion.validation import check_finite, check_positive_int, check_tensor
 
@@ -38,16 +39,9 @@ def unconstrained(guide: Any, values: Mapping[str, Tensor]) -> list[tuple[str, T
     return found
 
 
-def _of_one(support: Any) -> Any:
-    """The support of what is independent."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
-
-
 def _bounds(support: Any) -> tuple[Any, Any]:
     """Both ends of a support, None where there is none."""
-    support = _of_one(support)
+    support, _ = of_one(support)
     return getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
 
 
@@ -79,7 +73,7 @@ def at_edge(guide: Any, values: Mapping[str, Tensor]) -> Tensor | None:
     for name, site in guide.prototype_trace.iter_stochastic_nodes():
         value = torch.as_tensor(values[name])
         lower, upper = _bounds(site["fn"].support)
-        simplex = _of_one(site["fn"].support) is constraints.simplex
+        simplex = of_one(site["fn"].support)[0] is constraints.simplex
         if not (simplex or lower is not None) or not value.is_floating_point():
             continue
         ends = torch.finfo(value.dtype)

@@ -11,6 +11,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_diffusion.infer.simulators.intervals import of_one
 from pyro_diffusion.infer.simulators.runs import sites_of, traced
 from pyro_diffusion.infer.simulators.site_checks import (
     check_same,
@@ -183,9 +184,7 @@ def _simulator(
 
 
 def _simulated_site(node: Message) -> SimulatedSite:
-    support = node["fn"].support
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support, _ = of_one(node["fn"].support)
     bounds = constraints.greater_than | constraints.greater_than_eq
     positive = isinstance(support, bounds) and not bool(torch.as_tensor(support.lower_bound).any())
     # Pyro gives these the support of what they inflate, and zero is not among positive numbers
