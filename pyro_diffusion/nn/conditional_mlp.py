@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pyro_diffusion.validation import check_number, check_operand, check_positive_int
 
 from .definition import DefinedModule
-from .embedding import check_frequencies, fourier_embedding, with_waves
+from .embedding import check_frequencies, distinct_levels, fourier_embedding, with_waves
 
 
 class ConditionalMLP(DefinedModule):
@@ -86,7 +86,7 @@ class ConditionalMLP(DefinedModule):
                 f"x, log_snr, y: got {len(x)}, {tuple(log_snr.shape)} and {len(y)} rows, expected as many"
             )
         silu = nn.functional.silu
-        waves = fourier_embedding(log_snr, self.level.in_features).to(weight.dtype)
+        waves = fourier_embedding(distinct_levels(log_snr), self.level.in_features).to(weight.dtype)
         modulations = self.modulation(silu(self.level(waves))).chunk(2 * self.depth, dim=1)
         joined = torch.cat([with_waves(v, self.frequencies) for v in (x, y)], -1)
         hidden = self.first(joined.to(weight.dtype))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pyro_diffusion.validation import check_operand, check_positive_int
 
 from .definition import DefinedModule
-from .embedding import fourier_embedding
+from .embedding import distinct_levels, fourier_embedding
 
 RESERVED = frozenset({"self", "x", "log_snr", "x0", "xt", "t"})
 
@@ -189,7 +189,7 @@ class Conditioning(nn.Module):
             raise ValueError(f"context: got {', '.join(unknown)}, expected {expected}")
         if check_operand("log_snr", log_snr, self.level_in.weight).shape not in ((count,), ()):
             raise ValueError(f"log_snr: got shape {tuple(log_snr.shape)}, expected ({count},)")
-        log_snr = log_snr.reshape(-1)
+        log_snr = distinct_levels(log_snr.reshape(-1))
         waves = fourier_embedding(log_snr, self.level_in.in_features)
         hidden = nn.functional.silu(self.level_in(waves.to(self.level_in.weight.dtype)))
         total = self.level_out(hidden)

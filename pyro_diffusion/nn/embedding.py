@@ -49,6 +49,16 @@ def fourier_embedding(log_snr: Tensor, features: int) -> Tensor:
     return torch.cat([phase.sin(), phase.cos()], dim=-1)
 
 
+def distinct_levels(log_snr: Tensor) -> Tensor:
+    """One row of levels (N,) that are one number, expanded, as a sampler asks about; else all of them.
+
+    What a network computes of the level alone, for a perceptron half of its work, is then computed once. Only
+    the strides are looked at, so nothing waits for a device.
+    """
+    expanded = log_snr.dim() == 1 and log_snr.stride(0) == 0
+    return log_snr[:1] if expanded else log_snr
+
+
 def with_waves(x: Tensor, frequencies: Sequence[float]) -> Tensor:
     r"""Puts sines and cosines of numbers beside them: :math:`(x, \sin \omega_k x, \cos \omega_k x)_k`.
 

@@ -58,7 +58,7 @@ class _TokenTransformer(DefinedModule):
 
         ``bias`` is added to the logits of attention, (..., L, L), if given.
         """
-        condition = self.conditioning(log_snr, len(tokens), context).expand(len(tokens), -1)
+        condition = self.conditioning(log_snr, len(tokens), context)
         hidden = self.first(tokens.to(self.first.weight.dtype))
         if places is not None:
             hidden = hidden + places

@@ -190,7 +190,7 @@ class Transformer(DefinedModule):
             )
         condition = None
         if self.conditioning is not None:
-            condition = self.conditioning(log_snr, len(x), context).expand(len(x), -1)
+            condition = self.conditioning(log_snr, len(x), context)
         elif context:
             raise ValueError(f"context: got {', '.join(sorted(context))}, expected no context")
         hidden = F.embedding(x.long(), self.symbols)

@@ -178,7 +178,7 @@ class UNet(DefinedModule):
     def forward(self, x: Tensor, log_snr: Tensor, **context: Tensor | None) -> Tensor:
         """Applies the network, see the class."""
         check_images(x, self.channels, self.factor, self.last.weight)
-        condition = self.conditioning(log_snr, x.shape[0], context).expand(len(x), -1)
+        condition = self.conditioning(log_snr, x.shape[0], context)
         skips: list[Tensor] = []
         hidden = self.first(x.to(self.first.weight.dtype))
         for index, level in enumerate(self.down):

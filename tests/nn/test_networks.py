@@ -606,3 +606,43 @@ def test_conditional_mlp():
             network(*wrong)
     with pytest.raises(ValueError, match="context_size: got 0"):
         ConditionalMLP(2, 0)
+
+
+def conditional_mlp():
+    return ConditionalMLP(3, 2, width=16, depth=2)
+
+
+@pytest.mark.parametrize(
+    "build, shape, context",
+    [
+        *(
+            pytest.param(*each.values, context, id=f"{each.id}-{context}")
+            for each in ONE_EACH
+            for context in (0, 1)
+        ),
+        pytest.param(conditional_mlp, (3,), 1, id="conditional"),
+    ],
+)
+def test_one_level_is_embedded_once(build, shape, context):
+    """And says what the same level of every row says, in values and gradients."""
+    conditional = build is conditional_mlp
+    options = {} if conditional or not context else {"context": contexts()}
+    network = awaken(build(**options).double().eval())
+    values = context_values() if context else {}
+    if conditional:
+        values = {"y": torch.randn(ROWS, 2, dtype=torch.float64)}
+    rows = []
+    first = network.level if conditional else network.conditioning.level_in
+    first.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    x = data(shape, dtype=torch.float64)
+    results = []
+    for expanded in (True, False):
+        level = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        own = level.expand(ROWS) if expanded else level.expand(ROWS).clone()
+        network.zero_grad()
+        out = network(x, own, **values)
+        out.square().sum().backward()
+        grads = [p.grad.clone() for p in network.parameters() if p.grad is not None]
+        results.append([out.detach(), level.grad, *grads])
+    assert rows == [1, ROWS]
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
