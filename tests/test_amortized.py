@@ -28,6 +28,7 @@ from torch.distributions import biject_to, constraints
 
 from pyro_diffusion import checkpoint
 from pyro_diffusion.denoisers import Denoiser, GaussianDenoiser
+from pyro_diffusion.dynamics import ODESolver
 from pyro_diffusion.evaluate import importance_posterior
 from pyro_diffusion.infer import AutoAmortized, UnreliableWarning
 from pyro_diffusion.infer.simulators.standardized import Familiar
@@ -74,17 +75,22 @@ class Exact(Denoiser):
         return Normal(centre, precision.rsqrt()).to_event(1)
 
 
-@pytest.fixture
-def exact():
+def exact_guide(solver=None):
     """The guide with the true denoiser: what is left is everything but learning."""
     guide = AutoAmortized(
         conjugate,
         observed=["x"],
         denoiser=lambda *sizes: Exact(GaussianProcess(LogLinear(14.0, -12.0))),
+        solver=solver,
     )
     guide.simulate(200)
     guide.posterior.denoiser.scales = guide.posterior.latents, guide.posterior.observed[0]
     return guide
+
+
+@pytest.fixture
+def exact():
+    return exact_guide()
 
 
 def in_plate(program):
@@ -146,6 +152,21 @@ def test_weights_of_the_true_posterior_are_constant(exact):
     assert torch.allclose(torch.stack([*importance.log_weights]), evidence.expand(3), atol=1e-2)
     with torch.no_grad():
         assert abs(Trace_ELBO().loss(conjugate, exact, X) + evidence) < 1e-2
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint"])
+def test_what_a_coarse_solver_leaves_in_the_evidence_is_in_its_error(method):
+    """The guide is exact but for its solver, so that all of the gap is the solver's and none of it luck."""
+    guide = exact_guide(ODESolver(method, steps=16))
+    evidence = Normal(0.0, math.sqrt(1 + NOISE**2)).log_prob(X).sum()
+    found = importance_posterior(conjugate, guide, X, num_samples=500)
+    gap = abs(float(found.log_evidence.value - evidence))
+    assert found.solver_error / 3 < gap < 2 * found.solver_error
+    of_draws = found.log_weights.std() / math.sqrt(500)
+    assert gap > 5 * of_draws
+    assert found.log_evidence.standard_error == pytest.approx(
+        math.hypot(found.solver_error, of_draws), rel=0.02
+    )
 
 
 def test_training_finds_the_posterior():

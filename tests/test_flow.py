@@ -12,6 +12,7 @@ from pyro_diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
 from pyro_diffusion.dynamics import ExactTrace, Hutchinson, HutchPlusPlus, ODESolver
 from pyro_diffusion.dynamics.ode import end_angles, level_at, transport
+from pyro_diffusion.dynamics.refinement import refined
 from pyro_diffusion.dynamics.trace_estimators import gaussian, sphere
 from pyro_diffusion.evaluate import flow_log_likelihood
 from pyro_diffusion.processes import GaussianProcess
@@ -376,3 +377,27 @@ def test_transport_between_inner_angles_composes():
     rest = transport(denoiser, half.z, 0.8, 0.3, solver, trace=ExactTrace())
     torch.testing.assert_close(rest.z, whole.z, rtol=0, atol=1e-4)
     torch.testing.assert_close(half.log_det + rest.log_det, whole.log_det, rtol=0, atol=1e-4)
+
+
+def test_refined_solvers_are_finer_and_counted():
+    """Four times the steps or a hundredth of the tolerances, down to ten roundings; and nothing outside."""
+    x, law = torch.tensor([[0.3, -1.0]]), flow(solver=ODESolver("rk4", steps=4))
+    plain = law.log_prob(x)
+    with refined() as asked:
+        finer = law.log_prob(x)
+    assert asked.solutions == 1
+    assert torch.equal(finer, flow(solver=ODESolver("rk4", steps=16)).log_prob(x))
+    with refined(1) as asked:
+        assert torch.equal(law.log_prob(x), plain)
+    assert asked.solutions == 1
+    assert torch.equal(law.log_prob(x), plain) and not torch.equal(finer, plain)
+    single = 10 * torch.finfo(torch.float32).eps
+    for dtype, own, least in (
+        (torch.float64, 1e-3, 1e-5),
+        (torch.float64, 1e-5, 1e-7),
+        (torch.float32, 1e-5, single),
+        (torch.float32, 1e-7, 1e-7),
+    ):
+        with refined():
+            found = ODESolver(rtol=own, atol=own)._refined(dtype)
+        assert (found.rtol, found.atol) == pytest.approx((least, least))

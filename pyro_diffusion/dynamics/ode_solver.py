@@ -1,5 +1,6 @@
 """Torchdiffeq's methods, with tolerances that hold for every row of a batch."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
+from pyro_diffusion.dynamics.refinement import current_refinement
 from pyro_diffusion.dynamics.solver_options import check_options, options_repr
 
 __all__ = ["ADAPTIVE", "FIXED", "Field", "ODESolver", "check_ode_solver"]
@@ -82,12 +84,30 @@ class ODESolver:
         self, field: Field, y: Tensor, start: float, stop: float, parameters: Iterable[Tensor]
     ) -> Tensor:
         """The state at ``stop`` of rows ``y`` at ``start``; gradients also to ``parameters``."""
+        solver = self._refined(y.dtype)
         if self.method in FIXED:
-            return self._integrate(field, y, start, stop, parameters)
+            return solver._integrate(field, y, start, stop, parameters)
         # An adaptive solver fails on a NaN in any row.
         field = _FrozenNaNs(field, y)
-        y = self._integrate(field, y.masked_fill(field.nan, 0.0), start, stop, parameters)
+        y = solver._integrate(field, y.masked_fill(field.nan, 0.0), start, stop, parameters)
         return y.masked_fill(field.nan, torch.nan)
+
+    def _refined(self, dtype: torch.dtype) -> "ODESolver":
+        """Itself, or finer where that is asked for."""
+        refinement = current_refinement()
+        if refinement is None:
+            return self
+        refinement.solutions += 1
+        if refinement.factor == 1:
+            return self
+        if self.steps is not None:
+            return dataclasses.replace(self, steps=4 * self.steps)
+        assert self.rtol is not None and self.atol is not None
+        least = 10 * torch.finfo(dtype).eps
+        rtol, atol = (
+            min(own, max(own / refinement.factor, least)) for own in (self.rtol, self.atol)
+        )
+        return dataclasses.replace(self, rtol=rtol, atol=atol)
 
     def _integrate(
         self, field: Field, y: Tensor, start: float, stop: float, parameters: Iterable[Tensor]

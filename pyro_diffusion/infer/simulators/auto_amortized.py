@@ -94,8 +94,9 @@ class AutoAmortized(SimulatedLevels):
             depend on their sizes.
         objective: of training; the evidence lower bound by default.
         solver: of the probability flow; dopri5 with tolerances of 1e-4 by default, which leave some .005 nats
-            in log-densities and evidences (of ten latents). No error bar has them: 1e-5, at twice the cost,
-            is for evidences that draws know better.
+            in log-densities and evidences (of ten latents). That of
+            :func:`~pyro_diffusion.evaluate.importance_posterior` has them in its error; 1e-5, at twice the
+            cost, is for evidences that draws know better, and for Pyro's own ``Importance``.
         vectorized: whether simulations may be one run of the program inside one more plate; found out by a
             trial if None, and else they are run one by one.
         plates: names of the plates whose rows are a set, found by a trial if None; none if there is a
