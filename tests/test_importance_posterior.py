@@ -6,10 +6,12 @@ import warnings
 import pyro
 import pytest
 import torch
-from pyro.distributions import Delta, HalfNormal, Normal
+from pyro.distributions import Delta, HalfNormal, Normal, Uniform
 
 from pyro_diffusion.denoisers import MixtureDenoiser
-from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.distributions import Diffusion, ProbabilityFlow
+from pyro_diffusion.dynamics import ODESolver
+from pyro_diffusion.dynamics.refinement import refined
 from pyro_diffusion.evaluate import importance_posterior
 from pyro_diffusion.infer import AutoTwistedSMC, UnreliableWarning
 from pyro_diffusion.processes import GaussianProcess
@@ -132,3 +134,73 @@ def test_programs_without_a_likelihood():
     ):
         with pytest.raises(ValueError, match=message):
             importance_posterior(model, prior, *args, num_samples=50)
+
+
+PROCESS = GaussianProcess(LogLinear(12, -10))
+CLUSTERS = MixtureDenoiser(PROCESS, torch.ones(2), torch.tensor([[1.0, 0.0], [-1.0, 0.5]]), 0.3)
+SEEN = torch.tensor([2.0, 0.8])
+
+
+def of_flow(steps, noise=0.3):
+    """A flow that few steps of Euler's make another one, seen with noise."""
+    flow = ProbabilityFlow(CLUSTERS, (2,), solver=ODESolver("euler", steps=steps))
+
+    def program():
+        x = pyro.sample("x", flow)
+        pyro.sample("y", Normal(x, noise).to_event(1), obs=SEEN)
+
+    return flow, program
+
+
+def test_draws_of_a_coarse_flow_are_in_the_error():
+    """Prior and guide share it, so that it leaves nothing in the weights, and the draws are off."""
+    (fine, program), (flow, coarse) = of_flow(256), of_flow(2)
+    left = importance_posterior(program, lambda: pyro.sample("x", fine), num_samples=2000)
+    assert left.solver_error < 0.01
+    for guide in (lambda: pyro.sample("x", flow), lambda: None):
+        found = importance_posterior(coarse, guide, num_samples=2000)
+        gap = abs(float(found.log_evidence.value - left.log_evidence.value))
+        assert 0.1 < gap < found.solver_error < 20 * gap  # a bound
+        assert found.solver_error <= float(found.log_evidence.standard_error)
+
+
+def test_what_is_no_solver_is_not_in_the_solvers_error():
+    """A likelihood that is an unbiased estimate; weights of 0; a guide that knows its last draw only."""
+    flow, _ = of_flow(64)
+    prior = Diffusion(CLUSTERS, (2,), steps=8)
+
+    def seen():
+        x = pyro.sample("x", prior)
+        pyro.sample("y", Normal(x, 0.5).to_event(1), obs=SEEN)
+
+    def program():
+        seen()
+        z = pyro.sample("z", flow)
+        noisy = z + 0.4 * torch.randn(64, *z.shape)
+        estimate = Normal(noisy, 0.3).log_prob(SEEN).sum(-1).logsumexp(0) - math.log(64)
+        pyro.factor("estimate", estimate)
+        cut = Uniform(z[..., 0] - 1, z[..., 0] + 1, validate_args=False)
+        pyro.sample("cut", cut, obs=torch.tensor(0.5))
+
+    particles = AutoTwistedSMC(seen, num_particles=8)
+
+    def guide():
+        pyro.sample("z", flow)
+        particles()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableWarning)
+        found = importance_posterior(program, guide, num_samples=100)
+    assert bool((found.log_weights == -math.inf).any())
+    assert 0 < found.solver_error < 0.1 < float(found.log_evidence.standard_error)
+
+
+def test_of_a_share_of_rows_the_first_are_solved():
+    flow, _ = of_flow(8)
+    x = torch.randn(10, 3, 2)
+    with refined():
+        whole = flow.log_prob(x)
+    with refined(share=0.4) as asked:
+        first = flow.log_prob(x)
+    assert asked.solutions == 1
+    assert torch.allclose(first[:4], whole[:4]) and not torch.isclose(first[4:], whole[4:]).any()

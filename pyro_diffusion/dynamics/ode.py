@@ -12,6 +12,7 @@ from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.denoisers.pyro_modules import in_this_run
 from pyro_diffusion.dynamics.attention import twice_differentiable_attention
 from pyro_diffusion.dynamics.ode_solver import ADAPTIVE, FIXED, ODESolver, check_ode_solver
+from pyro_diffusion.dynamics.refinement import Refinement, current_refinement, refined
 from pyro_diffusion.dynamics.trace_estimators import TraceEstimator
 from pyro_diffusion.processes import Ability, ForwardProcess
 from pyro_diffusion.processes.abilities import require
@@ -144,6 +145,9 @@ def transport(
     if start == stop:
         raise ValueError(f"stop: got {stop}, the start, expected another angle")
     check_ode_solver(solver)
+    refinement = current_refinement()
+    if refinement is not None and refinement.share < 1 and not (trace and trace.stochastic):
+        return _of_first(refinement, denoiser, z, start, stop, solver, context or {}, trace)
     denoiser = in_this_run(denoiser)
     if trace is not None and torch.is_inference_mode_enabled():
         # Autograd records nothing there, not even the divergence.
@@ -177,6 +181,35 @@ def transport(
     log_det = None if trace is None else (d * y[:, d:]).T.reshape(-1, *batch)
     out, log_det = track_provenance((y[:, :d].reshape(z.shape), log_det), sources)
     return Endpoint(out, log_det, field.evaluations)
+
+
+def _of_first(
+    refinement: Refinement,
+    denoiser: Denoiser,
+    z: Tensor,
+    start: float,
+    stop: float,
+    solver: ODESolver,
+    context: dict[str, Tensor],
+    trace: TraceEstimator | None,
+) -> Endpoint:
+    """The path of the first rows, with 0 for all others."""
+    lead = z.dim() - denoiser.process.event_dim
+    batch, event = z.shape[:lead], z.shape[lead:]
+    count = math.ceil(refinement.share * batch.numel())
+    flat = {name: v.reshape(-1, *v.shape[lead:])[:count] for name, v in context.items()}
+    with refined(refinement.factor) as whole:
+        first = z.reshape(-1, *event)[:count]
+        found = transport(denoiser, first, start, stop, solver, flat, trace)
+    refinement.solutions += whole.solutions
+    out = z.new_zeros(batch.numel(), *event)
+    out[:count] = found.z
+    log_det = found.log_det
+    if log_det is not None:
+        rows = log_det.new_zeros(len(log_det), batch.numel())
+        rows[:, :count] = log_det
+        log_det = rows.reshape(-1, *batch)
+    return Endpoint(out.reshape(z.shape), log_det, found.evaluations)
 
 
 class _Field:

@@ -14,10 +14,12 @@ class Refinement:
 
     Attributes:
         factor: by which tolerances are smaller; 1 for the solvers' own.
+        share: of the rows of a batch, its first ones, that are solved.
         solutions: how many were asked for so far.
     """
 
     factor: float
+    share: float = 1.0
     solutions: int = 0
 
 
@@ -25,13 +27,14 @@ _CURRENT: ContextVar[Refinement | None] = ContextVar("refinement", default=None)
 
 
 @contextmanager
-def refined(factor: float = 100.0) -> Iterator[Refinement]:
+def refined(factor: float = 100.0, share: float = 1.0) -> Iterator[Refinement]:
     """Every :class:`~pyro_diffusion.dynamics.ODESolver` inside has smaller tolerances, or 4 times the steps.
 
     Tolerances go down to ten roundings of the state's dtype and no further. With ``factor=1`` solutions are
-    the solvers' own, and are counted.
+    the solvers' own, and are counted. Of a smaller ``share`` the first rows of a batch are solved, and all
+    others are 0; with a stochastic trace, whose probes are rows of noise, all are solved.
     """
-    refinement = Refinement(factor)
+    refinement = Refinement(factor, share)
     token = _CURRENT.set(refinement)
     try:
         yield refinement

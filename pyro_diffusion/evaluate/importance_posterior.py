@@ -214,8 +214,7 @@ def importance_posterior(
         estimate = from_log_weights(log_weights.unsqueeze(1), 0, max(observed, 1))
         left = 0.0
         if own.solutions:
-            both = (trace, guide_trace)
-            left = solver_error(scored, guide, both, log_weights, nesting, args, kwargs)
+            left = solver_error(trace, guide_trace, log_weights, nesting)
             error = (estimate.standard_error.square() + left**2).sqrt()
             estimate = dataclasses.replace(estimate, standard_error=error)
     draws = {}

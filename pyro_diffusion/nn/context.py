@@ -178,7 +178,7 @@ class Conditioning(nn.Module):
 
         Returns:
             A tensor of shape ``(count, features)``, of the dtype of the weights; ``(1, features)`` for one
-            level without context.
+            level without context, be it () or expanded.
 
         Raises:
             ValueError: for an unknown name, or a shape that does not fit.

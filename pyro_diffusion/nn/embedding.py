@@ -53,9 +53,12 @@ def distinct_levels(log_snr: Tensor) -> Tensor:
     """One row of levels (N,) that are one number, expanded, as a sampler asks about; else all of them.
 
     What a network computes of the level alone, for a perceptron half of its work, is then computed once. Only
-    the strides are looked at, so nothing waits for a device.
+    the strides are looked at, so nothing waits for a device. Levels that derivatives are asked by, row by
+    row, and those of a graph that is recorded for other levels, are left as they are.
     """
-    expanded = log_snr.dim() == 1 and log_snr.stride(0) == 0
+    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined]
+    kept = log_snr.requires_grad or recorded
+    expanded = not kept and log_snr.dim() == 1 and log_snr.stride(0) == 0
     return log_snr[:1] if expanded else log_snr
 
 

@@ -624,7 +624,7 @@ def conditional_mlp():
     ],
 )
 def test_one_level_is_embedded_once(build, shape, context):
-    """And says what the same level of every row says, in values and gradients."""
+    """And says what the same level of every row says, in values and gradients, unless it has one itself."""
     conditional = build is conditional_mlp
     options = {} if conditional or not context else {"context": contexts()}
     network = awaken(build(**options).double().eval())
@@ -636,13 +636,16 @@ def test_one_level_is_embedded_once(build, shape, context):
     first.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
     x = data(shape, dtype=torch.float64)
     results = []
-    for expanded in (True, False):
-        level = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-        own = level.expand(ROWS) if expanded else level.expand(ROWS).clone()
+    level = torch.tensor(0.7, dtype=torch.float64).expand(ROWS)
+    for own in (level, level.clone()):
         network.zero_grad()
         out = network(x, own, **values)
         out.square().sum().backward()
         grads = [p.grad.clone() for p in network.parameters() if p.grad is not None]
-        results.append([out.detach(), level.grad, *grads])
-    assert rows == [1, ROWS]
+        results.append([out.detach(), *grads])
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    slopes = []
+    for own in (level.detach().requires_grad_(), level.clone().requires_grad_()):
+        slopes += torch.autograd.grad(network(x, own, **values).square().sum(), own)
+    torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-9)
+    assert rows == [1, ROWS, ROWS, ROWS]
