@@ -281,8 +281,8 @@ def test_symbols_have_quantiles_too():
 
     class Integers(AutoGuidance):
         def _draw(self, likelihood, sample):
-            value, density = super()._draw(likelihood, sample)
-            return value.round().long(), density
+            drawn = super()._draw(likelihood, sample)
+            return drawn._replace(value=drawn.value.round().long())
 
     found = Integers(model).quantiles([0.1, 0.5], num_samples=21)["x"]
     assert found.dtype == torch.long

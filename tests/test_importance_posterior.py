@@ -94,7 +94,7 @@ def test_estimated_densities_are_no_fault_of_the_program():
         x = pyro.sample("x", prior)
         pyro.sample("y", Normal(x, 0.5).to_event(1), obs=y)
 
-    guide = AutoTwistedSMC(observed, num_particles=16)
+    guide = AutoTwistedSMC(observed, num_particles=16, sweeps=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnreliableWarning)
         importance_posterior(observed, guide, torch.full((8,), 0.1), num_samples=100)
@@ -182,7 +182,7 @@ def test_what_is_no_solver_is_not_in_the_solvers_error():
         cut = Uniform(z[..., 0] - 1, z[..., 0] + 1, validate_args=False)
         pyro.sample("cut", cut, obs=torch.tensor(0.5))
 
-    particles = AutoTwistedSMC(seen, num_particles=8)
+    particles = AutoTwistedSMC(seen, num_particles=8, sweeps=1)
 
     def guide():
         pyro.sample("z", flow)
@@ -204,3 +204,19 @@ def test_of_a_share_of_rows_the_first_are_solved():
         first = flow.log_prob(x)
     assert asked.solutions == 1
     assert torch.allclose(first[:4], whole[:4]) and not torch.isclose(first[4:], whole[4:]).any()
+
+
+def test_draws_of_one_run_of_particles_tell_no_error():
+    prior = Diffusion(CLUSTERS, (2,), steps=8)
+
+    def seen():
+        x = pyro.sample("x", prior)
+        pyro.sample("y", Normal(x, 0.5).to_event(1), obs=SEEN)
+
+    with pytest.warns(UnreliableWarning, match="guide: got draws of one run of particles"):
+        found = importance_posterior(seen, AutoTwistedSMC(seen, num_particles=8), num_samples=50)
+    assert float(found.log_evidence.standard_error) == math.inf
+    assert "(error not estimated)" in str(found)
+    own = AutoTwistedSMC(seen, num_particles=8, sweeps=1)
+    found = importance_posterior(seen, own, num_samples=50)
+    assert 0 < float(found.log_evidence.standard_error) < 1

@@ -151,8 +151,8 @@ def test_runs_far_below_the_mean_are_as_if_they_had_died():
 def test_first_runs_that_all_died_have_no_weights(monkeypatch):
     law, tries, side_by_side = chain(), [], small_runs._side_by_side
 
-    def at_first_dead(smc, count):
-        path, log_evidence, why = side_by_side(smc, count)
+    def at_first_dead(smc, count, most):
+        path, log_evidence, why = side_by_side(smc, count, most)
         tries.append(count)
         if len(tries) == 1:
             log_evidence = torch.full_like(log_evidence, -math.inf)

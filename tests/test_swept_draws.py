@@ -21,6 +21,7 @@ from tests.test_particle_gibbs import F64, NOISE, Misguided, Y, chain, exact_pat
 
 VARIANCE = 1 / (1 + 1 / NOISE**2)
 EXACT = dist.Normal(VARIANCE * Y / NOISE**2, VARIANCE**0.5)
+EXACT_LOG_Z = float(dist.Normal(0.0, math.sqrt(1 + NOISE**2)).log_prob(Y).sum())
 
 
 def z_scores(draws: torch.Tensor) -> torch.Tensor:
@@ -159,3 +160,76 @@ def test_symbols():
 
     found = TwistedSMC(law, ProgramLikelihood(model), SampledGuidance, 8).draws(30, sweeps=3).value
     assert found.shape == (30, 2) and (found.sum(-1) >= 3).double().mean() > 0.7
+
+
+@pytest.mark.parametrize(
+    "draws, shares", [(1, None), (15, None), (16, 64), (100, 10), (400, 8)], ids=str
+)
+def test_many_draws_under_a_network_share_out_the_particles(draws, shares, monkeypatch):
+    law = chain()
+    monkeypatch.setattr(type(law.denoiser), "is_exact", False)
+
+    def model():
+        x = pyro.sample("x", law)
+        pyro.sample("y", dist.Normal(x, NOISE).to_event(1), obs=Y)
+
+    guide = AutoTwistedSMC(model, MMPS)
+    with pytest.raises(ValueError, match="before its first call"):
+        guide.log_evidence  # noqa: B018
+    found = Predictive(model, guide=guide, num_samples=draws, parallel=True)()["x"]
+    assert found.shape == (draws, 2)
+    if shares is None:
+        assert guide.swept is None and guide.particles.verdict is guide.verdict
+        assert guide.verdict.num_particles == 1024
+    else:
+        assert guide.particles is None and guide.verdict is guide.swept.verdict
+        assert (guide.verdict.num_particles, guide.verdict.num_chains) == (shares, draws)
+        assert guide.swept.value.equal(found)
+    # four errors, and .02 for what four steps leave of the twist
+    assert (
+        abs(guide.log_evidence.value - EXACT_LOG_Z) < 4 * guide.log_evidence.standard_error + 0.02
+    )
+
+
+def test_a_denoiser_in_closed_form_keeps_one_run():
+    law = chain()
+
+    def model():
+        x = pyro.sample("x", law)
+        pyro.sample("y", dist.Normal(x, NOISE).to_event(1), obs=Y)
+
+    guide = AutoTwistedSMC(model, MMPS)
+    Predictive(model, guide=guide, num_samples=50, parallel=True)()
+    assert guide.swept is None and guide.particles.verdict.num_particles == 1024
+    for guide, count in (
+        (AutoTwistedSMC(model, MMPS, sweeps=2), 20),
+        (AutoTwistedSMC(model, MMPS, 32, sweeps=2), 32),
+    ):
+        Predictive(model, guide=guide, num_samples=50, parallel=True)()
+        assert (guide.verdict.num_particles, guide.verdict.sweeps) == (count, 2)
+
+
+@pytest.mark.parametrize("sweeps", [1, 3])
+@pytest.mark.filterwarnings("ignore::pyro_diffusion.unreliable.UnreliableWarning")
+def test_draws_by_parts_are_draws(sweeps, monkeypatch):
+    """No more particles than asked for are held, of runs and of sweeps, and nothing else differs."""
+    law = chain()
+    smc = TwistedSMC(law, readings(law, 1), Misguided, 8)
+    repeated = type(smc.chain).repeated
+    sizes = []
+
+    def counted(chain, count):
+        sizes.append(count)
+        return repeated(chain, count)
+
+    monkeypatch.setattr(type(smc.chain), "repeated", counted)
+    found = smc.draws(1500, sweeps=sweeps, at_once=3200)
+    assert sizes == [400, 400, 400, 300] * sweeps
+    assert found.history.shape == (sweeps, 1500, 1, 2)
+    assert found.log_evidence_runs.shape == (1500, 1)
+    assert len(found.log_evidence_runs.unique()) == 1500
+    # by weights there is no bias: 4.5 errors, 7e-6 of seeds each
+    weights, x = found.log_weights.exp(), found.history[0][:, 0]
+    assert abs(found.log_evidence.value - EXACT_LOG_Z) < 4.5 * found.log_evidence.standard_error
+    z = ((weights * x).sum(0) - EXACT.mean) / EXACT.stddev
+    assert (z * math.sqrt(float(found.verdict.effective_runs))).abs().max() < 4.5

@@ -20,6 +20,7 @@ from pyro_diffusion.dynamics.refinement import refined
 from pyro_diffusion.estimate import LogLikelihoodEstimate
 from pyro_diffusion.evaluate.importance import from_log_weights
 from pyro_diffusion.evaluate.solver_error import solver_error
+from pyro_diffusion.infer.filtering.simulated_posterior import SimulatedPosterior
 from pyro_diffusion.infer.simulators.runs import WholeData
 from pyro_diffusion.likelihoods.run import is_computed
 from pyro_diffusion.unreliable import warn_unreliable
@@ -70,10 +71,11 @@ class WeightedDraws:
     def __str__(self) -> str:
         estimate = self.log_evidence
         assert estimate.ess is not None and estimate.khat is not None
+        error = float(estimate.standard_error)
+        known = f" +- {error:.3f}" if math.isfinite(error) else " (error not estimated)"
         return (
-            f"{len(self.log_weights)} draws: log evidence {float(estimate.value):.3f} +- "
-            f"{float(estimate.standard_error):.3f}, effective sample size {float(estimate.ess):.0f}, "
-            f"k-hat {float(estimate.khat):.2f}"
+            f"{len(self.log_weights)} draws: log evidence {float(estimate.value):.3f}{known}, "
+            f"effective sample size {float(estimate.ess):.0f}, k-hat {float(estimate.khat):.2f}"
         )
 
 
@@ -126,6 +128,12 @@ def _has_density(name: str, node: Any) -> bool:
     return unwrap_to(node["fn"], DenoisedDistribution) is None
 
 
+def _shares_run(node: Any) -> bool:
+    """Whether a guide's draws are of one run of an algorithm."""
+    found = unwrap_to(node["fn"], SimulatedPosterior) if node["type"] == "sample" else None
+    return found is not None and found.base.one_run
+
+
 def _check_alone(
     model: Callable[..., Any], draws: dict[str, Tensor], together: Tensor, args: Any, kwargs: Any
 ) -> None:
@@ -175,7 +183,8 @@ def importance_posterior(
 
     Returns:
         Draws, weights and log evidence. An ``UnreliableWarning`` says not to believe them above a k-hat of
-        0.7, and where a draw has another density by itself than in the plate of all.
+        0.7, where a draw has another density by itself than in the plate of all, and where draws are of one
+        run of particles: their error is then infinite, for "not estimated".
 
     Raises:
         ValueError: for fewer than two draws, weights that are NaN or all zero, a model without observed
@@ -228,6 +237,14 @@ def importance_posterior(
             trace.remove_node(name)
     together = plate_log_prob_sum(trace, guide_trace.plate_to_symbol["num_particles_vectorized"])
     _check_alone(scored, draws, together, args, kwargs)
+    if any(_shares_run(node) for node in guide_trace.nodes.values()):
+        warn_unreliable(
+            "guide: got draws of one run of particles, whose weights share its estimate of the evidence, so "
+            "that their spread tells no error; expected draws with particles of their own, "
+            "AutoTwistedSMC(model, sweeps=1)"
+        )
+        unknown = torch.full_like(estimate.standard_error, math.inf)
+        estimate = dataclasses.replace(estimate, standard_error=unknown)
     found = WeightedDraws(draws, log_weights, estimate, left)
     assert estimate.khat is not None
     # weights that are all alike have no tail to fit, and need none

@@ -20,7 +20,7 @@ from pyro_diffusion.distributions.callers import called_from
 from pyro_diffusion.distributions.shape_runs import shapes_only
 from pyro_diffusion.guidance.base import Guidance, check_guidance
 from pyro_diffusion.infer.earlier_draws import EarlierDraws, outer_nesting
-from pyro_diffusion.infer.filtering.simulated_posterior import SimulatedPosterior
+from pyro_diffusion.infer.filtering.simulated_posterior import Drawn, SimulatedPosterior
 from pyro_diffusion.infer.filtering.twisted_smc import default_guidance
 from pyro_diffusion.infer.reparam import ChainReparam
 from pyro_diffusion.likelihoods import ProgramLikelihood
@@ -34,8 +34,6 @@ from pyro_diffusion.unwrapping import unwrap_to
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["AutoPosterior", "as_chain"]
-
-Density = Callable[[], Tensor]
 
 
 class AutoPosterior(EarlierDraws):
@@ -150,7 +148,7 @@ class AutoPosterior(EarlierDraws):
             others = self._draws_of_others(num_samples, self._others, args, kwargs)
             self._other_draws = others
             likelihood = self._likelihood(args, kwargs, 0, {})
-            value = self._draw(likelihood, torch.Size([num_samples]))[0]
+            value = self._draw(likelihood, torch.Size([num_samples])).value
         real = value if value.is_floating_point() else value.double()
         at = torch.tensor(quantiles, dtype=real.dtype, device=value.device)
         rule = "linear" if value is real else "nearest"
@@ -177,23 +175,21 @@ class AutoPosterior(EarlierDraws):
         posterior = SimulatedPosterior(draw, fn.batch_shape, fn.event_shape, fn.support, nesting)  # type: ignore[arg-type]
         return {likelihood.site: pyro.sample(likelihood.site, posterior)}
 
-    def _draw(self, likelihood: ProgramLikelihood, sample: torch.Size) -> tuple[Tensor, Density]:
-        """Values of the site, sample + batch + event, and what gives log q(x) - log p(x), sample + batch."""
+    def _draw(self, likelihood: ProgramLikelihood, sample: torch.Size) -> Drawn:
+        """Values of the site, with log q(x) - log p(x) as their log-density."""
         raise NotImplementedError
 
-    def _scored_draw(
-        self, likelihood: ProgramLikelihood, sample: torch.Size
-    ) -> tuple[Tensor, Density]:
+    def _scored_draw(self, likelihood: ProgramLikelihood, sample: torch.Size) -> Drawn:
         with isolated():
-            value, relative = self._draw(likelihood, sample)
+            drawn = self._draw(likelihood, sample)
 
         def density() -> Tensor:
             with isolated():
-                gap = relative()
-                fn = self._model_distribution(likelihood, value)
-            return fn.log_prob(value) + _over_batch(gap, len(sample), fn.batch_shape)
+                gap = drawn.log_density()
+                fn = self._model_distribution(likelihood, drawn.value)
+            return fn.log_prob(drawn.value) + _over_batch(gap, len(sample), fn.batch_shape)
 
-        return value, density
+        return drawn._replace(log_density=density)
 
     def _model_distribution(self, likelihood: ProgramLikelihood, value: Tensor) -> Any:
         """The site's distribution as the model will score it.
@@ -284,8 +280,8 @@ class AutoPosterior(EarlierDraws):
         return len(fn.batch_shape), len(fn.batch_shape) + len(fn.event_shape)
 
 
-def _example(value: Tensor, sample: torch.Size) -> tuple[Tensor, Density]:
-    return value.expand(sample + value.shape), lambda: value.new_zeros(())
+def _example(value: Tensor, sample: torch.Size) -> Drawn:
+    return Drawn(value.expand(sample + value.shape), lambda: value.new_zeros(()))
 
 
 def _subsamples(plates: dict[str, Any]) -> dict[str, Tensor]:

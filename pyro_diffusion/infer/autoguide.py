@@ -12,12 +12,21 @@ from pyro.infer.smcfilter import SMCFailed
 from torch import Tensor
 
 from pyro_diffusion.distributions import Diffusion
+from pyro_diffusion.estimate import Estimate
 from pyro_diffusion.guidance import GuidedDenoiser
 from pyro_diffusion.guidance.base import Guidance
-from pyro_diffusion.infer.auto_posterior import AutoPosterior, Density, as_chain
-from pyro_diffusion.infer.filtering.swept import Swept
+from pyro_diffusion.infer.auto_posterior import AutoPosterior, as_chain
+from pyro_diffusion.infer.filtering.independent_runs import LEAST_RUNS
+from pyro_diffusion.infer.filtering.simulated_posterior import Drawn
+from pyro_diffusion.infer.filtering.swept import Swept, SweptVerdict
 from pyro_diffusion.infer.filtering.twisted_smc import Particles, TwistedSMC
-from pyro_diffusion.infer.filtering.verdict import FALSE_ALARM, OWN_PARTICLES, misfit, misses
+from pyro_diffusion.infer.filtering.verdict import (
+    FALSE_ALARM,
+    OWN_PARTICLES,
+    Verdict,
+    misfit,
+    misses,
+)
 from pyro_diffusion.infer.reparam import reverse_chain
 from pyro_diffusion.likelihoods import ProgramLikelihood
 from pyro_diffusion.samplers import Ancestral, Sampler
@@ -26,6 +35,9 @@ from pyro_diffusion.unreliable import warn_unreliable
 from pyro_diffusion.validation import check_positive_int
 
 __all__ = ["AutoGuidance", "AutoTwistedSMC"]
+
+# Particles of a call where their number is left out; and of one of many draws, at least.
+PARTICLES, LEAST_PARTICLES = 1024, 8
 
 
 class AutoGuidance(AutoPosterior):
@@ -115,13 +127,13 @@ class AutoGuidance(AutoPosterior):
         nodes: Any = tracer.trace.nodes
         return {site: node["value"] for site, node in nodes.items() if node["type"] == "sample"}
 
-    def _draw(self, likelihood: ProgramLikelihood, sample: torch.Size) -> tuple[Tensor, Density]:
+    def _draw(self, likelihood: ProgramLikelihood, sample: torch.Size) -> Drawn:
         chain = self._guided(likelihood)
         chain = chain.expand(sample + chain.batch_shape)
         if not isinstance(chain.sampler, Ancestral):
             x = chain.sample()
             self._check_fit(likelihood, x, sample)
-            return _transformed(likelihood, x), self._no_density
+            return Drawn(_transformed(likelihood, x), self._no_density)
         with poutine.trace() as trajectory:
             x = pyro.sample("x", reverse_chain("x", chain))
         self._check_fit(likelihood, x, sample)
@@ -132,7 +144,7 @@ class AutoGuidance(AutoPosterior):
                 pyro.sample("x", reverse_chain("x", free))
             return _log_joint(trajectory.trace) - _log_joint(again.trace)
 
-        return _transformed(likelihood, x), relative
+        return Drawn(_transformed(likelihood, x), relative)
 
     def _check_fit(self, likelihood: ProgramLikelihood, x: Tensor, sample: torch.Size) -> None:
         """Say so where draws miss the observations by far: guidance has no weights that would tell."""
@@ -156,29 +168,36 @@ class AutoTwistedSMC(AutoPosterior):
     r"""Draws a diffusion site by twisted SMC: exact in the limit of many particles, for any guidance.
 
     Each call runs :class:`~pyro_diffusion.infer.TwistedSMC` and draws from its particles, with its evidence
-    :math:`\hat Z` as what ELBOs and importance weights see (see ``AutoPosterior``). Draws of one
-    vectorized call (``Predictive(parallel=True)``, ``vectorize_particles``) share one run with its
-    evidence and ancestors, unless other latents differ between them: then each has a run of its own.
+    :math:`\hat Z` as what ELBOs and importance weights see (see ``AutoPosterior``).
 
-    With ``sweeps`` every draw has particles of its own, be it in one call with others: see
-    :meth:`TwistedSMC.draws <pyro_diffusion.infer.TwistedSMC.draws>`. Its :math:`\hat Z` is that of its own
-    first run, whatever sweeps follow: weights are proper and the ELBO is a bound as without, a looser one if
-    the particles are fewer.
+    **Many draws in one call** (``Predictive(parallel=True)``, ``vectorize_particles``), unless other latents
+    differ between them, when each has a run of its own. With ``num_particles`` alone they share one run, its
+    ancestors and its :math:`\hat Z`, which :func:`~pyro_diffusion.evaluate.importance_posterior` does not
+    take for independent weights. With ``sweeps`` every draw has particles of its own, see
+    :meth:`TwistedSMC.draws <pyro_diffusion.infer.TwistedSMC.draws>`, and the :math:`\hat Z` of its own first
+    run, whatever sweeps follow: weights are proper and the ELBO is a bound as without, a looser one if the
+    particles are fewer.
+
+    With neither, a call has 1024 particles. Under a denoiser in closed form, and in calls of less than 16
+    draws, that is one run. Under a network one run keeps few ancestors, so 16 draws or more share the
+    particles out among themselves, 8 a draw at least, as with ``sweeps=1``: a call of 500 draws costs as much
+    as one run of 4000. A draw of 8 particles has a bias, of order 1/8 of what their weights vary by, that no
+    error tells; more particles, sweeps, or ``swept.log_weights`` take it away.
 
     Args:
         model: a Pyro program with one diffusion site (or ``site``) and observed sites.
         guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one; what
             suits the likelihood by default, as in :class:`~pyro_diffusion.infer.TwistedSMC`.
-        num_particles: number of particles, >= 2.
+        num_particles: number of particles, >= 2, of a run; as above if None.
         site: name of the diffusion site; may be left out if there is one.
         times: the grid; that of the model's ``Diffusion`` by default.
-        sweeps: conditional sweeps behind every draw; None for draws of one run.
+        sweeps: conditional sweeps behind every draw; None for draws of one run, or as above.
         create_plates: as in Pyro.
         options: of ``TwistedSMC`` (``ess_threshold``, ``progress``, ...).
 
     Attributes:
-        particles: the last run's, with evidence and effective sample sizes; None before the first.
-        swept: with ``sweeps`` the last call's draws, with their verdict, in the place of ``particles``.
+        particles: of the last call, if its draws are of one run: its evidence and effective sample sizes.
+        swept: of the last call, if its draws have particles of their own: the draws with their verdict.
 
     Raises:
         ValueError: naming the argument, what it was and what was expected.
@@ -188,7 +207,7 @@ class AutoTwistedSMC(AutoPosterior):
         self,
         model: Callable[..., Any],
         guidance: Guidance | None = None,
-        num_particles: int = 1024,
+        num_particles: int | None = None,
         *,
         site: str | None = None,
         times: Tensor | None = None,
@@ -202,16 +221,42 @@ class AutoTwistedSMC(AutoPosterior):
                 "model: got one unfolded by ChainReparam, whose states particles do not keep; expected the "
                 "model itself with a Diffusion built outside of it (or AutoGuidance)"
             )
-        self._num_particles = check_positive_int("num_particles", num_particles, at_least=2)
+        if num_particles is not None:
+            check_positive_int("num_particles", num_particles, at_least=2)
+        self._num_particles = num_particles
         self._sweeps = None if sweeps is None else check_positive_int("sweeps", sweeps)
         self._options = options
         self.particles: Particles | None = None
         self.swept: Swept | None = None
 
-    def _draw(self, likelihood: ProgramLikelihood, sample: torch.Size) -> tuple[Tensor, Density]:
+    @property
+    def verdict(self) -> Verdict | SweptVerdict:
+        """Of the last call: whether its draws and evidence may be believed.
+
+        Raises:
+            ValueError: before the first call.
+        """
+        last = self.particles if self.swept is None else self.swept
+        if last is None:
+            raise ValueError(
+                "verdict, log_evidence: got a guide before its first call, expected one after"
+            )
+        return last.verdict
+
+    @property
+    def log_evidence(self) -> Estimate:
+        """Of the last call: log p(y) in nats under the denoiser's chain, with its error, of all rows.
+
+        Raises:
+            ValueError: before the first call.
+        """
+        return self.verdict.log_evidence
+
+    def _draw(self, likelihood: ProgramLikelihood, sample: torch.Size) -> Drawn:
         own = {k: v.shape[v.dim() - self._dims(k)[1] :] for k, v in likelihood.latents.items()}
         latents = likelihood.latents
-        if all(v.shape == own[k] for k, v in latents.items()):
+        alike = all(v.shape == own[k] for k, v in latents.items())
+        if alike:
             value, evidence = self._run(likelihood, sample)
         else:
             rows = {k: v.expand(sample + own[k]).reshape(-1, *own[k]) for k, v in latents.items()}
@@ -224,10 +269,10 @@ class AutoTwistedSMC(AutoPosterior):
             evidence = evidence.reshape(sample + evidence.shape[1:])
 
         def relative() -> Tensor:
-            if self._sweeps is not None and bool((evidence == -math.inf).any()):
+            if bool((evidence == -math.inf).any()):
                 raise SMCFailed(
-                    f"num_particles: got {self._num_particles}, of which a draw's first run was left with "
-                    "none, so that its weight is 0; expected more of them where a density is asked for"
+                    f"num_particles: got {self.verdict.num_particles}, of which a draw's first run was left "
+                    "with none, so that its weight is 0; expected more of them where a density is asked for"
                 )
             x0 = value
             for transform in reversed(likelihood.transforms):
@@ -235,17 +280,24 @@ class AutoTwistedSMC(AutoPosterior):
             log_likelihood = likelihood.log_prob(likelihood.prior.encode(x0))
             return log_likelihood - evidence.to(log_likelihood.dtype)
 
-        return value, relative
+        return Drawn(value, relative, one_run=alike and self.swept is None and sample.numel() > 1)
 
     def _run(self, likelihood: ProgramLikelihood, sample: torch.Size) -> tuple[Tensor, Tensor]:
         """Draws, and log-evidence, of one run for all or of each draw's, in the shape of the likelihood."""
-        chain = as_chain(likelihood.prior, times=self._times)
-        smc = TwistedSMC(chain, likelihood, self._guidance[0], self._num_particles, **self._options)
-        if self._sweeps is None:
-            self.particles = particles = smc.run(keep_others=False)
-            value, terms = particles.sample(sample), particles.log_evidence_terms
+        chain, count = as_chain(likelihood.prior, times=self._times), sample.numel()
+        sweeps, particles = self._sweeps, self._num_particles
+        if sweeps is None and particles is None and not chain.denoiser.is_exact:
+            sweeps = 1 if count >= LEAST_RUNS else None
+        if particles is None:
+            share = PARTICLES if sweeps is None else PARTICLES // max(count, 1)
+            particles = max(share, LEAST_PARTICLES)
+        smc = TwistedSMC(chain, likelihood, self._guidance[0], particles, **self._options)
+        self.particles = self.swept = None
+        if sweeps is None:
+            self.particles = run = smc.run(keep_others=False)
+            value, terms = run.sample(sample), run.log_evidence_terms
         else:
-            self.swept = swept = smc.draws(sample.numel(), self._sweeps, keep_others=False)
+            self.swept = swept = smc.draws(count, sweeps, keep_others=False, at_once=PARTICLES)
             both = swept.value, swept.log_evidence_runs
             value, terms = (v.reshape(sample + v.shape[1:]) for v in both)
         if likelihood.prior.support.is_discrete and not likelihood.transforms:  # type: ignore[union-attr]

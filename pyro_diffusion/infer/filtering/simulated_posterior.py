@@ -1,7 +1,7 @@
 """A guide's site whose values are drawn by a procedure, with their density where it is known."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -11,10 +11,26 @@ from torch.distributions import constraints
 from pyro_diffusion.distributions.no_closed_forms import NoClosedForms
 from pyro_diffusion.validation import Shape
 
-__all__ = ["Draw", "SimulatedPosterior"]
+__all__ = ["Draw", "Drawn", "SimulatedPosterior"]
 
-# Takes the sample shape; returns values, sample + batch + event, and a function for their log-densities.
-Draw = Callable[[torch.Size], tuple[Tensor, Callable[[], Tensor]]]
+
+class Drawn(NamedTuple):
+    """What an algorithm drew.
+
+    Attributes:
+        value: sample + batch + event.
+        log_density: a function that gives their log-densities, sample + batch.
+        one_run: whether several draws are of one run with one estimate of the evidence, so that what they
+            weigh says nothing of its error.
+    """
+
+    value: Tensor
+    log_density: Callable[[], Tensor]
+    one_run: bool = False
+
+
+# Takes the sample shape.
+Draw = Callable[[torch.Size], Drawn]
 
 
 class SimulatedPosterior(NoClosedForms, TorchDistribution):
@@ -50,7 +66,12 @@ class SimulatedPosterior(NoClosedForms, TorchDistribution):
         self._draw, self._support = draw, support
         self._own = self.batch_shape
         self._nesting = max(nesting, len(self._own))
-        self._last: tuple[Tensor, Callable[[], Tensor]] | None = None
+        self._last: Drawn | None = None
+
+    @property
+    def one_run(self) -> bool:
+        """Whether the last draws share one estimate of the evidence."""
+        return self._last is not None and self._last.one_run
 
     @property
     def support(self) -> constraints.Constraint:
@@ -77,9 +98,9 @@ class SimulatedPosterior(NoClosedForms, TorchDistribution):
                 f"{tuple(self._own)}, the site's own"
             )
         with torch.no_grad():
-            value, density = self._draw(lead)
-            value = value.detach().reshape(shape + self.event_shape)
-        self._last = value, density
+            drawn = self._draw(lead)
+            value = drawn.value.detach().reshape(shape + self.event_shape)
+        self._last = drawn._replace(value=value)
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -88,13 +109,13 @@ class SimulatedPosterior(NoClosedForms, TorchDistribution):
         Raises:
             ValueError: for any other value.
         """
-        if self._last is None or not _same(self._last[0], value):
+        if self._last is None or not _same(self._last.value, value):
             raise ValueError(
                 "value: got one that this guide did not draw, expected its last draw (the guide proposes; it "
                 "has no density elsewhere)"
             )
         with torch.no_grad():
-            log_density = self._last[1]()
+            log_density = self._last.log_density()
         return log_density.detach().reshape(value.shape[: value.dim() - len(self.event_shape)])
 
 

@@ -15,7 +15,7 @@ from pyro_diffusion.infer.filtering.verdict import which_rows
 if TYPE_CHECKING:
     from pyro_diffusion.infer.filtering.twisted_smc import TwistedSMC
 
-__all__ = ["REPEATS", "SmallRuns", "no_run_left", "small_runs"]
+__all__ = ["REPEATS", "SmallRuns", "no_run_left", "small_runs", "swept_again"]
 
 # How often runs that died are made again. Of runs half of which die, 1 in 32 is left without a draw.
 REPEATS = 4
@@ -38,8 +38,8 @@ class SmallRuns:
     dead: Tensor
 
 
-def small_runs(smc: "TwistedSMC", count: int) -> SmallRuns:
-    """Run as many filters of every datum, and those that die again with fresh particles.
+def small_runs(smc: "TwistedSMC", count: int, most: int) -> SmallRuns:
+    """Run as many filters of every datum, ``most`` at once, and those that die again with fresh particles.
 
     Tries are independent, and a datum's runs take those that survived in order, so every path is drawn as one
     of a run that survives. The program is that of all data: a repeat runs as many of each as died of one.
@@ -47,13 +47,13 @@ def small_runs(smc: "TwistedSMC", count: int) -> SmallRuns:
     Raises:
         SMCFailed: (a ``ValueError``) if no run of any datum survives.
     """
-    path, log_evidence, reason = _side_by_side(smc, count)
+    path, log_evidence, reason = _side_by_side(smc, count, most)
     left = log_evidence == -math.inf
     for _ in range(REPEATS):
-        most = int(left.sum(0).max())
-        if not most:
+        lost = int(left.sum(0).max())
+        if not lost:
             break
-        again, found, why = _side_by_side(smc, most)
+        again, found, why = _side_by_side(smc, lost, most)
         reason = why or reason
         if again is not None:
             alive = found > -math.inf
@@ -76,17 +76,65 @@ def no_run_left(count: int, num_particles: int, dead: Tensor, reason: str = "") 
     )
 
 
-def _side_by_side(smc: "TwistedSMC", count: int) -> tuple[list[Tensor] | None, Tensor, str]:
+def swept_again(
+    smc: "TwistedSMC", path: list[Tensor], most: int, keep_others: bool
+) -> tuple[list[Tensor], Tensor]:
+    """Paths after one more conditional sweep of each, ``most`` at once, and which filters died in it."""
+    paths, dead = [], []
+    for first in range(0, len(path[0]), most):
+        part = [x[first : first + most] for x in path]
+        done = _repeated(smc, len(part[0]))._swept(part, keep_others=keep_others)
+        paths.append(done.path())
+        dead.append(done.dead)
+    return _joined(paths), torch.cat(dead)
+
+
+def _side_by_side(
+    smc: "TwistedSMC", count: int, most: int
+) -> tuple[list[Tensor] | None, Tensor, str]:
     """Paths, None if all died, with every run's log-evidence, and why all died."""
+    sizes = [min(most, count - first) for first in range(0, count, most)]
+    paths: list[list[Tensor] | None] = []
+    evidence, reason = [], ""
+    for size in sizes:
+        try:
+            runs = _repeated(smc, size)._swept(None, keep_others=True)
+            paths.append(runs.path())
+            evidence.append(runs.log_evidence)
+        except SMCFailed as error:
+            paths.append(None)
+            shape = (size, *smc.chain.filters)
+            nothing = torch.full(shape, -math.inf, dtype=torch.float64, device=smc.chain.device)
+            evidence.append(nothing)
+            reason = str(error)
+    log_evidence, some = torch.cat(evidence), next((p for p in paths if p is not None), None)
+    if some is None:
+        return None, log_evidence, reason
+    # states of runs that died mean nothing: any fill their places
+    return (
+        _joined(
+            [
+                [x[:1].expand(size, *x.shape[1:]) for x in some] if path is None else path
+                for path, size in zip(paths, sizes, strict=True)
+            ]
+        ),
+        log_evidence,
+        "",
+    )
+
+
+def _repeated(smc: "TwistedSMC", count: int) -> "TwistedSMC":
+    """The same with as many filters of every datum."""
     several = copy.copy(smc)
     several.chain = smc.chain.repeated(count)
-    try:
-        runs = several._swept(None, keep_others=True)
-    except SMCFailed as error:
-        shape = (count, *smc.chain.filters)
-        nothing = torch.full(shape, -math.inf, dtype=torch.float64, device=smc.chain.device)
-        return None, nothing, str(error)
-    return runs.path(), runs.log_evidence, ""
+    return several
+
+
+def _joined(paths: list[list[Tensor]]) -> list[Tensor]:
+    """Paths of parts as those of all."""
+    if len(paths) == 1:
+        return paths[0]
+    return [torch.cat(states) for states in zip(*paths, strict=True)]
 
 
 def _filled(

@@ -1,7 +1,6 @@
 """Twisted sequential Monte Carlo: particles of a reverse chain, weighted by the observations."""
 
 import contextlib
-import copy
 import dataclasses
 import math
 from typing import Any, TypeVar
@@ -28,7 +27,7 @@ from pyro_diffusion.infer.filtering.conditional_filter import ConditionalFilter
 from pyro_diffusion.infer.filtering.particle_filter import ParticleFilter
 from pyro_diffusion.infer.filtering.particles import Particles
 from pyro_diffusion.infer.filtering.resampling import effective_ancestors, evidence_variance
-from pyro_diffusion.infer.filtering.small_runs import no_run_left, small_runs
+from pyro_diffusion.infer.filtering.small_runs import no_run_left, small_runs, swept_again
 from pyro_diffusion.infer.filtering.swept import Swept, judged
 from pyro_diffusion.infer.filtering.twisted_chain import Proposal, Target, TwistedChain
 from pyro_diffusion.infer.filtering.verdict import Verdict, judge, misfit
@@ -274,7 +273,14 @@ class TwistedSMC:
         join = self.chain.join
         return self.drive(self.filter(ConditionalFilter, reference=path, join=join, **options))
 
-    def draws(self, num_draws: int, sweeps: int = 1, *, keep_others: bool = True) -> Swept:
+    def draws(
+        self,
+        num_draws: int,
+        sweeps: int = 1,
+        *,
+        keep_others: bool = True,
+        at_once: int | None = None,
+    ) -> Swept:
         r"""Independent draws, each from particles of its own: the choice under networks, and for spreads.
 
         Draws of one run share what few ancestors it has kept. Here M chains stand side by side, each with N
@@ -292,13 +298,14 @@ class TwistedSMC:
         as 0 and is unbiased.
 
         Network evaluations: M N S (K + 1), as one run of M N S particles, and those of repeats; M N particles
-        are held at once, with all of their states.
+        are held at once, with all of their states, or as many as ``at_once`` says.
 
         Args:
             num_draws: M, how many draws of every datum.
             sweeps: S >= 1.
             keep_others: whether a plate's datum that no run explains leaves the others alone: its draws are
                 NaN, its evidence is 0, a warning names it. Data of symbols have no NaN, and raise.
+            at_once: most particles of a datum that are held at once, N at least; all if None.
 
         Warns:
             UnreliableWarning: with what speaks against the draws.
@@ -315,20 +322,20 @@ class TwistedSMC:
             for name, value in (("num_draws", num_draws), ("sweeps", sweeps))
         )
         keep_others = keep_others and Ability.NUMBERS in self.diffusion.denoiser.process.abilities
-        first = small_runs(self, count)
+        most = count if at_once is None else check_positive_int("at_once", at_once)
+        most = max(most if at_once is None else most // self.num_particles, 1)
+        first = small_runs(self, count, most)
         if bool(first.dead.any()) and not keep_others:
             raise SMCFailed(no_run_left(count, self.num_particles, first.dead))
-        several = copy.copy(self)
-        several.chain = self.chain.repeated(count)
         paths = [first.path]
         values = [self._value(first.path[-1], first.dead)]
         for _ in range(sweeps - 1):
-            done = several._swept(paths[-1], keep_others=keep_others)
-            if bool((done.dead & ~first.dead).any()):
+            path, dead = swept_again(self, paths[-1], most, keep_others)
+            if bool((dead & ~first.dead).any()):
                 raise SMCFailed(
                     "draws: got densities that are NaN in a later sweep, expected finite ones"
                 )
-            paths = [paths[-1], done.path()]
+            paths = [paths[-1], path]
             values.append(self._value(paths[-1][-1], first.dead))
         ends = (paths[0], paths[1]) if len(paths) == 2 else None
         x0 = self.chain.encoded(paths[-1][-1])
