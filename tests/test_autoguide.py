@@ -554,7 +554,7 @@ def test_guided_draws_that_miss_the_observations_are_told(sampler, parallel):
     guide = AutoGuidance(two, deaf, sampler=sampler)
     with pytest.warns(UnreliableWarning, match=r"miss the observations.* in 1 of 2 rows \(0\)"):
         Predictive(two, guide=guide, num_samples=4, parallel=parallel)()
-    with pytest.warns(UnreliableWarning, match=r"num_particles=8, sweeps=1"):
+    with pytest.warns(UnreliableWarning, match=r"AutoTwistedSMC\(model, sweeps=1\)"):
         guide()
 
 

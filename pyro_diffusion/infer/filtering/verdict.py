@@ -27,7 +27,7 @@ __all__ = [
 FALSE_ALARM = 1e-4
 OWN_PARTICLES = (
     "draws with few particles of their own share no ancestors and are weighed (TwistedSMC.draws, "
-    "AutoTwistedSMC(model, num_particles=8, sweeps=1))"
+    "AutoTwistedSMC(model, sweeps=1))"
 )
 
 
