@@ -138,10 +138,10 @@ def test_programs_without_a_likelihood():
 
 PROCESS = GaussianProcess(LogLinear(12, -10))
 CLUSTERS = MixtureDenoiser(PROCESS, torch.ones(2), torch.tensor([[1.0, 0.0], [-1.0, 0.5]]), 0.3)
-SEEN = torch.tensor([2.0, 0.8])
+SEEN = torch.tensor([0.0, 0.25])
 
 
-def of_flow(steps, noise=0.3):
+def of_flow(steps, noise=0.4):
     """A flow that few steps of Euler's make another one, seen with noise."""
     flow = ProbabilityFlow(CLUSTERS, (2,), solver=ODESolver("euler", steps=steps))
 
@@ -153,14 +153,17 @@ def of_flow(steps, noise=0.3):
 
 
 def test_draws_of_a_coarse_flow_are_in_the_error():
-    """Prior and guide share it, so that it leaves nothing in the weights, and the draws are off."""
+    """Prior and guide share it, so that it leaves nothing in the weights, and the draws are off.
+
+    By .29 (.03): a false alarm in 1e-9 of seeds.
+    """
     (fine, program), (flow, coarse) = of_flow(256), of_flow(2)
-    left = importance_posterior(program, lambda: pyro.sample("x", fine), num_samples=2000)
+    left = importance_posterior(program, lambda: pyro.sample("x", fine), num_samples=4000)
     assert left.solver_error < 0.01
     for guide in (lambda: pyro.sample("x", flow), lambda: None):
-        found = importance_posterior(coarse, guide, num_samples=2000)
+        found = importance_posterior(coarse, guide, num_samples=4000)
         gap = abs(float(found.log_evidence.value - left.log_evidence.value))
-        assert 0.1 < gap < found.solver_error < 20 * gap  # a bound
+        assert 0.1 < gap < found.solver_error < 1.0  # a bound
         assert found.solver_error <= float(found.log_evidence.standard_error)
 
 

@@ -6,7 +6,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Predictive
+from pyro import poutine
+from pyro.infer import Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from scipy import stats
 
 from pyro_diffusion.denoisers import TableDenoiser
@@ -233,3 +235,39 @@ def test_draws_by_parts_are_draws(sweeps, monkeypatch):
     assert abs(found.log_evidence.value - EXACT_LOG_Z) < 4.5 * found.log_evidence.standard_error
     z = ((weights * x).sum(0) - EXACT.mean) / EXACT.stddev
     assert (z * math.sqrt(float(found.verdict.effective_runs))).abs().max() < 4.5
+
+
+def test_runs_that_die_give_way_to_one(monkeypatch):
+    """Where a likelihood is 0 in places, the default is as good as one run: draws, evidence and ELBO."""
+    law = chain()
+    monkeypatch.setattr(type(law.denoiser), "is_exact", False)
+
+    def model():
+        x = pyro.sample("x", law)
+        near = dist.Uniform(x[..., 0] - 0.2, x[..., 0] + 0.2, validate_args=False)
+        pyro.sample("y", near, obs=torch.tensor(1.0, dtype=F64))
+
+    guide = AutoTwistedSMC(model, SampledGuidance)
+    draws = Predictive(model, guide=guide, num_samples=200, parallel=True)()["x"]
+    assert ((draws[:, 0] - 1).abs() <= 0.2).all() and guide.swept is None
+    assert guide.verdict.num_particles == 1024
+    elbo = Trace_ELBO(num_particles=100, vectorize_particles=True, max_plate_nesting=0)
+    mass = math.log((stats.norm.cdf(1.2) - stats.norm.cdf(0.8)) / 0.4)
+    assert elbo.loss(model, guide) == pytest.approx(-mass, abs=0.3)
+
+
+def test_an_evidence_given_other_latents_is_not_the_programs():
+    law = chain()
+
+    def model():
+        noise = pyro.sample("noise", dist.LogNormal(torch.zeros((), dtype=F64), 0.1))
+        x = pyro.sample("x", law)
+        pyro.sample("y", dist.Normal(x, noise.unsqueeze(-1)).to_event(1), obs=Y)
+
+    guides = AutoGuideList(model)
+    guides.append(AutoNormal(poutine.block(model, hide=["x"])))
+    guides.append(AutoTwistedSMC(model, MMPS, num_particles=16))
+    Predictive(model, guide=guides, num_samples=3, parallel=True)()
+    assert guides[1].verdict.num_particles == 16
+    with pytest.raises(ValueError, match=r"log_evidence: got runs given other latents \(noise\)"):
+        guides[1].log_evidence  # noqa: B018

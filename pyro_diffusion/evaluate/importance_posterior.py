@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.infer.importance import vectorized_importance_weights
 from pyro.infer.util import plate_log_prob_sum
 from pyro.poutine.messenger import Messenger
@@ -208,7 +209,9 @@ def importance_posterior(
     check_positive_int("num_samples", num_samples, at_least=2)
     sites = _sites(model, args, kwargs)
     frames = [f.dim for node in sites.values() for f in node["cond_indep_stack"] if f.dim]
-    proposed = poutine.trace(poutine.block(guide, hide_types=["param"])).get_trace(*args, **kwargs)
+    # of which only the names are used, so that no chain is drawn
+    named = poutine.block(guide, hide_fn=AutoGuide._prototype_hide_fn)
+    proposed = poutine.trace(named).get_trace(*args, **kwargs)
     left_out = {n for n, node in sites.items() if not node["is_observed"]} - {*proposed.nodes}
     nesting, scored = -min(frames, default=0), _FromPrior(left_out)(model)
     with warnings.catch_warnings():

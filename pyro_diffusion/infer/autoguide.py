@@ -1,6 +1,7 @@
 """AutoGuides that draw a diffusion site from its posterior: by guidance, or by twisted particles."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,8 @@ __all__ = ["AutoGuidance", "AutoTwistedSMC"]
 
 # Particles of a call where their number is left out; and of one of many draws, at least.
 PARTICLES, LEAST_PARTICLES = 1024, 8
+# Numbers in the states of particles that are then held at once, if these are more than in one run.
+NUMBERS = 2**18
 
 
 class AutoGuidance(AutoPosterior):
@@ -170,25 +173,28 @@ class AutoTwistedSMC(AutoPosterior):
     Each call runs :class:`~pyro_diffusion.infer.TwistedSMC` and draws from its particles, with its evidence
     :math:`\hat Z` as what ELBOs and importance weights see (see ``AutoPosterior``).
 
-    **Many draws in one call** (``Predictive(parallel=True)``, ``vectorize_particles``), unless other latents
-    differ between them, when each has a run of its own. With ``num_particles`` alone they share one run, its
-    ancestors and its :math:`\hat Z`, which :func:`~pyro_diffusion.evaluate.importance_posterior` does not
-    take for independent weights. With ``sweeps`` every draw has particles of its own, see
+    **Many draws in one call** (``Predictive(parallel=True)``, ``vectorize_particles``). With
+    ``num_particles`` alone they share one run, its ancestors and its :math:`\hat Z`, which
+    :func:`~pyro_diffusion.evaluate.importance_posterior` does not take for independent weights. With
+    ``sweeps`` every draw has particles of its own, see
     :meth:`TwistedSMC.draws <pyro_diffusion.infer.TwistedSMC.draws>`, and the :math:`\hat Z` of its own first
     run, whatever sweeps follow: weights are proper and the ELBO is a bound as without, a looser one if the
-    particles are fewer.
+    particles are fewer. Where other guides have drawn other latents, each draw has a run of its own, one
+    after another.
 
-    With neither, a call has 1024 particles. Under a denoiser in closed form, and in calls of less than 16
-    draws, that is one run. Under a network one run keeps few ancestors, so 16 draws or more share the
-    particles out among themselves, 8 a draw at least, as with ``sweeps=1``: a call of 500 draws costs as much
-    as one run of 4000. A draw of 8 particles has a bias, of order 1/8 of what their weights vary by, that no
-    error tells; more particles, sweeps, or ``swept.log_weights`` take it away.
+    With neither, a run has 1024 particles. Under a denoiser that is not known to be exact
+    (``denoiser.is_exact``), a network above all, one run keeps few ancestors, so that 16 draws or more of one
+    call share the particles out among themselves, 8 a draw at least, as with ``sweeps=1``: 500 draws cost as
+    much as one run of 4000. A draw of 8 particles has a bias, of order 1/8 of what their weights vary by,
+    that no error tells; more particles, sweeps, or ``swept.log_weights`` take it away. If one of these runs
+    is left without a particle, as where a likelihood is 0 in places, one run of 1024 is made for all instead.
 
     Args:
         model: a Pyro program with one diffusion site (or ``site``) and observed sites.
         guidance: ``guidance(denoiser, likelihood)``, a class of guided denoisers or a partial of one; what
             suits the likelihood by default, as in :class:`~pyro_diffusion.infer.TwistedSMC`.
-        num_particles: number of particles, >= 2, of a run; as above if None.
+        num_particles: number of particles, >= 2, of a run; as above if None, and with ``sweeps`` 1024 shared
+            out among the draws of a call, 8 each at least.
         site: name of the diffusion site; may be left out if there is one.
         times: the grid; that of the model's ``Diffusion`` by default.
         sweeps: conditional sweeps behind every draw; None for draws of one run, or as above.
@@ -228,10 +234,13 @@ class AutoTwistedSMC(AutoPosterior):
         self._options = options
         self.particles: Particles | None = None
         self.swept: Swept | None = None
+        self._given: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict | SweptVerdict:
-        """Of the last call: whether its draws and evidence may be believed.
+        """Of the last run: whether its draws and evidence may be believed.
+
+        That of the last call, unless its draws were given other latents, and had a run each.
 
         Raises:
             ValueError: before the first call.
@@ -248,13 +257,21 @@ class AutoTwistedSMC(AutoPosterior):
         """Of the last call: log p(y) in nats under the denoiser's chain, with its error, of all rows.
 
         Raises:
-            ValueError: before the first call.
+            ValueError: before the first call, and where other guides have drawn other latents, given which
+                every run has an evidence of its own.
         """
-        return self.verdict.log_evidence
+        verdict = self.verdict
+        if self._given:
+            raise ValueError(
+                f"log_evidence: got runs given other latents ({', '.join(self._given)}), each with an "
+                "evidence given these; expected evaluate.importance_posterior(model, guides) for that of the "
+                "program, or guide.verdict.log_evidence for that of the last run"
+            )
+        return verdict.log_evidence
 
     def _draw(self, likelihood: ProgramLikelihood, sample: torch.Size) -> Drawn:
         own = {k: v.shape[v.dim() - self._dims(k)[1] :] for k, v in likelihood.latents.items()}
-        latents = likelihood.latents
+        latents, self._given = likelihood.latents, tuple(likelihood.latents)
         alike = all(v.shape == own[k] for k, v in latents.items())
         if alike:
             value, evidence = self._run(likelihood, sample)
@@ -285,26 +302,50 @@ class AutoTwistedSMC(AutoPosterior):
     def _run(self, likelihood: ProgramLikelihood, sample: torch.Size) -> tuple[Tensor, Tensor]:
         """Draws, and log-evidence, of one run for all or of each draw's, in the shape of the likelihood."""
         chain, count = as_chain(likelihood.prior, times=self._times), sample.numel()
-        sweeps, particles = self._sweeps, self._num_particles
-        if sweeps is None and particles is None and not chain.denoiser.is_exact:
-            sweeps = 1 if count >= LEAST_RUNS else None
-        if particles is None:
-            share = PARTICLES if sweeps is None else PARTICLES // max(count, 1)
-            particles = max(share, LEAST_PARTICLES)
-        smc = TwistedSMC(chain, likelihood, self._guidance[0], particles, **self._options)
         self.particles = self.swept = None
-        if sweeps is None:
-            self.particles = run = smc.run(keep_others=False)
+        many = count >= LEAST_RUNS and not chain.denoiser.is_exact
+        if self._sweeps is not None:
+            self.swept = self._smc(chain, likelihood, count).draws(
+                count, self._sweeps, keep_others=False
+            )
+        elif self._num_particles is None and many:
+            self.swept = self._shared_out(chain, likelihood, count)
+        if self.swept is None:
+            self.particles = run = self._smc(chain, likelihood).run(keep_others=False)
             value, terms = run.sample(sample), run.log_evidence_terms
         else:
-            self.swept = swept = smc.draws(count, sweeps, keep_others=False, at_once=PARTICLES)
-            both = swept.value, swept.log_evidence_runs
+            both = self.swept.value, self.swept.log_evidence_runs
             value, terms = (v.reshape(sample + v.shape[1:]) for v in both)
         if likelihood.prior.support.is_discrete and not likelihood.transforms:  # type: ignore[union-attr]
             value = value.round().long()
-        own = smc.chain.filters or (1,) * len(likelihood.batch_shape)
-        lead = terms.shape[: terms.dim() - len(smc.chain.filters)]
-        return value, terms.reshape(lead + own)
+        filters = likelihood.batch_shape if likelihood.factorized else torch.Size()
+        lead = terms.shape[: terms.dim() - len(filters)]
+        return value, terms.reshape(lead + (filters or (1,) * len(likelihood.batch_shape)))
+
+    def _smc(self, chain: Diffusion, likelihood: ProgramLikelihood, draws: int = 1) -> TwistedSMC:
+        """Particles of one run, or of each of many draws."""
+        count = self._num_particles
+        if count is None:
+            count = max(PARTICLES // max(draws, 1), LEAST_PARTICLES)
+        return TwistedSMC(chain, likelihood, self._guidance[0], count, **self._options)
+
+    def _shared_out(
+        self, chain: Diffusion, likelihood: ProgramLikelihood, count: int
+    ) -> Swept | None:
+        """Draws of runs of their own; None if any is left without a particle, which one larger run is not."""
+        at_once = max(PARTICLES, NUMBERS // chain.event_shape.numel())
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                smc = self._smc(chain, likelihood, count)
+                found = smc.draws(count, keep_others=False, at_once=at_once)
+            except SMCFailed:
+                return None
+        if bool((found.log_evidence_runs == -math.inf).any()):
+            return None
+        for warning in told:
+            warnings.warn(warning.message, stacklevel=2)
+        return found
 
 
 def _transformed(likelihood: ProgramLikelihood, x: Tensor) -> Tensor:

@@ -56,7 +56,10 @@ def distinct_levels(log_snr: Tensor) -> Tensor:
     the strides are looked at, so nothing waits for a device. Levels that derivatives are asked by, row by
     row, and those of a graph that is recorded for other levels, are left as they are.
     """
-    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined]
+    exporting = getattr(
+        torch.compiler, "is_exporting", torch.compiler.is_compiling
+    )  # new in torch 2.7
+    recorded = torch.jit.is_tracing() or exporting()  # type: ignore[attr-defined]
     kept = log_snr.requires_grad or recorded
     expanded = not kept and log_snr.dim() == 1 and log_snr.stride(0) == 0
     return log_snr[:1] if expanded else log_snr
