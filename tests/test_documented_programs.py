@@ -53,7 +53,7 @@ def test_our_side_of_programs_of_other_packages_runs() -> None:
         r"steps=2000": "steps=2, progress=False",
         r"num_terms=20": "num_terms=2",
         r"steps=20\)": "steps=2)",
-        r"num_particles=16": "num_particles=2",
+        r"num_particles=8": "num_particles=2",
         r"num_samples=500, warmup_steps=200": "num_samples=3, warmup_steps=2",
     }
     page = run("docs/coming_from.md", shorter)
