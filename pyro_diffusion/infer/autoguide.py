@@ -238,7 +238,7 @@ class AutoTwistedSMC(AutoPosterior):
 
     @property
     def verdict(self) -> Verdict | SweptVerdict:
-        """Of the last run: whether its draws and evidence may be believed.
+        """Whether draws and evidence of the last run may be believed.
 
         That of the last call, unless its draws were given other latents, and had a run each.
 
@@ -254,7 +254,7 @@ class AutoTwistedSMC(AutoPosterior):
 
     @property
     def log_evidence(self) -> Estimate:
-        """Of the last call: log p(y) in nats under the denoiser's chain, with its error, of all rows.
+        """Log p(y) of all rows under the denoiser's chain, in nats, with its error, of the last call.
 
         Raises:
             ValueError: before the first call, and where other guides have drawn other latents, given which
