@@ -6,6 +6,7 @@ import warnings
 import pyro
 import pytest
 import torch
+from pyro import poutine
 from pyro.distributions import Delta, HalfNormal, Normal, Uniform
 
 from pyro_diffusion.denoisers import MixtureDenoiser
@@ -223,3 +224,17 @@ def test_draws_of_one_run_of_particles_tell_no_error():
     own = AutoTwistedSMC(seen, num_particles=8, sweeps=1)
     found = importance_posterior(seen, own, num_samples=50)
     assert 0 < float(found.log_evidence.standard_error) < 1
+
+
+def test_a_scaled_density_has_its_solvers_error_scaled():
+    """The flow is in the model alone, so that draws are exact, and all of it is the densities'."""
+    flow, program = of_flow(4)
+    scaled = poutine.scale(program, 3.0)
+    guide = lambda: pyro.sample("x", Normal(torch.zeros(2), 0.8).to_event(1))  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableWarning)
+        found = importance_posterior(scaled, guide, num_samples=64)
+    with refined():
+        finer = flow.log_prob(found.draws["x"])
+    change = 3 * (finer - flow.log_prob(found.draws["x"]))
+    assert found.solver_error == pytest.approx(abs(float((found.weights * change).sum())), rel=1e-3)

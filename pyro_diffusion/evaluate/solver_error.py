@@ -43,10 +43,11 @@ def solver_error(model: Any, guide: Any, log_weights: Tensor, nesting: int) -> f
             if node["type"] != "sample" or site_is_subsample(node):
                 continue
             by_solver = _change(node, len(log_weights), nesting)
-            change = change + sign * _of_draws(by_solver, node["mask"], count, nesting)
+            weighed = scale_and_mask(by_solver, node["scale"], node["mask"])
+            change = change + sign * _of_draws(weighed, count, nesting)
             # latents that the guide leaves out are drawn by the model, which does not weigh them
             if not node["is_observed"] and (sign < 0 or node["mask"] is False):
-                law = law + _of_draws(by_solver, None, count, nesting)
+                law = law + _of_draws(by_solver, count, nesting)
     first = log_weights[:count]
     if not bool((first > -math.inf).any()):
         first = torch.zeros_like(first)
@@ -69,9 +70,9 @@ def _change(node: Any, total: int, nesting: int) -> Tensor:
     return change.where(change.isfinite(), 0.0)
 
 
-def _of_draws(change: Tensor, mask: Any, count: int, nesting: int) -> Tensor:
+def _of_draws(change: Tensor, count: int, nesting: int) -> Tensor:
     """Sums over plates, (count,), or () of a site that all draws share."""
-    change = scale_and_mask(change, mask=mask).cpu()
+    change = change.cpu()
     if change.dim() <= nesting:
         return change.sum()
     return change[:count].reshape(len(change[:count]), -1).sum(-1)
