@@ -271,3 +271,12 @@ def test_an_evidence_given_other_latents_is_not_the_programs():
     assert guides[1].verdict.num_particles == 16
     with pytest.raises(ValueError, match=r"log_evidence: got runs given other latents \(noise\)"):
         guides[1].log_evidence  # noqa: B018
+
+
+def test_every_part_goes_on_from_its_own_paths():
+    """Some chains keep the draw that they had, in every part; none has another's."""
+    law = chain()
+    smc = TwistedSMC(law, readings(law, 1), MMPS, 4)
+    before, after = smc.draws(400, sweeps=2, at_once=400).history[:, :, 0]
+    kept = (before == after).all(-1).view(4, 100).double().mean(1)
+    assert (kept > 0.1).all() and (kept < 0.6).all()
